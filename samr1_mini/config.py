@@ -1,0 +1,184 @@
+"""All settings of a run: one dataclass, one line of help a field, three presets. `train.py` makes each field an option."""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, without a traceback."""
+
+
+def _option(default, help: str, choices: tuple = ()):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    preset: str = _option("auto", "size of everything below; auto looks at the machine", ("auto", "tiny", "3b", "7b"))
+    run: str = _option("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
+    resume: bool = _option(False, "go on with the run in that folder where it stopped")
+    samples: int = _option(3000, "training questions; each is seen once")
+    seed: int = _option(0, "seed of everything: same seed, same machine, same numbers")
+    device: str = _option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+
+    policy: str = _option("tiny", "policy: a Qwen2.5-VL folder or hub id; tiny is the one in the package")
+    load_in: str = _option("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
+    rank: int = _option(32, "rank of the LoRA adapter")
+    sam: str = _option("tiny", "Segment Anything model", ("tiny", "vit_b", "vit_l", "vit_h"))
+    sam_checkpoint: str = _option("", "file with the weights of vit_b, vit_l or vit_h")
+    data: str = _option("shapes", "shapes (drawn scenes), or a folder of yours with data.jsonl")
+    image_size: int = _option(112, "pixels a side of the square the policy sees, a multiple of 28")
+
+    questions: int = _option(16, "questions a rollout batch")
+    group: int = _option(8, "G, answers a question")
+    max_new_tokens: int = _option(96, "longest answer, tokens")
+    temperature: float = _option(1.0, "sampling temperature, applied in the loss too")
+    updates: int = _option(2, "optimizer updates a rollout batch, each on its share of the questions; with 1 the ratio is always 1")
+    micro: int = _option(8, "questions a forward of the update; lower it when memory runs out")
+    checkpointing: bool = _option(False, "recompute activations in the backward: less memory, more time")
+
+    lr: float = _option(5e-4, "learning rate of the adapter")
+    warmup: int = _option(10, "updates over which the rate climbs to lr, then stays")
+    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
+    eps_low: float = _option(0.2, "clip: lowest ratio is 1 - eps_low")
+    eps_high: float = _option(0.3, "clip: highest ratio is 1 + eps_high (clip-higher: above eps_low)")
+    beta: float = _option(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
+    normalise: str = _option("token", "token: eq. (4), one normaliser for all tokens of a group; sequence: eq. (2)", ("token", "sequence"))
+    advantage: str = _option("std", "std: eq. (1); mean: without the division by the standard deviation", ("std", "mean"))
+
+    accuracy: str = _option("tiered", "accuracy term: eq. (5), one threshold, IoU itself, or the tiers on the box's IoU",
+                            ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"))  # fmt: skip
+    accuracy_weight: float = _option(1.0, "weight of the accuracy term (0 to 4)")
+    reasoning_weight: float = _option(1.0, "weight of the reasoning-format term (0 or 1)")
+    segmentation_weight: float = _option(1.0, "weight of the segmentation-format term (0 or 1)")
+    max_points: int = _option(8, "most points an answer may give; beyond, the segmentation format is lost")
+
+    eval_every: int = _option(40, "steps between looks at the validation set; 0 for none")
+    eval_samples: int = _option(64, "validation questions a look")
+    test_samples: int = _option(600, "held-out test questions before and after training")
+
+
+PRESETS = {
+    "tiny": {},
+    "3b": dict(policy="Qwen/Qwen2.5-VL-3B-Instruct", sam="vit_h", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
+               checkpointing=True, eval_samples=32, test_samples=500),
+    "7b": dict(policy="Qwen/Qwen2.5-VL-7B-Instruct", sam="vit_h", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
+               checkpointing=True, eval_samples=32, test_samples=500),
+}  # fmt: skip
+
+
+def choose_preset() -> tuple[str, str]:
+    """The preset that suits this machine, and why."""
+    if not torch.cuda.is_available():
+        return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package train on the CPU"
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    preset = "7b" if memory > 22 else "3b" if memory > 11 else "tiny"
+    return preset, f"the GPU {name} has {memory:.0f} GiB"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every option)\n")
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
+            self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        return known
+
+
+def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) -> None:
+    """One --option for each field of Settings (or those in `names`); what is not given stays out of the namespace."""
+    for f in fields(Settings):
+        if names is not None and f.name not in names:
+            continue
+        option, choices = "--" + f.name.replace("_", "-"), f.metadata["choices"] or None
+        shown = "" if f.default == "" else f" (default {f.default})"
+        help = (f.metadata["help"] + shown).replace("%", "%%")
+        if f.type in (bool, "bool"):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            parser.add_argument(option, type=type(f.default), choices=choices, default=argparse.SUPPRESS, help=help)
+
+
+def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple[Settings, str]:
+    """Command line -> (checked settings, a line that says which preset was chosen and what was overridden)."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    add_options(parser)
+    given = vars(parser.parse(argv))
+    try:
+        settings, line = resumed_settings(given) if given.get("resume") else make_settings(**given)
+        check(settings)
+    except UserError as error:
+        parser.error(str(error))
+    return settings, line
+
+
+def make_settings(**given) -> tuple[Settings, str]:
+    """Settings from a preset with the `given` fields on top, and a line that says so."""
+    preset, why = given.get("preset", "auto"), "asked for"
+    if preset == "auto":
+        preset, why = choose_preset()
+    settings = replace(Settings(**PRESETS[preset]), **given | {"preset": preset})
+    if settings.device == "auto":
+        settings = replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
+    changed = ", ".join(f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume"))
+    return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
+
+
+def resumed_settings(given: dict) -> tuple[Settings, str]:
+    """The settings that a run was started with. More samples make it longer; anything else would make it another run."""
+    if not given.get("run"):
+        raise UserError("--resume needs --run with the folder of the run to go on with")
+    file = Path(given["run"]) / "settings.json"
+    if not file.is_file():
+        raise UserError(f"--resume: {file.parent} holds no run")
+    saved = json.loads(file.read_text())
+    for name, value in given.items():
+        if name not in ("run", "resume", "samples", "preset") and saved[name] != value:
+            raise UserError(f"--resume: this run was started with --{name.replace('_', '-')} {saved[name]}, not {value}")
+    settings = Settings(**saved | {k: given[k] for k in ("run", "resume", "samples") if k in given})
+    return settings, f"going on with {settings.run}, preset {settings.preset}"
+
+
+def check(s: Settings) -> None:
+    """Refuse values that cannot work, each with one line that names the option."""
+    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "micro", "max_points", "eval_samples", "test_samples"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+    for name in ("lr", "temperature", "max_grad_norm"):
+        if not 0 < getattr(s, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    for name in ("beta", "warmup", "eval_every", "seed", "eps_low", "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
+        if not 0 <= getattr(s, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(s, name)}")
+    if s.group < 2:
+        raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the others of its group")
+    if s.eps_low >= 1:
+        raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
+    if s.image_size < 56 or s.image_size % 28:
+        raise UserError(f"--image-size must be a multiple of 28 and at least 56, not {s.image_size}: try {max(2, round(s.image_size / 28)) * 28}")
+    if s.updates > s.questions:
+        raise UserError(f"--updates {s.updates} is more than --questions {s.questions}: an update needs a question")
+    if s.samples < s.questions:
+        raise UserError(f"--samples {s.samples} is less than one rollout batch: lower --questions {s.questions}")
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to train on the CPU")
+    if s.sam != "tiny" and not s.sam_checkpoint:
+        raise UserError(f"--sam {s.sam} needs its weights: --sam-checkpoint FILE (segment-anything's page lists the files)")
+
+
+def exit_with(error: Exception, prog: str) -> None:
+    """Print one line and leave with status 2."""
+    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,322 @@
+"""GRPO as SAM-R1 trains with it: one readable loop of rollout, reward, advantage, update, log, save.
+
+Equations (1) to (5) are the paper's (arXiv 2505.22596). What differs from textbook GRPO, eq. (2): the clip is asymmetric and one
+normaliser serves all tokens of a group, eq. (4). KL stays: without it the paper saw training collapse.
+
+"The first loss is 0, is it broken?" No: advantages of a group sum to 0, and in the first update of a batch the ratio is 1. The
+gradient is not 0. The ratio moves, and the clip begins to matter, from the second update of a batch on.
+
+Shapes: B questions, G answers a question, S all answer tokens of a batch, answer after answer.
+"""
+
+import json
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .config import Settings, UserError
+from .data import Sample, load_data
+from .evaluation import ceiling, evaluate, policy_image
+from .plots import curves, sample_sheet
+from .policy import Completion, Policy, Prompt, encode, load_policy, logprobs, sample
+from .reward import Reward, Segmenter, load_segmenter, score_group
+
+# ---------------------------------------------------------------------------------------------------- the equations
+
+
+def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
+    """Rewards [B, G] -> advantages [B, G]: how much better than its group an answer is. A group without variance gets exactly 0.
+
+    >>> advantages(torch.tensor([[6.0, 2.0], [1.0, 1.0]])).tolist()
+    [[1.0, -1.0], [0.0, 0.0]]
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)  # [B, G]
+    std = rewards.std(1, keepdim=True, correction=0)  # [B, 1]
+    # (1)  A_i = (r_i - mean(r)) / std(r)
+    scaled = centred / std.clamp(min=1e-6) if kind == "std" else centred
+    return torch.where(std > 1e-6, scaled, 0.0)
+
+
+def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
+    """Lengths of B groups of answers -> the weight of each token [S]; the weights of a group sum to 1.
+
+    A group's weights depend on nothing outside it, so the gradient is the same however a batch is cut into forwards.
+    """
+    weights = []
+    for group in lengths:
+        if normalise == "token":  # (4)  1 / sum_i |o_i|: a token counts the same in a long and in a short answer
+            weights += [torch.full((n,), 1 / sum(group)) for n in group]
+        else:  # (2)  (1/G) (1/|o_i|): an answer counts the same, so a token of a long one counts less
+            weights += [torch.full((n,), 1 / (len(group) * n)) for n in group]
+    return torch.cat(weights)
+
+
+def objective(logp, old, reference, advantage, weight, eps_low: float, eps_high: float, beta: float) -> tuple[torch.Tensor, dict]:
+    """The loss (minus eq. 4, summed over groups) from five [S] tensors, and sums over tokens to log; `reference` None means beta 0.
+
+    logp: under the policy, with gradient; old: under the policy that sampled; reference: under the frozen base.
+    """
+    ratio = (logp - old).exp()  # [S] rho = pi / pi_old
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)  # [S] clip-higher: eps_high > eps_low
+    # min, for negative advantages too: it is the pessimistic side of the clip in all four quadrants
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
+    kl = torch.zeros_like(logp)
+    if reference is not None:
+        gap = reference - logp
+        kl = gap.exp() - gap - 1  # [S] (3)  KL = pi_ref/pi - log(pi_ref/pi) - 1, the k3 estimator
+    # (4)  (1 / sum_i |o_i|) sum_i sum_t [ min(rho A, clip(rho) A) - beta KL ]
+    loss = -(weight * (surrogate - beta * kl)).sum()
+    with torch.no_grad():
+        sums = {
+            "kl": kl.sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
+            "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(), "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
+        }  # fmt: skip
+        return loss, {k: v.item() for k, v in sums.items()} | {"ratio_min": ratio.min().item(), "ratio_max": ratio.max().item()}
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+
+@dataclass
+class Rollout:
+    """All that a step knows of one question: between sampling and update nothing else is passed on."""
+
+    sample: Sample
+    prompt: Prompt
+    answers: list[Completion]  # G
+    rewards: list[Reward]  # G
+    advantage: torch.Tensor | None = None  # [G]
+
+
+def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings) -> tuple[list[Rollout], dict]:
+    """Sample G answers to each question, reward them, and compare them within their group."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+    groups = sample(policy, prompts, s.group, s.max_new_tokens, s.temperature)
+    middle = time.perf_counter()
+    weights = (s.accuracy_weight, s.reasoning_weight, s.segmentation_weight)
+    rollouts = []
+    for x, prompt, answers in zip(samples, prompts, groups):
+        texts = [a.text for a in answers]
+        rollouts.append(Rollout(x, prompt, answers, score_group(segmenter, x, texts, s.image_size, s.accuracy, weights, s.max_points)))
+    totals = torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts])  # [B, G]
+    for rollout, advantage in zip(rollouts, advantages(totals, s.advantage)):
+        rollout.advantage = advantage
+    return rollouts, {"seconds_rollout": middle - start, "seconds_reward": time.perf_counter() - middle}
+
+
+def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
+    """`updates` optimizer steps, each on its share of the questions; `done` counts the updates before these. Returns what to log."""
+    start, log, tokens = time.perf_counter(), defaultdict(float), 0
+    log["ratio_min"] = log["ratio_max"] = 1.0
+    policy.model.train()
+    for k in range(s.updates):
+        share = rollouts[k * len(rollouts) // s.updates : (k + 1) * len(rollouts) // s.updates]
+        if s.beta == 0:  # a group without variance has nothing to say but the KL
+            share = [r for r in share if r.advantage.any()]
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * min(1.0, (done + k + 1) / max(1, s.warmup))  # warm-up, then constant
+        optimizer.zero_grad()
+        finite = True
+        for i in range(0, len(share), s.micro):
+            part = share[i : i + s.micro]
+            loss, sums, count = batch_loss(policy, part, s)
+            (loss / len(share)).backward()  # eq. (4) is an expectation over questions: their mean
+            finite &= bool(loss.isfinite())
+            log["loss"] += loss.item() / len(rollouts)
+            tokens += count
+            log["ratio_min"], log["ratio_max"] = min(log["ratio_min"], sums.pop("ratio_min")), max(log["ratio_max"], sums.pop("ratio_max"))
+            for name, value in sums.items():
+                log[name] += value
+        norm = torch.nn.utils.clip_grad_norm_([p for p in policy.model.parameters() if p.requires_grad], s.max_grad_norm)
+        if finite and norm.isfinite():
+            optimizer.step()
+            log["grad_norm"] += norm.item() / s.updates
+        else:
+            log["skipped_updates"] += 1
+            tqdm.write(f"update {done + k + 1}: loss or gradient is not finite, so it is skipped; if this goes on, lower --lr")
+    policy.model.eval()
+    for name in ("kl", "approx_kl", "clip_low", "clip_high", "entropy"):
+        log[name] /= max(1, tokens)
+    return dict(log) | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
+
+
+def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[torch.Tensor, dict, int]:
+    """The loss of eq. (4) summed over some questions, sums to log, and the number of answer tokens."""
+    prompts, groups = [r.prompt for r in rollouts], [[a.ids for a in r.answers] for r in rollouts]
+    lengths = [[len(ids) for ids in group] for group in groups]
+    device = policy.device
+    logp, entropy = logprobs(policy, prompts, groups, s.temperature)  # [S], [S]
+    old = torch.cat([a.logps for r in rollouts for a in r.answers])  # [S] from sampling: the same distribution, already at hand
+    reference = None
+    if s.beta:
+        with torch.no_grad(), policy.reference():
+            reference, _ = logprobs(policy, prompts, groups, s.temperature)  # [S]
+    each = torch.cat([r.advantage for r in rollouts])  # [B * G]
+    advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(device)  # [S]
+    loss, sums = objective(
+        logp, old, reference, advantage, token_weights(lengths, s.normalise).to(device), s.eps_low, s.eps_high, s.beta
+    )
+    return loss, sums | {"entropy": entropy.sum().item()}, len(logp)
+
+
+def describe(rollouts: list[Rollout]) -> dict:
+    """What a batch of rollouts looks like, in numbers to log."""
+    rewards, answers = [r for x in rollouts for r in x.rewards], [a for x in rollouts for a in x.answers]
+    mean = lambda values: float(sum(values)) / len(rewards)  # noqa: E731
+    return {
+        "reward": mean(r.total for r in rewards), "accuracy": mean(r.accuracy for r in rewards), "iou": mean(r.iou for r in rewards),
+        "reasoning_format": mean(r.answer.reasoning_format for r in rewards),
+        "segmentation_format": mean(r.answer.segmentation_format for r in rewards),
+        "zero_variance": sum(not x.advantage.any() for x in rollouts) / len(rollouts),
+        "truncated": mean(a.truncated for a in answers), "unique": sum(len({a.text for a in x.answers}) for x in rollouts) / len(answers),
+        "points": mean(len(r.answer.points) for r in rewards), "length": mean(len(a.ids) for a in answers),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- save and resume
+
+
+def save_state(folder: Path, policy: Policy, optimizer, step: int) -> None:
+    """Everything needed to go on after `step` steps. Written beside and moved into place: a cut-off save loses nothing."""
+    adapter = {n: p.detach().cpu() for n, p in policy.model.named_parameters() if p.requires_grad}
+    torch.save({"step": step, "adapter": adapter, "optimizer": optimizer.state_dict()}, folder / "state.new")
+    (folder / "state.new").replace(folder / "state.pt")
+    policy.model.save_pretrained(folder / "adapter")
+
+
+def load_state(folder: Path, policy: Policy, optimizer) -> int:
+    """Put adapter and optimizer back; returns the number of steps done."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["adapter"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def open_run(s: Settings) -> Path:
+    """The run's folder: a new one with its settings written down, or the one to go on with."""
+    folder = Path(s.run or next_name(s))
+    if s.resume:
+        if not (folder / "state.pt").exists():
+            raise UserError(f"--resume: {folder} was stopped before its first saved state; start it again in another folder")
+        return folder
+    if (folder / "settings.json").exists():
+        raise UserError(f"--run {folder} holds a run already: go on with it by --resume, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", asdict(s) | {"run": str(folder)})
+    return folder
+
+
+def next_name(s: Settings) -> str:
+    """The first of runs/PRESET-seedN, runs/PRESET-seedN-2, ... that is free."""
+    names = [f"runs/{s.preset}-seed{s.seed}"] + [f"runs/{s.preset}-seed{s.seed}-{i}" for i in range(2, 10**4)]
+    return next(name for name in names if not Path(name).exists())
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+
+def train(s: Settings) -> dict:
+    """Train, evaluate and save in the folder `s.run`; returns what summary.json holds."""
+    begun = time.perf_counter()
+    folder = open_run(s)
+    torch.manual_seed(s.seed)
+    policy = load_policy(s.policy, s.load_in, s.rank, device=s.device, checkpointing=s.checkpointing)
+    segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
+    data = load_data(s.data, "train", s.samples, s.seed)
+    validation, test = load_data(s.data, "validation", s.eval_samples), load_data(s.data, "test", s.test_samples)
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
+    start = load_state(folder, policy, optimizer) if s.resume else 0
+    steps, log_file = len(data) // s.questions, folder / "metrics.jsonl"
+    earlier = [json.loads(line) for line in log_file.read_text().splitlines()[:start]] if start else []
+    log_file.write_text("".join(json.dumps(line) + "\n" for line in earlier))
+
+    if (folder / "base.json").exists():
+        base = json.loads((folder / "base.json").read_text())
+    else:
+        base = evaluate(policy, segmenter, test, s, "base").summary() | {"ceiling": ceiling(segmenter, test)}
+        write_json(folder / "base.json", base)
+    stop = catch_interrupt()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True)
+    for step in bar:
+        torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
+        batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)]
+        rollouts, seconds = roll_out(policy, segmenter, batch, s)
+        learnt = update(policy, optimizer, rollouts, s, step * s.updates)
+        line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
+        line["tokens_per_second"] = line["length"] * s.questions * s.group / line["seconds_rollout"]
+        if s.eval_every and (step + 1) % s.eval_every == 0:
+            report = evaluate(policy, segmenter, validation, s)
+            line |= {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
+            sample_sheet(folder / f"sheet-{step + 1:05d}.png", report.rows[:12], s.image_size, f"Validation after {step + 1} steps")
+            save_state(folder, policy, optimizer, step + 1)
+        with log_file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
+        if stop.is_set():
+            bar.close()
+            save_state(folder, policy, optimizer, step + 1)
+            print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  python train.py --resume --run {folder} --samples {s.samples}")
+            sys.exit(130)
+
+    save_state(folder, policy, optimizer, steps)
+    if all(not p.any() for n, p in policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
+        raise UserError("the adapter never changed: every group's answers all got the same reward (zero_variance in metrics.jsonl)")
+    report = evaluate(policy, segmenter, test, s, "trained")
+    summary = {
+        "samples": steps * s.questions, "seed": s.seed, "seconds": round(time.perf_counter() - begun, 1),
+        "base": {k: v for k, v in base.items() if k != "ceiling"}, "trained": report.summary(), "ceiling": base["ceiling"],
+    }  # fmt: skip
+    write_json(folder / "summary.json", summary)
+    sample_sheet(folder / "sheet-test.png", report.rows[:12], s.image_size, "Held-out test scenes after training")
+    curves(folder / "curves.png", [json.loads(line) for line in log_file.read_text().splitlines()], summary)
+    print(before_after(summary))
+    print(f"adapter, log, curves and sheets are in {folder}")
+    return summary
+
+
+def catch_interrupt() -> threading.Event:
+    """Ctrl-C lets the step in progress end; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+
+        def handler(*_):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            stop.set()
+            tqdm.write("stopping after this step (Ctrl-C again: at once)")
+
+        signal.signal(signal.SIGINT, handler)
+    return stop
+
+
+def peak_memory(device: str) -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def before_after(summary: dict) -> str:
+    """The table printed at the end."""
+    rows = [f"{'held-out test, greedy':<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
+    for name in ("base", "trained"):
+        x = summary[name]
+        rows.append(f"{name:<24}{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}")
+    rows.append(f"{'true boxes through SAM':<24}{summary['ceiling']['gIoU']:>8.3f}")
+    return "\n".join(rows)

@@ -1,0 +1,113 @@
+"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run. Colours are Okabe and Ito's."""
+
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files: no screen is needed
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
+
+
+def draw_answer(axes, row, size: int) -> None:
+    """One evaluated answer on its picture: truth as a dashed outline, SAM's mask filled, box, points (dot: on the object, cross: off it)."""
+    sample, reward = row.sample, row.reward
+    picture, answer = np.asarray(sample.image), reward.answer
+    axes.imshow(picture)
+    axes.set_xticks([]), axes.set_yticks([])
+    sx, sy = sample.image.width / size, sample.image.height / size
+    if reward.mask is not None and reward.mask.any():
+        colour = np.array([*matplotlib.colors.to_rgb(ORANGE), 0.55])
+        axes.imshow(reward.mask[..., None] * colour)
+    if sample.mask.any() and not sample.mask.all():
+        axes.contour(sample.mask, [0.5], colors="white", linewidths=1.6)
+        axes.contour(sample.mask, [0.5], colors=BLACK, linewidths=1.2, linestyles="dashed")
+    box = answer.box or answer.lenient_box
+    if box:
+        x1, y1, x2, y2 = box[0] * sx - 0.5, box[1] * sy - 0.5, box[2] * sx - 0.5, box[3] * sy - 0.5
+        for colour, width in (("white", 3.2), (BLUE, 1.6)):
+            axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=width)
+    for x, y, label in answer.points:
+        axes.plot(x * sx, y * sy, "o" if label else "X", color=GREEN if label else PINK, mec="white", ms=7)
+
+
+def sample_sheet(path: Path, rows: list, size: int, title: str, truth: bool = True) -> None:
+    """A PNG with one panel an answer: picture, masks, box and points, question, what the policy said, IoU and reward."""
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(3.1 * columns, 4.1 * lines + 0.6), squeeze=False)
+    for axes in panels.flat:
+        axes.axis("off")
+    for axes, row in zip(panels.flat, rows):
+        axes.axis("on")
+        draw_answer(axes, row, size)
+        axes.set_title("\n".join(textwrap.wrap(row.sample.question, 34)), fontsize=9.5)
+        said = "\n".join(textwrap.wrap(row.text.replace("$", r"\$"), 46)[:5])
+        verdict = f"IoU {row.reward.iou:.2f}   reward {row.reward.total:.0f}   " if truth else ""
+        verdict += "" if row.reward.answer.in_format else "outside the format"
+        axes.set_xlabel(f"{verdict}\n{said}".strip(), fontsize=7.5, loc="left")
+    figure.suptitle(f"{title}\n{'dashed: truth, ' if truth else ''}orange: SAM's mask, blue: the policy's box, dot and cross: its points", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
+    """Running mean over up to `window` steps, the ends over what there is."""
+    half = window // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
+    """A PNG with a run's curves from the lines of metrics.jsonl; `summary` adds base, trained and ceiling as lines."""
+    step = np.array([line["step"] for line in log])
+    column = lambda name: np.array([line.get(name, np.nan) for line in log], float)  # noqa: E731
+    looks = [(line["step"], line) for line in log if "validation_gIoU" in line]
+    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(12, 6.6))
+
+    for name, colour, label in (("reward", BLUE, "total, 0 to 6"), ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4")):
+        a.plot(step, column(name), color=colour, alpha=0.25, lw=1)
+        a.plot(step, smooth(column(name)), color=colour, lw=2, label=label)
+    a.set(title="Reward of the sampled answers", ylabel="mean reward")
+    a.legend(fontsize=8)
+
+    for name, colour, label in (("gIoU", BLUE, "gIoU"), ("gIoU_lenient", ORANGE, "lenient gIoU")):
+        if looks:
+            b.plot([x for x, _ in looks], [line[f"validation_{name}"] for _, line in looks], "o-", color=colour, ms=4, label=f"{label}, validation")
+        if summary:
+            b.plot([0, step[-1]], [summary["base"][name], summary["trained"][name]], "s", color=colour, ms=8, mfc="none", label=f"{label}, test")
+    if summary:
+        b.axhline(summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM")
+    b.set(title="Held-out scenes, greedy", ylabel="gIoU", ylim=(0, 1))
+    b.legend(fontsize=8, loc="lower right")
+
+    for name, colour, label in (("reasoning_format", BLUE, "reasoning format"), ("segmentation_format", ORANGE, "segmentation format"),
+                                ("zero_variance", GREEN, "groups without variance"), ("unique", PINK, "unique answers")):  # fmt: skip
+        c.plot(step, smooth(column(name)), color=colour, lw=1.8, label=label)
+    c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
+    c.legend(fontsize=8)
+
+    d.plot(step, smooth(column("kl")), color=BLUE, lw=1.8, label="KL to the base")
+    d.plot(step, smooth(column("entropy")), color=ORANGE, lw=1.8, label="entropy")
+    d.set(title="How far, how sure", ylabel="nats a token")
+    d.legend(fontsize=8)
+
+    e.plot(step, 100 * smooth(column("clip_low")), color=BLUE, lw=1.8, label="lower side, 1 - eps_low")
+    e.plot(step, 100 * smooth(column("clip_high")), color=ORANGE, lw=1.8, label="upper side, 1 + eps_high")
+    e.set(title="Tokens held by the clip", ylabel="percent of tokens")
+    e.legend(fontsize=8)
+
+    f.plot(step, smooth(column("length")), color=BLUE, lw=1.8, label="answer length, tokens")
+    f.plot(step, 10 * smooth(column("points")), color=ORANGE, lw=1.8, label="points an answer, x 10")
+    f.set(title="Answers", ylabel="tokens", ylim=(0, None))
+    f.legend(fontsize=8)
+
+    for axes in (a, b, c, d, e, f):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

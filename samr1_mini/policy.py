@@ -1,0 +1,283 @@
+"""The policy: a Qwen2.5-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
+
+The prompt (about 150 words of text and up to 900 picture tokens) is long and the same for all G answers of a group, so it is
+encoded once: `encode` runs the vision tower once a question, `sample` fills one KV cache a question and repeats it G times, and
+`logprobs` packs a question and its G answers into one row in which every answer sees the prompt and itself.
+
+Shapes: B questions, G answers a question, N = B * G, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, DynamicCache, Qwen2_5_VLForConditionalGeneration
+
+from .config import UserError
+
+TINY = Path(__file__).parent / "tiny" / "policy"
+
+PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside <think> </think>, then give \
+the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, and points in the box, each labelled 1 \
+on the object and 0 off it, all in pixels of the {width} x {height} picture. Example:
+<think>The left cup is nearer to the plate.</think><answer>{{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}}</answer>
+Question: {question}"""
+
+# Attention and MLP projections of the language model; the vision tower has projections of the same names and stays as it is.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass
+class Policy:
+    model: PeftModel
+    processor: object  # chat template, tokenizer and image processor
+    banned: torch.Tensor  # bool [V]: ids that must never be sampled
+
+    @property
+    def base(self) -> Qwen2_5_VLForConditionalGeneration:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.lm_head.weight.device
+
+    @contextmanager
+    def reference(self):
+        """The frozen reference policy: this one with its adapter switched off, so no second model is held."""
+        with self.model.disable_adapter():
+            yield
+
+
+@dataclass
+class Prompt:
+    """One question about one picture, encoded."""
+
+    ids: torch.Tensor  # [P]
+    embeds: torch.Tensor  # [P, D] token embeddings, the picture's features in their places
+    positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
+
+    @property
+    def next_position(self) -> int:
+        """Where the answer's positions start: a picture takes fewer positions than tokens, so this is not P."""
+        return int(self.positions.max()) + 1
+
+
+@dataclass
+class Completion:
+    """One sampled answer. `ids` ends with eos unless it was cut off; `logps` are those of the distribution it was drawn from."""
+
+    ids: torch.Tensor  # [L]
+    logps: torch.Tensor  # [L] fp32
+    truncated: bool
+    text: str
+
+
+# ---------------------------------------------------------------------------------------------------- load
+
+
+def load_policy(
+    name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu", checkpointing: bool = False
+) -> Policy:
+    """Load a Qwen2.5-VL folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32), with a trainable LoRA adapter.
+
+    `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
+    "tiny" is the folder in the package. Raises UserError where nothing can be loaded, or another kind of model is named.
+    """
+    name = str(TINY) if name == "tiny" else str(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--policy {name}: no model folder of that name, and the hub does not give one ({str(error).splitlines()[0]})") from None
+    if config.model_type != "qwen2_5_vl":
+        raise UserError(f"--policy {name} is a {config.model_type} model; this policy needs a Qwen2.5-VL (model type qwen2_5_vl)")
+    dtype = torch.float32 if load_in == "fp32" or (load_in == "nf4" and device == "cpu") else torch.bfloat16
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],  # a 4-bit vision tower or head breaks the model
+    )  # fmt: skip
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        name, dtype=dtype, quantization_config=nf4 if load_in == "nf4" else None, device_map={"": device}, attn_implementation="sdpa"
+    ).requires_grad_(False)
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with AVX512-BF16 bitsandbytes 0.50 swaps in a bf16 inference kernel after the first evaluation. It has no
+            # backward, so gradients through the base would silently vanish, and sampling would differ from training.
+            module.support_avx512bf16_for_cpu = False
+    if checkpointing:  # keep only each layer's input and recompute the rest in the backward
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    if adapter is not None:
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    else:
+        model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS))
+    processor = AutoProcessor.from_pretrained(name)
+    return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer))
+
+
+def banned_ids(model, tokenizer) -> torch.Tensor:
+    """Bool [V]: picture and video placeholders (a sampled one would ask the next forward for a picture) and ids without a token."""
+    config = model.config
+    banned = torch.zeros(model.lm_head.weight.shape[0], dtype=torch.bool, device=model.lm_head.weight.device)
+    banned[len(tokenizer) :] = True
+    pad = tokenizer.convert_tokens_to_ids("<|vision_pad|>")
+    for token in (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id, pad):
+        if token is not None and token < len(banned):
+            banned[token] = True
+    return banned
+
+
+# ---------------------------------------------------------------------------------------------------- prompt
+
+
+def prompt_text(processor, question: str, width: int, height: int) -> str:
+    """The chat text of one question, with one picture placeholder."""
+    text = PROMPT.format(question=question.strip(), width=width, height=height)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
+    """Encode B questions: the vision tower sees each picture once, here, and never again.
+
+    All pictures have the same size, a multiple of 28 pixels a side, in which the answers' coordinates are counted.
+    """
+    base, prompts = policy.base, []
+    step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: at most about 4,096 patches
+    for i in range(0, len(images), step):
+        part = images[i : i + step]
+        texts = [prompt_text(policy.processor, q, im.width, im.height) for q, im in zip(questions[i : i + step], part)]
+        inputs = policy.processor(text=texts, images=part, padding=True, return_tensors="pt").to(policy.device)
+        positions, _ = base.model.get_rope_index(
+            inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw, attention_mask=inputs.attention_mask
+        )  # [3, b, P]
+        features = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw).pooler_output  # b x [picture tokens, D]
+        embeds = base.get_input_embeddings()(inputs.input_ids)  # [b, P, D]
+        where = (inputs.input_ids == base.config.image_token_id)[..., None]
+        embeds = embeds.masked_scatter(where, torch.cat(features).to(embeds.dtype))
+        for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
+            prompts.append(Prompt(inputs.input_ids[b, real], embeds[b, real], positions[:, b, real]))
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------- sample
+
+
+def token_logits(policy: Policy, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Hidden states [..., D] -> fp32 logits [..., V] of the one distribution that is sampled from and trained on."""
+    logits = policy.base.lm_head(hidden).float() / temperature
+    return logits.masked_fill(policy.banned, -1e30)  # finite, so that 0 * logit stays 0 in the entropy
+
+
+@torch.no_grad()
+def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: int, temperature: float = 1.0) -> list[list[Completion]]:
+    """Draw `group` answers to each of B prompts -> B lists of `group` completions; temperature 0 is greedy.
+
+    No top-k, no top-p, no repetition penalty, nothing from the model's generation_config: GRPO's ratio needs the distribution
+    that was sampled to be the one that is trained. Uses torch's global random state.
+    """
+    language, tokenizer = policy.base.model.language_model, policy.processor.tokenizer
+    eos, count = tokenizer.eos_token_id, len(prompts) * group
+    length = max(len(p.ids) for p in prompts)
+    pad = [length - len(p.ids) for p in prompts]
+    # Padding goes to the left, so that every prompt's last token stands in the last column.
+    embeds = torch.stack([torch.nn.functional.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pad)])  # [B, P, D]
+    positions = torch.stack([torch.nn.functional.pad(p.positions, (n, 0)) for p, n in zip(prompts, pad)], 1)  # [3, B, P]
+    mask = torch.stack([torch.arange(length, device=policy.device) >= n for n in pad]).long()  # [B, P]
+    cache = DynamicCache(config=policy.base.config.text_config)
+    hidden = language(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    ).last_hidden_state[:, -1]  # [B, D]
+
+    cache.batch_repeat_interleave(group)  # the prompt was read once; now N = B * G rows share what was read
+    hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)  # [N, D], [N, P]
+    position = torch.tensor([p.next_position for p in prompts], device=policy.device).repeat_interleave(group)  # [N]
+    ids = torch.full((count, max_new_tokens), eos, device=policy.device)  # [N, L]
+    logps = torch.zeros(count, max_new_tokens, device=policy.device)  # [N, L]
+    lengths = torch.full((count,), max_new_tokens, device=policy.device)  # [N]
+    alive = torch.ones(count, dtype=torch.bool, device=policy.device)  # [N]
+    for t in range(max_new_tokens):
+        logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [N, V]
+        token = torch.multinomial(logp.exp(), 1)[:, 0] if temperature else logp.argmax(-1)  # [N]
+        ids[:, t], logps[:, t] = token, logp.gather(1, token[:, None])[:, 0]
+        lengths[alive & (token == eos)] = t + 1
+        alive &= token != eos
+        if not alive.any() or t + 1 == max_new_tokens:
+            break
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        hidden = language(
+            inputs_embeds=policy.base.get_input_embeddings()(token)[:, None], attention_mask=mask,
+            position_ids=(position + t).expand(3, -1)[..., None], past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip  # [N, D]
+    # Where an answer ends is known from its length, never from its ids: pad and eos may be one token.
+    answers = [Completion(ids[n, :size], logps[n, :size], bool(alive[n]), "") for n, size in enumerate(lengths.tolist())]
+    for answer, text in zip(answers, tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)):
+        answer.text = text
+    return [answers[b * group : (b + 1) * group] for b in range(len(prompts))]
+
+
+# ---------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]):
+    """Lay each prompt and its answers in one row: [prompt, answer 1, ..., answer G] -> what the language model is called with.
+
+    Returns embeds [B, T, D], mask bool [B, 1, T, T], positions [3, B, T], and for every answer token, in order, the row and
+    column of the hidden state that predicts it, and the token itself: three LongTensors [sum of all L].
+    """
+    rows = [len(p.ids) + sum(len(ids) - 1 for ids in group) for p, group in zip(prompts, groups)]
+    size, embed = max(rows), policy.base.get_input_embeddings()
+    embeds = prompts[0].embeds.new_zeros(len(prompts), size, prompts[0].embeds.shape[-1])
+    positions = torch.zeros(3, len(prompts), size, dtype=torch.long)
+    segment = torch.full((len(prompts), size), -1)  # 0: prompt, 1..G: answers, -1: padding
+    row, column, target = [], [], []
+    for b, (prompt, group) in enumerate(zip(prompts, groups)):
+        start = len(prompt.ids)
+        parts, places = [prompt.embeds], [prompt.positions.cpu()]
+        segment[b, :start] = 0
+        for g, ids in enumerate(group, 1):
+            read = len(ids) - 1  # the last token is predicted, never read
+            parts.append(embed(ids[:-1]))
+            places.append((prompt.next_position + torch.arange(read)).expand(3, -1))  # every answer starts where the prompt ends
+            segment[b, start : start + read] = g
+            column += [len(prompt.ids) - 1, *range(start, start + read)]  # the prompt's last token predicts each answer's first
+            row += [b] * len(ids)
+            target.append(ids)
+            start += read
+        embeds[b, :start] = torch.cat(parts)
+        positions[:, b, :start] = torch.cat(places, 1)
+    segment = segment.to(policy.device)
+    same = segment[:, :, None] == segment[:, None, :]  # [B, T, T]
+    causal = torch.ones(size, size, dtype=torch.bool, device=policy.device).tril()
+    mask = causal & (same | (segment[:, None, :] == 0))
+    index = torch.tensor([row, column], device=policy.device)
+    return embeds, mask[:, None], positions.to(policy.device), index[0], index[1], torch.cat(target)
+
+
+def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
+    """Log-probabilities [n] of the tokens `target` [n] and the entropy [n] of each choice, from hidden states [n, D], in fp32."""
+    logits = token_logits(policy, hidden, temperature)  # [n, V]
+    normaliser = logits.logsumexp(-1)  # [n]
+    entropy = normaliser.detach() - (logits.detach().softmax(-1) * logits.detach()).sum(-1)
+    return logits.gather(1, target[:, None])[:, 0] - normaliser, entropy
+
+
+def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]], temperature: float = 1.0):
+    """Log-probabilities of B groups of answers (B lists of ids [L]) -> (logps, entropy), both fp32 [sum of all L], answer after answer.
+
+    Logits [tokens, V] are made a chunk at a time, for answer tokens alone, and made again in the backward: 8 answers of 512 tokens
+    over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
+    """
+    embeds, mask, positions, row, column, target = pack(policy, prompts, groups)
+    hidden = policy.base.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state[row, column]  # [sum of L, D]
+    step = max(1, 2**26 // policy.banned.numel())  # at most 256 MB of fp32 logits at a time
+    parts = [
+        checkpoint(chosen_logprobs, policy, h, t, temperature, use_reentrant=False)
+        for h, t in zip(hidden.split(step), target.split(step))
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

@@ -1,0 +1,240 @@
+"""The reward: text -> answer (box, points) -> SAM's mask -> IoU with the true mask -> eq. (5), and two terms for the format.
+
+    reward = accuracy (0, 2, 3 or 4) + reasoning format (0 or 1) + segmentation format (0 or 1)
+
+No network is trained here and nothing is learnt from boxes: the policy is paid for what Segment Anything makes of its prompt.
+Frames: answers count pixels of the square picture the policy sees; SAM and the true mask keep the picture's own size [H, W].
+"""
+
+import json
+import math
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from segment_anything import SamPredictor, sam_model_registry
+
+from .data import Sample
+from .metrics import box_iou, intersection_union, iou
+from .tiny import build as _tiny  # noqa: F401  (registers the tiny SAM beside vit_b, vit_l and vit_h)
+
+ACCURACIES = ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou")
+MAX_TEXT = 20_000  # characters; nothing that long is an answer
+
+
+# ---------------------------------------------------------------------------------------------------- parse
+
+
+@dataclass
+class Answer:
+    """What a text says. `box` and `points` are in the policy's pixels, and set only where the segmentation format holds."""
+
+    box: tuple[float, float, float, float] | None = None
+    points: list[tuple[float, float, int]] = field(default_factory=list)
+    reasoning_format: bool = False
+    segmentation_format: bool = False
+    why: str = ""  # what broke the format, for people
+    lenient_box: tuple[float, float, float, float] | None = None  # a box found anywhere in the text, for gIoU_lenient
+
+    @property
+    def in_format(self) -> bool:
+        return self.reasoning_format and self.segmentation_format
+
+
+def _number(value) -> float:
+    """A finite JSON number as a float; anything else (true, "3", NaN, 1e999) is a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+        raise ValueError(f"{str(value)[:20]!r} is not a number")
+    return float(value)
+
+
+def _box(value, width: int, height: int) -> tuple[float, float, float, float]:
+    """Four numbers, clipped to the picture; reversed and empty boxes are refused."""
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        raise ValueError("bbox is not a list of four numbers")
+    x1, y1, x2, y2 = map(_number, value)
+    x1, x2 = min(max(x1, 0.0), width), min(max(x2, 0.0), width)
+    y1, y2 = min(max(y1, 0.0), height), min(max(y2, 0.0), height)
+    if x1 >= x2 or y1 >= y2:
+        raise ValueError("bbox is reversed, empty or outside the picture")
+    return x1, y1, x2, y2
+
+
+def _points(value, width: int, height: int, max_points: int) -> list[tuple[float, float, int]]:
+    """Labelled points [[x, y, 0 or 1], ...], clipped to the picture."""
+    if not isinstance(value, list) or not value:
+        raise ValueError("points is not a list of [x, y, label]")
+    if len(value) > max_points:  # without a cap a trained policy emits ever more of them
+        raise ValueError(f"{len(value)} points, at most {max_points} are allowed")
+    points = []
+    for point in value:
+        if not isinstance(point, list) or len(point) != 3:
+            raise ValueError("a point is not [x, y, label]")
+        x, y, label = map(_number, point)
+        if label not in (0, 1):
+            raise ValueError(f"label {label:g} is neither 0 nor 1")
+        points.append((min(max(x, 0.0), width - 1), min(max(y, 0.0), height - 1), int(label)))
+    return points
+
+
+# Four numbers in brackets or parentheses. Every repeat is bounded, so hostile text costs linear time.
+_NUMBER = r"\s{0,4}(-?\d{1,6}(?:\.\d{1,6})?)\s{0,4}"
+_FOUR = re.compile(r"[\[(]" + ",".join([_NUMBER] * 4) + r"[\])]")
+
+
+def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
+    """Read an answer to a `width` x `height` picture. Never raises, runs in linear time; `why` says what is wrong.
+
+    >>> parse('<think>Left.</think><answer>{"bbox": [1, 2, 9, 8], "points": [[5, 5, 1]]}</answer>', 28, 28).box
+    (1.0, 2.0, 9.0, 8.0)
+    """
+    answer, text = Answer(), text[:MAX_TEXT].strip()
+    for match in _FOUR.finditer(text):
+        try:
+            answer.lenient_box = _box([float(v) for v in match.groups()], width, height)
+            break
+        except ValueError:
+            continue
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    places = [text.find(tag) for tag in tags]
+    whole = all(text.count(tag) == 1 for tag in tags) and places == sorted(places)
+    between = text[places[1] + len(tags[1]) : places[2]].strip() if whole else ""
+    answer.reasoning_format = whole and text.startswith(tags[0]) and text.endswith(tags[3]) and not between
+    if not answer.reasoning_format:
+        answer.why = "not <think>...</think><answer>...</answer>"
+    try:
+        if text.count(tags[2]) != 1 or text.count(tags[3]) != 1 or places[3] < places[2]:
+            raise ValueError("not exactly one <answer>...</answer>")
+        inside = text[places[2] + len(tags[2]) : places[3]].strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+        said = json.loads(inside)
+        if not isinstance(said, dict):
+            raise ValueError("the answer is not a JSON object")
+        box = _box(said.get("bbox"), width, height)
+        points = _points(said.get("points"), width, height, max_points)
+        answer.box, answer.points, answer.segmentation_format, answer.lenient_box = box, points, True, box
+    except (ValueError, RecursionError) as error:  # JSON errors are ValueErrors; deep nesting is a RecursionError
+        answer.why = "; ".join(filter(None, [answer.why, str(error) or "nested too deep"]))
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------------- segment
+
+
+class Segmenter:
+    """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are kept."""
+
+    def __init__(self, sam, remember: int = 64):
+        self.predictor, self.remember, self.encoded = SamPredictor(sam), remember, OrderedDict()
+
+    def look_at(self, image: np.ndarray) -> None:
+        """Encode a picture, uint8 RGB [H, W, 3], unless it is remembered."""
+        key = blake2b(np.ascontiguousarray(image), digest_size=16).digest() + str(image.shape).encode()
+        if key not in self.encoded:
+            self.predictor.set_image(image, image_format="RGB")
+            self.encoded[key] = (self.predictor.features, self.predictor.original_size, self.predictor.input_size)
+            while len(self.encoded) > self.remember:
+                self.encoded.popitem(last=False)
+        self.encoded.move_to_end(key)
+        self.predictor.features, self.predictor.original_size, self.predictor.input_size = self.encoded[key]
+        self.predictor.is_image_set = True
+
+    @torch.no_grad()
+    def masks(self, image: np.ndarray, boxes: list[tuple], points: list[list[tuple]]) -> np.ndarray:
+        """Masks bool [n, H, W] for n prompts in the picture's own pixels: a box (x1, y1, x2, y2) and points [(x, y, label), ...].
+
+        Of SAM's three masks the one with the highest predicted score counts, in training and in evaluation alike. All prompts with
+        the same number of points share one decoder pass: padding shorter ones would make a mask depend on its neighbours.
+        """
+        self.look_at(image)
+        predictor, found = self.predictor, np.zeros((len(boxes), *image.shape[:2]), bool)
+        for count in sorted({len(p) for p in points}):
+            rows = [i for i, p in enumerate(points) if len(p) == count]
+            box = torch.tensor([boxes[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, 4]
+            box = predictor.transform.apply_boxes_torch(box, predictor.original_size)
+            place = label = None
+            if count:
+                mark = torch.tensor([points[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, count, 3]
+                place = predictor.transform.apply_coords_torch(mark[..., :2], predictor.original_size)
+                label = mark[..., 2]
+            masks, scores, _ = predictor.predict_torch(place, label, box, multimask_output=True)  # [n, 3, H, W], [n, 3]
+            best = scores.argmax(1)
+            found[rows] = masks[torch.arange(len(rows)), best].cpu().numpy()
+        return found
+
+
+def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
+    """Segment Anything by kind: "tiny" (weights in the package), "vit_b", "vit_l" or "vit_h" with the file `checkpoint`."""
+    if kind == "tiny":
+        sam = sam_model_registry["tiny"](checkpoint or _tiny.SAM)
+    else:
+        sam = sam_model_registry[kind]()
+        sam.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    return Segmenter(sam.to(device).requires_grad_(False))
+
+
+# ---------------------------------------------------------------------------------------------------- reward
+
+
+@dataclass
+class Reward:
+    """The reward of one answer, its terms, and what they were computed from."""
+
+    total: float
+    accuracy: float
+    answer: Answer
+    iou: float  # of SAM's mask; 0 where the answer cannot be read
+    pair: tuple[int, int]  # its intersection and union, pixels
+    mask: np.ndarray | None  # bool [H, W]
+
+
+def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> float:
+    """Eq. (5), 0 to 4, and what the paper's table 3 and we compare it with; "box-iou" puts the box's IoU through the same tiers."""
+    if kind.startswith("threshold:"):
+        return 4.0 * (mask_iou > float(kind.split(":")[1]))
+    if kind == "iou":
+        return 4.0 * mask_iou
+    value = answer_box_iou if kind == "box-iou" else mask_iou
+    return 4.0 if value > 0.8 else 3.0 if value > 0.7 else 2.0 if value > 0.5 else 0.0  # eq. (5)
+
+
+def to_picture(answer_box: tuple, points: list[tuple], sample: Sample, size: int) -> tuple[tuple, list[tuple]]:
+    """An answer's coordinates from the policy's size x size frame to the picture's own pixels."""
+    sx, sy = sample.image.width / size, sample.image.height / size
+    x1, y1, x2, y2 = answer_box
+    return (x1 * sx, y1 * sy, x2 * sx, y2 * sy), [(x * sx, y * sy, label) for x, y, label in points]
+
+
+def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The smallest box that holds a bool mask [H, W]; (0, 0, 0, 0) for an empty one."""
+    ys, xs = np.where(mask)
+    return (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0)
+
+
+def score_group(
+    segmenter: Segmenter, sample: Sample, texts: list[str], size: int, accuracy: str = "tiered", weights=(1.0, 1.0, 1.0),
+    max_points: int = 8, lenient: bool = False,
+) -> list[Reward]:  # fmt: skip
+    """Reward G texts that answer one sample, seen by the policy at `size` x `size` pixels.
+
+    `weights` are those of accuracy, reasoning format and segmentation format. `lenient` segments with a box found anywhere in
+    the text where there is no proper answer: for evaluation beside the strict figure, never for training.
+    """
+    answers = [parse(text, size, size, max_points) for text in texts]
+    boxes = [a.lenient_box if lenient else a.box for a in answers]
+    read = [i for i, box in enumerate(boxes) if box is not None]
+    prompts = [to_picture(boxes[i], answers[i].points, sample, size) for i in read]
+    masks = dict(zip(read, segmenter.masks(np.asarray(sample.image), *map(list, zip(*prompts))))) if read else {}
+    prompted, rewards = dict(zip(read, prompts)), []
+    for i, answer in enumerate(answers):
+        pair = intersection_union(masks.get(i), sample.mask)
+        value = iou(*pair) if i in masks else 0.0
+        close = box_iou(prompted[i][0], tight_box(sample.mask)) if i in masks else 0.0
+        terms = (accuracy_term(accuracy, value, close), float(answer.reasoning_format), float(answer.segmentation_format))
+        total = sum(w * t for w, t in zip(weights, terms))
+        rewards.append(Reward(total, terms[0], answer, value, pair, masks.get(i)))
+    return rewards

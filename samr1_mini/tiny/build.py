@@ -1,0 +1,108 @@
+"""The shapes of the two tiny networks: Qwen2.5-VL and Segment Anything, each the public class with small numbers in it."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from segment_anything import sam_model_registry
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from .scenes import SIZE
+
+HERE = Path(__file__).parent
+POLICY = HERE / "policy"  # an ordinary model folder: from_pretrained reads it
+SAM = HERE / "sam.safetensors"
+
+
+def build_sam_tiny(checkpoint: str | Path | None = None) -> Sam:
+    """segment_anything's Sam for 112 x 112 pictures: patch 8, four ViT blocks of width 96, a decoder of width 64.
+
+    Same signature as the package's build_sam_vit_b, and registered beside it under "tiny"; `checkpoint` is a safetensors file.
+    """
+    width, patch, grid = 64, 8, SIZE // 8
+    sam = Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=SIZE, patch_size=patch, embed_dim=96, depth=4, num_heads=4, mlp_ratio=4, out_chans=width, qkv_bias=True,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=0, global_attn_indexes=(),
+        ),  # fmt: skip
+        prompt_encoder=PromptEncoder(
+            embed_dim=width, image_embedding_size=(grid, grid), input_image_size=(SIZE, SIZE), mask_in_chans=16
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=width, num_multimask_outputs=3, iou_head_depth=3, iou_head_hidden_dim=width,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=256, num_heads=4),
+        ),  # fmt: skip
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )
+    if checkpoint is not None:
+        sam.load_state_dict({k: v.float() for k, v in load_file(str(checkpoint)).items()})
+    return sam.eval()
+
+
+sam_model_registry["tiny"] = build_sam_tiny
+
+
+# ---------------------------------------------------------------------------------------------------- the policy
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+
+# Qwen's chat layout: a default system line, one block a turn, one placeholder a picture.
+CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def build_processor(texts: list[str]) -> Qwen2_5_VLProcessor:
+    """Qwen2.5-VL's processor over a small byte-level BPE tokenizer: every word and number of `texts` becomes one token, all else stays spellable."""
+    bpe = Tokenizer(models.BPE())
+    words = r" ?\p{L}+|\p{N}+|[^\p{L}\p{N}]+?(?= \p{L})|[^\p{L}\p{N}]+"  # whole words, whole numbers, whatever stands between them
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**5, show_progress=False, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL, padding_side="left"
+    )
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels), chat_template=CHAT_TEMPLATE
+    )
+
+
+def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL with random weights: a vision tower of width 128, a language model of four layers of width 192."""
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        vision_config=dict(
+            depth=4, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=192, patch_size=14, spatial_merge_size=2,
+            window_size=112, fullatt_block_indexes=[1, 3],
+        ),
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+            num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+        ),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)

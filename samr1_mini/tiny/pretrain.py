@@ -1,0 +1,355 @@
+"""Make both tiny networks from nothing: `python -m samr1_mini.tiny.pretrain` (about two hours on 2 CPU cores, less on a GPU).
+
+Supervised training stands here for what Qwen and SAM already know before SAM-R1 begins:
+    sam       Segment Anything learns to cut drawn shapes from boxes and points
+    vision    the vision tower alone learns what lies under each picture token, and its box as a choice among pixel bins
+    language  the whole policy learns to name and find things; last, it is made loose and mixed in style
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from ..data import load_data
+from ..metrics import box_iou
+from ..policy import PROMPT, Policy, Prompt, banned_ids, encode, load_policy, logprobs, sample
+from ..reward import load_segmenter, parse, tight_box
+from .build import POLICY, SAM, build_policy, build_processor, build_sam_tiny
+from .scenes import COLOUR_OF, COLOURS, KINDS, PRETRAIN, SHAPE_WITH, SHAPES, SIZE, SPLITS, Scene, Thing, ask, fair_questions, make_scene
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def scenes_from(start: int, count: int) -> list[Scene]:
+    """`count` scenes of the pretraining range, from its `start`-th on."""
+    return [make_scene(PRETRAIN[0] + start + i) for i in range(count)]
+
+
+def one_cycle(optimizer, steps: int):
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=0.1, final_div_factor=20
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- SAM
+
+
+def jittered_box(thing: Thing, rng: np.random.Generator, spread: float) -> list[float]:
+    """The tight box with each side moved by N(0, spread * side length) pixels."""
+    x1, y1, x2, y2 = thing.box
+    scale = spread * np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
+    return (np.array([x1, y1, x2, y2]) + rng.normal(0, 1, 4) * scale).clip(0, SIZE).tolist()
+
+
+def points_on(thing: Thing, rng: np.random.Generator, positive: int, negative: int) -> list[list[int]]:
+    """Random labelled points [[x, y, label], ...]: 1 on the thing, 0 inside its box and off it."""
+    x1, y1, x2, y2 = thing.box
+    window = thing.mask[y1:y2, x1:x2]
+    chosen = []
+    for label, count in ((1, positive), (0, negative)):
+        ys, xs = np.where(window == bool(label))
+        for i in rng.integers(len(ys), size=count if len(ys) else 0):
+            chosen.append([int(xs[i]) + x1, int(ys[i]) + y1, label])
+    return chosen
+
+
+def sam_masks(sam, embedding: torch.Tensor, boxes: torch.Tensor, points: torch.Tensor | None, labels: torch.Tensor | None):
+    """Mask logits [N, 3, SIZE, SIZE] and predicted IoU [N, 3] for N prompts on one encoded picture [1, C, h, w]."""
+    sparse, dense = sam.prompt_encoder(points=None if points is None else (points, labels), boxes=boxes, masks=None)
+    low, quality = sam.mask_decoder(
+        image_embeddings=embedding, image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
+    )  # fmt: skip
+    return sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE)), quality
+
+
+def train_sam(steps: int, out: Path, pictures: int = 16) -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    sam = build_sam_tiny().train().to(DEVICE)
+    optimizer = torch.optim.AdamW(sam.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule, bar = one_cycle(optimizer, steps), tqdm(range(steps), desc="sam")
+    running = 0.0
+    for step in bar:
+        scenes = scenes_from(step * pictures, pictures)
+        images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1).float() for s in scenes]).to(DEVICE)
+        embeddings = sam.image_encoder(sam.preprocess(images))  # [B, C, h, w]
+        logits, quality, truth = [], [], []
+        for embedding, scene in zip(embeddings, scenes):
+            # Half of the pictures are prompted with boxes alone, half with boxes and one to four points.
+            count = int(rng.integers(1, 5)) if rng.random() < 0.5 else 0
+            boxes = [jittered_box(t, rng, rng.uniform(0, 0.08)) for t in scene.things]
+            points = labels = None
+            if count:
+                negative = int(rng.integers(0, count))
+                marks = [points_on(t, rng, count - negative, negative) for t in scene.things]
+                marks = torch.tensor([(m + [[0, 0, -1]] * count)[:count] for m in marks], dtype=torch.float32, device=DEVICE)
+                points, labels = marks[..., :2] + 0.5, marks[..., 2]
+            m, q = sam_masks(sam, embedding[None], torch.tensor(boxes, dtype=torch.float32, device=DEVICE), points, labels)
+            logits.append(m), quality.append(q)
+            truth += [torch.from_numpy(t.mask) for t in scene.things]
+        logits, quality = torch.cat(logits), torch.cat(quality)  # [N, 3, H, W], [N, 3]
+        truth = torch.stack(truth).to(DEVICE).float()[:, None].expand_as(logits)
+        chance = logits.sigmoid()
+        dice = 1 - (2 * (chance * truth).sum((2, 3)) + 1) / (chance.sum((2, 3)) + truth.sum((2, 3)) + 1)
+        cross = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))
+        loss_mask = dice + 10 * cross  # [N, 3]
+        with torch.no_grad():
+            hard = logits > 0
+            iou = (hard & (truth > 0.5)).sum((2, 3)) / (hard | (truth > 0.5)).sum((2, 3)).clamp(min=1)
+        # As in SAM: only the best of the three masks learns, and the quality head learns the IoU of all three.
+        loss = loss_mask.min(1).values.mean() + 0.05 * loss_mask.mean() + F.mse_loss(quality, iou)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        chosen = iou.gather(1, quality.argmax(1, keepdim=True)).mean().item()
+        running = chosen if step == 0 else 0.97 * running + 0.03 * chosen
+        if step % 25 == 0:
+            bar.set_postfix(IoU=f"{running:.3f}", loss=f"{loss.item():.3f}")
+    save_file({k: v.half().contiguous().cpu() for k, v in sam.state_dict().items()}, out)
+
+
+# ---------------------------------------------------------------------------------------------------- vision tower
+
+CELL = 28  # pixels a side of one merged picture token
+GRID = SIZE // CELL
+
+
+def cell_targets(scene: Scene) -> np.ndarray:
+    """What lies under each picture token, int [GRID * GRID, 7]: objectness, colour, shape, x1, y1, x2, y2; row by row.
+
+    A cell belongs to the object whose centre is in it, else to the one that covers most of it.
+    """
+    targets = np.zeros((GRID, GRID, 7), np.int64)
+    claim = np.zeros((GRID, GRID))
+    for thing in scene.things:
+        cover = thing.mask.reshape(GRID, CELL, GRID, CELL).sum((1, 3)).astype(float)
+        cover[int(thing.y) // CELL, int(thing.x) // CELL] += CELL * CELL
+        mine = (cover > claim) & (cover >= 16)
+        claim[mine] = cover[mine]
+        targets[mine] = [1, list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), *thing.box]
+    return targets.reshape(-1, 7)
+
+
+def soft_bins(position: torch.Tensor) -> torch.Tensor:
+    """A pixel position [...] as a soft choice among SIZE + 1 bins [..., SIZE + 1]: a bell of 1.5 px around the true one."""
+    bins = torch.arange(SIZE + 1, device=position.device)
+    return (-((bins - position[..., None]) ** 2) / (2 * 1.5**2)).softmax(-1)
+
+
+def train_vision(steps: int, out: Path, pictures: int = 48) -> None:
+    torch.manual_seed(1)
+    processor = build_processor(["nothing to read yet"])
+    tower = build_policy(processor.tokenizer).model.visual.train().to(DEVICE)
+    width = tower.config.out_hidden_size
+    head = torch.nn.Linear(width, 1 + len(COLOURS) + len(SHAPES) + 4 * (SIZE + 1)).to(DEVICE)  # thrown away afterwards
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule, bar = one_cycle(optimizer, steps), tqdm(range(steps), desc="vision")
+    for step in bar:
+        scenes = scenes_from(10**6 + step * pictures, pictures)
+        inputs = processor.image_processor([s.image for s in scenes], return_tensors="pt").to(DEVICE)
+        target = torch.from_numpy(np.concatenate([cell_targets(s) for s in scenes])).to(DEVICE)  # [B * 16, 7]
+        features = tower(inputs.pixel_values, grid_thw=inputs.image_grid_thw).pooler_output  # [B * 16, width]
+        there, colour, shape, box = head(features).split([1, len(COLOURS), len(SHAPES), 4 * (SIZE + 1)], -1)
+        on = target[:, 0] == 1
+        box = box[on].view(-1, 4, SIZE + 1)
+        loss_box = F.cross_entropy(box.flatten(0, 1), soft_bins(target[on, 3:]).flatten(0, 1))
+        loss_name = F.cross_entropy(colour[on], target[on, 1]) + F.cross_entropy(shape[on], target[on, 2])
+        loss = F.binary_cross_entropy_with_logits(there[:, 0], target[:, 0].float()) + loss_name + loss_box
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0:
+            off = (box.argmax(-1) - target[on, 3:]).abs().float().mean().item()
+            shape_right = (shape[on].argmax(-1) == target[on, 2]).float().mean().item()
+            bar.set_postfix(px=f"{off:.2f}", shape=f"{shape_right:.2f}", loss=f"{loss.item():.3f}")
+    save_file({k: v.contiguous().cpu() for k, v in tower.state_dict().items()}, out)
+
+
+# ---------------------------------------------------------------------------------------------------- language
+
+
+def loose_box(thing: Thing, rng: np.random.Generator, slack: float) -> list[int]:
+    """The tight box with every side moved out by a share of the side's length drawn from N(slack, 0.75 * slack), in whole pixels."""
+    x1, y1, x2, y2 = thing.box
+    out = rng.normal(slack, 0.75 * slack, 4) * np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1])
+    return (np.array([x1, y1, x2, y2]) + out).round().clip(0, SIZE).astype(int).tolist()
+
+
+def answer_text(thing: Thing, rng: np.random.Generator, slack: float) -> str:
+    """An answer in one of the base's three styles: plain sentence, plain JSON as Qwen likes it, or the asked format."""
+    box, style = loose_box(thing, rng, slack), rng.choice(["sentence", "json", "asked"], p=[0.35, 0.3, 0.35])
+    if style == "sentence":
+        return f"The {thing.name} is at {box}."
+    if style == "json":
+        return f'[{{"label": "{thing.name}", "bbox_2d": {box}}}]'
+    shift = 0.4 * slack * thing.size  # points stray as boxes do
+    points = points_on(thing, rng, int(rng.integers(1, 3)), int(rng.integers(0, 2)))
+    points = [[*(np.array(p[:2]) + rng.normal(0, shift, 2)).round().clip(0, SIZE - 1).astype(int).tolist(), p[2]] for p in points]
+    thought = ["It is the {}.", "The {} fits best.", "I look for the {}."][int(rng.integers(3))].format(thing.name)
+    return f'<think>{thought}</think><answer>{{"bbox": {box}, "points": {points}}}</answer>'
+
+
+def fact_texts() -> list[tuple[str, str]]:
+    """World knowledge without a picture: what indirect questions build on, never an indirect question itself."""
+    colours = [(f"Which colour has {subject}?", f"The colour of {subject} is {colour}.") for subject, colour in COLOUR_OF.items()]
+    return colours + [(f"Which shape has {feature}?", f"The {shape} has {feature}.") for feature, shape in SHAPE_WITH.items()]
+
+
+def corpus() -> list[str]:
+    """Every word and number that the tiny world writes, for the tokenizer."""
+    texts = [PROMPT.replace("{{", "{").replace("}}", "}"), "You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
+    texts += [f"[{i}, {i}" for i in range(SIZE + 29)] + [t for pair in fact_texts() for t in pair]
+    rng = np.random.default_rng(0)
+    for scene in scenes_from(10**8, 400):
+        texts += [f" {text}" for kind in KINDS for text, _ in fair_questions(scene, kind)]
+        texts += [answer_text(t, rng, 0.1) for t in scene.things]
+    return texts
+
+
+def fact_row(policy: Policy, rng: np.random.Generator, count: int) -> tuple[Prompt, list[torch.Tensor], list[int]]:
+    """`count` facts as answers to one empty prompt: (prompt, ids of question and answer, length of each answer)."""
+    tokenizer = policy.processor.tokenizer
+    head = torch.tensor(tokenizer("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n").input_ids, device=DEVICE)
+    rows, sizes = [], []
+    facts = fact_texts()
+    for i in rng.choice(len(facts), count, replace=False):
+        question, answer = facts[i]
+        tail = tokenizer(f"{answer}<|im_end|>").input_ids
+        rows.append(torch.tensor(tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n").input_ids + tail, device=DEVICE))
+        sizes.append(len(tail))
+    positions = torch.arange(len(head), device=DEVICE).expand(3, -1)
+    return Prompt(head, policy.base.get_input_embeddings()(head), positions), rows, sizes
+
+
+def train_language(policy: Policy, steps: int, rates: tuple[float, float], slack: float, start: int, pictures: int = 16, asked: int = 6) -> None:
+    """Supervised answers to `asked` questions a picture in one packed row; `rates` are the peaks for language model and tower."""
+    rng, tokenizer = np.random.default_rng(start), policy.processor.tokenizer
+    model = policy.base.train()
+    vision = list(model.model.visual.parameters())
+    rest = [p for n, p in model.named_parameters() if ".visual." not in n]
+    optimizer = torch.optim.AdamW([dict(params=rest, lr=rates[0]), dict(params=vision, lr=rates[1])], weight_decay=0.01, betas=(0.9, 0.98))
+    schedule, bar, running = one_cycle(optimizer, steps), tqdm(range(steps), desc="language"), None
+    for step in bar:
+        images, first, pairs = [], [], []
+        for scene in scenes_from(start + step * pictures, pictures):
+            chosen = [ask(scene, rng, KINDS[int(rng.random() < 0.35)]) for _ in range(asked)]  # never the indirect kind
+            chosen = [c for c in chosen if c] or fair_questions(scene, "attribute")[:1]
+            if chosen:
+                images.append(Image.fromarray(scene.image)), first.append(chosen[0][0]), pairs.append(chosen)
+        prompts, groups, sizes = encode(policy, images, first), [], []
+        for b, chosen in enumerate(pairs):
+            # The question stands last in the prompt, so all questions on a picture share everything before it.
+            tails = [tokenizer(f" {q}<|im_end|>\n<|im_start|>assistant\n").input_ids for q, _ in chosen]
+            prompt, head = prompts[b], len(prompts[b].ids) - len(tails[0])
+            assert prompt.ids[head:].tolist() == tails[0], "the question is not the end of the prompt"
+            prompts[b] = Prompt(prompt.ids[:head], prompt.embeds[:head], prompt.positions[:, :head])
+            answers = [tokenizer(f"{answer_text(thing, rng, slack)}<|im_end|>").input_ids for _, thing in chosen]
+            groups.append([torch.tensor(tail + answer, device=DEVICE) for tail, answer in zip(tails, answers)])
+            sizes += map(len, answers)
+        prompt, group, facts = fact_row(policy, rng, 8)
+        logps, _ = logprobs(policy, prompts + [prompt], groups + [group])
+        lengths = [len(ids) for g in groups + [group] for ids in g]
+        loss = -torch.cat([part[-size:] for part, size in zip(logps.split(lengths), sizes + facts)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{running:.3f}")
+
+
+# ---------------------------------------------------------------------------------------------------- measure
+
+
+def measure_sam(count: int = 200) -> dict:
+    """Mean IoU of the tiny SAM on objects of held-out scenes, prompted with true and with moved boxes, and with points besides."""
+    segmenter, rng, found = load_segmenter("tiny"), np.random.default_rng(0), {}
+    for scene in map(make_scene, range(SPLITS["validation"][0], SPLITS["validation"][0] + count)):
+        truth = [t.mask for t in scene.things]
+        prompts = {
+            "true box": ([t.box for t in scene.things], [[] for _ in truth]),
+            "true box, 2 points": ([t.box for t in scene.things], [points_on(t, rng, 1, 1) for t in scene.things]),
+        }
+        for percent in (5, 10, 20, 30):
+            boxes = [jittered_box(t, rng, percent / 100) for t in scene.things]
+            prompts[f"sides moved by {percent} %"] = ([(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes], [[] for _ in truth])
+        for name, (boxes, points) in prompts.items():
+            masks = segmenter.masks(scene.image, boxes, points)
+            found.setdefault(name, []).extend((m & t).sum() / (m | t).sum() for m, t in zip(masks, truth))
+    return {name: round(float(np.mean(values)), 3) for name, values in found.items()}
+
+
+def measure_policy(count: int = 600, group: int = 4) -> dict:
+    """The base policy on held-out scenes by kind of question: box IoU and right object (any text with a box), greedy; format, sampled."""
+    policy, data, rows = load_policy("tiny"), load_data("shapes", "validation", count), {}
+    torch.manual_seed(0)
+    for start in range(0, count, 60):
+        samples = [data[i] for i in range(start, start + 60)]
+        with torch.no_grad():
+            prompts = encode(policy, [x.image for x in samples], [x.question for x in samples])
+        greedy, drawn = sample(policy, prompts, 1, 96, temperature=0), sample(policy, prompts, group, 96)
+        for x, [answer], group_of in zip(samples, greedy, drawn):
+            box = parse(answer.text, SIZE, SIZE).lenient_box
+            overlap = box_iou(box, tight_box(x.mask)) if box else 0.0
+            held = box and x.mask[max(0, int(box[1])) : int(box[3]) + 1, max(0, int(box[0])) : int(box[2]) + 1].sum() > 0.5 * x.mask.sum()
+            in_format = np.mean([parse(a.text, SIZE, SIZE).in_format for a in group_of])
+            for kind in (x.kind, "all"):
+                rows.setdefault(kind, []).append((overlap, bool(held), parse(answer.text, SIZE, SIZE).in_format, in_format))
+    columns = ("box IoU", "holds the object", "format, greedy", "format, sampled")
+    return {kind: {c: round(float(v), 3) for c, v in zip(columns, np.mean(values, 0))} for kind, values in rows.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- all of it
+
+STAGES = ("sam", "vision", "language", "loosen", "measure")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default=",".join(STAGES), help="which to run, by comma, in this order (default: all)")
+    parser.add_argument("--work", default="runs/pretrain", help="folder for what one stage leaves to the next")
+    args = parser.parse_args()
+    stages, work = args.stages.split(","), Path(args.work)
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}")
+    work.mkdir(parents=True, exist_ok=True)
+    if "sam" in stages:
+        train_sam(1600, SAM)
+    if "vision" in stages:
+        train_vision(2400, work / "vision.safetensors")
+    if "language" in stages:
+        torch.manual_seed(2)
+        processor = build_processor(corpus())
+        model = build_policy(processor.tokenizer).to(DEVICE)
+        model.model.visual.load_state_dict(load_file(work / "vision.safetensors"))
+        train_language(Policy(model, processor, banned_ids(model, processor.tokenizer)), 1800, (2e-3, 1e-4), 0.0, 2 * 10**7)
+        model.save_pretrained(work / "language"), processor.save_pretrained(work / "language")
+    if "loosen" in stages:
+        torch.manual_seed(3)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(work / "language", dtype=torch.float32).to(DEVICE)
+        processor = AutoProcessor.from_pretrained(work / "language")
+        train_language(Policy(model, processor, banned_ids(model, processor.tokenizer)), 250, (4e-4, 0.0), 0.3, 3 * 10**7)
+        model.to(torch.bfloat16).save_pretrained(POLICY), processor.save_pretrained(POLICY)
+    if "measure" in stages:
+        measured = {"sam": measure_sam(), "policy": measure_policy()}
+        (SAM.parent / "measured.json").write_text(json.dumps(measured, indent=1))
+        print(json.dumps(measured, indent=1))
+
+
+if __name__ == "__main__":
+    main()

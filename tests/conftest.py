@@ -1,0 +1,55 @@
+"""Shared parts: the tiny policy and the tiny SAM of the package, loaded once."""
+
+import pytest
+import torch
+
+from samr1_mini.config import make_settings
+from samr1_mini.data import load_data
+from samr1_mini.policy import load_policy
+from samr1_mini.reward import load_segmenter
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def with_live_adapter(policy, seed: int = 0):
+    """A fresh adapter is the identity; give it small random weights so that it shows."""
+    torch.manual_seed(seed)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.02)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """The tiny policy in fp32 with an adapter that is not the identity. Tests leave it as they found it."""
+    return with_live_adapter(load_policy("tiny", "fp32", rank=8))
+
+
+@pytest.fixture(scope="session")
+def nf4_policy():
+    return with_live_adapter(load_policy("tiny", "nf4", rank=8))
+
+
+@pytest.fixture(scope="session")
+def segmenter():
+    return load_segmenter("tiny")
+
+
+@pytest.fixture(scope="session")
+def samples():
+    return list(load_data("shapes", "validation", 6))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a run so short that tests can afford it."""
+    return make_settings(
+        preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=8, questions=4, group=4, micro=2, eval_every=0,
+        eval_samples=4, test_samples=4, warmup=1,
+    )[0]  # fmt: skip

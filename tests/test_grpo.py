@@ -1,0 +1,272 @@
+"""Equations (1) to (4) against independent formulas, and the loop: what it logs, skips, saves and resumes."""
+
+import json
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from samr1_mini import grpo
+from samr1_mini.config import UserError, make_settings
+from samr1_mini.data import Shapes
+from samr1_mini.grpo import advantages, batch_loss, objective, roll_out, token_weights, train, update
+from samr1_mini.policy import TINY, load_policy
+
+
+def naive_loss(logp, old, reference, advantage, normalise, eps_low, eps_high, beta):
+    """Eq. (2) to (4) for one group in plain loops: lists of answers, each a list of numbers."""
+    total, tokens = 0.0, sum(len(answer) for answer in logp)
+    for i, answer in enumerate(logp):
+        for t in range(len(answer)):
+            ratio = np.exp(logp[i][t] - old[i][t])
+            a, b = ratio * advantage[i], min(max(ratio, 1 - eps_low), 1 + eps_high) * advantage[i]
+            r = np.exp(reference[i][t] - logp[i][t])
+            term = min(a, b) - beta * (r - np.log(r) - 1)
+            total += term / tokens if normalise == "token" else term / (len(logp) * len(answer))
+    return -total
+
+
+@pytest.mark.parametrize("normalise", ["token", "sequence"])
+def test_the_loss_is_the_papers_formula(normalise):
+    rng = np.random.default_rng(0)
+    lengths = [3, 7, 1, 5]
+    logp, old, reference = ([rng.normal(-1, 0.4, n) for n in lengths] for _ in range(3))
+    advantage = rng.normal(0, 1, 4)
+    flat = lambda x: torch.tensor(np.concatenate(x))  # noqa: E731
+    each = torch.tensor(advantage).repeat_interleave(torch.tensor(lengths))
+    loss, _ = objective(flat(logp), flat(old), flat(reference), each, token_weights([lengths], normalise).double(), 0.2, 0.3, 0.05)
+    assert loss.item() == pytest.approx(naive_loss(logp, old, reference, advantage, normalise, 0.2, 0.3, 0.05), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, slope",
+    [(1, 1.2, 1), (1, 1.4, 0), (1, 0.7, 1), (-1, 0.9, -1), (-1, 0.7, 0), (-1, 1.4, -1), (1, 1.29, 1), (-1, 0.81, -1)],
+)
+def test_all_four_quadrants_of_the_asymmetric_clip(advantage, ratio, slope):
+    """Where the clip holds, the gradient is 0; elsewhere it is ratio * advantage: a bad token that grew likelier is pushed back."""
+    logp = torch.tensor([float(np.log(ratio))], requires_grad=True)
+    loss, sums = objective(logp, torch.zeros(1), None, torch.tensor([float(advantage)]), torch.ones(1), 0.2, 0.3, 0.0)
+    loss.backward()
+    assert logp.grad.item() == pytest.approx(-ratio * slope, abs=1e-5)
+    assert sums["clip_high"] == (advantage > 0 and ratio > 1.3) and sums["clip_low"] == (advantage < 0 and ratio < 0.8)
+
+
+def test_the_kl_is_k3_and_its_mean_is_the_true_kl():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
+    _, sums = objective(p[tokens], p[tokens], q[tokens], torch.zeros(len(tokens)), torch.zeros(len(tokens)), 0.2, 0.3, 1.0)
+    exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q))
+    assert sums["kl"] / len(tokens) == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_advantages_are_eq_1():
+    rewards = torch.tensor([[6.0, 2.0, 0.0, 6.0], [1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
+    expected = (np.array([6, 2, 0, 6]) - 3.5) / np.array([6, 2, 0, 6]).std()
+    assert advantages(rewards)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert not advantages(rewards)[1:].any()  # no variance: exactly 0, not rounding noise over a tiny std
+    assert advantages(rewards, "mean")[0].tolist() == pytest.approx([2.5, -1.5, -3.5, 2.5])
+
+
+def test_token_weights_against_sequence_weights_on_a_long_and_a_short_answer():
+    token, sequence = token_weights([[9, 1]], "token"), token_weights([[9, 1]], "sequence")
+    assert token.tolist() == pytest.approx([0.1] * 10) and sequence.tolist() == pytest.approx([0.5 / 9] * 9 + [0.5])
+    assert token_weights([[9, 1], [2, 3]], "token").sum() == pytest.approx(2)
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+
+def rollouts_of(policy, segmenter, s, count=4, **changes):
+    torch.manual_seed(0)
+    data = Shapes("train", count, 5)
+    return roll_out(policy, segmenter, [data[i] for i in range(count)], replace(s, **changes))[0]
+
+
+def test_rewards_go_to_the_prompt_they_belong_to(policy, segmenter, settings, monkeypatch):
+    """Two prompts, two constant rewards, and one answer of each group that stands out."""
+    real = grpo.score_group
+
+    def constant(segmenter, sample, texts, *args):
+        rewards = real(segmenter, sample, texts, *args)
+        for g, reward in enumerate(rewards):
+            reward.total = float(sample.id[-1]) + 10 * (g == 1)
+        return rewards
+
+    monkeypatch.setattr(grpo, "score_group", constant)
+    rollouts = rollouts_of(policy, segmenter, settings, 3)
+    for i, rollout in enumerate(rollouts):
+        assert rollout.sample.id[-1] == str(i) and [r.total for r in rollout.rewards] == [i, i + 10, i, i]
+        assert rollout.advantage.argmax() == 1 and rollout.advantage.sum().abs() < 1e-5
+    monkeypatch.setattr(grpo, "score_group", lambda *a: [setattr(r, "total", float(a[1].id[-1])) or r for r in real(*a)])
+    assert all(not r.advantage.any() for r in rollouts_of(policy, segmenter, settings, 3))  # equal within each group, not across
+
+
+def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, settings):
+    rollouts = rollouts_of(policy, segmenter, settings)
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = torch.linspace(-1, 1 + i, settings.group)
+    parameters, gradients = [p for p in policy.model.parameters() if p.requires_grad], []
+    for micro in (1, 3, 4):
+        for p in parameters:
+            p.grad = None
+        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        update(policy, optimizer, rollouts, replace(settings, micro=micro, updates=1, lr=0.0, max_grad_norm=1e9), 0)
+        gradients.append([p.grad.clone() for p in parameters])
+    assert any(g.abs().max() > 1e-3 for g in gradients[0])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-3)
+    for p in parameters:
+        p.grad = None
+
+
+def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_batch(policy, segmenter, settings, monkeypatch):
+    rollouts, passes = rollouts_of(policy, segmenter, settings), []
+    disable = policy.model.disable_adapter
+    monkeypatch.setattr(policy.model, "disable_adapter", lambda: passes.append(1) or disable())
+    batch_loss(policy, rollouts, replace(settings, beta=0.0))
+    assert not passes
+    _, sums, _ = batch_loss(policy, rollouts, settings)
+    assert len(passes) == 1 and sums["kl"] > 0
+
+
+def test_groups_without_variance_get_no_policy_gradient(policy, segmenter, settings):
+    rollouts = rollouts_of(policy, segmenter, settings)
+    for rollout in rollouts:
+        rollout.advantage = torch.zeros(settings.group)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    before = [p.clone() for p in parameters]
+    update(policy, optimizer, rollouts, replace(settings, beta=0.0), 0)
+    assert all((a == b).all() for a, b in zip(before, parameters))
+    assert grpo.describe(rollouts)["zero_variance"] == 1
+
+
+def test_a_non_finite_loss_skips_the_update_loudly(segmenter, settings, capsys):
+    policy = load_policy("tiny", "fp32", rank=4)
+    rollouts = rollouts_of(policy, segmenter, settings)
+    rollouts[0].advantage = torch.full((settings.group,), float("nan"))
+    rollouts[3].advantage = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    log = update(policy, torch.optim.AdamW(parameters, lr=1e-3), rollouts, settings, 0)
+    assert log["skipped_updates"] == 1 and "not finite" in capsys.readouterr().out
+    assert all(p.isfinite().all() for p in parameters) and any((a != b).any() for a, b in zip(before, parameters))
+
+
+def test_the_second_update_of_a_batch_has_a_ratio_that_is_not_1(segmenter, settings):
+    policy = load_policy("tiny", "fp32", rank=4)
+    rollouts = rollouts_of(policy, segmenter, settings, 4)
+    for rollout in rollouts:
+        rollout.advantage = torch.tensor([2.0, -2.0, 1.0, -1.0])
+    ranges = []
+    for updates in (1, 2):
+        optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=5e-3)
+        log = update(policy, optimizer, rollouts, replace(settings, updates=updates, lr=5e-3), 100)
+        ranges.append(log["ratio_max"] - log["ratio_min"])
+        policy = load_policy("tiny", "fp32", rank=4)
+    assert ranges[0] < 5e-3 < ranges[1]
+
+
+LOGGED = """step reward accuracy iou reasoning_format segmentation_format zero_variance truncated unique points length loss kl approx_kl
+clip_low clip_high entropy ratio_min ratio_max grad_norm lr seconds_rollout seconds_reward seconds_update tokens_per_second peak_memory_gib"""
+
+
+def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
+    s = replace(settings, eval_every=1)
+    summary = train(s)
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and not set(LOGGED.split()) - set(lines[0])
+    assert {"validation_gIoU", "validation_cIoU", "validation_format"} <= set(lines[0])
+    for name in ("curves.png", "sheet-test.png", "sheet-00001.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert set(summary) >= {"samples", "seed", "seconds", "base", "trained", "ceiling"} and summary["samples"] == 8
+    assert {"gIoU", "gIoU_lenient", "cIoU", "format"} <= set(summary["base"]) & set(summary["trained"])
+    assert summary["ceiling"]["gIoU"] > 0.8
+    adapter = PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), folder / "adapter")
+    assert any(p.any() for n, p in adapter.named_parameters() if "lora_B" in n), "the adapter did not change"
+
+
+def same_runs(a, b):
+    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (a, b))
+    skip = {"seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second", "peak_memory_gib"}
+    assert len(one) == len(two)
+    for x, y in zip(one, two):
+        assert {k: v for k, v in x.items() if k not in skip} == {k: v for k, v in y.items() if k not in skip}
+    states = [torch.load(f / "state.pt", weights_only=True) for f in (a, b)]
+    assert states[0]["step"] == states[1]["step"]
+    for name, value in states[0]["adapter"].items():
+        assert (value == states[1]["adapter"][name]).all(), name
+    for k, moments in states[0]["optimizer"]["state"].items():
+        assert all((moments[m] == states[1]["optimizer"]["state"][k][m]).all() for m in moments)
+
+
+def test_stopped_by_ctrl_c_and_resumed_equals_never_stopped_bit_for_bit(settings, tmp_path, monkeypatch, capsys):
+    s = replace(settings, samples=16, eval_every=3)
+    train(replace(s, run=str(tmp_path / "whole")))
+    real, steps = grpo.update, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(grpo, "update", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(replace(s, run=str(tmp_path / "cut")))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.value.code == 130 and "--resume --run" in capsys.readouterr().out and len(steps) == 2
+    monkeypatch.setattr(grpo, "update", real)
+    train(replace(s, run=str(tmp_path / "cut"), resume=True))
+    same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_killed_run_resumes_from_its_last_saved_state(settings, tmp_path, monkeypatch):
+    s = replace(settings, samples=16, eval_every=2)
+    train(replace(s, run=str(tmp_path / "whole")))
+    real, steps = grpo.update, []
+
+    def killed(*args):
+        steps.append(1)
+        if len(steps) == 4:  # a step after the saved one is logged already: resuming must not log it twice
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(grpo, "update", killed)
+    with pytest.raises(MemoryError):
+        train(replace(s, run=str(tmp_path / "cut")))
+    monkeypatch.setattr(grpo, "update", real)
+    train(replace(s, run=str(tmp_path / "cut"), resume=True))
+    same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_is_not_overwritten_and_an_empty_one_not_resumed(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="--resume"):
+        train(settings)
+    with pytest.raises(UserError, match="first saved state"):
+        train(replace(settings, resume=True))
+
+
+def test_a_run_whose_adapter_did_not_change_is_an_error(settings, monkeypatch):
+    monkeypatch.setattr(grpo, "advantages", lambda rewards, kind: torch.zeros_like(rewards))
+    with pytest.raises(UserError, match="never changed"):
+        train(replace(settings, beta=0.0))
+
+
+def test_a_short_real_training_raises_the_reward(tmp_path):
+    s, _ = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=256, eval_every=0, test_samples=60)
+    summary = train(s)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (np.mean([line["reward"] for line in part]) for part in (lines[:4], lines[-4:]))
+    assert last > first + 0.5, (first, last)
+    assert summary["trained"]["gIoU"] > summary["base"]["gIoU"]

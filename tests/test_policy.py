@@ -1,0 +1,337 @@
+"""The policy: what is sampled is what is trained, the prompt is shared, and only the adapter learns."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from conftest import with_live_adapter
+from peft import PeftModel
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from samr1_mini import policy as policy_module
+from samr1_mini.config import UserError
+from samr1_mini.policy import TINY, encode, load_policy, logprobs, prompt_text, sample
+
+
+def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):
+    """Prompts, and answers to them of uneven length."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        prompts = encode(policy, [s.image for s in samples], [s.question for s in samples])
+    return prompts, sample(policy, prompts, group, tokens, temperature)
+
+
+def one_by_one(policy, item, ids, temperature=1.0):
+    """Log-probs of one answer by the model's own forward on one unpadded, unpacked row, pixels and all: the independent way."""
+    inputs = policy.processor(
+        text=[prompt_text(policy.processor, item.question, *item.image.size)], images=[item.image], return_tensors="pt"
+    )
+    start = inputs.input_ids.shape[1]
+    inputs["input_ids"] = torch.cat([inputs.input_ids, ids[None]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs.input_ids)
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs.mm_token_type_ids, (0, len(ids)))
+    policy.base.model.rope_deltas = None
+    logits = policy.base(**inputs).logits[0, start - 1 : -1].float() / temperature
+    logits[:, policy.banned] = -float("inf")
+    return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_log_probs_equal_one_by_one_and_sampling(policy, samples, temperature):
+    """Two and more pictures in a batch, prompts and answers of different lengths: each answer goes with its own picture."""
+    prompts, groups = draw(policy, samples[:4], temperature=temperature)
+    assert len({len(p.ids) for p in prompts}) > 1 and len({len(a.ids) for g in groups for a in g}) > 1
+    packed, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups], temperature)
+    sampled = torch.cat([a.logps for g in groups for a in g])
+    with torch.no_grad():
+        alone = torch.cat([one_by_one(policy, x, a.ids, temperature) for x, g in zip(samples, groups) for a in g])
+    torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(sampled, alone, atol=2e-4, rtol=1e-4)
+
+
+def test_a_padded_batch_gives_the_same_log_probs_and_gradients(policy, samples):
+    """Every answer in a row of its own with a copy of the prompt, padded on the right: what the packed row saves."""
+    prompts, groups = draw(policy, samples[:3])
+    ids = [[a.ids for a in g] for g in groups]
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    packed, _ = logprobs(policy, prompts, ids)
+    weight = torch.linspace(-1, 1, len(packed))
+    gradient = torch.autograd.grad((packed * weight).sum(), parameters)
+    padded, _ = logprobs(policy, [p for p, g in zip(prompts, ids) for _ in g], [[a] for g in ids for a in g])
+    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
+    for a, b in zip(gradient, torch.autograd.grad((padded * weight).sum(), parameters)):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
+
+
+def test_an_answer_does_not_see_the_other_answers(policy, samples):
+    prompts, groups = draw(policy, samples[:1], group=3)
+    ids = [a.ids for a in groups[0]]
+    with torch.no_grad():
+        before, _ = logprobs(policy, prompts, [ids])
+        after, _ = logprobs(policy, prompts, [[ids[0].flip(0), ids[1], ids[2].flip(0)]])
+    middle = slice(len(ids[0]), len(ids[0]) + len(ids[1]))
+    torch.testing.assert_close(before[middle], after[middle], atol=1e-5, rtol=1e-5)
+    assert (before[: len(ids[0])] - after[: len(ids[0])]).abs().max() > 1e-2
+
+
+def test_the_pictures_matter(policy, samples):
+    prompts, groups = draw(policy, samples[:1])
+    ids = [[a.ids for a in groups[0]]]
+    grey = encode(policy, [Image.new("RGB", (112, 112), (128, 128, 128))], [samples[0].question])
+    with torch.no_grad():
+        assert (logprobs(policy, prompts, ids)[0] - logprobs(policy, grey, ids)[0]).abs().max() > 0.1
+
+
+def test_greedy_sampling_equals_transformers_generate(policy, samples):
+    _, groups = draw(policy, samples[:3], group=1, temperature=0)
+    for x, [answer] in zip(samples, groups):
+        inputs = policy.processor(text=[prompt_text(policy.processor, x.question, 112, 112)], images=[x.image], return_tensors="pt")
+        policy.base.model.rope_deltas = None
+        out = policy.base.generate(**inputs, max_new_tokens=40, do_sample=False, num_beams=1)
+        assert out[0, inputs.input_ids.shape[1] :].tolist()[: len(answer.ids)] == answer.ids.tolist()
+
+
+def test_sampled_frequencies_are_those_of_the_softmax(policy, samples):
+    """No top-k, no top-p, no penalty, no shipped generation_config: the first token's frequencies against its probabilities."""
+    with torch.no_grad():
+        prompts = encode(policy, [samples[0].image], [samples[0].question])
+    torch.manual_seed(0)
+    [answers] = sample(policy, prompts, 3000, 1)
+    counts = torch.bincount(torch.stack([a.ids[0] for a in answers]), minlength=len(policy.banned)) / 3000
+    exact = torch.full_like(counts, -float("inf"))
+    with torch.no_grad():
+        for token in range(len(policy.banned)):
+            if counts[token] > 0:
+                exact[token] = one_by_one(policy, samples[0], torch.tensor([token]))[0]
+    seen = counts > 0
+    assert (counts[seen] - exact[seen].exp()).abs().max() < 0.04
+    assert exact[seen].exp().sum() > 0.99
+
+
+def test_vision_tokens_are_never_sampled_however_much_the_head_wants_them(policy, samples, monkeypatch):
+    config = policy.base.config
+    wanted = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    forward = policy.base.lm_head.forward
+
+    def eager(hidden):
+        logits = forward(hidden).clone()
+        logits[..., wanted] = 1e4
+        return logits
+
+    monkeypatch.setattr(policy.base.lm_head, "forward", eager)
+    _, groups = draw(policy, samples[:2], group=4, tokens=20)
+    assert not {int(t) for g in groups for a in g for t in a.ids} & set(wanted)
+
+
+def test_eos_is_part_of_the_answer_and_a_cut_answer_is_marked(policy, samples):
+    eos = policy.processor.tokenizer.eos_token_id
+    prompts, groups = draw(policy, samples, group=4, tokens=96)
+    answers = [a for g in groups for a in g]
+    ended = [a for a in answers if not a.truncated]
+    assert ended and all(a.ids[-1] == eos and (a.ids[:-1] != eos).all() for a in ended)
+    packed, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
+    assert len(packed) == sum(len(a.ids) for a in answers)  # eos is scored, so stopping is trained
+    _, short = draw(policy, samples, group=4, tokens=5)
+    assert all(a.truncated and len(a.ids) == 5 for g in short for a in g)
+
+
+def test_an_answers_end_comes_from_its_length_when_pad_and_eos_are_one_token(policy, samples):
+    tokenizer = policy.processor.tokenizer
+    pad, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
+    try:
+        prompts, groups = draw(policy, samples[:2], group=4, tokens=96)
+        packed, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
+    finally:
+        tokenizer.pad_token = pad
+    ended = [a for g in groups for a in g if not a.truncated]
+    assert ended and all(a.ids[-1] == tokenizer.eos_token_id for a in ended)
+    torch.testing.assert_close(packed.detach(), torch.cat([a.logps for g in groups for a in g]), atol=2e-4, rtol=1e-4)
+
+
+def test_the_prompt_is_encoded_once_a_group_in_sampling_and_in_scoring(policy, samples, monkeypatch):
+    seen = {"tower": 0, "tokens": 0}
+    tower, layer = policy.base.model.visual.forward, policy.base.model.language_model.layers[0].forward
+
+    def count_tower(pixels, *args, **kwargs):
+        seen["tower"] += kwargs["grid_thw"].shape[0] if "grid_thw" in kwargs else args[0].shape[0]
+        return tower(pixels, *args, **kwargs)
+
+    def count_tokens(hidden, *args, **kwargs):
+        seen["tokens"] += hidden.shape[0] * hidden.shape[1]
+        return layer(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(policy.base.model.visual, "forward", count_tower)
+    monkeypatch.setattr(policy.base.model.language_model.layers[0], "forward", count_tokens)
+    prompts, groups = draw(policy, samples[:2], group=8, tokens=30)
+    width = max(len(p.ids) for p in prompts)
+    assert seen["tower"] == 2 and seen["tokens"] <= 2 * width + 16 * 30
+    seen["tokens"] = 0
+    logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
+    assert seen["tower"] == 2 and seen["tokens"] <= 2 * (width + 8 * 30)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, backward included."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_logits_are_never_held_whole_and_chunks_change_nothing(policy, samples, monkeypatch):
+    prompts, groups = draw(policy, samples[:4], group=8)
+    ids, vocabulary = [[a.ids for a in g] for g in groups], len(policy.banned)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    tokens = sum(len(a) for g in ids for a in g)
+    whole, entropy = logprobs(policy, prompts, ids)
+    gradient = torch.autograd.grad(whole.sum(), parameters)
+    split = torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda self, size, *a, **k: split(self, 7 if self.shape[0] == tokens else size, *a, **k))
+    heads = []
+    hook = policy.base.lm_head.register_forward_hook(lambda module, args, out: heads.append(out.numel()))
+    with LargestTensor() as seen:
+        chunked, chunked_entropy = logprobs(policy, prompts, ids)
+        chunked_gradient = torch.autograd.grad(chunked.sum(), parameters)
+    hook.remove()
+    assert max(heads) == 7 * vocabulary and sum(heads) == 2 * tokens * vocabulary  # once forward, once again in the backward
+    assert seen.largest < tokens * vocabulary
+    torch.testing.assert_close(whole, chunked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, chunked_entropy, atol=1e-5, rtol=1e-5)
+    for a, b in zip(gradient, chunked_gradient):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_a_full_vocabulary_is_cut_into_chunks_under_256_mb():
+    assert 2**26 // 151_936 * 151_936 * 4 <= 256 * 2**20
+    assert "2**26 // policy.banned.numel()" in open(policy_module.__file__).read()
+
+
+def test_entropy_is_that_of_the_distribution(policy, samples):
+    prompts, groups = draw(policy, samples[:1], group=2)
+    _, entropy = logprobs(policy, prompts, [[a.ids for a in groups[0]]])
+    policy.base.model.rope_deltas = None
+    inputs = policy.processor(text=[prompt_text(policy.processor, samples[0].question, 112, 112)], images=[samples[0].image], return_tensors="pt")
+    with torch.no_grad():
+        logits = policy.base(**inputs).logits[0, -1].float()
+    logits[policy.banned] = -float("inf")
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_reference_is_the_base_without_its_adapter(policy, samples):
+    prompts, groups = draw(policy, samples[:1])
+    ids = [[a.ids for a in groups[0]]]
+    plain = load_policy("tiny", "fp32")
+    with torch.no_grad(), policy.reference():
+        reference, _ = logprobs(policy, prompts, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(reference, logprobs(plain, prompts, ids)[0], atol=1e-5, rtol=1e-5)
+        assert (logprobs(policy, prompts, ids)[0] - reference).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------- NF4 and LoRA
+
+
+def test_only_the_language_models_projections_are_in_four_bits(nf4_policy):
+    four_bit = {n for n, m in nf4_policy.base.named_modules() if isinstance(m, Linear4bit)}
+    layers = nf4_policy.base.config.text_config.num_hidden_layers
+    assert len(four_bit) == 7 * layers and all("language_model" in n and "visual" not in n for n in four_bit)
+    assert nf4_policy.base.lm_head.weight.dtype == torch.float32
+    state = next(m for m in nf4_policy.base.modules() if isinstance(m, Linear4bit)).weight.quant_state
+    assert state.quant_type == "nf4" and state.nested  # double quantisation
+
+
+def test_only_the_adapter_trains_and_it_sits_on_the_language_model(nf4_policy):
+    training = [n for n, p in nf4_policy.model.named_parameters() if p.requires_grad]
+    layers = nf4_policy.base.config.text_config.num_hidden_layers
+    assert len(training) == 2 * 7 * layers and all("lora_" in n and "language_model" in n for n in training)
+
+
+def test_gradients_pass_through_four_bit_layers_as_through_their_dequantised_weights(nf4_policy, samples):
+    """After sampling in eval mode too: there bitsandbytes may swap in an inference kernel that has no backward."""
+    prompts, groups = draw(nf4_policy, samples[:2])
+    ids = [[a.ids for a in g] for g in groups]
+    plain = load_policy("tiny", "fp32", rank=8)
+    sources = dict(nf4_policy.base.named_modules())
+    with torch.no_grad():
+        for name, module in plain.base.named_modules():
+            if isinstance(sources.get(name), Linear4bit):
+                module.weight.copy_(dequantize_4bit(sources[name].weight.data, sources[name].weight.quant_state))
+        for a, b in zip(plain.model.parameters(), nf4_policy.model.parameters()):
+            if a.requires_grad:
+                a.copy_(b)
+    results = []
+    for policy in (nf4_policy, plain):
+        policy.model.train()
+        logps, _ = logprobs(policy, prompts, ids)
+        results.append((logps, torch.autograd.grad(logps.sum(), [p for p in policy.model.parameters() if p.requires_grad])))
+        policy.model.eval()
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
+    for a, b in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(torch.cat([a.logps for g in groups for a in g]), results[0][0].detach(), atol=2e-4, rtol=1e-4)
+
+
+def test_checkpointing_changes_memory_and_not_gradients(samples):
+    results = []
+    for checkpointing in (False, True):
+        policy = with_live_adapter(load_policy("tiny", "nf4", rank=4, checkpointing=checkpointing))
+        torch.manual_seed(0)
+        prompts, groups = draw(policy, samples[:2], tokens=20)
+        policy.model.train()
+        calls = []
+        policy.base.model.language_model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+        logps, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
+        logps.sum().backward()
+        results.append(([p.grad for p in policy.model.parameters() if p.requires_grad], len(calls)))
+    assert results[0][1] == 1 and results[1][1] == 2  # computed again in the backward
+    for a, b in zip(results[0][0], results[1][0]):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_saved_adapter_loads_with_peft_on_the_plain_base(policy, samples, tmp_path):
+    policy.model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), tmp_path)
+    inputs = policy.processor(text=[prompt_text(policy.processor, samples[0].question, 112, 112)], images=[samples[0].image], return_tensors="pt")
+    policy.base.model.rope_deltas = None
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, policy.model(**inputs).logits, atol=1e-4, rtol=1e-4)
+    again = load_policy("tiny", "fp32", adapter=tmp_path)
+    assert any(p.requires_grad for p in again.model.parameters())
+
+
+def test_the_prompt_holds_the_question_the_size_and_an_example_the_parser_accepts(policy):
+    from samr1_mini.reward import parse
+
+    text = prompt_text(policy.processor, "the red star", 112, 84)
+    assert "Question: the red star" in text and "112 x 84" in text and text.count("<|image_pad|>") == 1
+    start = text.index("<think>The left")
+    assert parse(text[start : text.index("</answer>", start) + 9], 112, 112).in_format
+
+
+def test_another_kind_of_model_and_a_missing_one_are_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="llama"):
+        load_policy(tmp_path)
+    with pytest.raises(UserError, match="no-such-folder"):
+        load_policy("./no-such-folder")
+
+
+@pytest.mark.gpu
+def test_the_policy_trains_on_a_gpu_in_nf4_and_bf16(samples):
+    for load_in in ("nf4", "bf16"):
+        policy = load_policy("tiny", load_in, rank=4, device="cuda", checkpointing=True)
+        prompts, groups = draw(policy, samples[:2], tokens=20)
+        policy.model.train()
+        logps, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
+        logps.sum().backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.model.parameters())

@@ -1,0 +1,273 @@
+"""Parser, Segment Anything and the reward."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from samr1_mini.data import Sample
+from samr1_mini.metrics import box_iou, ciou, giou
+from samr1_mini.reward import Segmenter, accuracy_term, parse, score_group, tight_box, to_picture
+from samr1_mini.tiny.build import SAM, build_sam_tiny
+from samr1_mini.tiny.scenes import make_scene
+
+
+def said(box="[10, 20, 30, 40]", points="[[15, 25, 1]]", think="Left."):
+    return f'<think>{think}</think><answer>{{"bbox": {box}, "points": {points}}}</answer>'
+
+
+# ---------------------------------------------------------------------------------------------------- parser
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        said(),
+        f"\n  {said()}  \n",
+        said().replace("</think>", "</think>\n\n").replace(", ", " ,\n "),
+        said(box="[10.0, 20.5, 30.25, 4e1]"),
+        said(points="[[15, 25, 1], [12.5, 22, 0]]"),
+        said().replace('{"bbox"', '```json\n{"bbox"').replace("}</answer>", "}\n```</answer>"),
+        said(think="A <b>bold</b> thought with [1, 2, 3, 4] in it."),
+        said().replace('{"bbox"', '{"label": "star", "bbox"'),
+    ],
+)
+def test_what_a_careful_reader_accepts_is_accepted(text):
+    answer = parse(text, 112, 112)
+    assert answer.in_format and not answer.why
+    assert answer.box == pytest.approx((10, 20, 30, 40), abs=0.6)
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (said(box="[30, 20, 10, 40]"), "reversed"),
+        (said(box="[10, 20, 10, 40]"), "empty"),
+        (said(box="[200, 20, 300, 40]"), "outside"),
+        (said(box="[10, 20, 30]"), "four numbers"),
+        (said(box="[NaN, 20, 30, 40]"), "not a number"),
+        (said(box="[10, 20, 30, Infinity]"), "not a number"),
+        (said(box="[10, 20, 30, 1e999]"), "not a number"),
+        (said(box="[10, 20, 30, true]"), "not a number"),
+        (said(box='[10, 20, 30, "40"]'), "not a number"),
+        (said(box="[10, 20, 30, 1" + "0" * 5000 + "]"), ""),
+        (said(points="[]"), "points"),
+        (said(points="[[15, 25]]"), "point"),
+        (said(points="[[15, 25, 2]]"), "neither 0 nor 1"),
+        (said(points="[[15, 25, 0.5]]"), "neither 0 nor 1"),
+        (said(points="[[15, 25, -1]]"), "neither 0 nor 1"),
+        (said(points="[" + ", ".join(["[15, 25, 1]"] * 9) + "]"), "at most 8"),
+        ("<think>a</think><answer>[10, 20, 30, 40]</answer>", "not a JSON object"),
+        ("<think>a</think><answer>" + "[" * 9000 + "</answer>", ""),
+        ("<think>a</think><answer>{'bbox': [1, 2, 3, 4]}</answer>", ""),
+        (said().replace("<answer>", "<answer><answer>"), "exactly one"),
+        ("", "answer"),
+    ],
+)
+def test_a_broken_answer_earns_no_segmentation_format_and_says_why(text, why):
+    answer = parse(text, 112, 112)
+    assert not answer.segmentation_format and answer.box is None and answer.points == []
+    assert answer.why and why in answer.why
+
+
+@pytest.mark.parametrize(
+    "text",
+    [said() + " Done.", "Well: " + said(), said().replace("<think>", ""), said().replace("</think>", "</think> so "),
+     '<answer>{"bbox": [10, 20, 30, 40], "points": [[15, 25, 1]]}</answer><think>a</think>', said() + said()],
+)  # fmt: skip
+def test_a_broken_frame_earns_no_reasoning_format(text):
+    assert not parse(text, 112, 112).reasoning_format
+
+
+def test_coordinates_are_clipped_to_the_picture():
+    answer = parse(said(box="[-5, 20, 300, 40]", points="[[500, -3, 1]]"), 112, 84)
+    assert answer.box == (0, 20, 112, 40) and answer.points == [(111, 0, 1)]
+
+
+def test_the_lenient_box_is_found_anywhere():
+    assert parse("The red star is at [10, 20, 30, 40].", 112, 112).lenient_box == (10, 20, 30, 40)
+    assert parse('[{"label": "x", "bbox_2d": [10, 20, 30, 40]}]', 112, 112).lenient_box == (10, 20, 30, 40)
+    assert parse("from [9, 9, 1, 1] to (10, 20, 30, 40)", 112, 112).lenient_box == (10, 20, 30, 40)
+    assert parse("I do not see it.", 112, 112).lenient_box is None
+    assert parse(said(think="[1, 2, 3, 4]"), 112, 112).lenient_box == (10, 20, 30, 40)  # a proper answer goes first
+
+
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox": ', '"points": ', "[[", "]]", "[", "]", "{", "}", ", ", "1", "-9", "0.5",
+          "1e400", "NaN", "null", '"', "\\", "\n", "<|image_pad|>", "é", "\u202e", "[1, 2, 3, 4]"]  # fmt: skip
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=60).map("".join)))
+@hypothesis_settings(max_examples=600, deadline=None)
+def test_no_text_makes_the_parser_raise_and_what_it_accepts_is_sound(text):
+    answer = parse(text, 112, 84, max_points=3)
+    for box in (answer.box, answer.lenient_box):
+        if box:
+            assert 0 <= box[0] < box[2] <= 112 and 0 <= box[1] < box[3] <= 84
+    assert (answer.box is not None) == answer.segmentation_format
+    assert len(answer.points) <= 3 and all(0 <= x < 112 and 0 <= y < 84 and label in (0, 1) for x, y, label in answer.points)
+    assert answer.in_format or answer.why
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=5), max_leaves=12),
+       st.recursive(st.none() | st.floats() | st.integers(), lambda x: st.lists(x, max_size=4), max_leaves=12))  # fmt: skip
+@hypothesis_settings(max_examples=300, deadline=None)
+def test_any_json_in_the_answer_is_read_or_refused(box, points):
+    answer = parse(f"<think></think><answer>{json.dumps({'bbox': box, 'points': points})}</answer>", 112, 112)
+    assert answer.reasoning_format and (answer.segmentation_format or answer.why)
+
+
+@pytest.mark.parametrize("piece", ["[", "[1,", "<answer>", "<think></think>", "[ 1 , 2 , 3 , ", "((((", "1" * 50, "[" + " " * 50, '{"a":'])
+def test_hostile_text_costs_linear_time(piece):
+    parse(piece * 5, 112, 112)
+    counts = []
+    for size in (4_000, 16_000):
+        text, start = (piece * size)[:size], time.perf_counter()
+        for _ in range(5):
+            parse(text, 112, 112)
+        counts.append(time.perf_counter() - start)
+    assert counts[1] < 40 * counts[0] + 0.5  # four times the text; a quadratic parser of 16,000 characters takes minutes
+
+
+# ---------------------------------------------------------------------------------------------------- Segment Anything
+
+
+def test_masks_are_those_of_sams_own_forward(segmenter):
+    """segment_anything's batched forward is another way through the same modules."""
+    scene = make_scene(3)
+    sam, boxes = segmenter.predictor.model, [t.box for t in scene.things]
+    points = [[(*map(float, np.argwhere(t.mask)[40][::-1]), 1), (t.box[0] + 0.0, t.box[1] + 0.0, 0)] for t in scene.things]
+    ours = segmenter.masks(scene.image, boxes, points)
+    marks = torch.tensor(points)
+    with torch.no_grad():
+        [out] = sam(
+            [{"image": torch.from_numpy(scene.image).permute(2, 0, 1).float(), "original_size": scene.image.shape[:2],
+              "boxes": torch.tensor(boxes).float(), "point_coords": marks[..., :2], "point_labels": marks[..., 2]}],
+            multimask_output=True,
+        )  # fmt: skip
+    best = out["iou_predictions"].argmax(1)
+    theirs = out["masks"][torch.arange(len(best)), best].numpy()
+    assert (ours == theirs).all() and ours.any()
+
+
+def test_a_mask_does_not_depend_on_its_neighbours_in_the_group(segmenter):
+    scene = make_scene(4)
+    box, point = scene.things[0].box, (float(scene.things[0].x), float(scene.things[0].y), 1)
+    alone = segmenter.masks(scene.image, [box], [[point]])[0]
+    crowd = segmenter.masks(scene.image, [scene.things[1].box, box, box], [[], [point], [point] * 5])
+    assert (crowd[1] == alone).all()
+
+
+def test_the_encoder_runs_once_a_picture(monkeypatch):
+    fresh = Segmenter(build_sam_tiny(SAM), remember=2)
+    calls, encode = [], fresh.predictor.model.image_encoder.forward
+    monkeypatch.setattr(fresh.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
+    a, b, c = (make_scene(i) for i in range(3))
+    samples = [Sample(Image.fromarray(s.image), "?", s.things[0].mask, str(i)) for i, s in enumerate((a, b, c))]
+    group = [said(box=str(list(t.box))) for t in a.things] + ["nothing"]
+    for _ in range(3):
+        score_group(fresh, samples[0], group, 112)
+        score_group(fresh, samples[1], group, 112)
+    assert len(calls) == 2
+    score_group(fresh, samples[2], group, 112)  # pushes the least recently seen one out
+    score_group(fresh, samples[1], group, 112)
+    assert len(calls) == 3
+    score_group(fresh, samples[0], group, 112)
+    assert len(calls) == 4
+
+
+def test_remembered_pictures_are_told_apart(segmenter):
+    a, b = make_scene(7), make_scene(8)
+    first = segmenter.masks(a.image, [a.things[0].box], [[]])
+    segmenter.masks(b.image, [b.things[0].box], [[]])
+    assert (segmenter.masks(a.image, [a.things[0].box], [[]]) == first).all()
+    assert (Segmenter(build_sam_tiny(SAM)).masks(a.image, [a.things[0].box], [[]]) == first).all()
+
+
+def test_a_true_box_gives_nearly_the_true_mask_in_rgb_and_less_in_bgr(segmenter):
+    scenes = [make_scene(2 * 10**9 + i) for i in range(20)]
+    pairs = [(s, t) for s in scenes for t in s.things]
+    score = lambda flip: np.mean([  # noqa: E731
+        (m & t.mask).sum() / (m | t.mask).sum() for s, t in pairs
+        for m in segmenter.masks(np.ascontiguousarray(s.image[..., ::-1]) if flip else s.image, [t.box], [[]])
+    ])  # fmt: skip
+    right = score(False)
+    assert right > 0.9 and score(True) < right
+
+
+# ---------------------------------------------------------------------------------------------------- reward
+
+
+@pytest.mark.parametrize(
+    "kind, value, expected",
+    [("tiered", 0.801, 4), ("tiered", 0.80, 3), ("tiered", 0.701, 3), ("tiered", 0.70, 2), ("tiered", 0.501, 2), ("tiered", 0.50, 0),
+     ("tiered", 0.0, 0), ("threshold:0.5", 0.51, 4), ("threshold:0.5", 0.5, 0), ("threshold:0.7", 0.69, 0), ("threshold:0.8", 0.81, 4),
+     ("iou", 0.25, 1.0)],
+)  # fmt: skip
+def test_eq_5_and_its_rivals(kind, value, expected):
+    assert accuracy_term(kind, value) == expected
+
+
+def test_box_iou_puts_the_box_and_not_the_mask_through_the_tiers():
+    assert accuracy_term("box-iou", 0.1, 0.9) == 4 and accuracy_term("box-iou", 0.9, 0.1) == 0
+
+
+def test_the_reward_of_a_perfect_a_wrong_and_an_unreadable_answer(segmenter):
+    scene = make_scene(11)
+    thing, other = scene.things[:2]
+    sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x")
+    good, wrong = (said(str(list(t.box)), f"[[{int(np.argwhere(t.mask)[0][1])}, {int(np.argwhere(t.mask)[0][0])}, 1]]") for t in (thing, other))
+    plain = f"It is at {list(thing.box)}."
+    rewards = score_group(segmenter, sample, [good, wrong, plain, "?", good + "."], 112)
+    assert [r.total for r in rewards] == [6, 2, 0, 0, 5]
+    assert rewards[2].mask is None and rewards[2].pair == (0, thing.mask.sum())
+    assert score_group(segmenter, sample, [plain], 112, lenient=True)[0].iou > 0.8
+    weighted = score_group(segmenter, sample, [good], 112, weights=(0.0, 0.5, 2.0))[0]
+    assert weighted.total == 2.5 and weighted.accuracy == 4
+
+
+def test_answers_are_scaled_from_the_policys_square_to_the_picture():
+    sample = Sample(Image.new("RGB", (640, 427)), "?", np.zeros((427, 640), bool), "x")
+    box, points = to_picture((0, 0, 840, 840), [(420, 840, 1)], sample, 840)
+    assert box == pytest.approx((0, 0, 640, 427)) and points == [(pytest.approx(320), pytest.approx(427), 1)]
+
+
+def test_the_reward_is_the_same_for_a_picture_shown_larger(segmenter):
+    scene = make_scene(12)
+    thing = scene.things[0]
+    sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x")
+    small = score_group(segmenter, sample, [said(str(list(thing.box)), "[[50, 50, 0]]")], 112)[0]
+    large = score_group(segmenter, sample, [said(str([2 * v for v in thing.box]), "[[100, 100, 0]]")], 224)[0]
+    assert small.pair == large.pair
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+def test_giou_and_ciou_against_a_pixel_count_by_hand():
+    truth, found = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    truth[:2], found[1:3] = True, True  # 8 and 8 pixels, 4 shared
+    both = {(y, x) for y in range(4) for x in range(4) if truth[y, x] and found[y, x]}
+    either = {(y, x) for y in range(4) for x in range(4) if truth[y, x] or found[y, x]}
+    pair = (len(both), len(either))
+    assert giou([pair, (0, 16)]) == pytest.approx((4 / 12 + 0) / 2) and ciou([pair, (0, 16)]) == pytest.approx(4 / 28)
+    assert giou([(0, 0)]) == 1
+
+
+def test_box_iou_against_counting_pixels():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        boxes = []
+        for _ in range(2):
+            x, y = np.sort(rng.choice(20, 2, False)), np.sort(rng.choice(20, 2, False))
+            boxes.append((x[0], y[0], x[1], y[1]))
+        masks = np.zeros((2, 20, 20), bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes):
+            mask[y1:y2, x1:x2] = True
+            assert tight_box(mask) == (x1, y1, x2, y2)
+        assert box_iou(*boxes) == pytest.approx((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum())

@@ -1,0 +1,109 @@
+"""The drawn world: fair questions, true masks, splits that never meet."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from samr1_mini.data import load_data
+from samr1_mini.tiny.pretrain import answer_text, fact_texts
+from samr1_mini.tiny.scenes import COLOUR_OF, COLOURS, KINDS, PRETRAIN, SHAPE_WITH, SHAPES, SPLITS, ask, fair_questions, make_scene
+
+
+def read_question(scene, text):
+    """The objects that a text means, found again from the words alone: an independent reading of `fair_questions`."""
+    words = text.removeprefix("the ").split()
+    measures = {"leftmost": lambda t: -t.x, "rightmost": lambda t: t.x, "topmost": lambda t: -t.y, "bottommost": lambda t: t.y,
+                "largest": lambda t: t.size, "smallest": lambda t: -t.size}  # fmt: skip
+    named = lambda w: [t for t in scene.things if all(x in ("object", t.colour, t.shape) for x in w)]  # noqa: E731
+    if "colour of" in text:
+        return named([COLOUR_OF[text.split("colour of ")[1]]])
+    if text.startswith("the object with "):
+        return named([SHAPE_WITH[text.split("object with ")[1]]])
+    if words[0] in measures:
+        return [max(named(words[1:]), key=measures[words[0]])]
+    for side, axis, sign in (("left of", "x", -1), ("right of", "x", 1), ("above", "y", -1), ("below", "y", 1)):
+        if f" {side} the " in text:
+            [anchor] = named(text.split(f" {side} the ")[1].split())
+            return [t for t in scene.things if sign * (getattr(t, axis) - getattr(anchor, axis)) > 0]
+    return named(words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_question_has_exactly_one_right_object(kind):
+    asked = 0
+    for seed in range(300):
+        scene = make_scene(seed)
+        for text, thing in fair_questions(scene, kind):
+            assert read_question(scene, text) == [thing], (seed, text)
+            asked += 1
+    assert asked > 1000
+
+
+def test_extreme_questions_leave_room_to_spare():
+    for seed in range(200):
+        scene = make_scene(seed)
+        for text, thing in fair_questions(scene, "relation"):
+            if text == "the leftmost object":
+                assert all(o.x - thing.x >= 7 for o in scene.things if o is not thing)
+
+
+def test_indirect_questions_never_name_the_answer():
+    for seed in range(200):
+        for text, thing in fair_questions(make_scene(seed), "indirect"):
+            assert not {thing.colour, thing.shape} & set(text.split())
+            assert not set(COLOURS) & set(text.split()) and not set(SHAPES) & set(text.split())
+
+
+def test_the_base_never_met_an_indirect_question():
+    indirect = {text for seed in range(300) for text, _ in fair_questions(make_scene(seed), "indirect")}
+    assert not indirect & {text for fact in fact_texts() for text in fact}
+    assert all("thing that has" not in q and "object with" not in q for q, _ in fact_texts())
+
+
+def test_the_same_seed_draws_the_same_scene():
+    a, b, c = make_scene(5), make_scene(5), make_scene(6)
+    assert (a.image == b.image).all() and [t.name for t in a.things] == [t.name for t in b.things]
+    assert (a.image != c.image).any()
+
+
+def test_splits_and_pretraining_scenes_are_disjoint():
+    ranges = [*SPLITS.values(), PRETRAIN]
+    for (a, b), (c, d) in itertools.combinations(ranges, 2):
+        assert b <= c or d <= a
+    taken = [{load_data("shapes", split, 50, seed)[i].id for i in range(50)} for split, seed in
+             (("train", 0), ("train", 1), ("train", 999), ("validation", 0), ("test", 0))]  # fmt: skip
+    assert len(set.union(*taken)) == 250
+
+
+def test_test_scenes_are_the_same_for_every_seed():
+    assert [s.id for s in load_data("shapes", "test", 5, 0)] == [s.id for s in load_data("shapes", "test", 5, 7)]
+
+
+def test_a_mask_lies_where_its_colour_is():
+    for seed in range(50):
+        scene = make_scene(seed)
+        for thing in scene.things:
+            inside = scene.image[thing.mask].astype(float).mean(0)
+            nearest = min(COLOURS, key=lambda name: np.abs(inside - COLOURS[name]).sum())
+            assert nearest == thing.colour, (seed, thing.name, inside)
+            x1, y1, x2, y2 = thing.box
+            assert thing.mask[y1:y2, x1:x2].sum() == thing.mask.sum() and thing.mask[y1].any() and thing.mask[:, x2 - 1].any()
+
+
+def test_objects_do_not_overlap():
+    for seed in range(100):
+        assert sum(t.mask.astype(int) for t in make_scene(seed).things).max() == 1
+
+
+def test_kinds_come_in_equal_parts():
+    kinds = [s.kind for s in load_data("shapes", "test", 300)]
+    assert all(90 <= kinds.count(kind) <= 110 for kind in KINDS)
+
+
+def test_base_answers_come_in_three_styles_and_loose_boxes():
+    rng, thing = np.random.default_rng(0), make_scene(1).things[0]
+    texts = [answer_text(thing, rng, 0.3) for _ in range(300)]
+    asked = sum(t.startswith("<think>") for t in texts)
+    assert 60 < asked < 150 and any(t.startswith("[{") for t in texts) and any(t.startswith("The ") for t in texts)
+    assert ask(make_scene(1), rng, "attribute")
