@@ -234,6 +234,20 @@ def fact_row(policy: Policy, rng: np.random.Generator, count: int) -> tuple[Prom
     return Prompt(head, policy.base.get_input_embeddings()(head), positions), rows, sizes
 
 
+def align_words(policy: Policy, prompts: list[Prompt], scenes: list[Scene]) -> torch.Tensor:
+    """Loss that draws each picture token to the embeddings of the words for its colour and its shape, as image-text pretraining does.
+
+    Without it a language model this small learned in half an hour to say what stands leftmost, but not where "the green star" is.
+    """
+    tokenizer, words = policy.processor.tokenizer, policy.base.get_input_embeddings().weight
+    token = lambda names: words[torch.tensor([tokenizer(f" {n}").input_ids[0] for n in names], device=words.device)]  # noqa: E731
+    features = torch.cat([p.embeds[p.ids == policy.base.config.image_token_id] for p in prompts])  # [B * 16, D]
+    target = torch.from_numpy(np.concatenate([cell_targets(s) for s in scenes])).to(DEVICE)
+    on = target[:, 0] == 1
+    loss = F.cross_entropy(features[on] @ token(COLOURS).T, target[on, 1])
+    return loss + F.cross_entropy(features[on] @ token(SHAPES).T, target[on, 2])
+
+
 def train_language(policy: Policy, steps: int, rates: tuple[float, float], slack: float, start: int, pictures: int = 16, asked: int = 6) -> None:
     """Supervised answers to `asked` questions a picture in one packed row; `rates` are the peaks for language model and tower."""
     rng, tokenizer = np.random.default_rng(start), policy.processor.tokenizer
@@ -243,12 +257,12 @@ def train_language(policy: Policy, steps: int, rates: tuple[float, float], slack
     optimizer = torch.optim.AdamW([dict(params=rest, lr=rates[0]), dict(params=vision, lr=rates[1])], weight_decay=0.01, betas=(0.9, 0.98))
     schedule, bar, running = one_cycle(optimizer, steps), tqdm(range(steps), desc="language"), None
     for step in bar:
-        images, first, pairs = [], [], []
+        images, first, pairs, scenes = [], [], [], []
         for scene in scenes_from(start + step * pictures, pictures):
             chosen = [ask(scene, rng, KINDS[int(rng.random() < 0.35)]) for _ in range(asked)]  # never the indirect kind
             chosen = [c for c in chosen if c] or fair_questions(scene, "attribute")[:1]
             if chosen:
-                images.append(Image.fromarray(scene.image)), first.append(chosen[0][0]), pairs.append(chosen)
+                images.append(Image.fromarray(scene.image)), first.append(chosen[0][0]), pairs.append(chosen), scenes.append(scene)
         prompts, groups, sizes = encode(policy, images, first), [], []
         for b, chosen in enumerate(pairs):
             # The question stands last in the prompt, so all questions on a picture share everything before it.
@@ -259,18 +273,19 @@ def train_language(policy: Policy, steps: int, rates: tuple[float, float], slack
             answers = [tokenizer(f"{answer_text(thing, rng, slack)}<|im_end|>").input_ids for _, thing in chosen]
             groups.append([torch.tensor(tail + answer, device=DEVICE) for tail, answer in zip(tails, answers)])
             sizes += map(len, answers)
+        alignment = align_words(policy, prompts, scenes)
         prompt, group, facts = fact_row(policy, rng, 8)
         logps, _ = logprobs(policy, prompts + [prompt], groups + [group])
         lengths = [len(ids) for g in groups + [group] for ids in g]
         loss = -torch.cat([part[-size:] for part, size in zip(logps.split(lengths), sizes + facts)]).mean()
         optimizer.zero_grad()
-        loss.backward()
+        (loss + 0.3 * alignment).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{running:.3f}")
+            bar.set_postfix(loss=f"{running:.3f}", words=f"{alignment.item():.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------- measure

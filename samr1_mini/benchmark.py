@@ -1,0 +1,102 @@
+"""What sharing the prompt saves, in one run: `python -m samr1_mini.benchmark`.
+
+Rollouts: `policy.sample` against transformers' generate(num_return_sequences=G). Update: `policy.logprobs` on packed rows against a
+padded batch in which every answer carries its own copy of the prompt, (a) through the model's own forward, pictures and all, and
+(b) with the pictures' features at hand as ours are. Same policy, prompts and numbers of tokens; the median of several rounds in turn.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from .data import load_data
+from .policy import Policy, encode, load_policy, logprobs, prompt_text, sample
+
+
+def seconds(functions: dict, rounds: int) -> dict:
+    """Median seconds of each function, run in turn so that a busy moment hits all alike; the first round warms up."""
+    taken = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+
+
+def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
+    """Seconds of each way for `questions` pictures of size x size pixels with `group` answers of `tokens` tokens."""
+    samples = list(load_data("shapes", "validation", questions))
+    images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
+    eos = policy.processor.tokenizer.eos_token_id
+    policy.banned[eos] = True  # all answers get the full length, here and below
+    inputs = policy.processor(
+        text=[prompt_text(policy.processor, q, size, size) for q in asked], images=images, padding=True, return_tensors="pt"
+    ).to(policy.device)
+
+    def ours():
+        with torch.no_grad():
+            return sample(policy, encode(policy, images, asked), group, tokens)
+
+    def generate():
+        policy.base.model.rope_deltas = None
+        policy.base.generate(**inputs, num_return_sequences=group, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                             max_new_tokens=tokens, min_new_tokens=tokens)  # fmt: skip
+
+    result = {"rollout": seconds({"shared prompt": ours, "generate": generate}, rounds)}
+    policy.banned[eos] = False
+
+    with torch.no_grad():
+        prompts = encode(policy, images, asked)
+    groups = [[torch.randint(300, 400, (tokens,), device=policy.device) for _ in range(group)] for _ in prompts]
+    everyone = {k: v.repeat_interleave(group, 0) for k, v in inputs.items() if k != "pixel_values"}
+    everyone["pixel_values"] = inputs.pixel_values.view(questions, -1, inputs.pixel_values.shape[-1]).repeat_interleave(group, 0).flatten(0, 1)
+    answers = torch.stack([ids for g in groups for ids in g])  # [N, L]
+    everyone["input_ids"] = torch.cat([everyone["input_ids"], answers], 1)
+    everyone["attention_mask"] = torch.cat([everyone["attention_mask"], torch.ones_like(answers)], 1)
+    everyone["mm_token_type_ids"] = torch.cat([everyone["mm_token_type_ids"], torch.zeros_like(answers)], 1)
+
+    def packed():
+        logprobs(policy, prompts, groups)[0].sum().backward()
+
+    def padded():
+        policy.base.model.rope_deltas = None
+        logits = policy.base(**everyone, logits_to_keep=tokens + 1).logits[:, :-1].float()
+        logits.log_softmax(-1).gather(-1, answers[..., None]).sum().backward()
+
+    def padded_features():
+        logprobs(policy, [p for p in prompts for _ in range(group)], [[ids] for g in groups for ids in g])[0].sum().backward()
+
+    policy.model.train()
+    result["update"] = seconds({"packed": packed, "padded": padded, "padded, features at hand": padded_features}, rounds)
+    policy.model.eval()
+    policy.model.zero_grad()
+    return {"size": size, "questions": questions, "group": group, "prompt_tokens": len(prompts[0].ids), "answer_tokens": tokens, **result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (default 5)")
+    parser.add_argument("--tokens", type=int, default=40, help="answer length, tokens (default 40)")
+    parser.add_argument("--out", help="write the figures to this JSON file too")
+    args = parser.parse_args()
+    policy = load_policy("tiny", device="cuda" if torch.cuda.is_available() else "cpu")
+    results = [compare(policy, 112, 8, 8, args.tokens, args.rounds), compare(policy, 840, 1, 8, args.tokens, args.rounds)]
+    for r in results:
+        print(f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of {r['prompt_tokens']} tokens ({r['size']} px)")
+        for phase, taken in (("rollout", r["rollout"]), ("update", r["update"])):
+            base = next(iter(taken.values()))
+            for name, value in taken.items():
+                print(f"  {phase:<8} {name:<26} {value:7.3f} s   {value / base:5.1f} x")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"threads": torch.get_num_threads(), "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The commands as a user types them: help, mistakes, a folder of one's own data, a single picture."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+from samr1_mini.config import PRESETS, Settings, UserError, check, make_settings, parse_settings
+from samr1_mini.data import load_data
+from samr1_mini.tiny.scenes import make_scene
+
+ROOT = Path(__file__).parent.parent
+ONLY_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*command, cwd=ROOT):
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=ONLY_CPU | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "samr1_mini.tiny.pretrain"], ["-m", "samr1_mini.benchmark"]])
+def test_help_of_every_command(command):
+    out = run(*command, "--help")
+    assert out.returncode == 0 and "usage" in out.stdout
+    if command == ["train.py"]:
+        shown = " ".join(out.stdout.split())
+        for f in fields(Settings):
+            assert f"--{f.name.replace('_', '-')}" in shown and f.metadata["help"].split(",")[0][:20] in shown
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--sample", "30"], "unknown option --sample; did you mean --samples?"),
+        (["--samples", "many"], "--samples: invalid int value: 'many'"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--samples", "5"], "--questions 16"),
+        (["--group", "1"], "--group must be at least 2"),
+        (["--lr", "-1"], "--lr must be above 0"),
+        (["--lr", "nan"], "--lr must be above 0"),
+        (["--beta", "inf"], "--beta must not be below 0"),
+        (["--accuracy", "dice"], "--accuracy: invalid choice: 'dice'"),
+        (["--image-size", "100"], "multiple of 28"),
+        (["--updates", "20"], "--updates 20 is more than --questions 16"),
+        (["--preset", "70b"], "--preset: invalid choice"),
+        (["--sam", "vit_h"], "--sam-checkpoint"),
+        (["--resume"], "--resume needs --run"),
+        (["--resume", "--run", "no/such/run"], "holds no run"),
+        (["5"], "unknown option 5"),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_the_option(argv, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_settings(argv, "train.py", "")
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and words in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["train.py", "--data", "no-such-folder"], "--data no-such-folder"),
+        (["train.py", "--policy", "no-such/policy"], "--policy no-such/policy"),
+        (["train.py", "--preset", "3b", "--sam-checkpoint", "x.pth"], "--policy Qwen/Qwen2.5-VL-3B-Instruct"),
+        (["eval.py", "--adapter", "no-such-folder"], "--adapter no-such-folder"),
+        (["eval.py", "--image", "no.jpg"], "--image and --question go together"),
+        (["eval.py", "--image", "no.jpg", "--question", "the red star"], "--image no.jpg"),
+        (["eval.py", "--wrong", "1"], "unknown option --wrong"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_line_and_no_traceback(command, words, tmp_path):
+    out = run(str(ROOT / command[0]), *command[1:], cwd=tmp_path)
+    assert out.returncode == 2 and words in out.stderr and "Traceback" not in out.stderr
+    errors = [line for line in out.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+
+
+def test_the_machine_chooses_the_preset_and_says_why(monkeypatch):
+    from samr1_mini import config
+
+    for memory, preset in ((None, "tiny"), (80, "7b"), (24, "7b"), (16, "3b"), (6, "tiny")):
+        monkeypatch.setattr(config.torch.cuda, "is_available", lambda: memory is not None)
+        monkeypatch.setattr(config.torch.cuda, "get_device_name", lambda: "Card")
+        properties = type("P", (), {"total_memory": (memory or 0) * 2**30})
+        monkeypatch.setattr(config.torch.cuda, "get_device_properties", lambda i: properties)
+        settings, line = make_settings(lr=1e-3)
+        assert settings.preset == preset and f"preset {preset}" in line and "lr = 0.001" in line
+        assert ("Card" in line) == (memory is not None)
+
+
+def test_every_preset_is_valid_once_it_has_its_weights():
+    for preset in PRESETS:
+        check(make_settings(preset=preset, device="cpu", sam_checkpoint="weights.pth")[0])
+
+
+# ---------------------------------------------------------------------------------------------------- a folder of your own
+
+
+def write_folder(folder, count=20):
+    """A data.jsonl of drawn scenes, masks in turn as a 0/1 PNG, a 0/255 PNG, compressed RLE, uncompressed RLE and polygons."""
+    (folder / "pictures").mkdir(parents=True)
+    lines, truths = [], []
+    for i in range(count):
+        scene = make_scene(i)
+        thing = scene.things[0]
+        Image.fromarray(scene.image).save(folder / f"pictures/{i}.png")
+        rle = coco.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
+        truth = thing.mask
+        if i % 5 < 2:
+            Image.fromarray(thing.mask.astype(np.uint8) * (1, 255)[i % 5]).save(folder / f"pictures/{i}-mask.png")
+            mask = f"pictures/{i}-mask.png"
+        elif i % 5 == 2:
+            mask = {"size": rle["size"], "counts": rle["counts"].decode()}
+        elif i % 5 == 3:
+            flat = thing.mask.flatten(order="F").astype(int)
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [0]])))
+            mask = {"size": list(thing.mask.shape), "counts": np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()}
+        else:
+            mask, truth = [[10, 10, 40, 10, 40, 30, 10, 30]], np.zeros((112, 112), bool)
+            truth[10:30, 10:40] = True
+        truths.append(truth)
+        lines.append({"id": str(i), "image": f"pictures/{i}.png", "question": f"the {thing.name}", "mask": mask})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return truths
+
+
+def test_a_known_picture_gives_the_known_mask_in_every_layout(tmp_path):
+    truths = write_folder(tmp_path)
+    seen = {}
+    for split in ("train", "validation", "test"):
+        for sample in load_data(str(tmp_path), split, 100 if split != "train" else 16):
+            assert (sample.mask == truths[int(sample.id)]).all(), sample.id
+            assert (np.asarray(sample.image) == make_scene(int(sample.id)).image).all()  # RGB, not BGR
+            seen.setdefault(split, set()).add(sample.id)
+    assert len(set.union(*seen.values())) == 20 == sum(map(len, seen.values()))  # splits are disjoint and complete
+
+
+def test_more_samples_than_lines_go_round_again_in_a_new_order(tmp_path):
+    write_folder(tmp_path)
+    ids = [s.id for s in load_data(str(tmp_path), "train", 32, seed=1)]
+    assert len(ids) == 32 and set(ids[:16]) == set(ids[16:]) and ids[:16] != ids[16:]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"image": "pictures/none.png"}, "none.png"),
+        ({"image": "../secret.png"}, "leads out of the folder"),
+        ({"image": "/etc/hostname"}, "leads out of the folder"),
+        ({"mask": "pictures/1.txt"}, "1.txt"),
+        ({"mask": 7}, "neither a PNG"),
+        ({"mask": [[1, 2, 3]]}, ""),
+        ({"mask": "pictures/small.png"}, "the mask is 8 x 8, the picture 112 x 112"),
+        ({"question": ""}, "question missing"),
+        ({"image": "pictures/cut.png"}, ""),
+    ],
+)
+def test_a_broken_line_stops_with_its_file_and_number_named(tmp_path, change, words):
+    write_folder(tmp_path, 5)
+    Image.new("L", (8, 8), 1).save(tmp_path / "pictures/small.png")
+    whole = (tmp_path / "pictures/2.png").read_bytes()
+    (tmp_path / "pictures/cut.png").write_bytes(whole[: len(whole) // 2])
+    lines = [json.loads(line) | {"split": "test"} for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    lines[2] |= change
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError) as error:
+        list(load_data(str(tmp_path), "test", 10))
+    assert "data.jsonl line 3" in str(error.value) and words in str(error.value)
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"image": "a.png"\n')
+    with pytest.raises(UserError, match="line 1: not a JSON object"):
+        load_data(str(tmp_path), "train", 1)
+
+
+def test_a_photo_is_turned_as_its_exif_says(tmp_path):
+    from samr1_mini.data import open_picture
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_picture(tmp_path / "a.jpg").size == (20, 40)
+
+
+def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
+    write_folder(tmp_path / "mine", 24)
+    out = run("train.py", "--data", str(tmp_path / "mine"), "--samples", "8", "--questions", "4", "--group", "4", "--eval-every", "1",
+              "--run", str(tmp_path / "run"))  # fmt: skip
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert "held-out test, greedy" in out.stdout and (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    adapter = str(tmp_path / "run/adapter")
+    out = run("eval.py", "--adapter", adapter, "--out", str(tmp_path / "eval"))
+    assert out.returncode == 0, out.stderr[-2000:]
+    results = json.loads((tmp_path / "eval/results.json").read_text())
+    assert results["summary"]["count"] == 2 == len(results["answers"]) and (tmp_path / "eval/sheet.png").exists()
+    assert "95 % bootstrap interval" in out.stdout
+    out = run("eval.py", "--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"), "--question", "the leftmost object",
+              "--out", str(tmp_path / "eval"))  # fmt: skip
+    assert out.returncode == 0 and (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG"), out.stderr[-2000:]
+
+
+def test_eval_of_the_base_by_kind_of_question(tmp_path):
+    out = run("eval.py", "--count", "30", "--out", str(tmp_path))
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert all(kind in out.stdout for kind in ("attribute", "relation", "indirect"))
+    summary = json.loads((tmp_path / "results.json").read_text())["summary"]
+    low, high = summary["gIoU_interval"]
+    assert low <= summary["gIoU"] <= high and set(summary["by_kind"]) == {"attribute", "relation", "indirect"}
