@@ -5,7 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from samr1_mini.config import Parser, UserError, add_options, check, exit_with, make_settings
+from samr1_mini.config import (
+    Parser,
+    UserError,
+    add_options,
+    check,
+    exit_with,
+    make_settings,
+)
 
 USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "image_size", "max_new_tokens", "max_points"}
 
@@ -59,7 +66,7 @@ def evaluate_set(policy, segmenter, settings, own: dict) -> None:
     answers = [
         {"id": r.sample.id, "question": r.sample.question, "kind": r.sample.kind, "text": r.text, "in_format": r.reward.answer.in_format,
          "iou": r.reward.iou, "why": r.reward.answer.why} for r in report.rows
-    ]  # fmt: skip
+    ]
     (out / "results.json").write_text(json.dumps({**own, "summary": summary, "answers": answers}, indent=1))
     ranked, middle = sorted(report.rows, key=lambda r: -r.reward.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
@@ -94,7 +101,9 @@ def answer_one(policy, segmenter, settings, own: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     settings, own, line = parse(argv)
     print(line, flush=True)
-    from samr1_mini.policy import load_policy  # imported late: --help and mistakes answer at once
+    from samr1_mini.policy import (
+        load_policy,  # imported late: --help and mistakes answer at once
+    )
     from samr1_mini.reward import load_segmenter
 
     try:

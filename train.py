@@ -8,12 +8,17 @@ from samr1_mini.config import UserError, exit_with, parse_settings
 def main(argv: list[str] | None = None) -> None:
     settings, line = parse_settings(argv, "train.py", __doc__)
     print(line, flush=True)
-    from samr1_mini.grpo import train  # imported late: --help and mistakes answer at once
+    from samr1_mini.grpo import (
+        train,  # imported late: --help and mistakes answer at once
+    )
 
     try:
         train(settings)
     except UserError as error:
         exit_with(error, "train.py")
+    except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C
+        print("\nstopped; what was saved before stays, see --resume", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     def generate():
         policy.base.model.rope_deltas = None
         policy.base.generate(**inputs, num_return_sequences=group, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                             max_new_tokens=tokens, min_new_tokens=tokens)  # fmt: skip
+                             max_new_tokens=tokens, min_new_tokens=tokens)
 
     result = {"rollout": seconds({"shared prompt": ours, "generate": generate}, rounds)}
     policy.banned[eos] = False

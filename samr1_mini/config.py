@@ -53,7 +53,7 @@ class Settings:
     advantage: str = _option("std", "std: eq. (1); mean: without the division by the standard deviation", ("std", "mean"))
 
     accuracy: str = _option("tiered", "accuracy term: eq. (5), one threshold, IoU itself, or the tiers on the box's IoU",
-                            ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"))  # fmt: skip
+                            ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"))
     accuracy_weight: float = _option(1.0, "weight of the accuracy term (0 to 4)")
     reasoning_weight: float = _option(1.0, "weight of the reasoning-format term (0 or 1)")
     segmentation_weight: float = _option(1.0, "weight of the segmentation-format term (0 or 1)")
@@ -70,7 +70,7 @@ PRESETS = {
                checkpointing=True, eval_samples=32, test_samples=500),
     "7b": dict(policy="Qwen/Qwen2.5-VL-7B-Instruct", sam="vit_h", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
                checkpointing=True, eval_samples=32, test_samples=500),
-}  # fmt: skip
+}
 
 
 def choose_preset() -> tuple[str, str]:

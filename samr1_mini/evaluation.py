@@ -46,7 +46,7 @@ class Report:
             "truncated": float(np.mean([r.truncated for r in self.rows])),
             "gIoU_interval": bootstrap_interval(giou, strict), "gIoU_lenient_interval": bootstrap_interval(giou, lenient),
             "cIoU_interval": bootstrap_interval(ciou, strict), "count": len(self.rows),
-        }  # fmt: skip
+        }
         summary["by_kind"] = {}
         for kind in dict.fromkeys(r.sample.kind for r in self.rows):
             some = [r for r in self.rows if r.sample.kind == kind]
@@ -54,7 +54,7 @@ class Report:
                 "gIoU": giou([r.pair for r in some]), "gIoU_lenient": giou([r.reward.pair for r in some]),
                 "cIoU": ciou([r.pair for r in some]), "format": float(np.mean([r.reward.answer.in_format for r in some])),
                 "count": len(some),
-            }  # fmt: skip
+            }
         return summary
 
 
@@ -92,3 +92,13 @@ def ceiling(segmenter: Segmenter, data) -> dict:
             [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
             values.append(iou(*intersection_union(mask, x.mask)))
     return {"gIoU": float(np.mean(values)), "count": len(values)}
+
+
+def before_after(summary: dict) -> str:
+    """The table printed at the end."""
+    rows = [f"{'held-out test, greedy':<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
+    for name in ("base", "trained"):
+        x = summary[name]
+        rows.append(f"{name:<24}{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}")
+    rows.append(f"{'true boxes through SAM':<24}{summary['ceiling']['gIoU']:>8.3f}")
+    return "\n".join(rows)

@@ -11,23 +11,21 @@ Shapes: B questions, G answers a question, S all answer tokens of a batch, answe
 
 import json
 import resource
-import signal
 import sys
-import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from .config import Settings, UserError
 from .data import Sample, load_data
-from .evaluation import ceiling, evaluate, policy_image
+from .evaluation import before_after, ceiling, evaluate, policy_image
 from .plots import curves, sample_sheet
 from .policy import Completion, Policy, Prompt, encode, load_policy, logprobs, sample
 from .reward import Reward, Segmenter, load_segmenter, score_group
+from .runs import load_state, open_run, save_state, stop_on_ctrl_c, write_json
 
 # ---------------------------------------------------------------------------------------------------- the equations
 
@@ -78,7 +76,7 @@ def objective(logp, old, reference, advantage, weight, eps_low: float, eps_high:
         sums = {
             "kl": kl.sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
             "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(), "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
-        }  # fmt: skip
+        }
         return loss, {k: v.item() for k, v in sums.items()} | {"ratio_min": ratio.min().item(), "ratio_max": ratio.max().item()}
 
 
@@ -121,7 +119,8 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     policy.model.train()
     for k in range(s.updates):
         share = rollouts[k * len(rollouts) // s.updates : (k + 1) * len(rollouts) // s.updates]
-        if s.beta == 0:  # a group without variance has nothing to say but the KL
+        questions = len(share)
+        if s.beta == 0:  # a group without variance has nothing to say but the KL: its term of the mean is 0
             share = [r for r in share if r.advantage.any()]
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (done + k + 1) / max(1, s.warmup))  # warm-up, then constant
@@ -130,7 +129,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
         for i in range(0, len(share), s.micro):
             part = share[i : i + s.micro]
             loss, sums, count = batch_loss(policy, part, s)
-            (loss / len(share)).backward()  # eq. (4) is an expectation over questions: their mean
+            (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
             finite &= bool(loss.isfinite())
             log["loss"] += loss.item() / len(rollouts)
             tokens += count
@@ -172,7 +171,7 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
 def describe(rollouts: list[Rollout]) -> dict:
     """What a batch of rollouts looks like, in numbers to log."""
     rewards, answers = [r for x in rollouts for r in x.rewards], [a for x in rollouts for a in x.answers]
-    mean = lambda values: float(sum(values)) / len(rewards)  # noqa: E731
+    mean = lambda values: float(sum(values)) / len(rewards)
     return {
         "reward": mean(r.total for r in rewards), "accuracy": mean(r.accuracy for r in rewards), "iou": mean(r.iou for r in rewards),
         "reasoning_format": mean(r.answer.reasoning_format for r in rewards),
@@ -180,53 +179,7 @@ def describe(rollouts: list[Rollout]) -> dict:
         "zero_variance": sum(not x.advantage.any() for x in rollouts) / len(rollouts),
         "truncated": mean(a.truncated for a in answers), "unique": sum(len({a.text for a in x.answers}) for x in rollouts) / len(answers),
         "points": mean(len(r.answer.points) for r in rewards), "length": mean(len(a.ids) for a in answers),
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- save and resume
-
-
-def save_state(folder: Path, policy: Policy, optimizer, step: int) -> None:
-    """Everything needed to go on after `step` steps. Written beside and moved into place: a cut-off save loses nothing."""
-    adapter = {n: p.detach().cpu() for n, p in policy.model.named_parameters() if p.requires_grad}
-    torch.save({"step": step, "adapter": adapter, "optimizer": optimizer.state_dict()}, folder / "state.new")
-    (folder / "state.new").replace(folder / "state.pt")
-    policy.model.save_pretrained(folder / "adapter")
-
-
-def load_state(folder: Path, policy: Policy, optimizer) -> int:
-    """Put adapter and optimizer back; returns the number of steps done."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state["adapter"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def open_run(s: Settings) -> Path:
-    """The run's folder: a new one with its settings written down, or the one to go on with."""
-    folder = Path(s.run or next_name(s))
-    if s.resume:
-        if not (folder / "state.pt").exists():
-            raise UserError(f"--resume: {folder} was stopped before its first saved state; start it again in another folder")
-        return folder
-    if (folder / "settings.json").exists():
-        raise UserError(f"--run {folder} holds a run already: go on with it by --resume, or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", asdict(s) | {"run": str(folder)})
-    return folder
-
-
-def next_name(s: Settings) -> str:
-    """The first of runs/PRESET-seedN, runs/PRESET-seedN-2, ... that is free."""
-    names = [f"runs/{s.preset}-seed{s.seed}"] + [f"runs/{s.preset}-seed{s.seed}-{i}" for i in range(2, 10**4)]
-    return next(name for name in names if not Path(name).exists())
-
-
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1))
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -242,7 +195,8 @@ def train(s: Settings) -> dict:
     data = load_data(s.data, "train", s.samples, s.seed)
     validation, test = load_data(s.data, "validation", s.eval_samples), load_data(s.data, "test", s.test_samples)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
-    start = load_state(folder, policy, optimizer) if s.resume else 0
+    start, earlier_seconds = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
+    seconds_so_far = lambda: round(earlier_seconds + time.perf_counter() - begun, 1)
     steps, log_file = len(data) // s.questions, folder / "metrics.jsonl"
     earlier = [json.loads(line) for line in log_file.read_text().splitlines()[:start]] if start else []
     log_file.write_text("".join(json.dumps(line) + "\n" for line in earlier))
@@ -252,37 +206,37 @@ def train(s: Settings) -> dict:
     else:
         base = evaluate(policy, segmenter, test, s, "base").summary() | {"ceiling": ceiling(segmenter, test)}
         write_json(folder / "base.json", base)
-    stop = catch_interrupt()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True)
-    for step in bar:
-        torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
-        batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)]
-        rollouts, seconds = roll_out(policy, segmenter, batch, s)
-        learnt = update(policy, optimizer, rollouts, s, step * s.updates)
-        line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
-        line["tokens_per_second"] = line["length"] * s.questions * s.group / line["seconds_rollout"]
-        if s.eval_every and (step + 1) % s.eval_every == 0:
-            report = evaluate(policy, segmenter, validation, s)
-            line |= {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
-            sample_sheet(folder / f"sheet-{step + 1:05d}.png", report.rows[:12], s.image_size, f"Validation after {step + 1} steps")
-            save_state(folder, policy, optimizer, step + 1)
-        with log_file.open("a") as out:
-            out.write(json.dumps(line) + "\n")
-        bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
-        if stop.is_set():
-            bar.close()
-            save_state(folder, policy, optimizer, step + 1)
-            print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  python train.py --resume --run {folder} --samples {s.samples}")
-            sys.exit(130)
+    with stop_on_ctrl_c() as stop:
+        bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True)
+        for step in bar:
+            torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
+            batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)]
+            rollouts, seconds = roll_out(policy, segmenter, batch, s)
+            learnt = update(policy, optimizer, rollouts, s, step * s.updates)
+            line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
+            line["tokens_per_second"] = line["length"] * s.questions * s.group / line["seconds_rollout"]
+            if s.eval_every and (step + 1) % s.eval_every == 0:
+                report = evaluate(policy, segmenter, validation, s)
+                line |= {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
+                sample_sheet(folder / f"sheet-{step + 1:05d}.png", report.rows[:12], s.image_size, f"Validation after {step + 1} steps")
+            with log_file.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+            if stop.is_set() or (s.eval_every and (step + 1) % s.eval_every == 0):
+                save_state(folder, policy, optimizer, step + 1, seconds_so_far())
+            bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
+            if stop.is_set():
+                bar.close()
+                print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  python train.py --resume --run {folder} --samples {s.samples}")
+                sys.exit(130)
 
-    save_state(folder, policy, optimizer, steps)
+    save_state(folder, policy, optimizer, steps, seconds_so_far())
     if all(not p.any() for n, p in policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
         raise UserError("the adapter never changed: every group's answers all got the same reward (zero_variance in metrics.jsonl)")
     report = evaluate(policy, segmenter, test, s, "trained")
     summary = {
-        "samples": steps * s.questions, "seed": s.seed, "seconds": round(time.perf_counter() - begun, 1),
+        "samples": steps * s.questions, "seed": s.seed, "seconds": seconds_so_far(),
         "base": {k: v for k, v in base.items() if k != "ceiling"}, "trained": report.summary(), "ceiling": base["ceiling"],
-    }  # fmt: skip
+    }
     write_json(folder / "summary.json", summary)
     sample_sheet(folder / "sheet-test.png", report.rows[:12], s.image_size, "Held-out test scenes after training")
     curves(folder / "curves.png", [json.loads(line) for line in log_file.read_text().splitlines()], summary)
@@ -291,32 +245,8 @@ def train(s: Settings) -> dict:
     return summary
 
 
-def catch_interrupt() -> threading.Event:
-    """Ctrl-C lets the step in progress end; a second one stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-
-        def handler(*_):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            stop.set()
-            tqdm.write("stopping after this step (Ctrl-C again: at once)")
-
-        signal.signal(signal.SIGINT, handler)
-    return stop
-
-
 def peak_memory(device: str) -> float:
     """Peak memory in GiB: of the GPU where there is one, else of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def before_after(summary: dict) -> str:
-    """The table printed at the end."""
-    rows = [f"{'held-out test, greedy':<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
-    for name in ("base", "trained"):
-        x = summary[name]
-        rows.append(f"{name:<24}{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}")
-    rows.append(f"{'true boxes through SAM':<24}{summary['ceiling']['gIoU']:>8.3f}")
-    return "\n".join(rows)

@@ -6,8 +6,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files: no screen is needed
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
 
@@ -64,7 +64,7 @@ def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
 def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     """A PNG with a run's curves from the lines of metrics.jsonl; `summary` adds base, trained and ceiling as lines."""
     step = np.array([line["step"] for line in log])
-    column = lambda name: np.array([line.get(name, np.nan) for line in log], float)  # noqa: E731
+    column = lambda name: np.array([line.get(name, np.nan) for line in log], float)
     looks = [(line["step"], line) for line in log if "validation_gIoU" in line]
     figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(12, 6.6))
 
@@ -85,7 +85,7 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     b.legend(fontsize=8, loc="lower right")
 
     for name, colour, label in (("reasoning_format", BLUE, "reasoning format"), ("segmentation_format", ORANGE, "segmentation format"),
-                                ("zero_variance", GREEN, "groups without variance"), ("unique", PINK, "unique answers")):  # fmt: skip
+                                ("zero_variance", GREEN, "groups without variance"), ("unique", PINK, "unique answers")):
         c.plot(step, smooth(column(name)), color=colour, lw=1.8, label=label)
     c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
     c.legend(fontsize=8)

@@ -16,7 +16,13 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    DynamicCache,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from .config import UserError
 
@@ -99,7 +105,7 @@ def load_policy(
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["model.visual", "lm_head"],  # a 4-bit vision tower or head breaks the model
-    )  # fmt: skip
+    )
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         name, dtype=dtype, quantization_config=nf4 if load_in == "nf4" else None, device_map={"": device}, attn_implementation="sdpa"
     ).requires_grad_(False)
@@ -211,7 +217,7 @@ def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: in
         hidden = language(
             inputs_embeds=policy.base.get_input_embeddings()(token)[:, None], attention_mask=mask,
             position_ids=(position + t).expand(3, -1)[..., None], past_key_values=cache, use_cache=True,
-        ).last_hidden_state[:, -1]  # fmt: skip  # [N, D]
+        ).last_hidden_state[:, -1]  # [N, D]
     # Where an answer ends is known from its length, never from its ids: pad and eos may be one token.
     answers = [Completion(ids[n, :size], logps[n, :size], bool(alive[n]), "") for n, size in enumerate(lengths.tolist())]
     for answer, text in zip(answers, tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)):

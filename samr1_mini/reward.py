@@ -7,7 +7,6 @@ Frames: answers count pixels of the square picture the policy sees; SAM and the 
 """
 
 import json
-import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 
 from .data import Sample
 from .metrics import box_iou, intersection_union, iou
-from .tiny import build as _tiny  # noqa: F401  (registers the tiny SAM beside vit_b, vit_l and vit_h)
+from .tiny import build as _tiny  # registers the tiny SAM beside vit_b, vit_l and vit_h
 
-ACCURACIES = ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou")
 MAX_TEXT = 20_000  # characters; nothing that long is an answer
 
 
@@ -218,7 +215,7 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 def score_group(
     segmenter: Segmenter, sample: Sample, texts: list[str], size: int, accuracy: str = "tiered", weights=(1.0, 1.0, 1.0),
     max_points: int = 8, lenient: bool = False,
-) -> list[Reward]:  # fmt: skip
+) -> list[Reward]:
     """Reward G texts that answer one sample, seen by the policy at `size` x `size` pixels.
 
     `weights` are those of accuracy, reasoning format and segmentation format. `lenient` segments with a box found anywhere in

@@ -52,4 +52,4 @@ def settings(tmp_path):
     return make_settings(
         preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=8, questions=4, group=4, micro=2, eval_every=0,
         eval_samples=4, test_samples=4, warmup=1,
-    )[0]  # fmt: skip
+    )[0]

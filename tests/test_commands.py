@@ -12,7 +12,14 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from samr1_mini.config import PRESETS, Settings, UserError, check, make_settings, parse_settings
+from samr1_mini.config import (
+    PRESETS,
+    Settings,
+    UserError,
+    check,
+    make_settings,
+    parse_settings,
+)
 from samr1_mini.data import load_data
 from samr1_mini.tiny.scenes import make_scene
 
@@ -193,7 +200,7 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
 def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     write_folder(tmp_path / "mine", 24)
     out = run("train.py", "--data", str(tmp_path / "mine"), "--samples", "8", "--questions", "4", "--group", "4", "--eval-every", "1",
-              "--run", str(tmp_path / "run"))  # fmt: skip
+              "--run", str(tmp_path / "run"))
     assert out.returncode == 0, out.stderr[-2000:]
     assert "held-out test, greedy" in out.stdout and (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     adapter = str(tmp_path / "run/adapter")
@@ -203,7 +210,7 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     assert results["summary"]["count"] == 2 == len(results["answers"]) and (tmp_path / "eval/sheet.png").exists()
     assert "95 % bootstrap interval" in out.stdout
     out = run("eval.py", "--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"), "--question", "the leftmost object",
-              "--out", str(tmp_path / "eval"))  # fmt: skip
+              "--out", str(tmp_path / "eval"))
     assert out.returncode == 0 and (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG"), out.stderr[-2000:]
 
 

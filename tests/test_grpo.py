@@ -13,7 +13,15 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from samr1_mini import grpo
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.data import Shapes
-from samr1_mini.grpo import advantages, batch_loss, objective, roll_out, token_weights, train, update
+from samr1_mini.grpo import (
+    advantages,
+    batch_loss,
+    objective,
+    roll_out,
+    token_weights,
+    train,
+    update,
+)
 from samr1_mini.policy import TINY, load_policy
 
 
@@ -36,7 +44,7 @@ def test_the_loss_is_the_papers_formula(normalise):
     lengths = [3, 7, 1, 5]
     logp, old, reference = ([rng.normal(-1, 0.4, n) for n in lengths] for _ in range(3))
     advantage = rng.normal(0, 1, 4)
-    flat = lambda x: torch.tensor(np.concatenate(x))  # noqa: E731
+    flat = lambda x: torch.tensor(np.concatenate(x))
     each = torch.tensor(advantage).repeat_interleave(torch.tensor(lengths))
     loss, _ = objective(flat(logp), flat(old), flat(reference), each, token_weights([lengths], normalise).double(), 0.2, 0.3, 0.05)
     assert loss.item() == pytest.approx(naive_loss(logp, old, reference, advantage, normalise, 0.2, 0.3, 0.05), abs=1e-6)

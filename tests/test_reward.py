@@ -13,7 +13,14 @@ from PIL import Image
 
 from samr1_mini.data import Sample
 from samr1_mini.metrics import box_iou, ciou, giou
-from samr1_mini.reward import Segmenter, accuracy_term, parse, score_group, tight_box, to_picture
+from samr1_mini.reward import (
+    Segmenter,
+    accuracy_term,
+    parse,
+    score_group,
+    tight_box,
+    to_picture,
+)
 from samr1_mini.tiny.build import SAM, build_sam_tiny
 from samr1_mini.tiny.scenes import make_scene
 
@@ -80,7 +87,7 @@ def test_a_broken_answer_earns_no_segmentation_format_and_says_why(text, why):
     "text",
     [said() + " Done.", "Well: " + said(), said().replace("<think>", ""), said().replace("</think>", "</think> so "),
      '<answer>{"bbox": [10, 20, 30, 40], "points": [[15, 25, 1]]}</answer><think>a</think>', said() + said()],
-)  # fmt: skip
+)
 def test_a_broken_frame_earns_no_reasoning_format(text):
     assert not parse(text, 112, 112).reasoning_format
 
@@ -99,7 +106,7 @@ def test_the_lenient_box_is_found_anywhere():
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox": ', '"points": ', "[[", "]]", "[", "]", "{", "}", ", ", "1", "-9", "0.5",
-          "1e400", "NaN", "null", '"', "\\", "\n", "<|image_pad|>", "é", "\u202e", "[1, 2, 3, 4]"]  # fmt: skip
+          "1e400", "NaN", "null", '"', "\\", "\n", "<|image_pad|>", "é", "\u202e", "[1, 2, 3, 4]"]
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=60).map("".join)))
@@ -115,7 +122,7 @@ def test_no_text_makes_the_parser_raise_and_what_it_accepts_is_sound(text):
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=5), max_leaves=12),
-       st.recursive(st.none() | st.floats() | st.integers(), lambda x: st.lists(x, max_size=4), max_leaves=12))  # fmt: skip
+       st.recursive(st.none() | st.floats() | st.integers(), lambda x: st.lists(x, max_size=4), max_leaves=12))
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_any_json_in_the_answer_is_read_or_refused(box, points):
     answer = parse(f"<think></think><answer>{json.dumps({'bbox': box, 'points': points})}</answer>", 112, 112)
@@ -149,7 +156,7 @@ def test_masks_are_those_of_sams_own_forward(segmenter):
             [{"image": torch.from_numpy(scene.image).permute(2, 0, 1).float(), "original_size": scene.image.shape[:2],
               "boxes": torch.tensor(boxes).float(), "point_coords": marks[..., :2], "point_labels": marks[..., 2]}],
             multimask_output=True,
-        )  # fmt: skip
+        )
     best = out["iou_predictions"].argmax(1)
     theirs = out["masks"][torch.arange(len(best)), best].numpy()
     assert (ours == theirs).all() and ours.any()
@@ -192,10 +199,10 @@ def test_remembered_pictures_are_told_apart(segmenter):
 def test_a_true_box_gives_nearly_the_true_mask_in_rgb_and_less_in_bgr(segmenter):
     scenes = [make_scene(2 * 10**9 + i) for i in range(20)]
     pairs = [(s, t) for s in scenes for t in s.things]
-    score = lambda flip: np.mean([  # noqa: E731
+    score = lambda flip: np.mean([
         (m & t.mask).sum() / (m | t.mask).sum() for s, t in pairs
         for m in segmenter.masks(np.ascontiguousarray(s.image[..., ::-1]) if flip else s.image, [t.box], [[]])
-    ])  # fmt: skip
+    ])
     right = score(False)
     assert right > 0.9 and score(True) < right
 
@@ -208,7 +215,7 @@ def test_a_true_box_gives_nearly_the_true_mask_in_rgb_and_less_in_bgr(segmenter)
     [("tiered", 0.801, 4), ("tiered", 0.80, 3), ("tiered", 0.701, 3), ("tiered", 0.70, 2), ("tiered", 0.501, 2), ("tiered", 0.50, 0),
      ("tiered", 0.0, 0), ("threshold:0.5", 0.51, 4), ("threshold:0.5", 0.5, 0), ("threshold:0.7", 0.69, 0), ("threshold:0.8", 0.81, 4),
      ("iou", 0.25, 1.0)],
-)  # fmt: skip
+)
 def test_eq_5_and_its_rivals(kind, value, expected):
     assert accuracy_term(kind, value) == expected
 

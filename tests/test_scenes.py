@@ -7,15 +7,26 @@ import pytest
 
 from samr1_mini.data import load_data
 from samr1_mini.tiny.pretrain import answer_text, fact_texts
-from samr1_mini.tiny.scenes import COLOUR_OF, COLOURS, KINDS, PRETRAIN, SHAPE_WITH, SHAPES, SPLITS, ask, fair_questions, make_scene
+from samr1_mini.tiny.scenes import (
+    COLOUR_OF,
+    COLOURS,
+    KINDS,
+    PRETRAIN,
+    SHAPE_WITH,
+    SHAPES,
+    SPLITS,
+    ask,
+    fair_questions,
+    make_scene,
+)
 
 
 def read_question(scene, text):
     """The objects that a text means, found again from the words alone: an independent reading of `fair_questions`."""
     words = text.removeprefix("the ").split()
     measures = {"leftmost": lambda t: -t.x, "rightmost": lambda t: t.x, "topmost": lambda t: -t.y, "bottommost": lambda t: t.y,
-                "largest": lambda t: t.size, "smallest": lambda t: -t.size}  # fmt: skip
-    named = lambda w: [t for t in scene.things if all(x in ("object", t.colour, t.shape) for x in w)]  # noqa: E731
+                "largest": lambda t: t.size, "smallest": lambda t: -t.size}
+    named = lambda w: [t for t in scene.things if all(x in ("object", t.colour, t.shape) for x in w)]
     if "colour of" in text:
         return named([COLOUR_OF[text.split("colour of ")[1]]])
     if text.startswith("the object with "):
@@ -72,7 +83,7 @@ def test_splits_and_pretraining_scenes_are_disjoint():
     for (a, b), (c, d) in itertools.combinations(ranges, 2):
         assert b <= c or d <= a
     taken = [{load_data("shapes", split, 50, seed)[i].id for i in range(50)} for split, seed in
-             (("train", 0), ("train", 1), ("train", 999), ("validation", 0), ("test", 0))]  # fmt: skip
+             (("train", 0), ("train", 1), ("train", 999), ("validation", 0), ("test", 0))]
     assert len(set.union(*taken)) == 250
 
 

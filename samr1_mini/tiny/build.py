@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from segment_anything import sam_model_registry
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -34,14 +40,14 @@ def build_sam_tiny(checkpoint: str | Path | None = None) -> Sam:
         image_encoder=ImageEncoderViT(
             img_size=SIZE, patch_size=patch, embed_dim=96, depth=4, num_heads=4, mlp_ratio=4, out_chans=width, qkv_bias=True,
             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=0, global_attn_indexes=(),
-        ),  # fmt: skip
+        ),
         prompt_encoder=PromptEncoder(
             embed_dim=width, image_embedding_size=(grid, grid), input_image_size=(SIZE, SIZE), mask_in_chans=16
         ),
         mask_decoder=MaskDecoder(
             transformer_dim=width, num_multimask_outputs=3, iou_head_depth=3, iou_head_hidden_dim=width,
             transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=256, num_heads=4),
-        ),  # fmt: skip
+        ),
         pixel_mean=[123.675, 116.28, 103.53],
         pixel_std=[58.395, 57.12, 57.375],
     )
@@ -104,5 +110,5 @@ def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         ),
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-    )  # fmt: skip
+    )
     return Qwen2_5_VLForConditionalGeneration(config)

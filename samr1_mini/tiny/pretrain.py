@@ -20,10 +20,33 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from ..data import load_data
 from ..metrics import box_iou
-from ..policy import PROMPT, Policy, Prompt, banned_ids, encode, load_policy, logprobs, sample
+from ..policy import (
+    PROMPT,
+    Policy,
+    Prompt,
+    banned_ids,
+    encode,
+    load_policy,
+    logprobs,
+    sample,
+)
 from ..reward import load_segmenter, parse, tight_box
 from .build import POLICY, SAM, build_policy, build_processor, build_sam_tiny
-from .scenes import COLOUR_OF, COLOURS, KINDS, PRETRAIN, SHAPE_WITH, SHAPES, SIZE, SPLITS, Scene, Thing, ask, fair_questions, make_scene
+from .scenes import (
+    COLOUR_OF,
+    COLOURS,
+    KINDS,
+    PRETRAIN,
+    SHAPE_WITH,
+    SHAPES,
+    SIZE,
+    SPLITS,
+    Scene,
+    Thing,
+    ask,
+    fair_questions,
+    make_scene,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -67,7 +90,7 @@ def sam_masks(sam, embedding: torch.Tensor, boxes: torch.Tensor, points: torch.T
     low, quality = sam.mask_decoder(
         image_embeddings=embedding, image_pe=sam.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
-    )  # fmt: skip
+    )
     return sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE)), quality
 
 
@@ -240,7 +263,7 @@ def align_words(policy: Policy, prompts: list[Prompt], scenes: list[Scene]) -> t
     Without it a language model this small learned in half an hour to say what stands leftmost, but not where "the green star" is.
     """
     tokenizer, words = policy.processor.tokenizer, policy.base.get_input_embeddings().weight
-    token = lambda names: words[torch.tensor([tokenizer(f" {n}").input_ids[0] for n in names], device=words.device)]  # noqa: E731
+    token = lambda names: words[torch.tensor([tokenizer(f" {n}").input_ids[0] for n in names], device=words.device)]
     features = torch.cat([p.embeds[p.ids == policy.base.config.image_token_id] for p in prompts])  # [B * 16, D]
     target = torch.from_numpy(np.concatenate([cell_targets(s) for s in scenes])).to(DEVICE)
     on = target[:, 0] == 1

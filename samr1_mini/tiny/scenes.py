@@ -24,7 +24,7 @@ KINDS = ("attribute", "relation", "indirect")
 COLOURS = {
     "red": (215, 40, 40), "orange": (245, 140, 20), "yellow": (245, 225, 50), "green": (40, 165, 60),
     "blue": (40, 80, 225), "purple": (150, 50, 190), "white": (245, 245, 245), "black": (20, 20, 20),
-}  # fmt: skip
+}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 
 # What is never drawn or named, only known: each fact's subject stands for one colour or one shape.
@@ -32,13 +32,13 @@ COLOUR_OF = {
     "grass": "green", "a leaf": "green", "blood": "red", "a ripe tomato": "red", "the clear sky": "blue", "the sea": "blue",
     "a lemon": "yellow", "a canary": "yellow", "fresh snow": "white", "milk": "white", "coal": "black", "a raven": "black",
     "a carrot": "orange", "a pumpkin": "orange", "a plum": "purple", "lavender": "purple",
-}  # fmt: skip
+}
 SHAPE_WITH = {
     "three corners": "triangle", "exactly three sides": "triangle", "four equal sides": "square", "four right angles": "square",
     "a hole in the middle": "ring", "room for a finger": "ring", "five sharp points": "star", "the form of a badge": "star",
     "four equal arms": "cross", "the form of a plus": "cross", "the meaning of love": "heart", "the form of a valentine": "heart",
     "two thin horns": "moon", "a bite taken out": "moon", "one round edge and no hole": "circle", "the form of a coin": "circle",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Scene:
 
 def _outline(shape: str, angle: float) -> np.ndarray:
     """Corners [N, 2] of a shape of radius 1 around (0, 0), turned by `angle` (radians)."""
-    turn = lambda t: np.stack([np.cos(t), np.sin(t)], 1)  # noqa: E731
+    turn = lambda t: np.stack([np.cos(t), np.sin(t)], 1)
     up = -math.pi / 2
     if shape in ("circle", "ring", "moon"):
         return turn(np.linspace(0, 2 * math.pi, 48, endpoint=False))
@@ -87,11 +87,11 @@ def _outline(shape: str, angle: float) -> np.ndarray:
     elif shape == "cross":
         a, b = 0.32, 0.92
         corners = np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-                            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])  # fmt: skip
+                            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])
     else:  # heart
         t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
         corners = np.stack([16 * np.sin(t) ** 3,
-                            -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], 1) / 17  # fmt: skip
+                            -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], 1) / 17
     c, s = math.cos(angle), math.sin(angle)
     return corners @ np.array([[c, s], [-s, c]])
 
@@ -101,7 +101,7 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
     scale, radius = 4, size / 2
     canvas = Image.new("L", (SIZE * scale, SIZE * scale))
     draw = ImageDraw.Draw(canvas)
-    place = lambda p: [((x + px * radius) * scale, (y + py * radius) * scale) for px, py in p]  # noqa: E731
+    place = lambda p: [((x + px * radius) * scale, (y + py * radius) * scale) for px, py in p]
     corners = _outline(shape, angle)
     draw.polygon(place(corners), fill=255)
     if shape == "ring":
@@ -155,11 +155,11 @@ def make_scene(seed: int) -> Scene:
 _EXTREMES = {  # word: what is compared, and the margin that makes the winner plain, in pixels
     "leftmost": (lambda t: -t.x, 7), "rightmost": (lambda t: t.x, 7), "topmost": (lambda t: -t.y, 7),
     "bottommost": (lambda t: t.y, 7), "largest": (lambda t: t.size, 4), "smallest": (lambda t: -t.size, 4),
-}  # fmt: skip
+}
 _SIDES = {
     "left of": lambda t, o: o.x - t.x, "right of": lambda t, o: t.x - o.x,
     "above": lambda t, o: o.y - t.y, "below": lambda t, o: t.y - o.y,
-}  # fmt: skip
+}
 
 
 def _extreme(things: list[Thing], word: str) -> list[Thing]:

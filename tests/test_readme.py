@@ -1,0 +1,133 @@
+"""What the README states is true: links, commands, line counts, functions, and every figure against the committed logs."""
+
+import ast
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "tutorials" / "results"
+sys.path.insert(0, str(ROOT))  # eval.py stands there
+
+
+def load(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def row(*cells):
+    """A table row as the README writes it."""
+    return "| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells) + " |"
+
+
+def result_rows():
+    """The table of the runs: base and trained on held-out test scenes."""
+    for name, label in (("seed0", "seed 0"), ("seed1", "seed 1"), ("seed2", "seed 2"), ("no-accuracy", "seed 0, `--accuracy-weight 0`")):
+        s = load(f"{name}/summary.json")
+        base, trained = s["base"], s["trained"]
+        arrow = lambda key: f"{base[key]:.2f} → {trained[key]:.2f}"
+        indirect = " → ".join(f"{x['by_kind']['indirect']['gIoU_lenient']:.2f}" for x in (base, trained))
+        yield row(label, arrow("gIoU"), arrow("gIoU_lenient"), arrow("cIoU"), indirect, arrow("format"), f"{s['seconds'] / 60:.1f}")
+
+
+def measured_rows():
+    """What the pretrained networks can do."""
+    measured = json.loads((ROOT / "samr1_mini/tiny/measured.json").read_text())
+    yield from (row(name, value) for name, value in measured["sam"].items())
+    yield from (row(kind, *values.values()) for kind, values in measured["policy"].items())
+
+
+def benchmark_rows():
+    for r in load("benchmark.json")["results"]:
+        for phase in ("rollout", "update"):
+            first = next(iter(r[phase].values()))
+            for name, seconds in r[phase].items():
+                yield row(f"{r['size']} px, {r['prompt_tokens']} tokens", phase, name, f"{seconds:.2f}", f"{seconds / first:.1f}")
+
+
+@pytest.mark.parametrize("rows", [result_rows, measured_rows, benchmark_rows])
+def test_every_row_of_figures_comes_from_a_committed_log(rows):
+    missing = [r for r in rows() if r not in TEXT]
+    assert not missing, "the README should hold:\n" + "\n".join(missing)
+
+
+def test_no_table_row_of_figures_is_without_its_log():
+    known = {*result_rows(), *measured_rows(), *benchmark_rows()}
+    seed_rows = [line for line in TEXT.splitlines() if re.match(r"\| (seed \d|\d+ px|true box|sides moved)", line)]
+    assert len(seed_rows) >= 10 and all(line in known for line in seed_rows)
+
+
+def test_the_first_command_keeps_its_promise():
+    for name in ("seed0", "seed1", "seed2"):
+        s = load(f"{name}/summary.json")
+        base, trained = s["base"], s["trained"]
+        assert trained["gIoU"] - base["gIoU"] >= 0.20 and trained["gIoU_lenient"] - base["gIoU_lenient"] >= 0.10, name
+        assert trained["by_kind"]["indirect"]["gIoU_lenient"] - base["by_kind"]["indirect"]["gIoU_lenient"] >= 0.15, name
+        assert trained["format"] >= 0.98 and s["seconds"] <= 720 and s["samples"] >= 2990 and trained["count"] >= 500, name
+
+
+def test_without_the_accuracy_term_only_the_format_is_learnt():
+    s = load("no-accuracy/summary.json")
+    assert json.loads((RESULTS / "no-accuracy/settings.json").read_text())["accuracy_weight"] == 0
+    assert s["trained"]["format"] > 0.95 and s["trained"]["gIoU_lenient"] < s["base"]["gIoU_lenient"] + 0.03
+
+
+def test_minutes_and_memory_of_the_first_command_are_those_of_its_log():
+    lines = [json.loads(line) for line in (RESULTS / "seed0/metrics.jsonl").read_text().splitlines()]
+    minutes, memory = load("seed0/summary.json")["seconds"] / 60, max(line["peak_memory_gib"] for line in lines)
+    assert f"{minutes:.0f} minutes" in TEXT and f"{memory:.1f} GiB" in TEXT
+
+
+def test_links_and_pictures_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXT):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_line_counts_are_right_and_within_reach_of_an_afternoon():
+    stated = dict(re.findall(r"\| \[`([\w/.]+\.py)`\]\([^)]*\) \| (\d+) \|", TEXT))
+    assert {"samr1_mini/policy.py", "samr1_mini/reward.py", "samr1_mini/grpo.py"} <= set(stated)
+    for name, count in stated.items():
+        assert len((ROOT / name).read_text().splitlines()) == int(count), name
+    assert all(int(stated[f"samr1_mini/{name}.py"]) <= 330 for name in ("policy", "reward", "grpo"))
+    assert sum(len(p.read_text().splitlines()) for p in (ROOT / "samr1_mini").rglob("*.py")) < 2500
+
+
+def test_every_function_in_the_equation_table_exists_in_its_file():
+    rows = re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", TEXT)
+    assert len(rows) >= 8
+    for file, names in rows:
+        tree = ast.parse((ROOT / "samr1_mini" / file).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert set(re.findall(r"`(\w+)`", names)) <= defined, (file, names)
+
+
+def commands():
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("python "):
+                yield shlex.split(line.split(" #")[0])[1:]
+
+
+def test_every_command_parses():
+    import eval as eval_command
+    from samr1_mini.config import parse_settings
+
+    seen = list(commands())
+    assert len(seen) >= 6
+    for argv in seen:
+        if argv[0] == "train.py" and "--resume" not in argv:
+            argv = [re.sub("FILE", "weights.pth", a) for a in argv]
+            parse_settings(argv[1:], "train.py", "")
+        elif argv[0] == "eval.py":
+            eval_command.parse([re.sub("runs/tiny-seed0", "tutorials/results/seed0", a) for a in argv[1:]])
+        elif argv[0] == "-m" and argv[1] != "pytest":
+            assert (ROOT / (argv[1].replace(".", "/") + ".py")).exists()
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    assert "python -m pytest tests" in TEXT and "python -m pytest tests" in (ROOT / ".ci/run").read_text()
