@@ -39,7 +39,7 @@ class Settings:
     group: int = _option(8, "G, answers a question")
     max_new_tokens: int = _option(96, "longest answer, tokens")
     temperature: float = _option(1.0, "sampling temperature, applied in the loss too")
-    updates: int = _option(2, "optimizer updates a rollout batch, each on its share of the questions; with 1 the ratio is always 1")
+    updates: int = _option(4, "optimizer updates a rollout batch, each on its share of the questions; with 1 the ratio is always 1")
     micro: int = _option(8, "questions a forward of the update; lower it when memory runs out")
     checkpointing: bool = _option(False, "recompute activations in the backward: less memory, more time")
 

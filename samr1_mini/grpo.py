@@ -194,7 +194,7 @@ def train(s: Settings) -> dict:
     segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
     data = load_data(s.data, "train", s.samples, s.seed)
     validation, test = load_data(s.data, "validation", s.eval_samples), load_data(s.data, "test", s.test_samples)
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
     start, earlier_seconds = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
     seconds_so_far = lambda: round(earlier_seconds + time.perf_counter() - begun, 1)
     steps, log_file = len(data) // s.questions, folder / "metrics.jsonl"

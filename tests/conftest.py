@@ -50,6 +50,6 @@ def samples():
 def settings(tmp_path):
     """Settings of a run so short that tests can afford it."""
     return make_settings(
-        preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=8, questions=4, group=4, micro=2, eval_every=0,
+        preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=8, questions=4, group=4, micro=2, updates=2, eval_every=0,
         eval_samples=4, test_samples=4, warmup=1,
     )[0]

@@ -199,7 +199,7 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
 
 def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     write_folder(tmp_path / "mine", 24)
-    out = run("train.py", "--data", str(tmp_path / "mine"), "--samples", "8", "--questions", "4", "--group", "4", "--eval-every", "1",
+    out = run("train.py", "--data", str(tmp_path / "mine"), "--samples", "8", "--questions", "4", "--group", "4", "--updates", "2", "--eval-every", "1",
               "--run", str(tmp_path / "run"))
     assert out.returncode == 0, out.stderr[-2000:]
     assert "held-out test, greedy" in out.stdout and (tmp_path / "run/adapter/adapter_model.safetensors").exists()

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from samr1_mini.data import load_data
-from samr1_mini.tiny.pretrain import answer_text, fact_texts
+from samr1_mini.metrics import box_iou
+from samr1_mini.reward import parse
+from samr1_mini.tiny.pretrain import STYLES, answer_text, fact_texts, loose_points
 from samr1_mini.tiny.scenes import (
     COLOUR_OF,
     COLOURS,
@@ -112,9 +114,17 @@ def test_kinds_come_in_equal_parts():
     assert all(90 <= kinds.count(kind) <= 110 for kind in KINDS)
 
 
-def test_base_answers_come_in_three_styles_and_loose_boxes():
-    rng, thing = np.random.default_rng(0), make_scene(1).things[0]
-    texts = [answer_text(thing, rng, 0.3) for _ in range(300)]
-    asked = sum(t.startswith("<think>") for t in texts)
-    assert 60 < asked < 150 and any(t.startswith("[{") for t in texts) and any(t.startswith("The ") for t in texts)
-    assert ask(make_scene(1), rng, "attribute")
+def test_base_answers_in_four_styles_hold_the_loose_box_and_only_thoughts_are_in_the_format():
+    rng, scene = np.random.default_rng(0), make_scene(1)
+    for thing in scene.things:
+        for style in STYLES:
+            answer = parse(answer_text(thing, scene, rng, 0.2, style), 112, 112)
+            assert answer.in_format == ("thought" in style) and 0.3 < box_iou(answer.lenient_box, thing.box) < 1
+
+
+def test_points_of_base_answers_are_labelled_rightly_where_nothing_strays():
+    rng = np.random.default_rng(0)
+    for thing in [t for seed in range(30) for t in make_scene(seed).things]:
+        for x, y, label in loose_points(thing, rng, 0.0):
+            x1, y1, x2, y2 = thing.box
+            assert thing.mask[y, x] == bool(label) and x1 <= x < x2 and y1 <= y < y2

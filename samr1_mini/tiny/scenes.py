@@ -29,15 +29,12 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moo
 
 # What is never drawn or named, only known: each fact's subject stands for one colour or one shape.
 COLOUR_OF = {
-    "grass": "green", "a leaf": "green", "blood": "red", "a ripe tomato": "red", "the clear sky": "blue", "the sea": "blue",
-    "a lemon": "yellow", "a canary": "yellow", "fresh snow": "white", "milk": "white", "coal": "black", "a raven": "black",
-    "a carrot": "orange", "a pumpkin": "orange", "a plum": "purple", "lavender": "purple",
+    "grass": "green", "a ripe tomato": "red", "the clear sky": "blue", "a lemon": "yellow",
+    "fresh snow": "white", "coal": "black", "a carrot": "orange", "a plum": "purple",
 }
 SHAPE_WITH = {
-    "three corners": "triangle", "exactly three sides": "triangle", "four equal sides": "square", "four right angles": "square",
-    "a hole in the middle": "ring", "room for a finger": "ring", "five sharp points": "star", "the form of a badge": "star",
-    "four equal arms": "cross", "the form of a plus": "cross", "the meaning of love": "heart", "the form of a valentine": "heart",
-    "two thin horns": "moon", "a bite taken out": "moon", "one round edge and no hole": "circle", "the form of a coin": "circle",
+    "three corners": "triangle", "four equal sides": "square", "a hole in the middle": "ring", "five sharp points": "star",
+    "the form of a plus": "cross", "the form of a valentine": "heart", "two thin horns": "moon", "the form of a coin": "circle",
 }
 
 
