@@ -17,7 +17,6 @@ from samr1_mini.tiny.scenes import (
     SHAPE_WITH,
     SHAPES,
     SPLITS,
-    ask,
     fair_questions,
     make_scene,
 )
