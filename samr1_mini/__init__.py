@@ -1,6 +1,9 @@
 """SAM-R1 in miniature: a vision-language model learns to reason and segment, with Segment Anything's IoU as the reward."""
 
 import logging
+import warnings
 
 # bitsandbytes looks for an optional CPU kernel, does without it, and says so at every start.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# peft asks transformers by an old name whether activations are recomputed; nothing a user could mend.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -63,10 +63,14 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
         pixels = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("RGB"))
         mask = pixels.any(-1) if pixels.ndim == 3 else pixels > 0  # masks come as 0/1 and as 0/255: any value counts
     elif isinstance(value, dict):
+        if list(value["size"]) != [height, width]:
+            raise ValueError(f"the mask's RLE has size {value['size']}, the picture [{height}, {width}]")
         rle = coco.frPyObjects(value, height, width) if isinstance(value["counts"], list) else value
         mask = coco.decode(rle).astype(bool)
     elif isinstance(value, list) and value:
         polygons = value if isinstance(value[0], list) else [value]
+        if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(isinstance(v, (int, float)) for v in p) for p in polygons):
+            raise ValueError("a polygon of the mask is not a list of at least three x, y pairs")
         mask = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
     else:
         raise ValueError("mask is neither a PNG's path, nor COCO RLE, nor polygons")

@@ -38,7 +38,7 @@ def sample_sheet(path: Path, rows: list, size: int, title: str, truth: bool = Tr
     """A PNG with one panel an answer: picture, masks, box and points, question, what the policy said, IoU and reward."""
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(3.1 * columns, 4.1 * lines + 0.6), squeeze=False)
+    figure, panels = plt.subplots(lines, columns, figsize=(max(3.1 * columns, 6.4), 4.1 * lines + 0.6), squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
     for axes, row in zip(panels.flat, rows):
