@@ -41,6 +41,8 @@ def parse(argv: list[str] | None):
         if beside.is_file():
             given = {k: v for k, v in json.loads(beside.read_text()).items() if k in USED - {"device"}} | given
     settings, line = make_settings(**given)
+    if own["adapter"] is not None:
+        line = f"adapter {own['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}"
     try:
         check(settings)
     except UserError as error:
