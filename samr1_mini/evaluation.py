@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from .config import Settings
 from .data import Sample
-from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou
+from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box
 from .policy import Policy, encode, sample
-from .reward import Reward, Segmenter, score_group, tight_box
+from .reward import Reward, Segmenter, score_group
 
 
 @dataclass

@@ -215,13 +215,14 @@ def train(s: Settings) -> dict:
             learnt = update(policy, optimizer, rollouts, s, step * s.updates)
             line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
             line["tokens_per_second"] = line["length"] * s.questions * s.group / line["seconds_rollout"]
-            if s.eval_every and (step + 1) % s.eval_every == 0:
+            look = s.eval_every and (step + 1) % s.eval_every == 0
+            if look:
                 report = evaluate(policy, segmenter, validation, s)
                 line |= {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
                 sample_sheet(folder / f"sheet-{step + 1:05d}.png", report.rows[:12], s.image_size, f"Validation after {step + 1} steps")
             with log_file.open("a") as out:
                 out.write(json.dumps(line) + "\n")
-            if stop.is_set() or (s.eval_every and (step + 1) % s.eval_every == 0):
+            if stop.is_set() or look:
                 save_state(folder, policy, optimizer, step + 1, seconds_so_far())
             bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
             if stop.is_set():

@@ -40,3 +40,9 @@ def bootstrap_interval(measure, pairs: list[tuple[int, int]], draws: int = 1000,
     values = [measure([pairs[i] for i in rng.integers(len(pairs), size=len(pairs))]) for _ in range(draws)]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The smallest box that holds a bool mask [H, W]; (0, 0, 0, 0) for an empty one."""
+    ys, xs = np.where(mask)
+    return (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0)

@@ -18,7 +18,7 @@ import torch
 from segment_anything import SamPredictor, sam_model_registry
 
 from .data import Sample
-from .metrics import box_iou, intersection_union, iou
+from .metrics import box_iou, intersection_union, iou, tight_box
 from .tiny import build as _tiny  # registers the tiny SAM beside vit_b, vit_l and vit_h
 
 MAX_TEXT = 20_000  # characters; nothing that long is an answer
@@ -204,12 +204,6 @@ def to_picture(answer_box: tuple, points: list[tuple], sample: Sample, size: int
     sx, sy = sample.image.width / size, sample.image.height / size
     x1, y1, x2, y2 = answer_box
     return (x1 * sx, y1 * sy, x2 * sx, y2 * sy), [(x * sx, y * sy, label) for x, y, label in points]
-
-
-def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The smallest box that holds a bool mask [H, W]; (0, 0, 0, 0) for an empty one."""
-    ys, xs = np.where(mask)
-    return (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0)
 
 
 def score_group(

@@ -1,4 +1,4 @@
-"""Make both tiny networks from nothing: `python -m samr1_mini.tiny.pretrain` (about two hours on 2 CPU cores, less on a GPU).
+"""Make both tiny networks from nothing: `python -m samr1_mini.tiny.pretrain` (on a GPU if there is one).
 
 Supervised training stands here for what Qwen and SAM already know before SAM-R1 begins:
     sam       Segment Anything learns to cut drawn shapes from boxes and points
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..data import load_data
-from ..metrics import box_iou
+from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import (
     PROMPT,
     Policy,
@@ -29,7 +29,7 @@ from ..policy import (
     logprobs,
     sample,
 )
-from ..reward import load_segmenter, parse, tight_box
+from ..reward import load_segmenter, parse
 from .build import POLICY, SAM, build_policy, build_processor, build_sam_tiny
 from .scenes import (
     COLOUR_OF,
@@ -341,8 +341,8 @@ def train_language(
             styles = rng.choice(list(STYLES), len(chosen), p=[share for share, _ in STYLES.values()])
             hints = [STYLES[style][1] if rng.random() < 0.5 else "" for style in styles]
             tails = [tokenizer(f" {q}{hint}<|im_end|>\n<|im_start|>assistant\n").input_ids for (q, _), hint in zip(chosen, hints)]
-            prompt, head = prompts[b], len(prompts[b].ids) - len(tokenizer(f" {chosen[0][0]}<|im_end|>\n<|im_start|>assistant\n").input_ids)
-            prompts[b] = Prompt(prompt.ids[:head], prompt.embeds[:head], prompt.positions[:, :head])
+            prompt, shared = prompts[b], len(prompts[b].ids) - len(tokenizer(f" {chosen[0][0]}<|im_end|>\n<|im_start|>assistant\n").input_ids)
+            prompts[b] = Prompt(prompt.ids[:shared], prompt.embeds[:shared], prompt.positions[:, :shared])
             answers = [
                 tokenizer(f"{answer_text(thing, scenes[b], rng, slack, style)}<|im_end|>").input_ids for (_, thing), style in zip(chosen, styles)
             ]
@@ -380,7 +380,7 @@ def measure_sam(count: int = 200) -> dict:
             prompts[f"sides moved by {percent} %"] = ([(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes], [[] for _ in truth])
         for name, (boxes, points) in prompts.items():
             masks = segmenter.masks(scene.image, boxes, points)
-            found.setdefault(name, []).extend((m & t).sum() / (m | t).sum() for m, t in zip(masks, truth))
+            found.setdefault(name, []).extend(iou(*intersection_union(m, t)) for m, t in zip(masks, truth))
     return {name: round(float(np.mean(values)), 3) for name, values in found.items()}
 
 
@@ -394,12 +394,13 @@ def measure_policy(count: int = 600, group: int = 4) -> dict:
             prompts = encode(policy, [x.image for x in samples], [x.question for x in samples])
         greedy, drawn = sample(policy, prompts, 1, 96, temperature=0), sample(policy, prompts, group, 96)
         for x, [answer], group_of in zip(samples, greedy, drawn):
-            box = parse(answer.text, SIZE, SIZE).lenient_box
+            said = parse(answer.text, SIZE, SIZE)
+            box = said.lenient_box
             overlap = box_iou(box, tight_box(x.mask)) if box else 0.0
             held = box and x.mask[max(0, int(box[1])) : int(box[3]) + 1, max(0, int(box[0])) : int(box[2]) + 1].sum() > 0.5 * x.mask.sum()
             in_format = np.mean([parse(a.text, SIZE, SIZE).in_format for a in group_of])
             for kind in (x.kind, "all"):
-                rows.setdefault(kind, []).append((overlap, bool(held), parse(answer.text, SIZE, SIZE).in_format, in_format))
+                rows.setdefault(kind, []).append((overlap, bool(held), said.in_format, in_format))
     columns = ("box IoU", "holds the object", "format, greedy", "format, sampled")
     return {kind: {c: round(float(v), 3) for c, v in zip(columns, np.mean(values, 0))} for kind, values in rows.items()}
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..metrics import tight_box
+
 SIZE = 112  # pixels a side: 8 x 8 patches of 14, merged two by two into 16 picture tokens
 SPLITS = {"train": (0, 10**9), "validation": (10**9, 10**9 + 10**6), "test": (2 * 10**9, 2 * 10**9 + 10**6)}
 PRETRAIN = (3 * 10**9, 4 * 10**9)  # the base networks learn from scenes that no split holds
@@ -56,8 +58,7 @@ class Thing:
     @property
     def box(self) -> tuple[int, int, int, int]:
         """Tight box (x1, y1, x2, y2) in pixels; x2 and y2 are one past the last pixel."""
-        ys, xs = np.where(self.mask)
-        return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+        return tight_box(self.mask)
 
 
 @dataclass
