@@ -1,8 +1,10 @@
-"""What sharing the prompt saves, in one run: `python -m samr1_mini.benchmark`.
+"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.benchmark`.
 
-Rollouts: `policy.sample` against transformers' generate(num_return_sequences=G). Update: `policy.logprobs` on packed rows against a
-padded batch in which every answer carries its own copy of the prompt, (a) through the model's own forward, pictures and all, and
-(b) with the pictures' features at hand as ours are. Same policy, prompts and numbers of tokens; the median of several rounds in turn.
+Rollouts: `policy.sample` against transformers' generate, (a) with num_return_sequences=G, which encodes a picture once and reads the
+prompt G times, and (b) with the prompt given G times, as trainers do that treat every answer as a row. Both start from pictures and
+questions. Update: `policy.logprobs` on packed rows against a padded batch in which every answer carries its own copy of the prompt,
+(a) through the model's own forward, pictures and all, and (b) with the pictures' features at hand as ours are.
+Same policy, prompts and numbers of tokens; the median of several rounds in turn.
 """
 
 import argparse
@@ -36,27 +38,30 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
     eos = policy.processor.tokenizer.eos_token_id
     policy.banned[eos] = True  # all answers get the full length, here and below
-    inputs = policy.processor(
-        text=[prompt_text(policy.processor, q, size, size) for q in asked], images=images, padding=True, return_tensors="pt"
-    ).to(policy.device)
 
-    def ours():
+    def read(asked, images):
+        texts = [prompt_text(policy.processor, q, size, size) for q in asked]
+        return policy.processor(text=texts, images=images, padding=True, return_tensors="pt").to(policy.device)
+
+    def encoded():
         with torch.no_grad():
-            return sample(policy, encode(policy, images, asked), group, tokens)
+            return encode(policy, images, asked)
 
-    def generate():
+    def generate(copies: int):
         policy.base.model.rope_deltas = None
-        policy.base.generate(**inputs, num_return_sequences=group, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        inputs = read([q for q in asked for _ in range(copies)], [x for x in images for _ in range(copies)])
+        policy.base.generate(**inputs, num_return_sequences=group // copies, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                              max_new_tokens=tokens, min_new_tokens=tokens)
 
-    result = {"rollout": seconds({"shared prompt": ours, "generate": generate}, rounds)}
+    result = {"rollout": seconds({
+        "shared prompt": lambda: sample(policy, encoded(), group, tokens), "  of it, encoding the picture": encoded,
+        "generate": lambda: generate(1), "generate, prompt repeated": lambda: generate(group),
+    }, rounds)}
     policy.banned[eos] = False
 
-    with torch.no_grad():
-        prompts = encode(policy, images, asked)
+    prompts = encoded()
     groups = [[torch.randint(300, 400, (tokens,), device=policy.device) for _ in range(group)] for _ in prompts]
-    everyone = {k: v.repeat_interleave(group, 0) for k, v in inputs.items() if k != "pixel_values"}
-    everyone["pixel_values"] = inputs.pixel_values.view(questions, -1, inputs.pixel_values.shape[-1]).repeat_interleave(group, 0).flatten(0, 1)
+    everyone = read([q for q in asked for _ in range(group)], [x for x in images for _ in range(group)])
     answers = torch.stack([ids for g in groups for ids in g])  # [N, L]
     everyone["input_ids"] = torch.cat([everyone["input_ids"], answers], 1)
     everyone["attention_mask"] = torch.cat([everyone["attention_mask"], torch.ones_like(answers)], 1)
@@ -80,22 +85,42 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     return {"size": size, "questions": questions, "group": group, "prompt_tokens": len(prompts[0].ids), "answer_tokens": tokens, **result}
 
 
+def compare_weights(device: str, questions: int, group: int, tokens: int, rounds: int) -> dict:
+    """Seconds of a rollout and of an update with the base's weights in each format, on the tiny world's pictures."""
+    samples, functions = list(load_data("shapes", "validation", questions)), {}
+    images, asked = [x.image for x in samples], [x.question for x in samples]
+    for load_in in ("nf4", "bf16", "fp32"):
+        policy = load_policy("tiny", load_in, device=device)
+        policy.banned[policy.processor.tokenizer.eos_token_id] = True
+        with torch.no_grad():
+            prompts = encode(policy, images, asked)
+        groups = [[torch.randint(300, 400, (tokens,), device=device) for _ in range(group)] for _ in prompts]
+        functions[f"{load_in}, rollout"] = lambda p=policy, x=prompts: sample(p, x, group, tokens)
+        functions[f"{load_in}, update"] = lambda p=policy, x=prompts, g=groups: logprobs(p, x, g)[0].sum().backward()
+    return seconds(functions, rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (default 5)")
     parser.add_argument("--tokens", type=int, default=40, help="answer length, tokens (default 40)")
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
-    policy = load_policy("tiny", device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy("tiny", device=device)
     results = [compare(policy, 112, 8, 8, args.tokens, args.rounds), compare(policy, 840, 1, 8, args.tokens, args.rounds)]
     for r in results:
         print(f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of {r['prompt_tokens']} tokens ({r['size']} px)")
         for phase, taken in (("rollout", r["rollout"]), ("update", r["update"])):
             base = next(iter(taken.values()))
             for name, value in taken.items():
-                print(f"  {phase:<8} {name:<26} {value:7.3f} s   {value / base:5.1f} x")
+                print(f"  {phase:<8} {name:<28} {value:7.3f} s   {value / base:5.1f} x")
+    weights = compare_weights(device, 8, 8, args.tokens, args.rounds)
+    print("\nweights of the frozen base (112 px)")
+    for name, value in weights.items():
+        print(f"  {name:<14} {value:7.3f} s")
     if args.out:
-        Path(args.out).write_text(json.dumps({"threads": torch.get_num_threads(), "results": results}, indent=1))
+        Path(args.out).write_text(json.dumps({"threads": torch.get_num_threads(), "results": results, "weights": weights}, indent=1))
 
 
 if __name__ == "__main__":

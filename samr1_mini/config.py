@@ -40,6 +40,7 @@ class Settings:
     max_new_tokens: int = _option(96, "longest answer, tokens")
     temperature: float = _option(1.0, "sampling temperature, applied in the loss too")
     updates: int = _option(4, "optimizer updates a rollout batch, each on its share of the questions; with 1 the ratio is always 1")
+    passes: int = _option(1, "passes over each rollout batch, each of that many updates")
     micro: int = _option(8, "questions a forward of the update; lower it when memory runs out")
     checkpointing: bool = _option(False, "recompute activations in the backward: less memory, more time")
 
@@ -153,7 +154,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 def check(s: Settings) -> None:
     """Refuse values that cannot work, each with one line that names the option."""
-    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "micro", "max_points", "eval_samples", "test_samples"):
+    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points", "eval_samples", "test_samples"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
     for name in ("lr", "temperature", "max_grad_norm"):

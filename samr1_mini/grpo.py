@@ -92,6 +92,7 @@ class Rollout:
     answers: list[Completion]  # G
     rewards: list[Reward]  # G
     advantage: torch.Tensor | None = None  # [G]
+    reference: torch.Tensor | None = None  # [all tokens of the G answers] log-probabilities under the frozen base
 
 
 def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings) -> tuple[list[Rollout], dict]:
@@ -112,13 +113,26 @@ def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Set
     return rollouts, {"seconds_rollout": middle - start, "seconds_reward": time.perf_counter() - middle}
 
 
+def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
+    """Log-probabilities of all answers under the frozen base: it never changes, so once a rollout batch is enough."""
+    for i in range(0, len(rollouts), s.micro):
+        part = rollouts[i : i + s.micro]
+        with torch.no_grad(), policy.reference():
+            logps, _ = logprobs(policy, [r.prompt for r in part], [[a.ids for a in r.answers] for r in part], s.temperature)  # [S]
+        for rollout, own in zip(part, logps.split([sum(len(a.ids) for a in r.answers) for r in part])):
+            rollout.reference = own
+
+
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
-    """`updates` optimizer steps, each on its share of the questions; `done` counts the updates before these. Returns what to log."""
+    """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before. Returns what to log."""
     start, log, tokens = time.perf_counter(), defaultdict(float), 0
     log["ratio_min"] = log["ratio_max"] = 1.0
     policy.model.train()
-    for k in range(s.updates):
-        share = rollouts[k * len(rollouts) // s.updates : (k + 1) * len(rollouts) // s.updates]
+    if s.beta:
+        add_reference(policy, rollouts, s)
+    for k in range(s.updates * s.passes):
+        part = k % s.updates
+        share = rollouts[part * len(rollouts) // s.updates : (part + 1) * len(rollouts) // s.updates]
         questions = len(share)
         if s.beta == 0:  # a group without variance has nothing to say but the KL: its term of the mean is 0
             share = [r for r in share if r.advantage.any()]
@@ -131,7 +145,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
             loss, sums, count = batch_loss(policy, part, s)
             (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
             finite &= bool(loss.isfinite())
-            log["loss"] += loss.item() / len(rollouts)
+            log["loss"] += loss.item() / len(rollouts) / s.passes
             tokens += count
             log["ratio_min"], log["ratio_max"] = min(log["ratio_min"], sums.pop("ratio_min")), max(log["ratio_max"], sums.pop("ratio_max"))
             for name, value in sums.items():
@@ -139,7 +153,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
         norm = torch.nn.utils.clip_grad_norm_([p for p in policy.model.parameters() if p.requires_grad], s.max_grad_norm)
         if finite and norm.isfinite():
             optimizer.step()
-            log["grad_norm"] += norm.item() / s.updates
+            log["grad_norm"] += norm.item() / (s.updates * s.passes)
         else:
             log["skipped_updates"] += 1
             tqdm.write(f"update {done + k + 1}: loss or gradient is not finite, so it is skipped; if this goes on, lower --lr")
@@ -156,10 +170,7 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
     device = policy.device
     logp, entropy = logprobs(policy, prompts, groups, s.temperature)  # [S], [S]
     old = torch.cat([a.logps for r in rollouts for a in r.answers])  # [S] from sampling: the same distribution, already at hand
-    reference = None
-    if s.beta:
-        with torch.no_grad(), policy.reference():
-            reference, _ = logprobs(policy, prompts, groups, s.temperature)  # [S]
+    reference = torch.cat([r.reference for r in rollouts]) if s.beta else None  # [S]
     each = torch.cat([r.advantage for r in rollouts])  # [B * G]
     advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(device)  # [S]
     loss, sums = objective(
@@ -212,7 +223,7 @@ def train(s: Settings) -> dict:
             torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
             batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)]
             rollouts, seconds = roll_out(policy, segmenter, batch, s)
-            learnt = update(policy, optimizer, rollouts, s, step * s.updates)
+            learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
             line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
             line["tokens_per_second"] = line["length"] * s.questions * s.group / line["seconds_rollout"]
             look = s.eval_every and (step + 1) % s.eval_every == 0

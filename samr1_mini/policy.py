@@ -1,10 +1,10 @@
 """The policy: a Qwen2.5-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
 
 The prompt (about 150 words of text and up to 900 picture tokens) is long and the same for all G answers of a group, so it is
-encoded once: `encode` runs the vision tower once a question, `sample` fills one KV cache a question and repeats it G times, and
-`logprobs` packs a question and its G answers into one row in which every answer sees the prompt and itself.
+encoded once: `encode` runs the vision tower once a question; `sample` and `logprobs` lay a question and its G answers in one row, in
+which every answer sees the prompt and itself.
 
-Shapes: B questions, G answers a question, N = B * G, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
+Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
 """
 
 from contextlib import contextmanager
@@ -186,43 +186,49 @@ def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: in
     that was sampled to be the one that is trained. Uses torch's global random state.
     """
     language, tokenizer = policy.base.model.language_model, policy.processor.tokenizer
-    eos, count = tokenizer.eos_token_id, len(prompts) * group
-    length = max(len(p.ids) for p in prompts)
+    eos, device, length = tokenizer.eos_token_id, policy.device, max(len(p.ids) for p in prompts)
     pad = [length - len(p.ids) for p in prompts]
     # Padding goes to the left, so that every prompt's last token stands in the last column.
     embeds = torch.stack([torch.nn.functional.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pad)])  # [B, P, D]
     positions = torch.stack([torch.nn.functional.pad(p.positions, (n, 0)) for p, n in zip(prompts, pad)], 1)  # [3, B, P]
-    mask = torch.stack([torch.arange(length, device=policy.device) >= n for n in pad]).long()  # [B, P]
+    mask = torch.stack([torch.arange(length, device=device) >= n for n in pad])  # [B, P]
     cache = DynamicCache(config=policy.base.config.text_config)
     hidden = language(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    ).last_hidden_state[:, -1]  # [B, D]
+        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+    ).last_hidden_state[:, -1:]  # [B, 1, D]
 
-    cache.batch_repeat_interleave(group)  # the prompt was read once; now N = B * G rows share what was read
-    hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)  # [N, D], [N, P]
-    position = torch.tensor([p.next_position for p in prompts], device=policy.device).repeat_interleave(group)  # [N]
-    ids = torch.full((count, max_new_tokens), eos, device=policy.device)  # [N, L]
-    logps = torch.zeros(count, max_new_tokens, device=policy.device)  # [N, L]
-    lengths = torch.full((count,), max_new_tokens, device=policy.device)  # [N]
-    alive = torch.ones(count, dtype=torch.bool, device=policy.device)  # [N]
+    # The prompt was read once and stays once in the cache: a question's answers grow side by side in its row, G tokens a step, and
+    # each sees the prompt and itself, as in the packed rows of the update.
+    hidden = hidden.expand(-1, group, -1)  # [B, G, D]
+    mask = mask[:, None, None].expand(-1, 1, group, -1)  # [B, 1, G, P]
+    own = torch.eye(group, dtype=torch.bool, device=device).expand(len(prompts), 1, -1, -1)  # [B, 1, G, G]
+    position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(-1, group)  # [B, G]
+    ids = torch.full((len(prompts), group, max_new_tokens), eos, device=device)  # [B, G, L]
+    logps = torch.zeros(ids.shape, device=device)  # [B, G, L]
+    lengths = torch.full(position.shape, max_new_tokens, device=device)  # [B, G]
+    alive = torch.ones(position.shape, dtype=torch.bool, device=device)  # [B, G]
     for t in range(max_new_tokens):
-        logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [N, V]
-        token = torch.multinomial(logp.exp(), 1)[:, 0] if temperature else logp.argmax(-1)  # [N]
-        ids[:, t], logps[:, t] = token, logp.gather(1, token[:, None])[:, 0]
+        logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [B, G, V]
+        token = torch.multinomial(logp.flatten(0, 1).exp(), 1).view_as(position) if temperature else logp.argmax(-1)  # [B, G]
+        ids[..., t], logps[..., t] = token, logp.gather(-1, token[..., None])[..., 0]
         lengths[alive & (token == eos)] = t + 1
         alive &= token != eos
         if not alive.any() or t + 1 == max_new_tokens:
             break
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        mask = torch.cat([mask, own], -1)  # [B, 1, G, P + (t + 1) G]
         hidden = language(
-            inputs_embeds=policy.base.get_input_embeddings()(token)[:, None], attention_mask=mask,
-            position_ids=(position + t).expand(3, -1)[..., None], past_key_values=cache, use_cache=True,
-        ).last_hidden_state[:, -1]  # [N, D]
+            inputs_embeds=policy.base.get_input_embeddings()(token), attention_mask=mask,
+            position_ids=(position + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
+        ).last_hidden_state  # [B, G, D]
     # Where an answer ends is known from its length, never from its ids: pad and eos may be one token.
-    answers = [Completion(ids[n, :size], logps[n, :size], bool(alive[n]), "") for n, size in enumerate(lengths.tolist())]
-    for answer, text in zip(answers, tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)):
-        answer.text = text
-    return [answers[b * group : (b + 1) * group] for b in range(len(prompts))]
+    groups = [
+        [Completion(ids[b, g, :size], logps[b, g, :size], bool(alive[b, g]), "") for g, size in enumerate(sizes)]
+        for b, sizes in enumerate(lengths.tolist())
+    ]
+    for answers in groups:
+        for answer, text in zip(answers, tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)):
+            answer.text = text
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------------- log-probabilities

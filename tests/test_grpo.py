@@ -22,7 +22,7 @@ from samr1_mini.grpo import (
     train,
     update,
 )
-from samr1_mini.policy import TINY, load_policy
+from samr1_mini.policy import TINY, load_policy, logprobs
 
 
 def naive_loss(logp, old, reference, advantage, normalise, eps_low, eps_high, beta):
@@ -133,14 +133,21 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, 
         p.grad = None
 
 
-def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_batch(policy, segmenter, settings, monkeypatch):
-    rollouts, passes = rollouts_of(policy, segmenter, settings), []
+def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(policy, segmenter, settings, monkeypatch):
+    rollouts, switched_off = rollouts_of(policy, segmenter, settings), []
     disable = policy.model.disable_adapter
-    monkeypatch.setattr(policy.model, "disable_adapter", lambda: passes.append(1) or disable())
-    batch_loss(policy, rollouts, replace(settings, beta=0.0))
-    assert not passes
-    _, sums, _ = batch_loss(policy, rollouts, settings)
-    assert len(passes) == 1 and sums["kl"] > 0
+    monkeypatch.setattr(policy.model, "disable_adapter", lambda: switched_off.append(1) or disable())
+    optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
+    still = replace(settings, lr=0.0, updates=2, passes=2, micro=4)
+    update(policy, optimizer, rollouts, replace(still, beta=0.0), 0)
+    assert not switched_off
+    log = update(policy, optimizer, rollouts, still, 0)
+    assert len(switched_off) == 1 and log["kl"] > 0
+    alone, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]])
+    with torch.no_grad(), policy.reference():
+        reference, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]])
+    torch.testing.assert_close(rollouts[1].reference, reference, atol=1e-4, rtol=1e-4)
+    assert (alone - reference).abs().max() > 1e-3
 
 
 def test_groups_without_variance_get_no_policy_gradient(policy, segmenter, settings):
@@ -167,18 +174,18 @@ def test_a_non_finite_loss_skips_the_update_loudly(segmenter, settings, capsys):
     assert all(p.isfinite().all() for p in parameters) and any((a != b).any() for a, b in zip(before, parameters))
 
 
-def test_the_second_update_of_a_batch_has_a_ratio_that_is_not_1(segmenter, settings):
+def test_the_second_update_of_a_batch_and_its_second_pass_have_a_ratio_that_is_not_1(segmenter, settings):
     policy = load_policy("tiny", "fp32", rank=4)
     rollouts = rollouts_of(policy, segmenter, settings, 4)
     for rollout in rollouts:
         rollout.advantage = torch.tensor([2.0, -2.0, 1.0, -1.0])
     ranges = []
-    for updates in (1, 2):
+    for updates, passes in ((1, 1), (2, 1), (1, 2)):
         optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=5e-3)
-        log = update(policy, optimizer, rollouts, replace(settings, updates=updates, lr=5e-3), 100)
+        log = update(policy, optimizer, rollouts, replace(settings, updates=updates, passes=passes, lr=5e-3), 100)
         ranges.append(log["ratio_max"] - log["ratio_min"])
         policy = load_policy("tiny", "fp32", rank=4)
-    assert ranges[0] < 5e-3 < ranges[1]
+    assert ranges[0] < 5e-3 < min(ranges[1:])
 
 
 LOGGED = """step reward accuracy iou reasoning_format segmentation_format zero_variance truncated unique points length loss kl approx_kl

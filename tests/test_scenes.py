@@ -26,7 +26,7 @@ def read_question(scene, text):
     """The objects that a text means, found again from the words alone: an independent reading of `fair_questions`."""
     words = text.removeprefix("the ").split()
     measures = {"leftmost": lambda t: -t.x, "rightmost": lambda t: t.x, "topmost": lambda t: -t.y, "bottommost": lambda t: t.y,
-                "largest": lambda t: t.size, "smallest": lambda t: -t.size}
+                "largest": lambda t: t.mask.sum(), "smallest": lambda t: -t.mask.sum()}
     named = lambda w: [t for t in scene.things if all(x in ("object", t.colour, t.shape) for x in w)]
     if "colour of" in text:
         return named([COLOUR_OF[text.split("colour of ")[1]]])
@@ -58,6 +58,21 @@ def test_extreme_questions_leave_room_to_spare():
         for text, thing in fair_questions(scene, "relation"):
             if text == "the leftmost object":
                 assert all(o.x - thing.x >= 7 for o in scene.things if o is not thing)
+
+
+def test_the_largest_object_reaches_farther_and_covers_more_than_any_other():
+    """What is seen decides, not the size it was drawn with: a star drawn larger than a circle may still show less."""
+    asked = 0
+    for seed in range(300):
+        scene = make_scene(seed)
+        for text, thing in fair_questions(scene, "relation"):
+            if text in ("the largest object", "the smallest object"):
+                sign, asked = (1 if "largest" in text else -1), asked + 1
+                for other in [t for t in scene.things if t is not thing]:
+                    assert sign * int(thing.mask.sum()) > sign * int(other.mask.sum())
+                    area = lambda t: int(t.mask.any(0).sum() * t.mask.any(1).sum())  # of the tight box
+                    assert sign * area(thing) > sign * area(other)
+    assert asked > 100
 
 
 def test_indirect_questions_never_name_the_answer():

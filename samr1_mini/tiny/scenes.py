@@ -12,6 +12,7 @@ disjoint ranges of seeds (`SPLITS`). A question is asked only where `right_objec
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -40,9 +41,9 @@ SHAPE_WITH = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Thing:
-    """One drawn object: its name parts, its centre and size in pixels, and its mask, bool [SIZE, SIZE]."""
+    """One drawn object: its name parts, the centre and size it was drawn with in pixels, and its mask, bool [SIZE, SIZE]."""
 
     shape: str
     colour: str
@@ -55,10 +56,21 @@ class Thing:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
-    @property
+    @cached_property
     def box(self) -> tuple[int, int, int, int]:
         """Tight box (x1, y1, x2, y2) in pixels; x2 and y2 are one past the last pixel."""
         return tight_box(self.mask)
+
+    @property
+    def extent(self) -> float:
+        """Mean side of the tight box, in pixels: how far the thing reaches."""
+        x1, y1, x2, y2 = self.box
+        return math.sqrt((x2 - x1) * (y2 - y1))
+
+    @cached_property
+    def bulk(self) -> float:
+        """Side of a square with the area of the mask, in pixels: how much of it there is. A star reaches far and has little."""
+        return math.sqrt(self.mask.sum())
 
 
 @dataclass
@@ -150,9 +162,10 @@ def make_scene(seed: int) -> Scene:
 
 # ---------------------------------------------------------------------------------------------------- questions
 
-_EXTREMES = {  # word: what is compared, and the margin that makes the winner plain, in pixels
-    "leftmost": (lambda t: -t.x, 7), "rightmost": (lambda t: t.x, 7), "topmost": (lambda t: -t.y, 7),
-    "bottommost": (lambda t: t.y, 7), "largest": (lambda t: t.size, 4), "smallest": (lambda t: -t.size, 4),
+_EXTREMES = {  # word: what is compared, each with the margin that makes a winner plain, in pixels; the winner wins by all of them
+    "leftmost": ((lambda t: -t.x, 7), (lambda t: -t.box[0], 2)), "rightmost": ((lambda t: t.x, 7), (lambda t: t.box[2], 2)),
+    "topmost": ((lambda t: -t.y, 7), (lambda t: -t.box[1], 2)), "bottommost": ((lambda t: t.y, 7), (lambda t: t.box[3], 2)),
+    "largest": ((lambda t: t.extent, 3), (lambda t: t.bulk, 3)), "smallest": ((lambda t: -t.extent, 3), (lambda t: -t.bulk, 3)),
 }
 _SIDES = {
     "left of": lambda t, o: o.x - t.x, "right of": lambda t, o: t.x - o.x,
@@ -161,10 +174,12 @@ _SIDES = {
 
 
 def _extreme(things: list[Thing], word: str) -> list[Thing]:
-    """The thing that wins by the margin, or every thing that is too close to call."""
-    measure, margin = _EXTREMES[word]
-    best = max(map(measure, things), default=0)
-    return [t for t in things if measure(t) > best - margin]
+    """The thing that wins by every measure of the word, or all that some measure leaves in question."""
+    found = []
+    for measure, margin in _EXTREMES[word]:
+        best = max(map(measure, things), default=0)
+        found += [t for t in things if measure(t) > best - margin and t not in found]
+    return found
 
 
 def right_objects(scene: Scene, question: tuple) -> list[Thing]:
