@@ -50,15 +50,22 @@ def benchmark_rows():
                 yield row(f"{r['size']} px, {r['prompt_tokens']} tokens", phase, name, f"{seconds:.2f}", f"{seconds / first:.1f}")
 
 
-@pytest.mark.parametrize("rows", [result_rows, measured_rows, benchmark_rows])
+def weights_rows():
+    """What the format of the frozen weights costs, on the tiny policy."""
+    weights = load("benchmark.json")["weights"]
+    for name in ("nf4", "bf16", "fp32"):
+        yield row(f"`--load-in {name}`", f"{weights[f'{name}, rollout']:.2f}", f"{weights[f'{name}, update']:.2f}")
+
+
+@pytest.mark.parametrize("rows", [result_rows, measured_rows, benchmark_rows, weights_rows])
 def test_every_row_of_figures_comes_from_a_committed_log(rows):
     missing = [r for r in rows() if r not in TEXT]
     assert not missing, "the README should hold:\n" + "\n".join(missing)
 
 
 def test_no_table_row_of_figures_is_without_its_log():
-    known = {*result_rows(), *measured_rows(), *benchmark_rows()}
-    seed_rows = [line for line in TEXT.splitlines() if re.match(r"\| (seed \d|\d+ px|true box|sides moved)", line)]
+    known = {*result_rows(), *measured_rows(), *benchmark_rows(), *weights_rows()}
+    seed_rows = [line for line in TEXT.splitlines() if re.match(r"\| (seed \d|\d+ px|true box|sides moved|`--load-in)", line)]
     assert len(seed_rows) >= 10 and all(line in known for line in seed_rows)
 
 
@@ -66,6 +73,33 @@ def test_minutes_and_memory_of_the_first_command_are_those_of_its_log():
     lines = [json.loads(line) for line in (RESULTS / "seed0/metrics.jsonl").read_text().splitlines()]
     minutes, memory = load("seed0/summary.json")["seconds"] / 60, max(line["peak_memory_gib"] for line in lines)
     assert f"{minutes:.0f} minutes" in TEXT and f"{memory:.1f} GiB" in TEXT
+
+
+def committed_runs(accuracy_weight):
+    for file in sorted(RESULTS.glob("seed*/summary.json")):
+        if json.loads((file.parent / "settings.json").read_text())["accuracy_weight"] == accuracy_weight:
+            yield json.loads(file.read_text())
+
+
+def test_the_reward_rises_on_held_out_scenes_for_each_of_three_seeds_and_within_twelve_minutes():
+    runs = list(committed_runs(1.0))
+    assert {run["seed"] for run in runs} == {0, 1, 2}
+    for run in runs:
+        base, trained, indirect = run["base"], run["trained"], [run[x]["by_kind"]["indirect"]["gIoU_lenient"] for x in ("base", "trained")]
+        assert 0.35 <= base["gIoU_lenient"] <= 0.65 and base["count"] >= 500
+        assert trained["gIoU"] >= base["gIoU"] + 0.20 and trained["gIoU_lenient"] >= base["gIoU_lenient"] + 0.10
+        assert indirect[1] >= indirect[0] + 0.15 and trained["format"] >= 0.98
+        assert run["samples"] >= 2990 and run["seconds"] <= 720
+
+
+def test_without_the_accuracy_term_the_format_is_learnt_and_no_lenient_gain():
+    [run] = committed_runs(0.0)
+    assert run["trained"]["format"] > 0.95 and run["trained"]["gIoU_lenient"] < run["base"]["gIoU_lenient"] + 0.03
+
+
+def test_the_base_answers_in_the_format_now_and_then():
+    measured = json.loads((ROOT / "samr1_mini/tiny/measured.json").read_text())
+    assert 0.1 <= measured["policy"]["all"]["format, sampled"] <= 0.6
 
 
 def test_links_and_pictures_lead_somewhere():

@@ -317,9 +317,9 @@ def train_language(policy: Policy, steps: int, slack: float = 0.25, pictures: in
     # The head learns faster: first words that always stood in the same place end with nearly the same row, and a base that cannot
     # tell "<" from "[" in its head cannot be taught, by adapters below the head, which of them to say.
     groups = [
-        {"params": [p for n, p in model.named_parameters() if ".visual." not in n and "lm_head" not in n], "lr": 1.6e-3},
+        {"params": [p for n, p in model.named_parameters() if ".visual." not in n and "lm_head" not in n], "lr": 2e-3},
         {"params": list(model.model.visual.parameters()), "lr": 2e-4},
-        {"params": list(model.lm_head.parameters()), "lr": 4.8e-3},
+        {"params": list(model.lm_head.parameters()), "lr": 6e-3},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     schedule, bar, running = one_cycle(optimizer, steps), tqdm(range(steps), desc="language"), None
@@ -353,7 +353,7 @@ def train_language(policy: Policy, steps: int, slack: float = 0.25, pictures: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{running:.3f}", words=f"{alignment.item():.2f}")
 
@@ -423,8 +423,7 @@ def main() -> None:
         processor = build_processor(corpus())
         model = build_policy(processor.tokenizer).to(DEVICE)
         model.model.visual.load_state_dict(load_file(work / "vision.safetensors"))
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):  # half the time of fp32, weights and optimizer stay fp32
-            train_language(Policy(model, processor, banned_ids(model, processor.tokenizer)), 3000)
+        train_language(Policy(model, processor, banned_ids(model, processor.tokenizer)), 2200)
         model.to(torch.bfloat16).save_pretrained(POLICY), processor.save_pretrained(POLICY)
     if "measure" in stages:
         measured = {"sam": measure_sam(), "policy": measure_policy()}
