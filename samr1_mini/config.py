@@ -62,7 +62,7 @@ class Settings:
 
     eval_every: int = _option(40, "steps between looks at the validation set; 0 for none")
     eval_samples: int = _option(64, "validation questions a look")
-    test_samples: int = _option(600, "held-out test questions before and after training")
+    test_samples: int = _option(500, "held-out test questions before and after training")
 
 
 PRESETS = {

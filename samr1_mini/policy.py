@@ -207,19 +207,24 @@ def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: in
     logps = torch.zeros(ids.shape, device=device)  # [B, G, L]
     lengths = torch.full(position.shape, max_new_tokens, device=device)  # [B, G]
     alive = torch.ones(position.shape, dtype=torch.bool, device=device)  # [B, G]
+    live = torch.arange(len(prompts), device=device)  # [b] the questions that still have an unfinished answer
     for t in range(max_new_tokens):
-        logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [B, G, V]
-        token = torch.multinomial(logp.flatten(0, 1).exp(), 1).view_as(position) if temperature else logp.argmax(-1)  # [B, G]
-        ids[..., t], logps[..., t] = token, logp.gather(-1, token[..., None])[..., 0]
-        lengths[alive & (token == eos)] = t + 1
-        alive &= token != eos
-        if not alive.any() or t + 1 == max_new_tokens:
+        logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
+        token = torch.multinomial(logp.flatten(0, 1).exp(), 1).view(-1, group) if temperature else logp.argmax(-1)  # [b, G]
+        ids[live, :, t], logps[live, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
+        lengths[live] = torch.where(alive[live] & (token == eos), t + 1, lengths[live])
+        alive[live] &= token != eos
+        going = alive[live].any(1)  # [b]
+        if not going.any() or t + 1 == max_new_tokens:
             break
-        mask = torch.cat([mask, own], -1)  # [B, 1, G, P + (t + 1) G]
+        if not going.all():  # what is finished takes no more time or memory
+            live, token, mask = live[going], token[going], mask[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        mask = torch.cat([mask, own[live]], -1)  # [b, 1, G, P + (t + 1) G]
         hidden = language(
             inputs_embeds=policy.base.get_input_embeddings()(token), attention_mask=mask,
-            position_ids=(position + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
-        ).last_hidden_state  # [B, G, D]
+            position_ids=(position[live] + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
+        ).last_hidden_state  # [b, G, D]
     # Where an answer ends is known from its length, never from its ids: pad and eos may be one token.
     groups = [
         [Completion(ids[b, g, :size], logps[b, g, :size], bool(alive[b, g]), "") for g, size in enumerate(sizes)]
