@@ -38,19 +38,18 @@ def sample_sheet(path: Path, rows: list, size: int, title: str, truth: bool = Tr
     """A PNG with one panel an answer: picture, masks, box and points, question, what the policy said, IoU and reward."""
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(max(3.1 * columns, 6.4), 4.1 * lines + 0.6), squeeze=False)
+    figure, panels = plt.subplots(lines, columns, figsize=(max(3.1 * columns, 6.4), 4.4 * lines + 0.6), squeeze=False, layout="constrained")
     for axes in panels.flat:
         axes.axis("off")
     for axes, row in zip(panels.flat, rows):
         axes.axis("on")
         draw_answer(axes, row, size)
-        axes.set_title("\n".join(textwrap.wrap(row.sample.question, 34)), fontsize=9.5)
-        said = "\n".join(textwrap.wrap(row.text.replace("$", r"\$"), 46)[:5])
+        axes.set_title("\n".join(textwrap.wrap(row.sample.question, 40)), fontsize=9)
+        said = "\n".join(textwrap.wrap(row.text.replace("$", r"\$"), 46)[:6])
         verdict = f"IoU {row.reward.iou:.2f}   reward {row.reward.total:.0f}   " if truth else ""
         verdict += "" if row.reward.answer.in_format else "outside the format"
         axes.set_xlabel(f"{verdict}\n{said}".strip(), fontsize=7.5, loc="left")
     figure.suptitle(f"{title}\n{'dashed: truth, ' if truth else ''}orange: SAM's mask, blue: the policy's box, dot and cross: its points", fontsize=11)
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
