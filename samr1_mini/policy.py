@@ -291,7 +291,9 @@ def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tens
     embeds, mask, positions, row, column, target = pack(policy, prompts, groups)
     hidden = policy.base.model.language_model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state[row, column]  # [sum of L, D]
+    ).last_hidden_state  # [B, T, D]
+    # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other last digits
+    hidden = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)  # [sum of L, D]
     step = max(1, 2**26 // policy.banned.numel())  # at most 256 MB of fp32 logits at a time
     parts = [
         checkpoint(chosen_logprobs, policy, h, t, temperature, use_reentrant=False)
