@@ -14,7 +14,8 @@ from samr1_mini.config import (
     make_settings,
 )
 
-USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "image_size", "max_new_tokens", "max_points"}
+USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore", "image_size", "max_new_tokens",
+        "max_points"}
 
 
 def parse(argv: list[str] | None):
@@ -26,12 +27,15 @@ def parse(argv: list[str] | None):
     parser.add_argument("--blank", action="store_true", help="show the policy a grey picture: what is left of the score is guessing")
     parser.add_argument("--image", help="answer about this one picture instead of a data set")
     parser.add_argument("--question", help="what to find in that picture")
+    parser.add_argument("--merge", help="write base and adapter merged, in bf16, as a model folder of this name, and evaluate nothing")
     parser.add_argument("--out", default="eval", help="folder for results.json and the pictures (default eval)")
     add_options(parser, USED)
     given = vars(parser.parse(argv))
-    own = {name: given.pop(name) for name in ("adapter", "split", "count", "blank", "image", "question", "out")}
+    own = {name: given.pop(name) for name in ("adapter", "split", "count", "blank", "image", "question", "merge", "out")}
     if (own["image"] is None) != (own["question"] is None):
         parser.error("--image and --question go together")
+    if own["merge"] is not None and (own["adapter"] is None or Path(own["merge"]).exists()):
+        parser.error("--merge needs --adapter" if own["adapter"] is None else f"--merge {own['merge']}: this is there already")
     if own["count"] < 1:
         parser.error(f"--count must be at least 1, not {own['count']}")
     if own["adapter"] is not None:
@@ -57,13 +61,19 @@ def evaluate_set(policy, segmenter, settings, own: dict) -> None:
     from samr1_mini.plots import sample_sheet
 
     out = Path(own["out"])
-    report = evaluate(policy, segmenter, load_data(settings.data, own["split"], own["count"]), settings, own["split"], own["blank"])
+    data = load_data(settings.data, own["split"], own["count"], sentences=settings.sentences, coco_dir=settings.coco_dir, ignore=settings.ignore)
+    report = evaluate(policy, segmenter, data, settings, own["split"], own["blank"])
     summary = report.summary()
     print(f"{'':<12}{'count':>6}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}")
     for name, x in [("all", summary), *summary["by_kind"].items()]:
         print(f"{name or 'no kind':<12}{x['count']:>6}{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}")
     low, high = summary["gIoU_interval"]
     print(f"95 % bootstrap interval of gIoU: {low:.3f} to {high:.3f}; of cIoU: {summary['cIoU_interval'][0]:.3f} to {summary['cIoU_interval'][1]:.3f}")
+    print(f"boxes with IoU above 0.5 (REC accuracy): {summary['box_accuracy']:.3f}")
+    if report.rows[0].sample.box_only:
+        print("this data set has boxes and no masks: all of the above compares boxes")
+    conventions = f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object, undecided pixels {settings.ignore}"
+    print(f"conventions: {conventions}, nothing predicted where nothing is to be found counts as IoU 1")
     print("greedy; an answer outside the format counts 0, or under 'lenient' by any box in its text; SAM's highest-scored mask counts")
     answers = [
         {"id": r.sample.id, "question": r.sample.question, "kind": r.sample.kind, "text": r.text, "in_format": r.reward.answer.in_format,
@@ -103,12 +113,14 @@ def answer_one(policy, segmenter, settings, own: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     settings, own, line = parse(argv)
     print(line, flush=True)
-    from samr1_mini.policy import (
-        load_policy,  # imported late: --help and mistakes answer at once
-    )
+    from samr1_mini.policy import load_policy, merge  # imported late: --help and mistakes answer at once
     from samr1_mini.reward import load_segmenter
 
     try:
+        if own["merge"] is not None:
+            merge(settings.policy, own["adapter"], own["merge"])
+            print(f"merged model: {own['merge']}")
+            return
         Path(own["out"]).mkdir(parents=True, exist_ok=True)
         policy = load_policy(settings.policy, settings.load_in, adapter=own["adapter"], device=settings.device)
         segmenter = load_segmenter(settings.sam, settings.sam_checkpoint, settings.device)

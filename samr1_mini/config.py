@@ -23,6 +23,8 @@ class Settings:
     preset: str = _option("auto", "size of everything below; auto looks at the machine", ("auto", "tiny", "3b", "7b"))
     run: str = _option("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
     resume: bool = _option(False, "go on with the run in that folder where it stopped")
+    rehearse: int = _option(0, "do not train: run this many full steps with random weights of the preset's shape; nothing is downloaded")
+    memory_limit: float = _option(0.0, "GiB of GPU memory this process may take; lets a larger card stand in for a smaller one (0: all)")
     samples: int = _option(3000, "training questions; each is seen once")
     seed: int = _option(0, "seed of everything: same seed, same machine, same numbers")
     device: str = _option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
@@ -30,9 +32,12 @@ class Settings:
     policy: str = _option("tiny", "policy: a Qwen2.5-VL folder or hub id; tiny is the one in the package")
     load_in: str = _option("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
     rank: int = _option(32, "rank of the LoRA adapter")
-    sam: str = _option("tiny", "Segment Anything model", ("tiny", "vit_b", "vit_l", "vit_h"))
-    sam_checkpoint: str = _option("", "file with the weights of vit_b, vit_l or vit_h")
-    data: str = _option("shapes", "shapes (drawn scenes), or a folder of yours with data.jsonl")
+    sam: str = _option("tiny", "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 by hub id or folder (facebook/sam2-hiera-large)")
+    sam_checkpoint: str = _option("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
+    data: str = _option("shapes", "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours with data.jsonl, or a set's files)")
+    coco_dir: str = _option("", "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are drawn are fetched")
+    sentences: str = _option("first", "RefCOCO's sets: the first expression of each object, or all", ("first", "all"))
+    ignore: str = _option("foreground", "ReasonSeg's undecided pixels: foreground, as in the hub's copies, or excluded", ("foreground", "excluded"))
     image_size: int = _option(112, "pixels a side of the square the policy sees, a multiple of 28")
 
     questions: int = _option(16, "questions a rollout batch")
@@ -67,9 +72,9 @@ class Settings:
 
 PRESETS = {
     "tiny": {},
-    "3b": dict(policy="Qwen/Qwen2.5-VL-3B-Instruct", sam="vit_h", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
+    "3b": dict(policy="Qwen/Qwen2.5-VL-3B-Instruct", sam="vit_h", data="refcocog", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
                checkpointing=True, eval_samples=32, test_samples=500),
-    "7b": dict(policy="Qwen/Qwen2.5-VL-7B-Instruct", sam="vit_h", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
+    "7b": dict(policy="Qwen/Qwen2.5-VL-7B-Instruct", sam="vit_h", data="refcocog", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
                checkpointing=True, eval_samples=32, test_samples=500),
 }
 
@@ -160,7 +165,7 @@ def check(s: Settings) -> None:
     for name in ("lr", "temperature", "max_grad_norm"):
         if not 0 < getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for name in ("beta", "warmup", "eval_every", "seed", "eps_low", "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
+    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "seed", "eps_low", "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(s, name)}")
     if s.group < 2:
@@ -175,8 +180,8 @@ def check(s: Settings) -> None:
         raise UserError(f"--samples {s.samples} is less than one rollout batch: lower --questions {s.questions}")
     if s.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to train on the CPU")
-    if s.sam != "tiny" and not s.sam_checkpoint:
-        raise UserError(f"--sam {s.sam} needs its weights: --sam-checkpoint FILE (segment-anything's page lists the files)")
+    if s.sam_checkpoint and not Path(s.sam_checkpoint).is_file():
+        raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
 
 
 def exit_with(error: Exception, prog: str) -> None:

@@ -1,4 +1,4 @@
-"""Data: a sequence of `Sample`s, from drawn scenes or from a folder of your own."""
+"""Data: a sequence of `Sample`s, from drawn scenes, a folder of your own, or a public data set (public.py)."""
 
 import json
 import random
@@ -21,6 +21,8 @@ class Sample:
     mask: np.ndarray  # bool [H, W]: the true mask
     id: str
     kind: str = ""  # kind of question, where the data set says one
+    ignore: np.ndarray | None = None  # bool [H, W]: pixels that the data set leaves undecided
+    box_only: bool = False  # the data set has a box and no mask: `mask` is that box, filled, and only the box's IoU means something
 
 
 # ---------------------------------------------------------------------------------------------------- drawn scenes
@@ -39,6 +41,10 @@ class Shapes(Sequence):
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"shapes-{self.first + i}" for i in range(self.count)]
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self.count:
@@ -127,6 +133,10 @@ class Folder(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def ids(self) -> list[str]:
+        return [str(row.get("id", f"line-{number}")) for number, row in self.rows]
+
     def __getitem__(self, i: int) -> Sample:
         number, row = self.rows[i]
         try:
@@ -143,10 +153,20 @@ def open_picture(path: str | Path) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def load_data(name: str, split: str, count: int, seed: int = 0) -> Sequence:
-    """Up to `count` samples of a split (train, validation, test) of "shapes" or of a folder with data.jsonl."""
+def load_data(
+    name: str, split: str, count: int, seed: int = 0, sentences: str = "first", coco_dir: str = "", ignore: str = "foreground"
+) -> Sequence:
+    """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
+
+    `sentences` ("first" or "all" of an object), `coco_dir` (a folder with COCO's train2014 pictures) and `ignore` (undecided pixels count
+    as "foreground", or are "excluded") are for public data sets.
+    """
     if name == "shapes":
         return Shapes(split, count, seed)
     if (Path(name) / "data.jsonl").is_file():
         return Folder(name, split, count, seed)
-    raise UserError(f"--data {name}: neither 'shapes' nor a folder with a data.jsonl in it")
+    from .public import HUB, load_public  # imported late: it brings a library that takes a second to load
+
+    if name in HUB or Path(name).is_dir():
+        return load_public(name, split, count, seed, sentences, coco_dir, ignore)
+    raise UserError(f"--data {name}: neither 'shapes', nor a public data set ({', '.join(HUB)}), nor a folder")

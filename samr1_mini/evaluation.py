@@ -30,7 +30,7 @@ class Row:
     @property
     def pair(self) -> tuple[int, int]:
         """Intersection and union as the strict figures count them."""
-        return self.reward.pair if self.reward.answer.in_format else (0, int(self.sample.mask.sum()))
+        return self.reward.pair if self.reward.answer.in_format else intersection_union(None, self.sample.mask, self.sample.ignore)
 
 
 @dataclass
@@ -38,11 +38,13 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def summary(self) -> dict:
-        """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate, 95 % intervals, the count, and gIoU by kind of question."""
+        """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate, share of boxes with IoU above 0.5 (REC accuracy), 95 % intervals,
+        the count, and gIoU by kind of question."""
         strict, lenient = [r.pair for r in self.rows], [r.reward.pair for r in self.rows]
         summary = {
             "gIoU": giou(strict), "gIoU_lenient": giou(lenient), "cIoU": ciou(strict),
             "format": float(np.mean([r.reward.answer.in_format for r in self.rows])),
+            "box_accuracy": float(np.mean([r.reward.answer.in_format and r.reward.box_iou > 0.5 for r in self.rows])),
             "truncated": float(np.mean([r.truncated for r in self.rows])),
             "gIoU_interval": bootstrap_interval(giou, strict), "gIoU_lenient_interval": bootstrap_interval(giou, lenient),
             "cIoU_interval": bootstrap_interval(ciou, strict), "count": len(self.rows),
@@ -88,9 +90,11 @@ def ceiling(segmenter: Segmenter, data) -> dict:
     values = []
     for i in range(len(data)):
         x = data[i]
-        if x.mask.any():
+        if x.box_only:
+            values.append(1.0)  # boxes are compared with boxes
+        elif x.mask.any():
             [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
-            values.append(iou(*intersection_union(mask, x.mask)))
+            values.append(iou(*intersection_union(mask, x.mask, x.ignore)))
     return {"gIoU": float(np.mean(values)), "count": len(values)}
 
 

@@ -203,8 +203,13 @@ def train(s: Settings) -> dict:
     torch.manual_seed(s.seed)
     policy = load_policy(s.policy, s.load_in, s.rank, device=s.device, checkpointing=s.checkpointing)
     segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
-    data = load_data(s.data, "train", s.samples, s.seed)
-    validation, test = load_data(s.data, "validation", s.eval_samples), load_data(s.data, "test", s.test_samples)
+    data, validation, test = (
+        load_data(s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
+        for split, count in (("train", s.samples), ("validation", s.eval_samples), ("test", s.test_samples))
+    )
+    if data[0].box_only and s.accuracy != "box-iou" and s.accuracy_weight:
+        raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add --accuracy box-iou")
+    write_json(folder / "samples.json", data.ids)  # which questions this run drew
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
     start, earlier_seconds = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
     seconds_so_far = lambda: round(earlier_seconds + time.perf_counter() - begun, 1)

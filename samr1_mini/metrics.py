@@ -3,12 +3,14 @@
 import numpy as np
 
 
-def intersection_union(mask: np.ndarray | None, truth: np.ndarray) -> tuple[int, int]:
-    """Pixels in both and pixels in either of two bool masks [H, W]; no mask at all counts as an empty one."""
+def intersection_union(mask: np.ndarray | None, truth: np.ndarray, ignore: np.ndarray | None = None) -> tuple[int, int]:
+    """Pixels in both and pixels in either of two bool masks [H, W], those of `ignore` left out; no mask at all counts as an empty one."""
     if mask is None:
-        return 0, int(truth.sum())
+        mask = np.zeros_like(truth)
     if mask.shape != truth.shape:
         raise ValueError(f"masks of different size: {mask.shape} and {truth.shape}")
+    if ignore is not None:
+        mask, truth = mask & ~ignore, truth & ~ignore
     return int((mask & truth).sum()), int((mask | truth).sum())
 
 
@@ -22,6 +24,14 @@ def box_iou(a: tuple, b: tuple) -> float:
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     both = max(width, 0) * max(height, 0)
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def filled(box: tuple, height: int, width: int) -> np.ndarray:
+    """A box (x1, y1, x2, y2) in pixels as a mask bool [height, width]."""
+    x1, y1, x2, y2 = (max(0, round(v)) for v in box)
+    mask = np.zeros((height, width), bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
 
 
 def giou(pairs: list[tuple[int, int]]) -> float:

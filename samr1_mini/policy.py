@@ -108,7 +108,13 @@ def load_policy(
     )
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         name, dtype=dtype, quantization_config=nf4 if load_in == "nf4" else None, device_map={"": device}, attn_implementation="sdpa"
-    ).requires_grad_(False)
+    )
+    return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing)
+
+
+def add_adapter(base, processor, rank: int, adapter: str | Path | None = None, checkpointing: bool = False) -> Policy:
+    """Freeze a loaded base and give it a trainable LoRA adapter, a new one or the one in the folder `adapter`."""
+    base.requires_grad_(False)
     for module in base.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 bitsandbytes 0.50 swaps in a bf16 inference kernel after the first evaluation. It has no
@@ -120,8 +126,14 @@ def load_policy(
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS))
-    processor = AutoProcessor.from_pretrained(name)
     return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer))
+
+
+def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
+    """Write the policy `name` with `adapter` added into its weights, in bf16, as an ordinary model folder with its processor."""
+    policy = load_policy(name, "bf16", adapter=adapter)
+    policy.model.merge_and_unload().save_pretrained(folder)
+    policy.processor.save_pretrained(folder)
 
 
 def banned_ids(model, tokenizer) -> torch.Tensor:

@@ -7,6 +7,7 @@ Frames: answers count pixels of the square picture the policy sees; SAM and the 
 """
 
 import json
+import pickle
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from segment_anything import SamPredictor, sam_model_registry
+from transformers import AutoImageProcessor, Sam2Model
 
+from .config import UserError
 from .data import Sample
-from .metrics import box_iou, intersection_union, iou, tight_box
+from .metrics import box_iou, filled, intersection_union, iou, tight_box
 from .tiny import build as _tiny  # registers the tiny SAM beside vit_b, vit_l and vit_h
 
 MAX_TEXT = 20_000  # characters; nothing that long is an answer
@@ -125,8 +128,8 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
 class Segmenter:
     """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are kept."""
 
-    def __init__(self, sam, remember: int = 64):
-        self.predictor, self.remember, self.encoded = SamPredictor(sam), remember, OrderedDict()
+    def __init__(self, predictor, remember: int = 64):
+        self.predictor, self.remember, self.encoded = predictor, remember, OrderedDict()
 
     def look_at(self, image: np.ndarray) -> None:
         """Encode a picture, uint8 RGB [H, W, 3], unless it is remembered."""
@@ -164,14 +167,72 @@ class Segmenter:
         return found
 
 
+class Sam2Predictor:
+    """transformers' Sam2Model (SAM 2 and 2.1) behind what Segmenter uses of segment_anything's SamPredictor."""
+
+    def __init__(self, name: str, device: str = "cpu"):
+        self.model = Sam2Model.from_pretrained(name).to(device).eval().requires_grad_(False)
+        self.read, self.transform, self.device = AutoImageProcessor.from_pretrained(name), self, device
+
+    @torch.no_grad()
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        pixels = self.read(images=image, return_tensors="pt").pixel_values.to(self.device)  # [1, 3, S, S]: SAM 2 squeezes pictures square
+        self.features, self.original_size, self.input_size = self.model.get_image_embeddings(pixels), image.shape[:2], pixels.shape[-2:]
+
+    def apply_coords_torch(self, coords: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+        """Pixels [..., 2] of the picture -> pixels of the square that the encoder saw."""
+        return coords * torch.tensor([self.input_size[1] / original_size[1], self.input_size[0] / original_size[0]], device=coords.device)
+
+    def apply_boxes_torch(self, boxes: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+        return self.apply_coords_torch(boxes.view(-1, 2, 2), original_size).view(-1, 4)
+
+    def predict_torch(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor, multimask_output: bool = True):
+        """n prompts -> masks bool [n, 3, H, W], predicted IoU [n, 3], low-resolution logits [n, 3, h, w]."""
+        prompts = {"input_boxes": boxes[None]} | ({} if points is None else {"input_points": points[None], "input_labels": labels[None].long()})
+        out = self.model(image_embeddings=self.features, multimask_output=multimask_output, **prompts)
+        masks = torch.nn.functional.interpolate(out.pred_masks[0].float(), self.original_size, mode="bilinear", align_corners=False) > 0
+        return masks, out.iou_scores[0], out.pred_masks[0]
+
+
+# segment_anything's files: bytes and SHA-256, checked before they are read.
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_FILES = {
+    "vit_b": ("sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": ("sam_vit_l_0b3195.pth", 1_249_524_607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": ("sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+}
+
+
+def sam_file(kind: str) -> Path:
+    """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache, with a progress bar and checked against their hash."""
+    name, size, digest = SAM_FILES[kind]
+    path = Path.home() / ".cache" / "samr1_mini" / name
+    if not path.exists() or path.stat().st_size != size:  # a file gets its name only after its hash was checked
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")
+        try:
+            torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
+            raise UserError(f"--sam {kind}: {SAM_URL}{name} could not be fetched ({error}); fetch it yourself and name it as --sam-checkpoint") from None
+    return path
+
+
 def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
-    """Segment Anything by kind: "tiny" (weights in the package), "vit_b", "vit_l" or "vit_h" with the file `checkpoint`."""
+    """A frozen Segment Anything: "tiny" (weights in the package), "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else
+    downloaded), or a SAM 2 by its hub id or folder. Raises UserError where there are no such weights."""
     if kind == "tiny":
-        sam = sam_model_registry["tiny"](checkpoint or _tiny.SAM)
-    else:
-        sam = sam_model_registry[kind]()
-        sam.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-    return Segmenter(sam.to(device).requires_grad_(False))
+        return Segmenter(SamPredictor(sam_model_registry["tiny"](checkpoint or _tiny.SAM).to(device).requires_grad_(False)))
+    if kind in SAM_FILES:
+        path, sam = checkpoint or sam_file(kind), sam_model_registry[kind]()
+        try:
+            sam.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"--sam-checkpoint {path}: not the weights of {kind} ({str(error).splitlines()[0]})") from None
+        return Segmenter(SamPredictor(sam.to(device).requires_grad_(False)))
+    try:
+        return Segmenter(Sam2Predictor(kind, device))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--sam {kind}: none of tiny, {', '.join(SAM_FILES)}, nor a SAM 2 folder or hub id ({str(error).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------- reward
@@ -185,6 +246,7 @@ class Reward:
     accuracy: float
     answer: Answer
     iou: float  # of SAM's mask; 0 where the answer cannot be read
+    box_iou: float  # of the answer's box and the tight box of the true mask
     pair: tuple[int, int]  # its intersection and union, pixels
     mask: np.ndarray | None  # bool [H, W]
 
@@ -219,13 +281,16 @@ def score_group(
     boxes = [a.lenient_box if lenient else a.box for a in answers]
     read = [i for i, box in enumerate(boxes) if box is not None]
     prompts = [to_picture(boxes[i], answers[i].points, sample, size) for i in read]
-    masks = dict(zip(read, segmenter.masks(np.asarray(sample.image), *map(list, zip(*prompts))))) if read else {}
+    if sample.box_only:  # no true mask to compare with, so boxes stand for masks and SAM has nothing to do
+        masks = {i: filled(box, *sample.mask.shape) for i, (box, _) in zip(read, prompts)}
+    else:
+        masks = dict(zip(read, segmenter.masks(np.asarray(sample.image), *map(list, zip(*prompts))))) if read else {}
     prompted, rewards = dict(zip(read, prompts)), []
     for i, answer in enumerate(answers):
-        pair = intersection_union(masks.get(i), sample.mask)
+        pair = intersection_union(masks.get(i), sample.mask, sample.ignore)
         value = iou(*pair) if i in masks else 0.0
         close = box_iou(prompted[i][0], tight_box(sample.mask)) if i in masks else 0.0
         terms = (accuracy_term(accuracy, value, close), float(answer.reasoning_format), float(answer.segmentation_format))
         total = sum(w * t for w, t in zip(weights, terms))
-        rewards.append(Reward(total, terms[0], answer, value, pair, masks.get(i)))
+        rewards.append(Reward(total, terms[0], answer, value, close, pair, masks.get(i)))
     return rewards

@@ -40,7 +40,7 @@ def open_run(s: Settings) -> Path:
         if not (folder / "state.pt").exists():
             raise UserError(f"--resume: {folder} was stopped before its first saved state; start it again in another folder")
         return folder
-    if (folder / "settings.json").exists():
+    if (folder / "metrics.jsonl").exists():  # written once all was loaded: a start that failed before leaves the name free
         raise UserError(f"--run {folder} holds a run already: go on with it by --resume, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", asdict(s) | {"run": str(folder)})

@@ -15,7 +15,6 @@ from samr1_mini.config import UserError, make_settings
 from samr1_mini.data import Shapes
 from samr1_mini.grpo import (
     advantages,
-    batch_loss,
     objective,
     roll_out,
     token_weights,
@@ -265,7 +264,7 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, tmp_path, monk
 
 def test_a_run_is_not_overwritten_and_an_empty_one_not_resumed(settings, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "settings.json").write_text("{}")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="--resume"):
         train(settings)
     with pytest.raises(UserError, match="first saved state"):

@@ -7,12 +7,13 @@ from bitsandbytes.nn import Linear4bit
 from conftest import with_live_adapter
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
-from samr1_mini.policy import TINY, encode, load_policy, logprobs, prompt_text, sample
+from samr1_mini.policy import TINY, encode, load_policy, logprobs, merge, prompt_text, sample
 
 
 def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):
@@ -308,6 +309,22 @@ def test_a_saved_adapter_loads_with_peft_on_the_plain_base(policy, samples, tmp_
         torch.testing.assert_close(plain(**inputs).logits, policy.model(**inputs).logits, atol=1e-4, rtol=1e-4)
     again = load_policy("tiny", "fp32", adapter=tmp_path)
     assert any(p.requires_grad for p in again.model.parameters())
+
+
+def test_a_merged_folder_answers_like_base_and_adapter_up_to_bf16(policy, samples, tmp_path):
+    """Against the adapter on the base through PEFT, and far from the base alone."""
+    policy.model.save_pretrained(tmp_path / "adapter")
+    merge("tiny", tmp_path / "adapter", tmp_path / "merged")
+    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    assert next(iter(load_file(tmp_path / "merged/model.safetensors").values())).dtype == torch.bfloat16
+    inputs = processor(text=[prompt_text(processor, samples[0].question, 112, 112)], images=[samples[0].image], return_tensors="pt")
+    policy.base.model.rope_deltas = None
+    with torch.no_grad():
+        ours, theirs = merged(**inputs).logits.log_softmax(-1), policy.model(**inputs).logits.log_softmax(-1)
+        with policy.reference():
+            plain = policy.model(**inputs).logits.log_softmax(-1)
+    assert (ours - theirs).abs().mean() < 0.1 * (plain - theirs).abs().mean()
 
 
 def test_the_prompt_holds_the_question_the_size_and_an_example_the_parser_accepts(policy):

@@ -114,7 +114,7 @@ def test_line_counts_are_right_and_within_reach_of_an_afternoon():
     for name, count in stated.items():
         assert len((ROOT / name).read_text().splitlines()) == int(count), name
     assert all(int(stated[f"samr1_mini/{name}.py"]) <= 330 for name in ("policy", "reward", "grpo"))
-    assert sum(len(p.read_text().splitlines()) for p in (ROOT / "samr1_mini").rglob("*.py")) < 2500
+    assert sum(len(p.read_text().splitlines()) for p in (ROOT / "samr1_mini").rglob("*.py")) < 3000
 
 
 def test_every_function_in_the_equation_table_exists_in_its_file():

@@ -1,5 +1,6 @@
 """Parser, Segment Anything and the reward."""
 
+import hashlib
 import json
 import time
 
@@ -10,12 +11,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
+from segment_anything import SamPredictor, sam_model_registry
+from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
 
+from samr1_mini import reward
+from samr1_mini.config import UserError
 from samr1_mini.data import Sample
 from samr1_mini.metrics import box_iou, ciou, giou
 from samr1_mini.reward import (
     Segmenter,
     accuracy_term,
+    load_segmenter,
     parse,
     score_group,
     tight_box,
@@ -171,7 +177,7 @@ def test_a_mask_does_not_depend_on_its_neighbours_in_the_group(segmenter):
 
 
 def test_the_encoder_runs_once_a_picture(monkeypatch):
-    fresh = Segmenter(build_sam_tiny(SAM), remember=2)
+    fresh = Segmenter(SamPredictor(build_sam_tiny(SAM)), remember=2)
     calls, encode = [], fresh.predictor.model.image_encoder.forward
     monkeypatch.setattr(fresh.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
     a, b, c = (make_scene(i) for i in range(3))
@@ -193,7 +199,83 @@ def test_remembered_pictures_are_told_apart(segmenter):
     first = segmenter.masks(a.image, [a.things[0].box], [[]])
     segmenter.masks(b.image, [b.things[0].box], [[]])
     assert (segmenter.masks(a.image, [a.things[0].box], [[]]) == first).all()
-    assert (Segmenter(build_sam_tiny(SAM)).masks(a.image, [a.things[0].box], [[]]) == first).all()
+    assert (Segmenter(SamPredictor(build_sam_tiny(SAM))).masks(a.image, [a.things[0].box], [[]]) == first).all()
+
+
+@pytest.fixture(scope="module")
+def sam2_folder(tmp_path_factory):
+    """A small random SAM 2 as an ordinary model folder."""
+    torch.manual_seed(0)
+    hiera = dict(
+        model_type="sam2_hiera_det_model", hidden_size=12, image_size=[128, 128], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[12, 24, 48, 96],
+        num_attention_heads_per_stage=[1, 2, 4, 8], window_positional_embedding_background_size=[7, 7], global_attention_blocks=[3],
+    )
+    config = Sam2Config(
+        vision_config=dict(
+            backbone_config=hiera, backbone_channel_list=[96, 48, 24, 12], backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]], fpn_hidden_size=32
+        ),
+        prompt_encoder_config=dict(hidden_size=32, image_size=128, patch_size=16, mask_input_channels=8),
+        mask_decoder_config=dict(hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32),
+    )
+    folder = tmp_path_factory.mktemp("sam2")
+    Sam2Model(config).save_pretrained(folder)
+    Sam2ImageProcessor(size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_sam_2_gives_the_masks_of_its_own_processor(sam2_folder):
+    """A picture that is not square, a box, and two labelled points: transformers' own way from pixels to masks, one prompt at a time."""
+    segmenter, image = load_segmenter(str(sam2_folder)), np.asarray(make_scene(3).image)[:80]
+    boxes, points = [(10.0, 20.0, 60.0, 70.0), (30.0, 5.0, 100.0, 60.0)], [[], [(50.0, 30.0, 1), (90.0, 50.0, 0)]]
+    found = segmenter.masks(image, boxes, points)
+    model, processor = Sam2Model.from_pretrained(sam2_folder).eval(), Sam2Processor(Sam2ImageProcessor.from_pretrained(sam2_folder), target_size=128)
+    for mask, box, marks in zip(found, boxes, points):
+        more = {"input_points": [[[[x, y] for x, y, _ in marks]]], "input_labels": [[[label for *_, label in marks]]]} if marks else {}
+        inputs = processor(images=image, input_boxes=[[list(box)]], return_tensors="pt", **more)
+        with torch.no_grad():
+            out = model(**{k: inputs[k] for k in ("pixel_values", "input_boxes", "input_points", "input_labels") if k in inputs})
+        theirs = processor.post_process_masks(out.pred_masks, inputs["original_sizes"])[0][0, out.iou_scores[0, 0].argmax()]
+        assert mask.shape == image.shape[:2] and (theirs.numpy() == mask).mean() > 0.999
+        assert 0 < mask.mean() < 1
+
+
+def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):
+    segmenter, calls = load_segmenter(str(sam2_folder)), []
+    encode = segmenter.predictor.model.vision_encoder.forward
+    monkeypatch.setattr(segmenter.predictor.model.vision_encoder, "forward", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    for seed in (0, 1, 0, 1):
+        segmenter.masks(make_scene(seed).image, [(10.0, 10.0, 50.0, 50.0)], [[]])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "cut", "changed"])
+def test_sam_weights_are_fetched_once_and_only_whole(damage, tmp_path, monkeypatch):
+    """The download is real, from a file:// address that stands for the server; only the table's entry is a smaller file's."""
+    weights = tmp_path / "server" / "sam_vit_b.pth"
+    weights.parent.mkdir()
+    sam = build_sam_tiny()
+    torch.save(sam.state_dict(), weights)
+    data = weights.read_bytes()
+    monkeypatch.setitem(reward.SAM_FILES, "vit_b", (weights.name, len(data), hashlib.sha256(data).hexdigest()))
+    monkeypatch.setattr(reward, "SAM_URL", f"{weights.parent.as_uri()}/")
+    monkeypatch.setattr(reward.Path, "home", lambda: tmp_path)
+    monkeypatch.setitem(sam_model_registry, "vit_b", lambda: build_sam_tiny())
+    if damage:
+        weights.write_bytes(data[:-100] if damage == "cut" else data[:-100] + bytes(100))
+        with pytest.raises(UserError, match="--sam vit_b.*could not be fetched"):
+            load_segmenter("vit_b")
+        assert not list((tmp_path / ".cache/samr1_mini").glob("*.pth"))
+        weights.write_bytes(data)
+    load_segmenter("vit_b")
+    weights.unlink()  # the second time nothing is fetched
+    loaded = load_segmenter("vit_b").predictor.model.state_dict()
+    assert all((loaded[k] == v).all() for k, v in sam.state_dict().items())
+
+
+def test_a_file_that_is_not_sams_is_named(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="--sam-checkpoint .*x.pth: not the weights of vit_b"):
+        load_segmenter("vit_b", tmp_path / "x.pth")
 
 
 def test_a_true_box_gives_nearly_the_true_mask_in_rgb_and_less_in_bgr(segmenter):
