@@ -8,12 +8,15 @@ from samr1_mini.config import UserError, exit_with, parse_settings
 def main(argv: list[str] | None = None) -> None:
     settings, line = parse_settings(argv, "train.py", __doc__)
     print(line, flush=True)
-    from samr1_mini.grpo import (
-        train,  # imported late: --help and mistakes answer at once
-    )
-
     try:
-        train(settings)
+        if settings.rehearse:  # imported late, here and below: --help and mistakes answer at once
+            from samr1_mini.rehearse import rehearse
+
+            rehearse(settings)
+        else:
+            from samr1_mini.grpo import train
+
+            train(settings)
     except UserError as error:
         exit_with(error, "train.py")
     except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C

@@ -1,0 +1,185 @@
+"""Will it fit, and how long will it take? `python train.py --preset 7b --rehearse 3` finds out before anything is downloaded.
+
+The policy gets its true shape with random weights (quantised layer by layer, so the whole model is never held in bf16), SAM too; then full
+steps run on drawn pictures of the preset's size with the longest allowed answers: rollout, reward, updates, evaluation of one picture.
+What an answer says matters neither for memory nor for time, so SAM gets well-formed answers with the most points, and rewards are drawn.
+"""
+
+import gc
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit, Params4bit
+from segment_anything import SamPredictor, sam_model_registry
+from tqdm import tqdm
+from transformers import (
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from .config import Settings, UserError
+from .data import Shapes
+from .evaluation import evaluate, policy_image
+from .grpo import Rollout, advantages, peak_memory, update
+from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, sample
+from .reward import Segmenter, load_segmenter, score_group
+
+# The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
+SHAPES = {
+    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064),
+    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=16384),
+}
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
+              fullatt_block_indexes=[7, 15, 23, 31])
+SMALL_VISION = VISION | dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=4, fullatt_block_indexes=[1, 3])
+
+
+def shape_config(shape: str) -> Qwen2_5_VLConfig:
+    """The configuration of "3b", "7b" or "small", with the special tokens of the tiny tokenizer: Qwen's own would have to be downloaded."""
+    text, token = SHAPES[shape], AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids
+    half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies: a quarter for time, the rest for height and width
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[half // 4, half * 3 // 8, half * 3 // 8])
+    return Qwen2_5_VLConfig(
+        text_config=text | dict(max_position_embeddings=32768, rope_parameters=rope, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
+        vision_config=(SMALL_VISION if shape == "small" else VISION) | dict(out_hidden_size=text["hidden_size"]),
+        tie_word_embeddings=shape == "3b", image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+    )
+
+
+def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
+    """A policy of this shape with random weights, each made, and quantised, by itself on `device`."""
+    dtype = torch.float32 if load_in == "fp32" or (load_in == "nf4" and device == "cpu") else torch.bfloat16
+    with init_empty_weights():
+        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    make = lambda shape: torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
+    for name, module in list(base.named_modules()):
+        if load_in == "nf4" and isinstance(module, torch.nn.Linear) and ".language_model." in name:
+            with torch.device("meta"):
+                four = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, compress_statistics=True, quant_type="nf4")
+            weight = Params4bit(make(module.weight.shape), requires_grad=False, compress_statistics=True, quant_type="nf4", module=four)
+            four.weight = weight.to(device)  # this quantises
+            if module.bias is not None:
+                four.bias = torch.nn.Parameter(make(module.bias.shape))
+            base.set_submodule(name, four)
+        else:
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                scale = key == "weight" and parameter.ndim == 1  # of a norm
+                setattr(module, key, torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device) if scale else make(parameter.shape)))
+    base.tie_weights()
+    return add_adapter(base.to(device), AutoProcessor.from_pretrained(TINY), rank, checkpointing=checkpointing)
+
+
+class Meter:
+    """Seconds and peak memory by phase: of that phase on a GPU, of the process so far on a CPU."""
+
+    def __init__(self, device: str):
+        self.cuda, self.seconds, self.peak = device == "cuda", {}, {}
+
+    def __call__(self, phase: str, work):
+        if self.cuda:
+            torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        result = work()
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds.setdefault(phase, []).append(time.perf_counter() - start)
+        self.peak[phase] = max(self.peak.get(phase, 0.0), peak_memory("cuda" if self.cuda else "cpu"))
+        return result
+
+
+def one_step(policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: Settings, meter: Meter) -> tuple[Prompt, int]:
+    """A whole step with answers of full length; returns a prompt and the number of sampled tokens."""
+    samples = [data[i] for i in range(s.questions)]
+
+    def rollout():
+        with torch.no_grad():
+            prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+        return prompts, sample(policy, prompts, s.group, s.max_new_tokens, s.temperature)
+
+    def reward():
+        third, middle = s.image_size // 3, s.image_size // 2
+        said = {"bbox": [third, third, 2 * third, 2 * third], "points": [[middle, middle, 1]] * s.max_points}
+        texts = [f"<think>.</think><answer>{json.dumps(said)}</answer>"] * s.group
+        return [score_group(segmenter, x, texts, s.image_size, s.accuracy, max_points=s.max_points) for x in samples]
+
+    prompts, groups = meter("rollout", rollout)
+    rewards = meter("reward", reward)
+    drawn = advantages(torch.rand(len(samples), s.group))
+    rollouts = [Rollout(*parts) for parts in zip(samples, prompts, groups, rewards, drawn)]
+    meter("update", lambda: update(policy, optimizer, rollouts, s, 0))
+    meter("evaluation", lambda: evaluate(policy, segmenter, samples[:1], s))
+    return prompts[0], sum(len(a.ids) for g in groups for a in g)
+
+
+def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: int, length: int) -> float | None:
+    """Peak GiB of an update with one question at a time, `group` answers of `length` tokens; None where memory runs out."""
+    ids = [torch.randint(300, 1000, (length,), device=policy.device) for _ in range(group)]
+    answers = [Completion(i, torch.full((length,), -5.0, device=policy.device), False, "") for i in ids]
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        update(policy, optimizer, [Rollout(None, prompt, answers, [], torch.linspace(-1, 1, group))], replace(s, updates=1, passes=1, micro=1), 0)
+        return peak_memory("cuda")
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect(), torch.cuda.empty_cache()
+
+
+def rehearse(s: Settings) -> dict:
+    """Run `s.rehearse` full steps, print the table and write it to rehearsal.json in the run's folder, if one was named; returns it."""
+    cuda = s.device == "cuda"
+    shape = s.preset if cuda and s.preset in SHAPES else "small"
+    if cuda and s.preset not in SHAPES:
+        raise UserError(f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes")
+    if s.memory_limit and cuda:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, s.memory_limit * 2**30 / torch.cuda.get_device_properties(0).total_memory))
+    if not cuda:
+        s = replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
+        print("no GPU: a small policy, the tiny SAM, 2 questions and 32 tokens stand in. These figures say nothing about a GPU")
+    torch.manual_seed(s.seed)
+    meter, data = Meter(s.device), Shapes("train", s.questions)
+
+    def load():
+        sam = load_segmenter("tiny") if s.sam == "tiny" else Segmenter(SamPredictor(sam_model_registry[s.sam]().to(s.device).requires_grad_(False)))
+        return random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing), sam
+
+    try:
+        policy, segmenter = meter("load", load)
+        policy.banned[policy.processor.tokenizer.eos_token_id] = True  # every answer gets the full length
+        optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        for _ in tqdm(range(s.rehearse), desc="rehearse"):
+            prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)
+    except torch.OutOfMemoryError as error:
+        phase = ("load", "rollout", "reward", "update", "evaluation")[len(meter.seconds) % 5]
+        raise UserError(f"memory ran out in the phase {phase}; lower --questions (rollout), --group or --max-new-tokens, in this order ({error})") from None
+    mean = {phase: sum(values) / len(values) for phase, values in meter.seconds.items()}
+    step = mean["rollout"] + mean["reward"] + mean["update"]
+    table = {
+        "shape": shape, "device": torch.cuda.get_device_name() if cuda else "cpu", "parameters": sum(p.numel() for p in policy.base.parameters()),
+        **{k: getattr(s, k) for k in ("load_in", "questions", "group", "max_new_tokens", "image_size", "sam", "memory_limit", "rehearse")},
+        "prompt_tokens": len(prompt.ids), "seconds": mean, "peak_gib": meter.peak, "tokens_per_second": tokens / mean["rollout"], "seconds_per_step": step,
+    }
+    print(f"\n{table['device']}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of {s.max_new_tokens} tokens, "
+          f"prompts of {len(prompt.ids)} tokens")
+    print(f"{'phase':<12}{'seconds':>10}{'peak GiB':>10}")
+    for phase, seconds in mean.items():
+        print(f"{phase:<12}{seconds:>10.1f}{meter.peak[phase]:>10.2f}")
+    print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
+    if cuda:
+        table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600
+        table["update_peak_gib"] = {f"{g} x {n}": update_peak(policy, optimizer, prompt, s, g, n) for g in (4, 8, 16) for n in (256, 512, 1024)}
+        print(f"training on 3,000 samples: about {table['hours_for_3000_samples']:.1f} hours with answers of this length")
+        for what, peak in table["update_peak_gib"].items():
+            print(f"update with {what} tokens: " + (f"{peak:.1f} GiB" if peak else "does not fit"))
+    if s.run:
+        Path(s.run).mkdir(parents=True, exist_ok=True)
+        (Path(s.run) / "rehearsal.json").write_text(json.dumps(table, indent=1))
+    return table

@@ -1,0 +1,58 @@
+"""The rehearsal: true shapes, random weights, whole steps, a table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from samr1_mini.rehearse import random_policy, shape_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("shape, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
+def test_the_shapes_have_as_many_parameters_as_the_published_models(shape, published):
+    """Half of the bytes that the index files of the bf16 checkpoints state."""
+    with init_empty_weights():
+        model = Qwen2_5_VLForConditionalGeneration._from_config(shape_config(shape))
+    model.tie_weights()
+    assert sum(p.numel() for p in model.parameters()) == published
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "bf16"])
+def test_a_random_policy_is_quantised_where_a_loaded_one_would_be(load_in):
+    policy = random_policy(shape_config("small"), load_in, 4, "cpu", False)
+    four = {name for name, module in policy.base.named_modules() if isinstance(module, Linear4bit)}
+    assert bool(four) == (load_in == "nf4") and not any("visual" in name or "lm_head" in name for name in four)
+    assert all(not p.is_meta for p in policy.base.parameters()) and not any(b.is_meta for b in policy.base.buffers())
+    assert all("lora" in name for name, p in policy.model.named_parameters() if p.requires_grad)
+    if four:
+        assert all(policy.base.get_submodule(name).weight.quant_state.nested for name in four)
+
+
+def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_its_table(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "7b", "--rehearse", "2", "--device", "cpu", "--max-new-tokens", "8", "--image-size", "224",
+               "--group", "2", "--run", "rehearsal"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "say nothing about a GPU" in out.stdout and not (tmp_path / "rehearsal/metrics.jsonl").exists()
+    table = json.loads((tmp_path / "rehearsal/rehearsal.json").read_text())
+    assert set(table["seconds"]) == set(table["peak_gib"]) == {"load", "rollout", "reward", "update", "evaluation"}
+    assert table["shape"] == "small" and table["prompt_tokens"] > 64 and "hours_for_3000_samples" not in table
+    for phase in table["seconds"]:
+        assert phase in out.stdout
+
+
+@pytest.mark.gpu
+def test_a_3b_rehearsal_fits_a_24_gb_card(tmp_path):
+    from samr1_mini.config import make_settings
+    from samr1_mini.rehearse import rehearse
+
+    table = rehearse(make_settings(preset="3b", device="cuda", rehearse=1, memory_limit=24.0, questions=4, max_new_tokens=64, run=str(tmp_path))[0])
+    assert max(table["peak_gib"].values()) < 24 and table["device"] == torch.cuda.get_device_name()
