@@ -149,6 +149,15 @@ def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
     assert (alone - reference).abs().max() > 1e-3
 
 
+def test_every_pass_sees_every_question_once(policy, segmenter, settings, monkeypatch):
+    rollouts, seen, real = rollouts_of(policy, segmenter, settings), [], grpo.batch_loss
+    monkeypatch.setattr(grpo, "batch_loss", lambda policy, part, s: seen.append([r.sample.id for r in part]) or real(policy, part, s))
+    optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
+    update(policy, optimizer, rollouts, replace(settings, lr=0.0, updates=2, passes=2), 0)
+    ids = [r.sample.id for r in rollouts]
+    assert seen == [ids[:2], ids[2:]] * 2
+
+
 def test_groups_without_variance_get_no_policy_gradient(policy, segmenter, settings):
     rollouts = rollouts_of(policy, segmenter, settings)
     for rollout in rollouts:
