@@ -76,6 +76,8 @@ def test_advantages_are_eq_1():
     expected = (np.array([6, 2, 0, 6]) - 3.5) / np.array([6, 2, 0, 6]).std()
     assert advantages(rewards)[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert not advantages(rewards)[1:].any()  # no variance: exactly 0, not rounding noise over a tiny std
+    same = torch.linspace(0.01, 6, 500)[:, None].expand(-1, 8)  # the mean of eight equal numbers is often not that number
+    assert (same != same.mean(1, keepdim=True)).any() and not advantages(same).any()
     assert advantages(rewards, "mean")[0].tolist() == pytest.approx([2.5, -1.5, -3.5, 2.5])
 
 

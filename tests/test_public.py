@@ -12,6 +12,7 @@ from pycocotools import mask as coco
 from samr1_mini import public
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data
+from samr1_mini.metrics import intersection_union
 from samr1_mini.reward import score_group
 
 WIDTH, HEIGHT = 60, 40
@@ -170,6 +171,9 @@ def test_undecided_pixels_are_foreground_or_excluded(tmp_path):
     assert foreground.question == "what is square?" and foreground.ignore is None
     assert foreground.mask[5:25, 10:41].all() and foreground.mask.sum() == 20 * 31
     assert excluded.mask[5:25, 10:20].all() and excluded.mask.sum() == 20 * 10 and excluded.ignore.sum() == 20 * 21
+    everything = np.ones((HEIGHT, WIDTH), bool)
+    assert intersection_union(everything, excluded.mask, excluded.ignore) == (20 * 10, HEIGHT * WIDTH - 20 * 21)
+    assert intersection_union(None, foreground.mask, excluded.ignore) == (0, 20 * 10)  # an answer that cannot be read
 
 
 def test_fetched_pictures_are_whole_and_a_second_run_fetches_only_what_is_missing(tmp_path, coco_dir, monkeypatch):
