@@ -14,8 +14,8 @@ from samr1_mini.config import (
     make_settings,
 )
 
-USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore", "image_size", "max_new_tokens",
-        "max_points"}
+USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore", "empty_truth", "image_size",
+        "coordinates", "max_new_tokens", "max_points"}
 
 
 def parse(argv: list[str] | None):
@@ -73,7 +73,7 @@ def evaluate_set(policy, segmenter, settings, own: dict) -> None:
     if report.rows[0].sample.box_only:
         print("this data set has boxes and no masks: all of the above compares boxes")
     conventions = f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object, undecided pixels {settings.ignore}"
-    print(f"conventions: {conventions}, nothing predicted where nothing is to be found counts as IoU 1")
+    print(f"conventions: {conventions}, questions with an empty true mask {settings.empty_truth} (correct: nothing predicted there counts as IoU 1)")
     print("greedy; an answer outside the format counts 0, or under 'lenient' by any box in its text; SAM's highest-scored mask counts")
     answers = [
         {"id": r.sample.id, "question": r.sample.question, "kind": r.sample.kind, "text": r.text, "in_format": r.reward.answer.in_format,
@@ -82,7 +82,7 @@ def evaluate_set(policy, segmenter, settings, own: dict) -> None:
     (out / "results.json").write_text(json.dumps({**own, "summary": summary, "answers": answers}, indent=1))
     ranked, middle = sorted(report.rows, key=lambda r: -r.reward.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
-    sample_sheet(out / "sheet.png", chosen, settings.image_size, "Best four, middle four, worst four answers")
+    sample_sheet(out / "sheet.png", chosen, policy.frame(settings.image_size), "Best four, middle four, worst four answers")
     print(f"answers and sheet are in {out}")
 
 
@@ -106,7 +106,7 @@ def answer_one(policy, segmenter, settings, own: dict) -> None:
     else:
         print(f"mask: {row.reward.mask.mean():.1%} of the picture")
     path = Path(own["out"]) / f"{Path(own['image']).stem}-overlay.png"
-    sample_sheet(path, [row], settings.image_size, "What the policy sees in it", truth=False)
+    sample_sheet(path, [row], policy.frame(settings.image_size), "What the policy sees in it", truth=False)
     print(f"overlay: {path}")
 
 
@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"merged model: {own['merge']}")
             return
         Path(own["out"]).mkdir(parents=True, exist_ok=True)
-        policy = load_policy(settings.policy, settings.load_in, adapter=own["adapter"], device=settings.device)
+        policy = load_policy(settings.policy, settings.load_in, adapter=own["adapter"], device=settings.device,
+                             coordinates=settings.coordinates, image_size=settings.image_size)
         segmenter = load_segmenter(settings.sam, settings.sam_checkpoint, settings.device)
         (answer_one if own["image"] is not None else evaluate_set)(policy, segmenter, settings, own)
     except UserError as error:

@@ -2,13 +2,17 @@
 
 import sys
 
+from torch import OutOfMemoryError
+
 from samr1_mini.config import UserError, exit_with, parse_settings
+from samr1_mini.memory import cap_memory
 
 
 def main(argv: list[str] | None = None) -> None:
     settings, line = parse_settings(argv, "train.py", __doc__)
     print(line, flush=True)
     try:
+        cap_memory(settings)
         if settings.rehearse:  # imported late, here and below: --help and mistakes answer at once
             from samr1_mini.rehearse import rehearse
 
@@ -19,6 +23,9 @@ def main(argv: list[str] | None = None) -> None:
             train(settings)
     except UserError as error:
         exit_with(error, "train.py")
+    except OutOfMemoryError as error:
+        exit_with(UserError(f"GPU memory ran out; go on with --resume and a lower --micro, or start again with --checkpointing, a lower --group or "
+                            f"--max-new-tokens, or --load-in nf4; --rehearse 1 shows what fits ({error})"), "train.py")
     except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C
         print("\nstopped; what was saved before stays, see --resume", file=sys.stderr)
         sys.exit(130)

@@ -29,16 +29,20 @@ class Settings:
     seed: int = _option(0, "seed of everything: same seed, same machine, same numbers")
     device: str = _option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
 
-    policy: str = _option("tiny", "policy: a Qwen2.5-VL folder or hub id; tiny is the one in the package")
+    policy: str = _option("tiny", "policy: a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id; tiny is the one in the package")
+    coordinates: str = _option("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, as that kind of model is used to",
+                               ("auto", "pixels", "thousandths"))
     load_in: str = _option("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
     rank: int = _option(32, "rank of the LoRA adapter")
-    sam: str = _option("tiny", "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 by hub id or folder (facebook/sam2-hiera-large)")
+    sam: str = _option("tiny", "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 or SAM 3 by hub id or folder (facebook/sam2-hiera-large)")
     sam_checkpoint: str = _option("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
     data: str = _option("shapes", "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours with data.jsonl, or a set's files)")
     coco_dir: str = _option("", "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are drawn are fetched")
     sentences: str = _option("first", "RefCOCO's sets: the first expression of each object, or all", ("first", "all"))
     ignore: str = _option("foreground", "ReasonSeg's undecided pixels: foreground, as in the hub's copies, or excluded", ("foreground", "excluded"))
-    image_size: int = _option(112, "pixels a side of the square the policy sees, a multiple of 28")
+    empty_truth: str = _option("correct", "test questions whose true mask is empty: nothing predicted is correct (LISA's way), or they are excluded",
+                               ("correct", "excluded"))
+    image_size: int = _option(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: of 32)")
 
     questions: int = _option(16, "questions a rollout batch")
     group: int = _option(8, "G, answers a question")
@@ -142,8 +146,12 @@ def make_settings(**given) -> tuple[Settings, str]:
     return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
 
 
+# What a resumed run may do otherwise: be longer, or take less memory.
+MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit")
+
+
 def resumed_settings(given: dict) -> tuple[Settings, str]:
-    """The settings that a run was started with. More samples make it longer; anything else would make it another run."""
+    """The settings that a run was started with. What would make it another run is refused."""
     if not given.get("run"):
         raise UserError("--resume needs --run with the folder of the run to go on with")
     file = Path(given["run"]) / "settings.json"
@@ -151,9 +159,9 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
         raise UserError(f"--resume: {file.parent} holds no run")
     saved = json.loads(file.read_text())
     for name, value in given.items():
-        if name not in ("run", "resume", "samples", "preset") and saved[name] != value:
+        if name not in MAY_CHANGE and saved[name] != value:
             raise UserError(f"--resume: this run was started with --{name.replace('_', '-')} {saved[name]}, not {value}")
-    settings = Settings(**saved | {k: given[k] for k in ("run", "resume", "samples") if k in given})
+    settings = Settings(**saved | {k: v for k, v in given.items() if k in MAY_CHANGE and k != "preset"})
     return settings, f"going on with {settings.run}, preset {settings.preset}"
 
 
@@ -172,8 +180,8 @@ def check(s: Settings) -> None:
         raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the others of its group")
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
-    if s.image_size < 56 or s.image_size % 28:
-        raise UserError(f"--image-size must be a multiple of 28 and at least 56, not {s.image_size}: try {max(2, round(s.image_size / 28)) * 28}")
+    if s.image_size < 56:  # which multiple it must be depends on the policy: load_policy looks
+        raise UserError(f"--image-size must be at least 56, not {s.image_size}")
     if s.updates > s.questions:
         raise UserError(f"--updates {s.updates} is more than --questions {s.questions}: an update needs a question")
     if s.samples < s.questions:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .config import Settings
+from .config import Settings, UserError
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box
 from .policy import Policy, encode, sample
@@ -80,8 +80,12 @@ def evaluate(policy: Policy, segmenter: Segmenter, data, s: Settings, name: str 
         with torch.no_grad():
             prompts = encode(policy, images, [x.question for x in samples])
         for x, [answer] in zip(samples, sample(policy, prompts, 1, s.max_new_tokens, temperature=0)):
-            [reward] = score_group(segmenter, x, [answer.text], s.image_size, s.accuracy, max_points=s.max_points, lenient=True)
+            if s.empty_truth == "excluded" and not x.mask.any():
+                continue
+            [reward] = score_group(segmenter, x, [answer.text], policy.frame(s.image_size), s.accuracy, max_points=s.max_points, lenient=True)
             report.rows.append(Row(x, answer.text, answer.truncated, reward))
+    if not report.rows:
+        raise UserError(f"--data {s.data}: every true mask is empty, and --empty-truth is excluded")
     return report
 
 

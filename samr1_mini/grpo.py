@@ -10,18 +10,20 @@ Shapes: B questions, G answers a question, S all answer tokens of a batch, answe
 """
 
 import json
-import resource
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from tqdm import tqdm
 
 from .config import Settings, UserError
 from .data import Sample, load_data
 from .evaluation import before_after, ceiling, evaluate, policy_image
+from .memory import free_memory, peak_memory, side_by_side
 from .plots import curves, sample_sheet
 from .policy import Completion, Policy, Prompt, encode, load_policy, logprobs, sample
 from .reward import Reward, Segmenter, load_segmenter, score_group
@@ -95,18 +97,32 @@ class Rollout:
     reference: torch.Tensor | None = None  # [all tokens of the G answers] log-probabilities under the frozen base
 
 
-def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings) -> tuple[list[Rollout], dict]:
-    """Sample G answers to each question, reward them, and compare them within their group."""
+def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
+    """AdamW on the adapter's weights; the base is frozen."""
+    return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def sample_in_turn(policy: Policy, prompts: list[Prompt], s: Settings, chance: torch.Tensor) -> list[list[Completion]]:
+    """policy.sample, with no more questions at a time than fit in memory; what comes out is the same."""
+    step, groups = side_by_side(policy.base, max(len(p.ids) for p in prompts), s, free_memory(s)), []
+    for i in range(0, len(prompts), step):
+        groups += sample(policy, prompts[i : i + step], s.group, s.max_new_tokens, s.temperature, chance[i : i + step])
+    return groups
+
+
+def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings, chance: torch.Tensor | None = None) -> tuple[list[Rollout], dict]:
+    """Sample G answers to each question, reward them, and compare them within their group. `chance`: see policy.sample."""
     start = time.perf_counter()
     with torch.no_grad():
         prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
-    groups = sample(policy, prompts, s.group, s.max_new_tokens, s.temperature)
+    groups = sample_in_turn(policy, prompts, s, torch.rand(len(prompts), s.group, s.max_new_tokens) if chance is None else chance)
     middle = time.perf_counter()
     weights = (s.accuracy_weight, s.reasoning_weight, s.segmentation_weight)
     rollouts = []
     for x, prompt, answers in zip(samples, prompts, groups):
         texts = [a.text for a in answers]
-        rollouts.append(Rollout(x, prompt, answers, score_group(segmenter, x, texts, s.image_size, s.accuracy, weights, s.max_points)))
+        rewards = score_group(segmenter, x, texts, policy.frame(s.image_size), s.accuracy, weights, s.max_points)
+        rollouts.append(Rollout(x, prompt, answers, rewards))
     totals = torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts])  # [B, G]
     for rollout, advantage in zip(rollouts, advantages(totals, s.advantage)):
         rollout.advantage = advantage
@@ -125,7 +141,8 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
     """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before. Returns what to log."""
-    start, log, tokens = time.perf_counter(), defaultdict(float), 0
+    start, log, tokens, processes = time.perf_counter(), defaultdict(float), 0, PartialState().num_processes
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
     log["ratio_min"] = log["ratio_max"] = 1.0
     policy.model.train()
     if s.beta:
@@ -133,34 +150,42 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     for k in range(s.updates * s.passes):
         part = k % s.updates
         share = rollouts[part * len(rollouts) // s.updates : (part + 1) * len(rollouts) // s.updates]
-        questions = len(share)
+        questions = len(share) * processes  # of this update, in all processes
         if s.beta == 0:  # a group without variance has nothing to say but the KL: its term of the mean is 0
             share = [r for r in share if r.advantage.any()]
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (done + k + 1) / max(1, s.warmup))  # warm-up, then constant
         optimizer.zero_grad()
-        finite = True
         for i in range(0, len(share), s.micro):
             part = share[i : i + s.micro]
             loss, sums, count = batch_loss(policy, part, s)
             (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
-            finite &= bool(loss.isfinite())
             log["loss"] += loss.item() / len(rollouts) / s.passes
             tokens += count
             log["ratio_min"], log["ratio_max"] = min(log["ratio_min"], sums.pop("ratio_min")), max(log["ratio_max"], sums.pop("ratio_max"))
             for name, value in sums.items():
                 log[name] += value
-        norm = torch.nn.utils.clip_grad_norm_([p for p in policy.model.parameters() if p.requires_grad], s.max_grad_norm)
-        if finite and norm.isfinite():
+        add_up_gradients(trained)
+        norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
+        if norm.isfinite():
             optimizer.step()
             log["grad_norm"] += norm.item() / (s.updates * s.passes)
         else:
             log["skipped_updates"] += 1
-            tqdm.write(f"update {done + k + 1}: loss or gradient is not finite, so it is skipped; if this goes on, lower --lr")
+            tqdm.write(f"update {done + k + 1}: the gradient is not finite, so it is skipped; if this goes on, lower --lr")
     policy.model.eval()
     for name in ("kl", "approx_kl", "clip_low", "clip_high", "entropy"):
         log[name] /= max(1, tokens)
     return dict(log) | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
+
+
+def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the sum of the gradients of all, in one message; with one process nothing is left to do."""
+    if PartialState().num_processes > 1:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
+        for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p)
 
 
 def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[torch.Tensor, dict, int]:
@@ -177,6 +202,19 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
         logp, old, reference, advantage, token_weights(lengths, s.normalise).to(device), s.eps_low, s.eps_high, s.beta
     )
     return loss, sums | {"entropy": entropy.sum().item()}, len(logp)
+
+
+def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> None:
+    """One forward and backward with answers of full length, so that memory that is too small shows before the first step."""
+    with torch.no_grad():
+        prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+    ids, even = torch.ones(s.max_new_tokens, dtype=torch.long, device=policy.device), torch.zeros(s.group)
+    answers = [Completion(ids, torch.zeros(len(ids), device=policy.device), False, "")] * s.group
+    reference = torch.zeros(s.group * len(ids), device=policy.device)
+    policy.model.train()
+    batch_loss(policy, [Rollout(x, p, answers, [], even, reference) for x, p in zip(samples, prompts)], s)[0].backward()
+    policy.model.zero_grad()
+    policy.model.eval()
 
 
 def describe(rollouts: list[Rollout]) -> dict:
@@ -197,73 +235,86 @@ def describe(rollouts: list[Rollout]) -> dict:
 
 
 def train(s: Settings) -> dict:
-    """Train, evaluate and save in the folder `s.run`; returns what summary.json holds."""
-    begun = time.perf_counter()
-    folder = open_run(s)
+    """Train, evaluate and save in the folder `s.run`; returns what summary.json holds.
+
+    Under `accelerate launch` each process takes its share of the questions of a batch, and gradients add up; the first one writes.
+    """
+    begun, processes = time.perf_counter(), PartialState()
+    first, mine = processes.is_main_process, slice(processes.process_index, None, processes.num_processes)
+    if s.questions % (s.updates * processes.num_processes) and processes.num_processes > 1:
+        raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes x --updates {s.updates}")
+    folder = broadcast_object_list([open_run(s) if first else None])[0]
     torch.manual_seed(s.seed)
-    policy = load_policy(s.policy, s.load_in, s.rank, device=s.device, checkpointing=s.checkpointing)
-    segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
-    data, validation, test = (
-        load_data(s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
-        for split, count in (("train", s.samples), ("validation", s.eval_samples), ("test", s.test_samples))
-    )
+    with processes.main_process_first():  # what has to be downloaded is downloaded once
+        policy = load_policy(s.policy, s.load_in, s.rank, None, s.device, s.checkpointing, s.coordinates, s.image_size)
+        segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
+        data, validation, test = (
+            load_data(s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
+            for split, count in (("train", s.samples), ("validation", s.eval_samples), ("test", s.test_samples))
+        )
     if data[0].box_only and s.accuracy != "box-iou" and s.accuracy_weight:
         raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add --accuracy box-iou")
-    write_json(folder / "samples.json", data.ids)  # which questions this run drew
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = new_optimizer(policy, s)
     start, earlier_seconds = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
     seconds_so_far = lambda: round(earlier_seconds + time.perf_counter() - begun, 1)
     steps, log_file = len(data) // s.questions, folder / "metrics.jsonl"
-    earlier = [json.loads(line) for line in log_file.read_text().splitlines()[:start]] if start else []
-    log_file.write_text("".join(json.dumps(line) + "\n" for line in earlier))
+    if first:
+        earlier = [json.loads(line) for line in log_file.read_text().splitlines()[:start]] if start else []
+        log_file.write_text("".join(json.dumps(line) + "\n" for line in earlier))
+        write_json(folder / "samples.json", data.ids)  # which questions this run drew
+    if s.device == "cuda":
+        try_largest_update(policy, [data[i] for i in range(s.micro)], s)
 
-    if (folder / "base.json").exists():
+    if start and (folder / "base.json").exists():
         base = json.loads((folder / "base.json").read_text())
-    else:
-        base = evaluate(policy, segmenter, test, s, "base").summary() | {"ceiling": ceiling(segmenter, test)}
-        write_json(folder / "base.json", base)
+    else:  # every process evaluates for itself: they would only wait for each other
+        base = evaluate(policy, segmenter, test, s, "base" * first).summary() | {"ceiling": ceiling(segmenter, test)}
+        if first:
+            write_json(folder / "base.json", base)
     with stop_on_ctrl_c() as stop:
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True)
+        bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True, disable=not first)
         for step in bar:
             torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
-            batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)]
-            rollouts, seconds = roll_out(policy, segmenter, batch, s)
+            chance = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
+            batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[mine]]
+            rollouts, seconds = roll_out(policy, segmenter, batch, s, chance[mine])
             learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
             line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
+            every = gather_object([(line, stop.is_set())])  # from each process
+            line = {name: sum(one[name] for one, _ in every) / len(every) for name in line} | {"step": step + 1}
             line["tokens_per_second"] = line["length"] * s.questions * s.group / line["seconds_rollout"]
+            stopped = any(asked for _, asked in every)
             look = s.eval_every and (step + 1) % s.eval_every == 0
             if look:
                 report = evaluate(policy, segmenter, validation, s)
                 line |= {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
-                sample_sheet(folder / f"sheet-{step + 1:05d}.png", report.rows[:12], s.image_size, f"Validation after {step + 1} steps")
-            with log_file.open("a") as out:
-                out.write(json.dumps(line) + "\n")
-            if stop.is_set() or look:
-                save_state(folder, policy, optimizer, step + 1, seconds_so_far())
+            if first:
+                with log_file.open("a") as out:
+                    out.write(json.dumps(line) + "\n")
+                if look:
+                    sample_sheet(folder / f"sheet-{step + 1:05d}.png", report.rows[:12], policy.frame(s.image_size), f"Validation after {step + 1} steps")
+                if look or stopped:
+                    save_state(folder, policy, optimizer, step + 1, seconds_so_far())
             bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
-            if stop.is_set():
+            if stopped:
                 bar.close()
-                print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  python train.py --resume --run {folder} --samples {s.samples}")
+                if first:
+                    print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  python train.py --resume --run {folder} --samples {s.samples}")
                 sys.exit(130)
 
-    save_state(folder, policy, optimizer, steps, seconds_so_far())
     if all(not p.any() for n, p in policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
         raise UserError("the adapter never changed: every group's answers all got the same reward (zero_variance in metrics.jsonl)")
+    if not first:
+        return {}
+    save_state(folder, policy, optimizer, steps, seconds_so_far())
     report = evaluate(policy, segmenter, test, s, "trained")
     summary = {
         "samples": steps * s.questions, "seed": s.seed, "seconds": seconds_so_far(),
         "base": {k: v for k, v in base.items() if k != "ceiling"}, "trained": report.summary(), "ceiling": base["ceiling"],
     }
     write_json(folder / "summary.json", summary)
-    sample_sheet(folder / "sheet-test.png", report.rows[:12], s.image_size, "Held-out test scenes after training")
+    sample_sheet(folder / "sheet-test.png", report.rows[:12], policy.frame(s.image_size), "Held-out test scenes after training")
     curves(folder / "curves.png", [json.loads(line) for line in log_file.read_text().splitlines()], summary)
     print(before_after(summary))
     print(f"adapter, log, curves and sheets are in {folder}")
     return summary
-
-
-def peak_memory(device: str) -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

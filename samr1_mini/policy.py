@@ -1,4 +1,4 @@
-"""The policy: a Qwen2.5-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
+"""The policy: a Qwen-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
 
 The prompt (about 150 words of text and up to 900 picture tokens) is long and the same for all G answers of a group, so it is
 encoded once: `encode` runs the vision tower once a question; `sample` and `logprobs` lay a question and its G answers in one row, in
@@ -18,10 +18,10 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
     DynamicCache,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
 from .config import UserError
@@ -30,9 +30,12 @@ TINY = Path(__file__).parent / "tiny" / "policy"
 
 PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside <think> </think>, then give \
 the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, and points in the box, each labelled 1 \
-on the object and 0 off it, all in pixels of the {width} x {height} picture. Example:
+on the object and 0 off it, all in {unit}. Example:
 <think>The left cup is nearer to the plate.</think><answer>{{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}}</answer>
 Question: {question}"""
+
+# The model types that can be the policy, and what their own grounding counts in.
+COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
 # Attention and MLP projections of the language model; the vision tower has projections of the same names and stays as it is.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -43,14 +46,20 @@ class Policy:
     model: PeftModel
     processor: object  # chat template, tokenizer and image processor
     banned: torch.Tensor  # bool [V]: ids that must never be sampled
+    coordinates: str = "pixels"  # what its answers count in: pixels of the square picture, or thousandths of its sides
 
     @property
-    def base(self) -> Qwen2_5_VLForConditionalGeneration:
+    def base(self):
+        """The transformers model under the adapter, such as a Qwen2_5_VLForConditionalGeneration."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
     def device(self) -> torch.device:
         return self.base.lm_head.weight.device
+
+    def frame(self, size: int) -> int:
+        """The side of a size x size picture as the answers count it."""
+        return 1000 if self.coordinates == "thousandths" else size
 
     @contextmanager
     def reference(self):
@@ -66,6 +75,8 @@ class Prompt:
     ids: torch.Tensor  # [P]
     embeds: torch.Tensor  # [P, D] token embeddings, the picture's features in their places
     positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
+    picture: torch.Tensor  # bool [P]: which tokens are the picture's
+    deep: tuple[torch.Tensor, ...] = ()  # Qwen3-VL's deepstack: features [picture tokens, D] to add after each of the first layers
 
     @property
     def next_position(self) -> int:
@@ -87,32 +98,39 @@ class Completion:
 
 
 def load_policy(
-    name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu", checkpointing: bool = False
+    name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu", checkpointing: bool = False,
+    coordinates: str = "auto", image_size: int | None = None,
 ) -> Policy:
-    """Load a Qwen2.5-VL folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32), with a trainable LoRA adapter.
+    """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32), with a trainable LoRA adapter.
 
     `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
-    "tiny" is the folder in the package. Raises UserError where nothing can be loaded, or another kind of model is named.
+    "tiny" is the folder in the package. Raises UserError where nothing can be loaded, where another kind of model is named, and where
+    pictures of `image_size` pixels a side do not divide into its cells.
     """
     name = str(TINY) if name == "tiny" else str(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"--policy {name}: no model folder of that name, and the hub does not give one ({str(error).splitlines()[0]})") from None
-    if config.model_type != "qwen2_5_vl":
-        raise UserError(f"--policy {name} is a {config.model_type} model; this policy needs a Qwen2.5-VL (model type qwen2_5_vl)")
+    if config.model_type not in COORDINATES:
+        raise UserError(f"--policy {name} is a {config.model_type} model; the policy must be one of {', '.join(COORDINATES)}")
+    cell = config.vision_config.patch_size * config.vision_config.spatial_merge_size  # pixels a side that become one token
+    if image_size is not None and image_size % cell:
+        raise UserError(f"--image-size must be a multiple of {cell} for --policy {name}, not {image_size}: try {round(image_size / cell) * cell}")
     dtype = torch.float32 if load_in == "fp32" or (load_in == "nf4" and device == "cpu") else torch.bfloat16
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["model.visual", "lm_head"],  # a 4-bit vision tower or head breaks the model
     )
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    base = AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, quantization_config=nf4 if load_in == "nf4" else None, device_map={"": device}, attn_implementation="sdpa"
     )
-    return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing)
+    return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing, coordinates)
 
 
-def add_adapter(base, processor, rank: int, adapter: str | Path | None = None, checkpointing: bool = False) -> Policy:
+def add_adapter(
+    base, processor, rank: int, adapter: str | Path | None = None, checkpointing: bool = False, coordinates: str = "auto"
+) -> Policy:
     """Freeze a loaded base and give it a trainable LoRA adapter, a new one or the one in the folder `adapter`."""
     base.requires_grad_(False)
     for module in base.modules():
@@ -126,7 +144,8 @@ def add_adapter(base, processor, rank: int, adapter: str | Path | None = None, c
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS))
-    return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer))
+    coordinates = COORDINATES[base.config.model_type] if coordinates == "auto" else coordinates
+    return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer), coordinates)
 
 
 def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
@@ -151,9 +170,10 @@ def banned_ids(model, tokenizer) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------- prompt
 
 
-def prompt_text(processor, question: str, width: int, height: int) -> str:
+def prompt_text(processor, question: str, width: int, height: int, coordinates: str = "pixels") -> str:
     """The chat text of one question, with one picture placeholder."""
-    text = PROMPT.format(question=question.strip(), width=width, height=height)
+    unit = f"pixels of the {width} x {height} picture" if coordinates == "pixels" else "thousandths of the picture's width and height"
+    text = PROMPT.format(question=question.strip(), unit=unit)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
@@ -161,24 +181,32 @@ def prompt_text(processor, question: str, width: int, height: int) -> str:
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
     """Encode B questions: the vision tower sees each picture once, here, and never again.
 
-    All pictures have the same size, a multiple of 28 pixels a side, in which the answers' coordinates are counted.
+    All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32) a side.
     """
     base, prompts = policy.base, []
     step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: at most about 4,096 patches
     for i in range(0, len(images), step):
         part = images[i : i + step]
-        texts = [prompt_text(policy.processor, q, im.width, im.height) for q, im in zip(questions[i : i + step], part)]
+        texts = [prompt_text(policy.processor, q, im.width, im.height, policy.coordinates) for q, im in zip(questions[i : i + step], part)]
         inputs = policy.processor(text=texts, images=part, padding=True, return_tensors="pt").to(policy.device)
         positions, _ = base.model.get_rope_index(
             inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw, attention_mask=inputs.attention_mask
         )  # [3, b, P]
-        features = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw).pooler_output  # b x [picture tokens, D]
+        seen = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)  # pooler_output: b x [picture tokens, D]
         embeds = base.get_input_embeddings()(inputs.input_ids)  # [b, P, D]
-        where = (inputs.input_ids == base.config.image_token_id)[..., None]
-        embeds = embeds.masked_scatter(where, torch.cat(features).to(embeds.dtype))
+        picture = inputs.input_ids == base.config.image_token_id  # [b, P]
+        embeds = embeds.masked_scatter(picture[..., None], torch.cat(seen.pooler_output).to(embeds.dtype))
         for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
-            prompts.append(Prompt(inputs.input_ids[b, real], embeds[b, real], positions[:, b, real]))
+            deep = tuple(layer[b] for layer in getattr(seen, "deepstack_features", ()))
+            prompts.append(Prompt(inputs.input_ids[b, real], embeds[b, real], positions[:, b, real], picture[b, real], deep))
     return prompts
+
+
+def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
+    """What a Qwen3-VL's language model is given beside its embeddings, the picture's tokens being those of `picture`, bool [B, T]."""
+    if not prompts[0].deep:
+        return {}
+    return {"visual_pos_masks": picture, "deepstack_visual_embeds": [torch.cat(layer) for layer in zip(*(p.deep for p in prompts))]}
 
 
 # ---------------------------------------------------------------------------------------------------- sample
@@ -190,13 +218,24 @@ def token_logits(policy: Policy, hidden: torch.Tensor, temperature: float) -> to
     return logits.masked_fill(policy.banned, -1e30)  # finite, so that 0 * logit stays 0 in the entropy
 
 
+def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [..., V] and one uniform number in [0, 1) each [...] -> the tokens that they stand for [...]."""
+    heap = logp.double().exp().cumsum(-1)  # token i owns the stretch from heap[i - 1] to heap[i]; a banned one owns nothing
+    return torch.searchsorted(heap, chance.double()[..., None] * heap[..., -1:], right=True)[..., 0]
+
+
 @torch.no_grad()
-def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: int, temperature: float = 1.0) -> list[list[Completion]]:
+def sample(
+    policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: int, temperature: float = 1.0, chance: torch.Tensor | None = None
+) -> list[list[Completion]]:
     """Draw `group` answers to each of B prompts -> B lists of `group` completions; temperature 0 is greedy.
 
     No top-k, no top-p, no repetition penalty, nothing from the model's generation_config: GRPO's ratio needs the distribution
-    that was sampled to be the one that is trained. Uses torch's global random state.
+    that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every token, so that an answer is the
+    same whatever is sampled beside it; without it they come from torch's global random state.
     """
+    if chance is None and temperature:
+        chance = torch.rand(len(prompts), group, max_new_tokens)
     language, tokenizer = policy.base.model.language_model, policy.processor.tokenizer
     eos, device, length = tokenizer.eos_token_id, policy.device, max(len(p.ids) for p in prompts)
     pad = [length - len(p.ids) for p in prompts]
@@ -204,9 +243,11 @@ def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: in
     embeds = torch.stack([torch.nn.functional.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pad)])  # [B, P, D]
     positions = torch.stack([torch.nn.functional.pad(p.positions, (n, 0)) for p, n in zip(prompts, pad)], 1)  # [3, B, P]
     mask = torch.stack([torch.arange(length, device=device) >= n for n in pad])  # [B, P]
+    picture = torch.stack([torch.nn.functional.pad(p.picture, (n, 0)) for p, n in zip(prompts, pad)])  # [B, P]
     cache = DynamicCache(config=policy.base.config.text_config)
     hidden = language(
-        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
+        **deepstack(prompts, picture),
     ).last_hidden_state[:, -1:]  # [B, 1, D]
 
     # The prompt was read once and stays once in the cache: a question's answers grow side by side in its row, G tokens a step, and
@@ -222,7 +263,7 @@ def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: in
     live = torch.arange(len(prompts), device=device)  # [b] the questions that still have an unfinished answer
     for t in range(max_new_tokens):
         logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
-        token = torch.multinomial(logp.flatten(0, 1).exp(), 1).view(-1, group) if temperature else logp.argmax(-1)  # [b, G]
+        token = draw(logp, chance[live.cpu(), :, t].to(device)) if temperature else logp.argmax(-1)  # [b, G]
         ids[live, :, t], logps[live, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
         lengths[live] = torch.where(alive[live] & (token == eos), t + 1, lengths[live])
         alive[live] &= token != eos
@@ -252,28 +293,28 @@ def sample(policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: in
 
 
 def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]):
-    """Lay each prompt and its answers in one row: [prompt, answer 1, ..., answer G] -> what the language model is called with.
+    """Lay each prompt and its answers in one row: [prompt, answer 1, ..., answer G].
 
-    Returns embeds [B, T, D], mask bool [B, 1, T, T], positions [3, B, T], and for every answer token, in order, the row and
-    column of the hidden state that predicts it, and the token itself: three LongTensors [sum of all L].
+    Returns what the language model is called with (embeds [B, T, D], mask bool [B, 1, T, T], positions [3, B, T]), and for every answer
+    token, in order, where among all B * T hidden states the one is that predicts it, and the token itself: LongTensors [sum of all L].
     """
     rows = [len(p.ids) + sum(len(ids) - 1 for ids in group) for p, group in zip(prompts, groups)]
     size, embed = max(rows), policy.base.get_input_embeddings()
     embeds = prompts[0].embeds.new_zeros(len(prompts), size, prompts[0].embeds.shape[-1])
     positions = torch.zeros(3, len(prompts), size, dtype=torch.long)
     segment = torch.full((len(prompts), size), -1)  # 0: prompt, 1..G: answers, -1: padding
-    row, column, target = [], [], []
+    picture = torch.zeros(len(prompts), size, dtype=torch.bool, device=policy.device)
+    index, target = [], []
     for b, (prompt, group) in enumerate(zip(prompts, groups)):
         start = len(prompt.ids)
         parts, places = [prompt.embeds], [prompt.positions.cpu()]
-        segment[b, :start] = 0
+        segment[b, :start], picture[b, :start] = 0, prompt.picture
         for g, ids in enumerate(group, 1):
             read = len(ids) - 1  # the last token is predicted, never read
             parts.append(embed(ids[:-1]))
             places.append((prompt.next_position + torch.arange(read)).expand(3, -1))  # every answer starts where the prompt ends
             segment[b, start : start + read] = g
-            column += [len(prompt.ids) - 1, *range(start, start + read)]  # the prompt's last token predicts each answer's first
-            row += [b] * len(ids)
+            index += [b * size + i for i in (len(prompt.ids) - 1, *range(start, start + read))]  # the prompt's last token predicts the first
             target.append(ids)
             start += read
         embeds[b, :start] = torch.cat(parts)
@@ -282,8 +323,8 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     same = segment[:, :, None] == segment[:, None, :]  # [B, T, T]
     causal = torch.ones(size, size, dtype=torch.bool, device=policy.device).tril()
     mask = causal & (same | (segment[:, None, :] == 0))
-    index = torch.tensor([row, column], device=policy.device)
-    return embeds, mask[:, None], positions.to(policy.device), index[0], index[1], torch.cat(target)
+    called = dict(inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions.to(policy.device), **deepstack(prompts, picture))
+    return called, torch.tensor(index, device=policy.device), torch.cat(target)
 
 
 def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
@@ -300,12 +341,10 @@ def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tens
     Logits [tokens, V] are made a chunk at a time, for answer tokens alone, and made again in the backward: 8 answers of 512 tokens
     over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
     """
-    embeds, mask, positions, row, column, target = pack(policy, prompts, groups)
-    hidden = policy.base.model.language_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state  # [B, T, D]
+    called, index, target = pack(policy, prompts, groups)
+    hidden = policy.base.model.language_model(**called, use_cache=False).last_hidden_state  # [B, T, D]
     # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other last digits
-    hidden = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)  # [sum of L, D]
+    hidden = hidden.flatten(0, 1).index_select(0, index)  # [sum of L, D]
     step = max(1, 2**26 // policy.banned.numel())  # at most 256 MB of fp32 logits at a time
     parts = [
         checkpoint(chosen_logprobs, policy, h, t, temperature, use_reentrant=False)

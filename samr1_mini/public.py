@@ -59,7 +59,7 @@ class Public(Sequence):
 
     @property
     def ids(self) -> list[str]:
-        return [f"{self.name}-{row}-{expression}" for row, expression in self.items]
+        return [row_id(self.rows[row], expression) for row, expression in self.items]
 
 
 # ---------------------------------------------------------------------------------------------------- one row
@@ -75,16 +75,20 @@ def expressions(row: dict) -> list[str]:
     return text if isinstance(text, list) else [text]
 
 
+def row_id(row: dict, expression: int) -> str:
+    """The data set's own id of a row, and which of its expressions is meant."""
+    return f"{next((row[key] for key in ('ref_id', 'ann_id', 'question_id', 'id', 'image_id') if key in row), '')}-{expression}"
+
+
 def read_row(row: dict, expression: int, coco_dir: Path, ignore: str) -> Sample:
-    """One sample from a row of any layout above, told by its columns. Its id says which row and which expression."""
-    question = str(expressions(row)[expression]).strip()
+    """One sample from a row of any layout above, told by its columns."""
+    question, name = str(expressions(row)[expression]).strip(), row_id(row, expression)
     if "raw_anns" in row:  # jxu124/* and REFER
         annotation, info = json.loads(row["raw_anns"]), json.loads(row["raw_image_info"])
         image = open_picture(inside(coco_dir, Path(info["file_name"]).name))
         mask = read_mask(annotation["segmentation"], coco_dir, info["height"], info["width"])
-        return Sample(image, question, of_size(mask, image), f"{row['ref_id']}-{expression}")
+        return Sample(image, question, of_size(mask, image), name)
     image = picture_of(row["image"])
-    name = str(next((row[key] for key in ("ann_id", "question_id", "id", "image_id") if key in row), ""))
     if "shapes" in row:  # ReasonSeg as its authors publish it
         target, undecided = (draw_shapes(row["shapes"], label, image.size) for label in ("target", "ignore"))
         if ignore == "excluded":

@@ -25,8 +25,9 @@ from transformers import (
 from .config import Settings, UserError
 from .data import Shapes
 from .evaluation import evaluate, policy_image
-from .grpo import Rollout, advantages, peak_memory, update
-from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, sample
+from .grpo import Rollout, advantages, new_optimizer, sample_in_turn, update
+from .memory import peak_memory
+from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode
 from .reward import Segmenter, load_segmenter, score_group
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
@@ -101,13 +102,14 @@ def one_step(policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: S
     def rollout():
         with torch.no_grad():
             prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
-        return prompts, sample(policy, prompts, s.group, s.max_new_tokens, s.temperature)
+        return prompts, sample_in_turn(policy, prompts, s, torch.rand(s.questions, s.group, s.max_new_tokens))
 
     def reward():
-        third, middle = s.image_size // 3, s.image_size // 2
+        size = policy.frame(s.image_size)
+        third, middle = size // 3, size // 2
         said = {"bbox": [third, third, 2 * third, 2 * third], "points": [[middle, middle, 1]] * s.max_points}
         texts = [f"<think>.</think><answer>{json.dumps(said)}</answer>"] * s.group
-        return [score_group(segmenter, x, texts, s.image_size, s.accuracy, max_points=s.max_points) for x in samples]
+        return [score_group(segmenter, x, texts, size, s.accuracy, max_points=s.max_points) for x in samples]
 
     prompts, groups = meter("rollout", rollout)
     rewards = meter("reward", reward)
@@ -139,8 +141,6 @@ def rehearse(s: Settings) -> dict:
     shape = s.preset if cuda and s.preset in SHAPES else "small"
     if cuda and s.preset not in SHAPES:
         raise UserError(f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes")
-    if s.memory_limit and cuda:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, s.memory_limit * 2**30 / torch.cuda.get_device_properties(0).total_memory))
     if not cuda:
         s = replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
         print("no GPU: a small policy, the tiny SAM, 2 questions and 32 tokens stand in. These figures say nothing about a GPU")
@@ -154,7 +154,7 @@ def rehearse(s: Settings) -> dict:
     try:
         policy, segmenter = meter("load", load)
         policy.banned[policy.processor.tokenizer.eos_token_id] = True  # every answer gets the full length
-        optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        optimizer = new_optimizer(policy, s)
         for _ in tqdm(range(s.rehearse), desc="rehearse"):
             prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)
     except torch.OutOfMemoryError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from segment_anything import SamPredictor, sam_model_registry
-from transformers import AutoImageProcessor, Sam2Model
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
 from .config import UserError
 from .data import Sample
@@ -168,15 +168,18 @@ class Segmenter:
 
 
 class Sam2Predictor:
-    """transformers' Sam2Model (SAM 2 and 2.1) behind what Segmenter uses of segment_anything's SamPredictor."""
+    """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of segment_anything's SamPredictor."""
 
     def __init__(self, name: str, device: str = "cpu"):
-        self.model = Sam2Model.from_pretrained(name).to(device).eval().requires_grad_(False)
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in ("sam2", "sam2_video", "sam3_tracker", "sam3_video"):
+            raise ValueError(f"it is a {kind} model")
+        self.model = AutoModelForMaskGeneration.from_pretrained(name).to(device).eval().requires_grad_(False)
         self.read, self.transform, self.device = AutoImageProcessor.from_pretrained(name), self, device
 
     @torch.no_grad()
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
-        pixels = self.read(images=image, return_tensors="pt").pixel_values.to(self.device)  # [1, 3, S, S]: SAM 2 squeezes pictures square
+        pixels = self.read(images=image, return_tensors="pt").pixel_values.to(self.device)  # [1, 3, S, S]: squeezed square
         self.features, self.original_size, self.input_size = self.model.get_image_embeddings(pixels), image.shape[:2], pixels.shape[-2:]
 
     def apply_coords_torch(self, coords: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
@@ -219,7 +222,7 @@ def sam_file(kind: str) -> Path:
 
 def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
     """A frozen Segment Anything: "tiny" (weights in the package), "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else
-    downloaded), or a SAM 2 by its hub id or folder. Raises UserError where there are no such weights."""
+    downloaded), or a SAM 2 or 3 by its hub id or folder. Raises UserError where there are no such weights."""
     if kind == "tiny":
         return Segmenter(SamPredictor(sam_model_registry["tiny"](checkpoint or _tiny.SAM).to(device).requires_grad_(False)))
     if kind in SAM_FILES:
@@ -232,7 +235,7 @@ def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str 
     try:
         return Segmenter(Sam2Predictor(kind, device))
     except (OSError, ValueError) as error:
-        raise UserError(f"--sam {kind}: none of tiny, {', '.join(SAM_FILES)}, nor a SAM 2 folder or hub id ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--sam {kind}: none of tiny, {', '.join(SAM_FILES)}, nor the folder or hub id of a SAM 2 or 3 ({str(error).splitlines()[0]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------- reward
@@ -262,7 +265,7 @@ def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> fl
 
 
 def to_picture(answer_box: tuple, points: list[tuple], sample: Sample, size: int) -> tuple[tuple, list[tuple]]:
-    """An answer's coordinates from the policy's size x size frame to the picture's own pixels."""
+    """An answer's coordinates from the policy's size x size square to the picture's own pixels."""
     sx, sy = sample.image.width / size, sample.image.height / size
     x1, y1, x2, y2 = answer_box
     return (x1 * sx, y1 * sy, x2 * sx, y2 * sy), [(x * sx, y * sy, label) for x, y, label in points]
@@ -272,7 +275,7 @@ def score_group(
     segmenter: Segmenter, sample: Sample, texts: list[str], size: int, accuracy: str = "tiered", weights=(1.0, 1.0, 1.0),
     max_points: int = 8, lenient: bool = False,
 ) -> list[Reward]:
-    """Reward G texts that answer one sample, seen by the policy at `size` x `size` pixels.
+    """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.frame).
 
     `weights` are those of accuracy, reasoning format and segmentation format. `lenient` segments with a box found anywhere in
     the text where there is no proper answer: for evaluation beside the strict figure, never for training.

@@ -53,7 +53,7 @@ def test_help_of_every_command(command):
         (["--lr", "nan"], "--lr must be above 0"),
         (["--beta", "inf"], "--beta must not be below 0"),
         (["--accuracy", "dice"], "--accuracy: invalid choice: 'dice'"),
-        (["--image-size", "100"], "multiple of 28"),
+        (["--image-size", "20"], "--image-size must be at least 56"),
         (["--updates", "20"], "--updates 20 is more than --questions 16"),
         (["--preset", "70b"], "--preset: invalid choice"),
         (["--sam", "vit_h", "--sam-checkpoint", "no.pth"], "--sam-checkpoint no.pth: no such file"),

@@ -98,7 +98,7 @@ def test_evaluation_sets_hold_masks_as_rows_of_booleans(tmp_path):
     rows = [{"image": png(3), "text": "what is square?", "mask": square().tolist(), "image_id": "a", "ann_id": "b", "img_height": HEIGHT, "img_width": WIDTH}]
     folder = parquet(tmp_path / "set", "test", rows)
     [sample] = load_data(folder, "test", 5)
-    assert sample.question == "what is square?" and (sample.mask == square()).all() and sample.id == "b"
+    assert sample.question == "what is square?" and (sample.mask == square()).all() and sample.id == "b-0"
     with pytest.raises(UserError, match="--ignore excluded"):
         load_data(folder, "test", 5, ignore="excluded")[0]
 

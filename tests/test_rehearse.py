@@ -52,7 +52,10 @@ def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_
 @pytest.mark.gpu
 def test_a_3b_rehearsal_fits_a_24_gb_card(tmp_path):
     from samr1_mini.config import make_settings
+    from samr1_mini.memory import cap_memory
     from samr1_mini.rehearse import rehearse
 
-    table = rehearse(make_settings(preset="3b", device="cuda", rehearse=1, memory_limit=24.0, questions=4, max_new_tokens=64, run=str(tmp_path))[0])
+    settings, _ = make_settings(preset="3b", device="cuda", rehearse=1, memory_limit=24.0, questions=4, max_new_tokens=64, run=str(tmp_path))
+    cap_memory(settings)
+    table = rehearse(settings)
     assert max(table["peak_gib"].values()) < 24 and table["device"] == torch.cuda.get_device_name()

@@ -1,0 +1,113 @@
+"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python -m samr1_mini.benchmark_step` (`pip install trl` for its rows).
+
+Same policy, pictures, questions, reward (SAM included), G, number of updates and answer length (nobody may stop early). Each row is a
+process of its own, so that its peak memory is its own too; seconds are the median of the steps after the first.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from .config import Settings, make_settings
+from .data import load_data
+from .evaluation import policy_image
+from .grpo import new_optimizer, roll_out, update
+from .memory import peak_memory
+from .policy import PROMPT, load_policy
+from .reward import load_segmenter, score_group
+
+TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
+LONG = dict(image_size=840, questions=1, updates=1, group=8, max_new_tokens=48)
+# The two sizes first; then the long prompt with more answers, and with longer ones.
+ROWS = [TINY, LONG, *(LONG | dict(group=g) for g in (4, 16)), *(LONG | dict(max_new_tokens=n) for n in (96, 192))]
+
+
+def ours(s: Settings, steps: int) -> list[float]:
+    """Seconds of each step: rollout, reward, updates."""
+    policy, segmenter = load_policy(s.policy, s.load_in, s.rank, device=s.device), load_segmenter(s.sam, device=s.device)
+    policy.banned[policy.processor.tokenizer.eos_token_id] = True
+    optimizer, data, taken = new_optimizer(policy, s), load_data("shapes", "train", steps * s.questions), []
+    for step in range(steps):
+        start = time.perf_counter()
+        rollouts, _ = roll_out(policy, segmenter, [data[step * s.questions + i] for i in range(s.questions)], s)
+        update(policy, optimizer, rollouts, s, step * s.updates)
+        if s.device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def trl(s: Settings, steps: int) -> list[float]:
+    """The same in TRL: as many updates a generation, each on as many answers."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    policy, segmenter = load_policy(s.policy, s.load_in, s.rank, device=s.device), load_segmenter(s.sam, device=s.device)
+    data, marks = list(load_data("shapes", "train", steps * s.questions)), []
+
+    def reward(completions, number, **_):
+        texts, groups = [c[0]["content"] for c in completions], range(0, len(number), s.group)
+        return [r.total for i in groups for r in score_group(segmenter, data[number[i]], texts[i : i + s.group], s.image_size)]
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+
+    asked = [[{"role": "user", "content": PROMPT.format(question=x.question, unit=f"pixels of the {s.image_size} x {s.image_size} picture")}] for x in data]
+    table = Dataset.from_list([{"prompt": p, "image": policy_image(x, s.image_size), "number": i} for i, (p, x) in enumerate(zip(asked, data))])
+    with tempfile.TemporaryDirectory() as folder:
+        GRPOTrainer(model=policy.model, processing_class=policy.processor, reward_funcs=reward, train_dataset=table, callbacks=[Clock()], args=GRPOConfig(
+            output_dir=folder, use_cpu=s.device == "cpu", bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, max_steps=steps * s.updates, learning_rate=s.lr, max_grad_norm=s.max_grad_norm,
+            per_device_train_batch_size=s.questions * s.group // s.updates, gradient_accumulation_steps=1, steps_per_generation=s.updates,
+            num_generations=s.group, max_completion_length=s.max_new_tokens, generation_kwargs={"min_new_tokens": s.max_new_tokens},
+            temperature=s.temperature, top_k=0, beta=s.beta, epsilon=s.eps_low, epsilon_high=s.eps_high,
+        )).train()
+    return [marks[i + s.updates] - marks[i] for i in range(0, len(marks) - 1, s.updates)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4, help="steps a row, the first of which warms up (default 4)")
+    parser.add_argument("--out", help="write the figures to this JSON file too")
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # the one that this process measures
+    args = parser.parse_args()
+    if args.row:
+        way, sizes = args.row
+        settings, _ = make_settings(preset="tiny", **sizes)
+        taken = {"ours": ours, "trl": trl}[way](settings, args.steps)
+        print(json.dumps({"seconds": statistics.median(taken[1:]), "peak_gib": peak_memory(settings.device)}))
+        return
+    ways = ["ours"] + ["trl"] * bool(importlib.util.find_spec("trl"))
+    result = {"versions": {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)},
+              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads, {platform.machine()}", "rows": []}
+    print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*TINY, "seconds", "peak GiB"]))
+    for sizes in ROWS:
+        for way in ways:
+            command = [sys.executable, "-m", "samr1_mini.benchmark_step", "--steps", str(args.steps), "--row", json.dumps([way, sizes])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{way} {sizes}: {done.stderr[-2000:]}")
+            row = {"way": way, **sizes, **json.loads(done.stdout.splitlines()[-1])}
+            result["rows"].append(row)
+            print(f"{way:<8}" + "".join(f"{row[name]:>16}" for name in TINY) + f"{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True)
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""GPU memory: how much may be taken, how much was, and how many questions to sample at a time."""
+
+import resource
+
+import torch
+
+from .config import Settings
+
+
+def cap_memory(s: Settings) -> None:
+    """Let this process take no more than `memory_limit` GiB of its GPU."""
+    if s.memory_limit and s.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, s.memory_limit * 2**30 / total))
+
+
+def peak_memory(device: str) -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def free_memory(s: Settings) -> float:
+    """Bytes that this process can still take on its GPU; without a GPU nobody asks."""
+    if s.device != "cuda":
+        return float("inf")
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(free, s.memory_limit * 2**30 - torch.cuda.memory_allocated()) if s.memory_limit else free
+
+
+def side_by_side(model, prompt_tokens: int, s: Settings, free: float) -> int:
+    """How many questions to sample at a time: as many as half of the `free` bytes hold with answers of full length, and at least one."""
+    text, size = model.config.text_config, model.dtype.itemsize
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = (prompt_tokens + s.group * s.max_new_tokens) * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size  # keys and values
+    reading = prompt_tokens * 3 * text.intermediate_size * size  # one layer's activations while the prompt is read
+    choice = s.group * text.vocab_size * 24  # logits and log-probabilities in fp32, the heap to draw from in fp64
+    return max(1, int(min(s.questions, free / 2 / (cache + reading + choice))))
