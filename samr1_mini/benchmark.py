@@ -1,4 +1,5 @@
-"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.benchmark`.
+"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.benchmark`; on a GPU, `--shape 3b` or `7b`
+takes a policy of that true shape with random weights.
 
 Rollouts: `policy.sample` against transformers' generate, (a) with num_return_sequences=G, which encodes a picture once and reads the
 prompt G times, and (b) with the prompt given G times, as trainers do that treat every answer as a row. Both start from pictures and
@@ -17,6 +18,7 @@ import torch
 
 from .data import load_data
 from .policy import Policy, encode, load_policy, logprobs, prompt_text, sample
+from .rehearse import SHAPES, random_policy, shape_config
 
 
 def seconds(functions: dict, rounds: int) -> dict:
@@ -85,12 +87,17 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     return {"size": size, "questions": questions, "group": group, "prompt_tokens": len(prompts[0].ids), "answer_tokens": tokens, **result}
 
 
-def compare_weights(device: str, questions: int, group: int, tokens: int, rounds: int) -> dict:
-    """Seconds of a rollout and of an update with the base's weights in each format, on the tiny world's pictures."""
+def make_policy(shape: str, load_in: str, device: str) -> Policy:
+    """The tiny policy, or one of a true shape with random weights."""
+    return load_policy("tiny", load_in, device=device) if shape == "tiny" else random_policy(shape_config(shape), load_in, 32, device, device == "cuda")
+
+
+def compare_weights(shape: str, formats: tuple, device: str, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
+    """Seconds of a rollout and of an update with the base's weights in each format."""
     samples, functions = list(load_data("shapes", "validation", questions)), {}
-    images, asked = [x.image for x in samples], [x.question for x in samples]
-    for load_in in ("nf4", "bf16", "fp32"):
-        policy = load_policy("tiny", load_in, device=device)
+    images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
+    for load_in in formats:
+        policy = make_policy(shape, load_in, device)
         policy.banned[policy.processor.tokenizer.eos_token_id] = True
         with torch.no_grad():
             prompts = encode(policy, images, asked)
@@ -104,23 +111,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (default 5)")
     parser.add_argument("--tokens", type=int, default=40, help="answer length, tokens (default 40)")
+    parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES), help="the policy: the tiny one, or a shape with random weights (default tiny)")
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy("tiny", device=device)
+    small = args.shape == "tiny"
+    policy = make_policy(args.shape, "nf4", device)
     results = [compare(policy, 112, 8, 8, args.tokens, args.rounds), compare(policy, 840, 1, 8, args.tokens, args.rounds)]
+    del policy  # a card may not hold it and the ones below
     for r in results:
         print(f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of {r['prompt_tokens']} tokens ({r['size']} px)")
         for phase, taken in (("rollout", r["rollout"]), ("update", r["update"])):
             base = next(iter(taken.values()))
             for name, value in taken.items():
                 print(f"  {phase:<8} {name:<28} {value:7.3f} s   {value / base:5.1f} x")
-    weights = compare_weights(device, 8, 8, args.tokens, args.rounds)
-    print("\nweights of the frozen base (112 px)")
+    formats, size = (("nf4", "bf16", "fp32"), 112) if small else (("nf4", "bf16"), 840)
+    weights = compare_weights(args.shape, formats, device, size, 8 if small else 1, 8, args.tokens, args.rounds)
+    print(f"\nweights of the frozen base ({size} px)")
     for name, value in weights.items():
         print(f"  {name:<14} {value:7.3f} s")
     if args.out:
-        Path(args.out).write_text(json.dumps({"threads": torch.get_num_threads(), "results": results, "weights": weights}, indent=1))
+        Path(args.out).write_text(json.dumps({"device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads", "shape": args.shape, "results": results, "weights": weights}, indent=1))
 
 
 if __name__ == "__main__":

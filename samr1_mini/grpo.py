@@ -237,9 +237,10 @@ def describe(rollouts: list[Rollout]) -> dict:
 def train(s: Settings) -> dict:
     """Train, evaluate and save in the folder `s.run`; returns what summary.json holds.
 
-    Under `accelerate launch` each process takes its share of the questions of a batch, and gradients add up; the first one writes.
+    Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add up; the first
+    process writes.
     """
-    begun, processes = time.perf_counter(), PartialState()
+    begun, processes = time.perf_counter(), PartialState(cpu=s.device == "cpu")
     first, mine = processes.is_main_process, slice(processes.process_index, None, processes.num_processes)
     if s.questions % (s.updates * processes.num_processes) and processes.num_processes > 1:
         raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes x --updates {s.updates}")

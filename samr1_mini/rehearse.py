@@ -81,9 +81,10 @@ class Meter:
     """Seconds and peak memory by phase: of that phase on a GPU, of the process so far on a CPU."""
 
     def __init__(self, device: str):
-        self.cuda, self.seconds, self.peak = device == "cuda", {}, {}
+        self.cuda, self.seconds, self.peak, self.phase = device == "cuda", {}, {}, ""
 
     def __call__(self, phase: str, work):
+        self.phase = phase
         if self.cuda:
             torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -158,8 +159,7 @@ def rehearse(s: Settings) -> dict:
         for _ in tqdm(range(s.rehearse), desc="rehearse"):
             prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)
     except torch.OutOfMemoryError as error:
-        phase = ("load", "rollout", "reward", "update", "evaluation")[len(meter.seconds) % 5]
-        raise UserError(f"memory ran out in the phase {phase}; lower --questions (rollout), --group or --max-new-tokens, in this order ({error})") from None
+        raise UserError(f"memory ran out in the phase {meter.phase}; lower --group, --max-new-tokens or --image-size, or take --load-in nf4 ({error})") from None
     mean = {phase: sum(values) / len(values) for phase, values in meter.seconds.items()}
     step = mean["rollout"] + mean["reward"] + mean["update"]
     table = {

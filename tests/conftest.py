@@ -1,7 +1,12 @@
 """Shared parts: the tiny policy and the tiny SAM of the package, loaded once."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and eval.py stand there
 
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from samr1_mini import grpo
-from samr1_mini.config import UserError, make_settings
+from samr1_mini.config import UserError, make_settings, parse_settings
 from samr1_mini.data import Shapes
 from samr1_mini.grpo import (
     advantages,
@@ -19,8 +19,10 @@ from samr1_mini.grpo import (
     roll_out,
     token_weights,
     train,
+    try_largest_update,
     update,
 )
+from samr1_mini.memory import side_by_side
 from samr1_mini.policy import TINY, load_policy, logprobs
 
 
@@ -271,6 +273,55 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, tmp_path, monk
     monkeypatch.setattr(grpo, "update", real)
     train(replace(s, run=str(tmp_path / "cut"), resume=True))
     same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settings, tmp_path):
+    train(settings)
+    again, _ = parse_settings(["--resume", "--run", settings.run, "--micro", "1", "--samples", "16", "--checkpointing"], "train.py", "")
+    assert again == replace(settings, resume=True, micro=1, samples=16, checkpointing=True)
+    with pytest.raises(SystemExit):
+        parse_settings(["--resume", "--run", settings.run, "--group", "2"], "train.py", "")
+    assert train(again)["samples"] == 16
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_answers_stay_the_same(policy, segmenter, settings, monkeypatch):
+    whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.sample
+    assert side_by_side(policy.base, 160, settings, float("inf")) == settings.questions == 4
+    assert side_by_side(policy.base, 160, settings, 0) == 1
+    enough = next(mib for mib in range(1, 1000) if side_by_side(policy.base, 160, settings, mib * 2**20) == 2)
+    assert side_by_side(policy.base, 1000, settings, enough * 2**20) == 1  # longer prompts take more
+    assert side_by_side(policy.base, 160, replace(settings, max_new_tokens=1000), enough * 2**20) == 1
+    monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
+    monkeypatch.setattr(grpo, "sample", lambda *args: sizes.append(len(args[1])) or real(*args))
+    parts = rollouts_of(policy, segmenter, settings)
+    assert sizes == [2, 2] and [[a.text for a in r.answers] for r in whole] == [[a.text for a in r.answers] for r in parts]
+
+
+def test_the_largest_update_is_tried_at_full_length_and_changes_nothing(policy, settings, monkeypatch):
+    data, asked, real = Shapes("train", 2, 5), [], grpo.logprobs
+    monkeypatch.setattr(grpo, "logprobs", lambda *args: asked.extend(args[2]) or real(*args))
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
+    state = torch.get_rng_state()
+    try_largest_update(policy, [data[0], data[1]], settings)
+    assert [[len(ids) for ids in group] for group in asked] == [[settings.max_new_tokens] * settings.group] * 2
+    assert all((p == before[n]).all() and p.grad is None for n, p in policy.model.named_parameters() if p.requires_grad)
+    assert (torch.get_rng_state() == state).all() and not policy.model.training
+
+
+def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings, monkeypatch, capsys):
+    import train as command
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(grpo, "train", full)
+    with pytest.raises(SystemExit) as left:
+        command.main(["--device", "cpu"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and len(said.splitlines()) == 1 and "--micro" in said and "--resume" in said and "2.00 GiB" in said
 
 
 def test_a_run_is_not_overwritten_and_an_empty_one_not_resumed(settings, tmp_path):

@@ -111,6 +111,25 @@ def test_sampled_frequencies_are_those_of_the_softmax(policy, samples):
     assert exact[seen].exp().sum() > 0.99
 
 
+def test_a_drawn_token_is_the_one_whose_stretch_holds_the_number():
+    logp = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log().clamp(min=-1e30)
+    chance = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-24])  # the largest number that torch.rand gives
+    assert policy_module.draw(logp.expand(6, -1), chance).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_an_answer_is_the_same_whatever_is_sampled_beside_it(policy, samples):
+    """So that neither memory, which says how many go side by side, nor the number of processes changes a run."""
+    with torch.no_grad():
+        prompts = encode(policy, [x.image for x in samples[:4]], [x.question for x in samples[:4]])
+    torch.manual_seed(0)
+    chance = torch.rand(4, 3, 30)
+    together = sample(policy, prompts, 3, 30, chance=chance)
+    apart = [sample(policy, [p], 3, 30, chance=chance[i : i + 1])[0] for i, p in enumerate(prompts)]
+    assert [[a.text for a in group] for group in together] == [[a.text for a in group] for group in apart]
+    other = sample(policy, prompts, 3, 30, chance=chance.flip(0))
+    assert [[a.text for a in group] for group in together] != [[a.text for a in group] for group in other]
+
+
 def test_vision_tokens_are_never_sampled_however_much_the_head_wants_them(policy, samples, monkeypatch):
     config = policy.base.config
     wanted = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]

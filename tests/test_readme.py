@@ -4,7 +4,6 @@ import ast
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tutorials" / "results"
-sys.path.insert(0, str(ROOT))  # eval.py stands there
 
 
 def load(name):

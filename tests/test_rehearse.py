@@ -11,6 +11,9 @@ from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from samr1_mini import rehearse as rehearse_module
+from samr1_mini.config import UserError, make_settings
+from samr1_mini.memory import cap_memory
 from samr1_mini.rehearse import random_policy, shape_config
 
 ROOT = Path(__file__).parent.parent
@@ -49,13 +52,33 @@ def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_
         assert phase in out.stdout
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_memory_that_runs_out_is_told_with_its_phase(step, monkeypatch):
+    calls, real = [], rehearse_module.update
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return real(*args)
+
+    monkeypatch.setattr(rehearse_module, "update", full)
+    settings, _ = make_settings(preset="3b", device="cpu", rehearse=2, max_new_tokens=8, image_size=112, group=2)
+    with pytest.raises(UserError, match="in the phase update; lower --group.*2.00 GiB"):
+        rehearse_module.rehearse(settings)
+
+
+def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path):
+    out = subprocess.run([sys.executable, "-m", "samr1_mini.benchmark", "--shape", "small", "--rounds", "1", "--tokens", "4", "--out", str(tmp_path / "b.json")],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert rows["shape"] == "small" and [r["size"] for r in rows["results"]] == [112, 840] and set(rows["weights"]) >= {"nf4, update", "bf16, rollout"}
+
+
 @pytest.mark.gpu
 def test_a_3b_rehearsal_fits_a_24_gb_card(tmp_path):
-    from samr1_mini.config import make_settings
-    from samr1_mini.memory import cap_memory
-    from samr1_mini.rehearse import rehearse
-
     settings, _ = make_settings(preset="3b", device="cuda", rehearse=1, memory_limit=24.0, questions=4, max_new_tokens=64, run=str(tmp_path))
     cap_memory(settings)
-    table = rehearse(settings)
+    table = rehearse_module.rehearse(settings)
     assert max(table["peak_gib"].values()) < 24 and table["device"] == torch.cuda.get_device_name()

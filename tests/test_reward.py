@@ -12,7 +12,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
-from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
+from transformers import (
+    Sam2Config,
+    Sam2ImageProcessor,
+    Sam2Model,
+    Sam2Processor,
+    Sam3ImageProcessor,
+    Sam3TrackerConfig,
+    Sam3TrackerModel,
+    Sam3TrackerProcessor,
+)
 
 from samr1_mini import reward
 from samr1_mini.config import UserError
@@ -203,6 +212,23 @@ def test_remembered_pictures_are_told_apart(segmenter):
 
 
 @pytest.fixture(scope="module")
+def sam3_folder(tmp_path_factory):
+    """A small random SAM 3 tracker as an ordinary model folder: a plain ViT where SAM 2 has a Hiera."""
+    torch.manual_seed(0)
+    vit = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=14, window_size=4,
+               global_attn_indexes=[1], pretrain_image_size=112)
+    config = Sam3TrackerConfig(
+        vision_config=dict(backbone_config=vit | dict(model_type="sam3_vit_model"), fpn_hidden_size=32, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
+        prompt_encoder_config=dict(hidden_size=32, image_size=112, patch_size=14, mask_input_channels=8),
+        mask_decoder_config=dict(hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32),
+    )
+    folder = tmp_path_factory.mktemp("sam3")
+    Sam3TrackerModel(config).save_pretrained(folder)
+    Sam3ImageProcessor(size={"height": 112, "width": 112}, mask_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def sam2_folder(tmp_path_factory):
     """A small random SAM 2 as an ordinary model folder."""
     torch.manual_seed(0)
@@ -223,12 +249,17 @@ def sam2_folder(tmp_path_factory):
     return folder
 
 
-def test_sam_2_gives_the_masks_of_its_own_processor(sam2_folder):
+@pytest.mark.parametrize("version", [2, 3])
+def test_sam_2_and_3_give_the_masks_of_their_own_processors(version, sam2_folder, sam3_folder):
     """A picture that is not square, a box, and two labelled points: transformers' own way from pixels to masks, one prompt at a time."""
-    segmenter, image = load_segmenter(str(sam2_folder)), np.asarray(make_scene(3).image)[:80]
+    folder = (sam2_folder, sam3_folder)[version - 2]
+    segmenter, image = load_segmenter(str(folder)), np.asarray(make_scene(3).image)[:80]
     boxes, points = [(10.0, 20.0, 60.0, 70.0), (30.0, 5.0, 100.0, 60.0)], [[], [(50.0, 30.0, 1), (90.0, 50.0, 0)]]
     found = segmenter.masks(image, boxes, points)
-    model, processor = Sam2Model.from_pretrained(sam2_folder).eval(), Sam2Processor(Sam2ImageProcessor.from_pretrained(sam2_folder), target_size=128)
+    if version == 2:
+        model, processor = Sam2Model.from_pretrained(folder).eval(), Sam2Processor(Sam2ImageProcessor.from_pretrained(folder), target_size=128)
+    else:
+        model, processor = Sam3TrackerModel.from_pretrained(folder).eval(), Sam3TrackerProcessor(Sam3ImageProcessor.from_pretrained(folder), target_size=112)
     for mask, box, marks in zip(found, boxes, points):
         more = {"input_points": [[[[x, y] for x, y, _ in marks]]], "input_labels": [[[label for *_, label in marks]]]} if marks else {}
         inputs = processor(images=image, input_boxes=[[list(box)]], return_tensors="pt", **more)
@@ -246,6 +277,12 @@ def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):
     for seed in (0, 1, 0, 1):
         segmenter.masks(make_scene(seed).image, [(10.0, 10.0, 50.0, 50.0)], [[]])
     assert len(calls) == 2
+
+
+def test_another_kind_of_model_is_no_segmenter(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="it is a llama model"):
+        load_segmenter(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["", "cut", "changed"])

@@ -1,0 +1,94 @@
+"""The published metrics on the published layouts, against pycocotools' own arithmetic on run-length codes."""
+
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco
+from test_public import (
+    HEIGHT,
+    SQUARE,
+    WIDTH,
+    coco_dir,  # noqa: F401 (a fixture)
+    coco_rows,
+    parquet,
+    png,
+    reasonseg_folder,
+    square,
+)
+
+from samr1_mini import evaluation
+from samr1_mini.config import UserError, make_settings
+from samr1_mini.data import load_data
+from samr1_mini.evaluation import evaluate
+from samr1_mini.policy import Completion, load_policy
+
+ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return load_policy("tiny", adapter=ADAPTER), make_settings(preset="tiny", device="cpu")[0]
+
+
+def bool_rows(*masks):
+    return [{"image": png(i), "text": "the largest object", "mask": m.tolist(), "image_id": str(i), "ann_id": str(i), "img_height": HEIGHT, "img_width": WIDTH}
+            for i, m in enumerate(masks)]
+
+
+def layouts(folder, coco_dir):  # noqa: F811
+    """Small copies of three published layouts under their options."""
+    yield load_data(parquet(folder / "a", "test", [r | {"split": "test"} for r in coco_rows()]), "test", 6, coco_dir=str(coco_dir))
+    yield load_data(parquet(folder / "b", "test", bool_rows(square(), ~square(), square())), "test", 6)
+    polygon = [{"question_id": str(i), "image": png(i), "question": "", "answer": ["the left object"], "segmentation": [float(v) for v in SQUARE]} for i in range(3)]
+    yield load_data(parquet(folder / "c", "val", polygon), "validation", 6)
+    (folder / "d").mkdir()
+    reasonseg_folder(folder / "d")
+    for ignore in ("foreground", "excluded"):
+        yield load_data(str(folder / "d"), "validation", 2, sentences="all", ignore=ignore)
+
+
+def code(mask):
+    return coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(trained, segmenter, tmp_path, coco_dir, monkeypatch):  # noqa: F811
+    """What the policy says is written out, boxes that miss the object by more and more and one that cannot be read; all after it is real."""
+    policy, s = trained
+    said = ['<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>' % (19 + 8 * i, 56 + 8 * i) for i in range(5)] + ["nothing"]
+    words = cycle(said)
+    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts])
+    seen = 0
+    for data in layouts(tmp_path, coco_dir):
+        report = evaluate(policy, segmenter, data, s)
+        ious, intersections, unions = [], 0, 0
+        for row in report.rows:
+            nothing = np.zeros_like(row.sample.mask)
+            mask = row.reward.mask if row.reward.answer.in_format else nothing
+            known = ~(nothing if row.sample.ignore is None else row.sample.ignore)  # undecided pixels are cut out of both
+            pair = [coco.merge([code(m), code(known)], intersect=True) for m in (mask, row.sample.mask)]
+            ious.append(coco.iou([pair[0]], [pair[1]], [0])[0, 0])
+            intersections += int(coco.area(coco.merge(pair, intersect=True)))
+            unions += int(coco.area(coco.merge(pair)))
+            seen += row.reward.answer.in_format
+        summary = report.summary()
+        assert summary["gIoU"] == pytest.approx(np.mean(ious)) and summary["cIoU"] == pytest.approx(intersections / unions)
+        assert 0 < summary["cIoU"] < 1
+    assert seen == 14  # of 16: two could not be read
+
+
+def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(trained, segmenter, tmp_path):
+    policy, s = trained
+    empty = np.zeros((HEIGHT, WIDTH), bool)
+    data = load_data(parquet(tmp_path / "a", "test", bool_rows(square(), empty)), "test", 6)
+    both, one = evaluate(policy, segmenter, data, s), evaluate(policy, segmenter, data, replace(s, empty_truth="excluded"))
+    assert len(both.rows) == 2 and len(one.rows) == 1 and both.summary()["count"] == 2 and one.summary()["count"] == 1
+    assert both.rows[1].reward.mask.any() and both.rows[1].reward.iou == 0  # something was predicted where nothing is
+    assert both.summary()["gIoU"] == pytest.approx(one.summary()["gIoU"] / 2)
+    silent = evaluate(load_policy("tiny"), segmenter, data, s).rows[1]  # the base is not in the format: strictly, it predicts nothing
+    assert not silent.reward.answer.in_format and silent.pair == (0, 0)
+    with pytest.raises(UserError, match="--empty-truth"):
+        evaluate(policy, segmenter, load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1), replace(s, empty_truth="excluded"))

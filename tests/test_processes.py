@@ -1,0 +1,56 @@
+"""More than one process: two on the CPU do what one does. Gloo carries their sums; Accelerate's own launcher starts CPU processes by MPI only,
+so torchrun starts them here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--samples", "16", "--questions", "8", "--group", "4", "--updates", "2", "--eval-every", "0", "--test-samples", "4", "--max-new-tokens", "60",
+         "--warmup", "1", "--lr", "1e-4"]
+
+
+def launch(processes, folder, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--", str(ROOT / "train.py"), "--device", "cpu",
+               "--run", str(folder), *SHORT, *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folders = {n: tmp_path_factory.mktemp("runs") / str(n) for n in (1, 2)}
+    for n, folder in folders.items():
+        out = launch(n, folder)
+        assert out.returncode == 0, out.stderr[-3000:]
+        assert out.stdout.count("held-out test, greedy") == 1  # the first process speaks
+        assert out.stdout.count("preset tiny") == n  # and so many there were
+    return folders
+
+
+def test_two_processes_draw_the_same_answers_and_take_the_same_steps_as_one(both):
+    one, two = ([json.loads(line) for line in (both[n] / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
+    for a, b in zip(one, two):
+        for name in ("reward", "iou", "length", "unique", "truncated", "zero_variance", "points"):  # the same answers, so exactly the same
+            assert a[name] == pytest.approx(b[name], abs=1e-9), name
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_two_processes_end_with_the_adapter_of_one(both):
+    one, two = (torch.load(both[n] / "state.pt", weights_only=True)["adapter"] for n in (1, 2))
+    moved = apart = 0.0
+    for name, value in one.items():
+        if "lora_B" in name:  # starts at 0, so its size is how far it moved
+            moved += value.square().sum()
+            apart += (value - two[name]).square().sum()
+    assert moved > 0 and (apart / moved).sqrt() < 1e-2
+
+
+def test_questions_that_cannot_be_shared_are_refused(tmp_path):
+    out = launch(2, tmp_path / "run", "--questions", "7")
+    assert out.returncode != 0 and "--questions 7 is no multiple of 2 processes x --updates 2" in out.stderr
