@@ -15,7 +15,7 @@ from samr1_mini.config import (
 )
 
 USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore", "empty_truth", "image_size",
-        "coordinates", "max_new_tokens", "max_points"}
+        "coordinates", "max_new_tokens", "max_points", "points"}
 
 
 def parse(argv: list[str] | None):

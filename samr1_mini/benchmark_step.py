@@ -32,22 +32,22 @@ LONG = dict(image_size=840, questions=1, updates=1, group=8, max_new_tokens=48)
 ROWS = [TINY, LONG, *(LONG | dict(group=g) for g in (4, 16)), *(LONG | dict(max_new_tokens=n) for n in (96, 192))]
 
 
-def ours(s: Settings, steps: int) -> list[float]:
-    """Seconds of each step: rollout, reward, updates."""
+def ours(s: Settings, steps: int) -> list[dict]:
+    """Seconds of each step, and of its phases."""
     policy, segmenter = load_policy(s.policy, s.load_in, s.rank, device=s.device), load_segmenter(s.sam, device=s.device)
     policy.banned[policy.processor.tokenizer.eos_token_id] = True
     optimizer, data, taken = new_optimizer(policy, s), load_data("shapes", "train", steps * s.questions), []
     for step in range(steps):
         start = time.perf_counter()
-        rollouts, _ = roll_out(policy, segmenter, [data[step * s.questions + i] for i in range(s.questions)], s)
-        update(policy, optimizer, rollouts, s, step * s.updates)
+        rollouts, phases = roll_out(policy, segmenter, [data[step * s.questions + i] for i in range(s.questions)], s)
+        phases["seconds_update"] = update(policy, optimizer, rollouts, s, step * s.updates)["seconds_update"]
         if s.device == "cuda":
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
+        taken.append({"seconds": time.perf_counter() - start} | phases)
     return taken
 
 
-def trl(s: Settings, steps: int) -> list[float]:
+def trl(s: Settings, steps: int) -> list[dict]:
     """The same in TRL: as many updates a generation, each on as many answers."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -77,7 +77,7 @@ def trl(s: Settings, steps: int) -> list[float]:
             num_generations=s.group, max_completion_length=s.max_new_tokens, generation_kwargs={"min_new_tokens": s.max_new_tokens},
             temperature=s.temperature, top_k=0, beta=s.beta, epsilon=s.eps_low, epsilon_high=s.eps_high,
         )).train()
-    return [marks[i + s.updates] - marks[i] for i in range(0, len(marks) - 1, s.updates)]
+    return [{"seconds": marks[i + s.updates] - marks[i]} for i in range(0, len(marks) - 1, s.updates)]
 
 
 def main() -> None:
@@ -90,7 +90,8 @@ def main() -> None:
         way, sizes = args.row
         settings, _ = make_settings(preset="tiny", **sizes)
         taken = {"ours": ours, "trl": trl}[way](settings, args.steps)
-        print(json.dumps({"seconds": statistics.median(taken[1:]), "peak_gib": peak_memory(settings.device)}))
+        medians = {name: statistics.median(one[name] for one in taken[1:]) for name in taken[0]}
+        print(json.dumps(medians | {"peak_gib": peak_memory(settings.device)}))
         return
     ways = ["ours"] + ["trl"] * bool(importlib.util.find_spec("trl"))
     result = {"versions": {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)},

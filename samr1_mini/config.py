@@ -69,6 +69,8 @@ class Settings:
     segmentation_weight: float = _option(1.0, "weight of the segmentation-format term (0 or 1)")
     max_points: int = _option(8, "most points an answer may give; beyond, the segmentation format is lost")
 
+    points: bool = _option(True, "prompt SAM with the answer's points beside its box, or (--no-points) with the box alone")
+
     eval_every: int = _option(40, "steps between looks at the validation set; 0 for none")
     eval_samples: int = _option(64, "validation questions a look")
     test_samples: int = _option(500, "held-out test questions before and after training")

@@ -82,7 +82,9 @@ def evaluate(policy: Policy, segmenter: Segmenter, data, s: Settings, name: str 
         for x, [answer] in zip(samples, sample(policy, prompts, 1, s.max_new_tokens, temperature=0)):
             if s.empty_truth == "excluded" and not x.mask.any():
                 continue
-            [reward] = score_group(segmenter, x, [answer.text], policy.frame(s.image_size), s.accuracy, max_points=s.max_points, lenient=True)
+            [reward] = score_group(
+                segmenter, x, [answer.text], policy.frame(s.image_size), s.accuracy, max_points=s.max_points, points=s.points, lenient=True
+            )
             report.rows.append(Row(x, answer.text, answer.truncated, reward))
     if not report.rows:
         raise UserError(f"--data {s.data}: every true mask is empty, and --empty-truth is excluded")

@@ -121,7 +121,7 @@ def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Set
     rollouts = []
     for x, prompt, answers in zip(samples, prompts, groups):
         texts = [a.text for a in answers]
-        rewards = score_group(segmenter, x, texts, policy.frame(s.image_size), s.accuracy, weights, s.max_points)
+        rewards = score_group(segmenter, x, texts, policy.frame(s.image_size), s.accuracy, weights, s.max_points, s.points)
         rollouts.append(Rollout(x, prompt, answers, rewards))
     totals = torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts])  # [B, G]
     for rollout, advantage in zip(rollouts, advantages(totals, s.advantage)):
@@ -264,7 +264,7 @@ def train(s: Settings) -> dict:
         log_file.write_text("".join(json.dumps(line) + "\n" for line in earlier))
         write_json(folder / "samples.json", data.ids)  # which questions this run drew
     if s.device == "cuda":
-        try_largest_update(policy, [data[i] for i in range(s.micro)], s)
+        try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s)
 
     if start and (folder / "base.json").exists():
         base = json.loads((folder / "base.json").read_text())
@@ -272,6 +272,9 @@ def train(s: Settings) -> dict:
         base = evaluate(policy, segmenter, test, s, "base" * first).summary() | {"ceiling": ceiling(segmenter, test)}
         if first:
             write_json(folder / "base.json", base)
+            if s.eval_every:
+                report = evaluate(policy, segmenter, validation, s)
+                sample_sheet(folder / "sheet-00000.png", report.rows[:12], policy.frame(s.image_size), "Validation before training")
     with stop_on_ctrl_c() as stop:
         bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True, disable=not first)
         for step in bar:

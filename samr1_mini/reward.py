@@ -273,17 +273,17 @@ def to_picture(answer_box: tuple, points: list[tuple], sample: Sample, size: int
 
 def score_group(
     segmenter: Segmenter, sample: Sample, texts: list[str], size: int, accuracy: str = "tiered", weights=(1.0, 1.0, 1.0),
-    max_points: int = 8, lenient: bool = False,
+    max_points: int = 8, points: bool = True, lenient: bool = False,
 ) -> list[Reward]:
     """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.frame).
 
-    `weights` are those of accuracy, reasoning format and segmentation format. `lenient` segments with a box found anywhere in
+    `weights` are those of accuracy, reasoning format and segmentation format. Without `points` SAM gets the box alone. `lenient` segments with a box found anywhere in
     the text where there is no proper answer: for evaluation beside the strict figure, never for training.
     """
     answers = [parse(text, size, size, max_points) for text in texts]
     boxes = [a.lenient_box if lenient else a.box for a in answers]
     read = [i for i, box in enumerate(boxes) if box is not None]
-    prompts = [to_picture(boxes[i], answers[i].points, sample, size) for i in read]
+    prompts = [to_picture(boxes[i], answers[i].points if points else [], sample, size) for i in read]
     if sample.box_only:  # no true mask to compare with, so boxes stand for masks and SAM has nothing to do
         masks = {i: filled(box, *sample.mask.shape) for i, (box, _) in zip(read, prompts)}
     else:
