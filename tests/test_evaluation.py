@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,14 +23,17 @@ from samr1_mini import evaluation
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import evaluate
-from samr1_mini.policy import Completion, load_policy
+from samr1_mini.policy import Completion
 
-ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
+SETTINGS, _ = make_settings(preset="tiny", device="cpu")
+# Boxes that miss the object by more and more, in the policy's 112 x 112 square.
+BOXES = ['<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>' % (19 + 8 * i, 56 + 8 * i) for i in range(5)]
 
 
-@pytest.fixture(scope="module")
-def trained():
-    return load_policy("tiny", adapter=ADAPTER), make_settings(preset="tiny", device="cpu")[0]
+def say(monkeypatch, words):
+    """Let the policy answer these, in turn; all that comes after it is real."""
+    words = cycle(words)
+    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts])
 
 
 def bool_rows(*masks):
@@ -55,15 +57,11 @@ def code(mask):
     return coco.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
-def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(trained, segmenter, tmp_path, coco_dir, monkeypatch):  # noqa: F811
-    """What the policy says is written out, boxes that miss the object by more and more and one that cannot be read; all after it is real."""
-    policy, s = trained
-    said = ['<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>' % (19 + 8 * i, 56 + 8 * i) for i in range(5)] + ["nothing"]
-    words = cycle(said)
-    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts])
+def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(policy, segmenter, tmp_path, coco_dir, monkeypatch):  # noqa: F811
+    say(monkeypatch, [*BOXES, "nothing"])
     seen = 0
     for data in layouts(tmp_path, coco_dir):
-        report = evaluate(policy, segmenter, data, s)
+        report = evaluate(policy, segmenter, data, SETTINGS)
         ious, intersections, unions = [], 0, 0
         for row in report.rows:
             nothing = np.zeros_like(row.sample.mask)
@@ -80,15 +78,16 @@ def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(trained, segment
     assert seen == 14  # of 16: two could not be read
 
 
-def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(trained, segmenter, tmp_path):
-    policy, s = trained
+def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(policy, segmenter, tmp_path, monkeypatch):
+    say(monkeypatch, BOXES[:1])
     empty = np.zeros((HEIGHT, WIDTH), bool)
     data = load_data(parquet(tmp_path / "a", "test", bool_rows(square(), empty)), "test", 6)
-    both, one = evaluate(policy, segmenter, data, s), evaluate(policy, segmenter, data, replace(s, empty_truth="excluded"))
+    both, one = evaluate(policy, segmenter, data, SETTINGS), evaluate(policy, segmenter, data, replace(SETTINGS, empty_truth="excluded"))
     assert len(both.rows) == 2 and len(one.rows) == 1 and both.summary()["count"] == 2 and one.summary()["count"] == 1
     assert both.rows[1].reward.mask.any() and both.rows[1].reward.iou == 0  # something was predicted where nothing is
-    assert both.summary()["gIoU"] == pytest.approx(one.summary()["gIoU"] / 2)
-    silent = evaluate(load_policy("tiny"), segmenter, data, s).rows[1]  # the base is not in the format: strictly, it predicts nothing
-    assert not silent.reward.answer.in_format and silent.pair == (0, 0)
+    assert 0 < both.summary()["gIoU"] == pytest.approx(one.summary()["gIoU"] / 2)
+    say(monkeypatch, ["nothing"])
+    silent = evaluate(policy, segmenter, data, SETTINGS)
+    assert silent.rows[1].pair == (0, 0) and silent.summary()["gIoU"] == 0.5  # right about the empty one, wrong about the other
     with pytest.raises(UserError, match="--empty-truth"):
-        evaluate(policy, segmenter, load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1), replace(s, empty_truth="excluded"))
+        evaluate(policy, segmenter, load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1), replace(SETTINGS, empty_truth="excluded"))
