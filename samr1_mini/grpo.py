@@ -3,8 +3,9 @@
 Equations (1) to (5) are the paper's (arXiv 2505.22596). What differs from textbook GRPO, eq. (2): the clip is asymmetric and one
 normaliser serves all tokens of a group, eq. (4). KL stays: without it the paper saw training collapse.
 
-"The first loss is 0, is it broken?" No: advantages of a group sum to 0, and in the first update of a batch the ratio is 1. The
-gradient is not 0. The ratio moves, and the clip begins to matter, from the second update of a batch on.
+"The loss stays near 0, is it broken?" No: advantages of a group sum to 0, and in the first update of a batch the ratio is 1 (under eq. (2)
+the loss is then exactly 0; under eq. (4) long answers weigh more). The gradient is not 0. The ratio moves, and the clip begins to matter,
+from the second update of a batch on.
 
 Shapes: B questions, G answers a question, S all answer tokens of a batch, answer after answer.
 """

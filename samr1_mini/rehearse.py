@@ -144,7 +144,7 @@ def rehearse(s: Settings) -> dict:
         raise UserError(f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes")
     if not cuda:
         s = replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
-        print("no GPU: a small policy, the tiny SAM, 2 questions and 32 tokens stand in. These figures say nothing about a GPU")
+        print(f"no GPU: a small policy, the tiny SAM, 2 questions and {s.max_new_tokens} tokens stand in. These figures say nothing about a GPU")
     torch.manual_seed(s.seed)
     meter, data = Meter(s.device), Shapes("train", s.questions)
 

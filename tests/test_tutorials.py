@@ -1,0 +1,102 @@
+"""The notebooks run from top to bottom, hold their outputs, and ask before they show; the ablations' table is what its lines say."""
+
+import csv
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+TUTORIALS = Path(__file__).parent.parent / "tutorials"
+NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
+sys.path.insert(0, str(TUTORIALS))  # ablations.py stands there
+
+
+def texts(notebook, kind):
+    return [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == kind]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom_without_network(notebook, monkeypatch):
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    NotebookClient(nbformat.read(notebook, 4), timeout=900, kernel_name="python3", resources={"metadata": {"path": str(TUTORIALS)}}).execute()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebooks_outputs_are_committed_in_order_and_without_errors(notebook):
+    cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(cell.outputs) for cell in cells) >= 0.6 * len(cells)
+    assert not [o for cell in cells for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert notebook.stat().st_size < 2**20 and str(Path.home()) not in notebook.read_text() and "/work/" not in notebook.read_text()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_asks_for_a_prediction_and_answers_it_in_the_next_cell(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    asking = [i for i, cell in enumerate(cells) if cell.cell_type == "markdown" and "**Predict" in cell.source]
+    assert len(asking) >= 2
+    assert all(cells[i + 1].cell_type == "code" and (cells[i + 1].outputs or cells[i + 2].get("outputs")) for i in asking)
+
+
+def test_the_animation_moves_and_is_small(tmp_path):
+    import animate
+
+    film = TUTORIALS / "results" / "learning.gif"
+    with Image.open(film) as image:
+        assert image.n_frames >= 8 and film.stat().st_size < 2 * 2**20
+    for step, shade in ((0, 10), (2, 200), (10, 90)):
+        Image.new("RGB", (40, 20), (shade, 0, 0)).save(tmp_path / f"sheet-{step:05d}.png")
+    assert animate.animate(tmp_path, tmp_path / "x.gif", 20, 0.1) == 3
+    with Image.open(tmp_path / "x.gif") as image:
+        shades = [image.seek(i) or image.convert("RGB").getpixel((5, 5))[0] for i in range(3)]
+    assert shades == pytest.approx([10, 200, 90], abs=6)
+    with pytest.raises(SystemExit, match="lower --eval-every"):
+        animate.animate(TUTORIALS, tmp_path / "y.gif", 20, 0.1)
+
+
+def test_links_between_notebooks_lead_somewhere():
+    assert len(NOTEBOOKS) >= 5
+    for notebook in NOTEBOOKS:
+        for target in re.findall(r"\]\(([^)]+\.\w+)\)", "\n".join(texts(notebook, "markdown"))):
+            assert target.startswith("http") or (TUTORIALS / target).exists(), (notebook.name, target)
+
+
+def test_every_option_that_a_notebook_names_exists():
+    from samr1_mini.config import Settings
+
+    own = {"adapter", "split", "count", "blank", "image", "question", "merge", "out", "help", "num-processes", "num_processes", "no-points"}
+    known = {name.replace("_", "-") for name in Settings.__dataclass_fields__} | own
+    for notebook in NOTEBOOKS:
+        for option in re.findall(r"(?<![\w-])--([a-z][\w-]+)", "\n".join(texts(notebook, "markdown") + texts(notebook, "code"))):
+            assert option in known, (notebook.name, option)
+
+
+def test_the_committed_ablations_hold_every_seed_once_and_only_rows_that_can_be_run_again():
+    import ablations
+
+    with ablations.FILE.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len({(line["row"], line["seed"]) for line in lines}) == len(lines) >= 5
+    for line in lines:
+        assert ablations.ROWS[line["row"]] == line["options"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8, 10])
+def test_intervals_hold_95_percent_of_students_t_and_differences_are_paired_by_seed(count):
+    import ablations
+
+    values = np.random.default_rng(0).normal(0.7, 0.03, count)
+    mean, half = ablations.interval(values.tolist())
+    x = np.linspace(-1000, 1000, 4_000_001)
+    density = (1 + x**2 / (count - 1)) ** (-count / 2)  # Student's t with count - 1 degrees of freedom, up to a factor
+    inside = density[abs(x) <= half / (values.std(ddof=1) / np.sqrt(count))].sum() / density.sum()
+    assert mean == pytest.approx(values.mean()) and inside == pytest.approx(0.95, abs=2e-3)
+    lines = [{"row": "base", "seed": s, "gIoU": v} for s, v in enumerate(values)] + [{"row": "x", "seed": s, "gIoU": v + 0.01} for s, v in enumerate(values)][::-1]
+    x = ablations.compare(lines, "x")
+    assert x["difference"] == pytest.approx((0.01, 0.0), abs=1e-9) and x["runs"] == count
