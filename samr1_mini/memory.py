@@ -8,10 +8,11 @@ from .config import Settings
 
 
 def cap_memory(s: Settings) -> None:
-    """Let this process take no more than `memory_limit` GiB of its GPU."""
+    """Let this process take no more than `memory_limit` GiB of its GPU, whichever that will be."""
     if s.memory_limit and s.device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, s.memory_limit * 2**30 / total))
+        for i in range(torch.cuda.device_count()):
+            total = torch.cuda.get_device_properties(i).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, s.memory_limit * 2**30 / total), i)
 
 
 def peak_memory(device: str) -> float:

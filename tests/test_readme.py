@@ -115,6 +115,12 @@ def test_the_reward_rises_on_held_out_scenes_for_each_of_three_seeds_and_within_
         assert run["samples"] >= 2990 and run["seconds"] <= 720
 
 
+def test_what_gets_worse_is_said_too():
+    kinds = [{x: run[x]["by_kind"]["relation"]["gIoU_lenient"] for x in ("base", "trained")} for run in committed_runs(1.0)]
+    a, b, c = (f"{x['trained']:.2f}" for x in kinds)
+    assert f"Relations fall, from {kinds[0]['base']:.2f} to {a}, {b} and {c} lenient" in " ".join(TEXT.split())
+
+
 def test_without_the_accuracy_term_the_format_is_learnt_and_no_lenient_gain():
     [run] = committed_runs(0.0)
     assert run["trained"]["format"] > 0.95 and run["trained"]["gIoU_lenient"] < run["base"]["gIoU_lenient"] + 0.03
