@@ -231,8 +231,8 @@ def sample(
     """Draw `group` answers to each of B prompts -> B lists of `group` completions; temperature 0 is greedy.
 
     No top-k, no top-p, no repetition penalty, nothing from the model's generation_config: GRPO's ratio needs the distribution
-    that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every token, so that an answer is the
-    same whatever is sampled beside it; without it they come from torch's global random state.
+    that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every token, so that an answer is, up
+    to rounding, the same whatever is sampled beside it; without it they come from torch's global random state.
     """
     if chance is None and temperature:
         chance = torch.rand(len(prompts), group, max_new_tokens)
