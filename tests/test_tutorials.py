@@ -87,6 +87,26 @@ def test_the_committed_ablations_hold_every_seed_once_and_only_rows_that_can_be_
         assert ablations.ROWS[line["row"]] == line["options"]
 
 
+PAPER = {"base": ("tiers", "60.2"), "threshold 0.5": ("above 0.5", "56.5"), "threshold 0.7": ("above 0.7", "56.2"), "threshold 0.8": ("above 0.8", "58.6")}
+
+
+def table_3():
+    import ablations
+
+    lines = ablations.read()
+    for row, (name, paper) in PAPER.items():
+        x = ablations.compare(lines, row)
+        apart = "" if row == "base" else f"{x['difference'][0]:+.3f} ± {x['difference'][1]:.3f}"
+        yield f"| {name} | {x['mean'][0]:.3f} ± {x['mean'][1]:.3f} | {apart} | {paper} |"
+        assert x["runs"] == 5
+
+
+def test_table_3_in_the_readme_is_what_the_committed_runs_say():
+    text = (TUTORIALS.parent / "README.md").read_text()
+    missing = [row for row in table_3() if row not in text]
+    assert not missing, "\n".join(missing)
+
+
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 10])
 def test_intervals_hold_95_percent_of_students_t_and_differences_are_paired_by_seed(count):
     import ablations
