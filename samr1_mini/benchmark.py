@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .data import load_data
+from .memory import device_name
 from .policy import Policy, encode, load_policy, logprobs, prompt_text, sample
 from .rehearse import SHAPES, random_policy, shape_config
 
@@ -131,7 +132,7 @@ def main() -> None:
     for name, value in weights.items():
         print(f"  {name:<14} {value:7.3f} s")
     if args.out:
-        Path(args.out).write_text(json.dumps({"device": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads", "shape": args.shape, "results": results, "weights": weights}, indent=1))
+        Path(args.out).write_text(json.dumps({"device": device_name(), "shape": args.shape, "results": results, "weights": weights}, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ process of its own, so that its peak memory is its own too; seconds are the medi
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from .config import Settings, make_settings
 from .data import load_data
 from .evaluation import policy_image
 from .grpo import new_optimizer, roll_out, update
-from .memory import peak_memory
-from .policy import PROMPT, load_policy
+from .memory import device_name, peak_memory
+from .policy import instruction, load_policy
 from .reward import load_segmenter, score_group
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
@@ -67,7 +66,7 @@ def trl(s: Settings, steps: int) -> list[dict]:
         def on_step_end(self, *_, **__):
             marks.append(time.perf_counter())
 
-    asked = [[{"role": "user", "content": PROMPT.format(question=x.question, unit=f"pixels of the {s.image_size} x {s.image_size} picture")}] for x in data]
+    asked = [[{"role": "user", "content": instruction(x.question, s.image_size, s.image_size)}] for x in data]
     table = Dataset.from_list([{"prompt": p, "image": policy_image(x, s.image_size), "number": i} for i, (p, x) in enumerate(zip(asked, data))])
     with tempfile.TemporaryDirectory() as folder:
         GRPOTrainer(model=policy.model, processing_class=policy.processor, reward_funcs=reward, train_dataset=table, callbacks=[Clock()], args=GRPOConfig(
@@ -95,7 +94,7 @@ def main() -> None:
         return
     ways = ["ours"] + ["trl"] * bool(importlib.util.find_spec("trl"))
     result = {"versions": {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)},
-              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads, {platform.machine()}", "rows": []}
+              "device": device_name(), "rows": []}
     print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*TINY, "seconds", "peak GiB"]))
     for sizes in ROWS:
         for way in ways:

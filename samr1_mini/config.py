@@ -194,6 +194,13 @@ def check(s: Settings) -> None:
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
 
 
+def check_size(model, image_size: int) -> None:
+    """Refuse pictures of a size that a model of the configuration `model` cannot cut into whole tokens."""
+    cell = model.vision_config.patch_size * model.vision_config.spatial_merge_size  # pixels a side that become one token
+    if image_size % cell:
+        raise UserError(f"--image-size must be a multiple of {cell} for a {model.model_type}, not {image_size}: try {round(image_size / cell) * cell}")
+
+
 def exit_with(error: Exception, prog: str) -> None:
     """Print one line and leave with status 2."""
     print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)

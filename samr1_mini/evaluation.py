@@ -74,14 +74,16 @@ def evaluate(policy: Policy, segmenter: Segmenter, data, s: Settings, name: str 
     report, step = Report(), max(1, 16384 // ((s.image_size // 28) ** 2 + 160))  # about 16,000 prompt tokens at a time
     for i in tqdm(range(0, len(data), step), desc=f"test {name}", disable=not name, leave=False, dynamic_ncols=True):
         samples = [data[j] for j in range(i, min(i + step, len(data)))]
+        if s.empty_truth == "excluded":
+            samples = [x for x in samples if x.mask.any()]
+        if not samples:
+            continue
         images = [policy_image(x, s.image_size) for x in samples]
         if blank:
             images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
         with torch.no_grad():
             prompts = encode(policy, images, [x.question for x in samples])
         for x, [answer] in zip(samples, sample(policy, prompts, 1, s.max_new_tokens, temperature=0)):
-            if s.empty_truth == "excluded" and not x.mask.any():
-                continue
             [reward] = score_group(
                 segmenter, x, [answer.text], policy.frame(s.image_size), s.accuracy, max_points=s.max_points, points=s.points, lenient=True
             )

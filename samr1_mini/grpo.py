@@ -103,6 +103,12 @@ def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
+@torch.no_grad()
+def read_questions(policy: Policy, samples: list[Sample], s: Settings) -> list[Prompt]:
+    """Pictures and questions, encoded once for all that a step does with them."""
+    return encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+
+
 def sample_in_turn(policy: Policy, prompts: list[Prompt], s: Settings, chance: torch.Tensor) -> list[list[Completion]]:
     """policy.sample, with no more questions at a time than fit in memory; what comes out is the same."""
     step, groups = side_by_side(policy.base, max(len(p.ids) for p in prompts), s, free_memory(s)), []
@@ -114,8 +120,7 @@ def sample_in_turn(policy: Policy, prompts: list[Prompt], s: Settings, chance: t
 def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings, chance: torch.Tensor | None = None) -> tuple[list[Rollout], dict]:
     """Sample G answers to each question, reward them, and compare them within their group. `chance`: see policy.sample."""
     start = time.perf_counter()
-    with torch.no_grad():
-        prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+    prompts = read_questions(policy, samples, s)
     groups = sample_in_turn(policy, prompts, s, torch.rand(len(prompts), s.group, s.max_new_tokens) if chance is None else chance)
     middle = time.perf_counter()
     weights = (s.accuracy_weight, s.reasoning_weight, s.segmentation_weight)
@@ -207,8 +212,7 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
 
 def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> None:
     """One forward and backward with answers of full length, so that memory that is too small shows before the first step."""
-    with torch.no_grad():
-        prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+    prompts = read_questions(policy, samples, s)
     ids, even = torch.ones(s.max_new_tokens, dtype=torch.long, device=policy.device), torch.zeros(s.group)
     answers = [Completion(ids, torch.zeros(len(ids), device=policy.device), False, "")] * s.group
     reference = torch.zeros(s.group * len(ids), device=policy.device)

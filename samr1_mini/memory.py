@@ -1,5 +1,6 @@
-"""GPU memory: how much may be taken, how much was, and how many questions to sample at a time."""
+"""The machine: its name, how much of its memory may be taken, how much was, and how many questions to sample at a time."""
 
+import platform
 import resource
 
 import torch
@@ -13,6 +14,11 @@ def cap_memory(s: Settings) -> None:
         for i in range(torch.cuda.device_count()):
             total = torch.cuda.get_device_properties(i).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, s.memory_limit * 2**30 / total), i)
+
+
+def device_name() -> str:
+    """What a measured figure was measured on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads, {platform.machine()}"
 
 
 def peak_memory(device: str) -> float:

@@ -24,7 +24,7 @@ from transformers import (
     DynamicCache,
 )
 
-from .config import UserError
+from .config import UserError, check_size
 
 TINY = Path(__file__).parent / "tiny" / "policy"
 
@@ -114,9 +114,8 @@ def load_policy(
         raise UserError(f"--policy {name}: no model folder of that name, and the hub does not give one ({str(error).splitlines()[0]})") from None
     if config.model_type not in COORDINATES:
         raise UserError(f"--policy {name} is a {config.model_type} model; the policy must be one of {', '.join(COORDINATES)}")
-    cell = config.vision_config.patch_size * config.vision_config.spatial_merge_size  # pixels a side that become one token
-    if image_size is not None and image_size % cell:
-        raise UserError(f"--image-size must be a multiple of {cell} for --policy {name}, not {image_size}: try {round(image_size / cell) * cell}")
+    if image_size is not None:
+        check_size(config, image_size)
     dtype = torch.float32 if load_in == "fp32" or (load_in == "nf4" and device == "cpu") else torch.bfloat16
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
@@ -170,10 +169,15 @@ def banned_ids(model, tokenizer) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------- prompt
 
 
+def instruction(question: str, width: int, height: int, coordinates: str = "pixels") -> str:
+    """What the policy is told about one question."""
+    unit = f"pixels of the {width} x {height} picture" if coordinates == "pixels" else "thousandths of the picture's width and height"
+    return PROMPT.format(question=question.strip(), unit=unit)
+
+
 def prompt_text(processor, question: str, width: int, height: int, coordinates: str = "pixels") -> str:
     """The chat text of one question, with one picture placeholder."""
-    unit = f"pixels of the {width} x {height} picture" if coordinates == "pixels" else "thousandths of the picture's width and height"
-    text = PROMPT.format(question=question.strip(), unit=unit)
+    text = instruction(question, width, height, coordinates)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 

@@ -22,12 +22,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from .config import Settings, UserError
+from .config import Settings, UserError, check_size
 from .data import Shapes
-from .evaluation import evaluate, policy_image
-from .grpo import Rollout, advantages, new_optimizer, sample_in_turn, update
+from .evaluation import evaluate
+from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
 from .memory import peak_memory
-from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode
+from .policy import TINY, Completion, Policy, Prompt, add_adapter
 from .reward import Segmenter, load_segmenter, score_group
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
@@ -101,8 +101,7 @@ def one_step(policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: S
     samples = [data[i] for i in range(s.questions)]
 
     def rollout():
-        with torch.no_grad():
-            prompts = encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+        prompts = read_questions(policy, samples, s)
         return prompts, sample_in_turn(policy, prompts, s, torch.rand(s.questions, s.group, s.max_new_tokens))
 
     def reward():
@@ -145,6 +144,7 @@ def rehearse(s: Settings) -> dict:
     if not cuda:
         s = replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
         print(f"no GPU: a small policy, the tiny SAM, 2 questions and {s.max_new_tokens} tokens stand in. These figures say nothing about a GPU")
+    check_size(shape_config(shape), s.image_size)
     torch.manual_seed(s.seed)
     meter, data = Meter(s.device), Shapes("train", s.questions)
 

@@ -277,8 +277,9 @@ def score_group(
 ) -> list[Reward]:
     """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.frame).
 
-    `weights` are those of accuracy, reasoning format and segmentation format. Without `points` SAM gets the box alone. `lenient` segments with a box found anywhere in
-    the text where there is no proper answer: for evaluation beside the strict figure, never for training.
+    `weights` are those of accuracy, reasoning format and segmentation format. Without `points` SAM gets the box alone. `lenient`
+    segments with a box found anywhere in the text where there is no proper answer: for evaluation beside the strict figure, never for
+    training.
     """
     answers = [parse(text, size, size, max_points) for text in texts]
     boxes = [a.lenient_box if lenient else a.box for a in answers]

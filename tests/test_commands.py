@@ -76,6 +76,7 @@ def test_a_mistake_gets_one_line_that_names_the_option(argv, words, capsys):
         (["train.py", "--policy", "no-such/policy"], "--policy no-such/policy"),
         (["train.py", "--preset", "3b"], "--policy Qwen/Qwen2.5-VL-3B-Instruct"),
         (["train.py", "--sam", "no-such/sam"], "--sam no-such/sam"),
+        (["train.py", "--image-size", "100"], "--image-size must be a multiple of 28"),
         (["eval.py", "--adapter", "no-such-folder"], "--adapter no-such-folder"),
         (["eval.py", "--image", "no.jpg"], "--image and --question go together"),
         (["eval.py", "--image", "no.jpg", "--question", "the red star"], "--image no.jpg"),

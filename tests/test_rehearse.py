@@ -68,6 +68,12 @@ def test_memory_that_runs_out_is_told_with_its_phase(step, monkeypatch):
         rehearse_module.rehearse(settings)
 
 
+def test_a_size_that_the_shape_cannot_cut_is_refused_in_one_line():
+    settings, _ = make_settings(preset="3b", device="cpu", rehearse=1, image_size=100)
+    with pytest.raises(UserError, match="--image-size must be a multiple of 28 .* not 100: try 112"):
+        rehearse_module.rehearse(settings)
+
+
 def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path):
     out = subprocess.run([sys.executable, "-m", "samr1_mini.benchmark", "--shape", "small", "--rounds", "1", "--tokens", "4", "--out", str(tmp_path / "b.json")],
                          cwd=ROOT, capture_output=True, text=True)

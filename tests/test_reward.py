@@ -211,42 +211,36 @@ def test_remembered_pictures_are_told_apart(segmenter):
     assert (Segmenter(SamPredictor(build_sam_tiny(SAM))).masks(a.image, [a.things[0].box], [[]]) == first).all()
 
 
+def sam_folder(tmp_path_factory, config, model, processor, size: int, patch: int, vision: dict):
+    """A small random SAM of transformers' as an ordinary model folder; only the vision part differs from one version to the next."""
+    torch.manual_seed(0)
+    made = model(config(
+        vision_config=vision | dict(fpn_hidden_size=32, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
+        prompt_encoder_config=dict(hidden_size=32, image_size=size, patch_size=patch, mask_input_channels=8),
+        mask_decoder_config=dict(hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32),
+    ))
+    folder = tmp_path_factory.mktemp("sam")
+    made.save_pretrained(folder)
+    processor(size={"height": size, "width": size}, mask_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def sam3_folder(tmp_path_factory):
-    """A small random SAM 3 tracker as an ordinary model folder: a plain ViT where SAM 2 has a Hiera."""
-    torch.manual_seed(0)
-    vit = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=14, window_size=4,
-               global_attn_indexes=[1], pretrain_image_size=112)
-    config = Sam3TrackerConfig(
-        vision_config=dict(backbone_config=vit | dict(model_type="sam3_vit_model"), fpn_hidden_size=32, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
-        prompt_encoder_config=dict(hidden_size=32, image_size=112, patch_size=14, mask_input_channels=8),
-        mask_decoder_config=dict(hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32),
-    )
-    folder = tmp_path_factory.mktemp("sam3")
-    Sam3TrackerModel(config).save_pretrained(folder)
-    Sam3ImageProcessor(size={"height": 112, "width": 112}, mask_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    """A plain ViT where SAM 2 has a Hiera."""
+    vit = dict(model_type="sam3_vit_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=14,
+               window_size=4, global_attn_indexes=[1], pretrain_image_size=112)
+    return sam_folder(tmp_path_factory, Sam3TrackerConfig, Sam3TrackerModel, Sam3ImageProcessor, 112, 14, dict(backbone_config=vit))
 
 
 @pytest.fixture(scope="module")
 def sam2_folder(tmp_path_factory):
-    """A small random SAM 2 as an ordinary model folder."""
-    torch.manual_seed(0)
     hiera = dict(
         model_type="sam2_hiera_det_model", hidden_size=12, image_size=[128, 128], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[12, 24, 48, 96],
         num_attention_heads_per_stage=[1, 2, 4, 8], window_positional_embedding_background_size=[7, 7], global_attention_blocks=[3],
     )
-    config = Sam2Config(
-        vision_config=dict(
-            backbone_config=hiera, backbone_channel_list=[96, 48, 24, 12], backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]], fpn_hidden_size=32
-        ),
-        prompt_encoder_config=dict(hidden_size=32, image_size=128, patch_size=16, mask_input_channels=8),
-        mask_decoder_config=dict(hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32),
-    )
-    folder = tmp_path_factory.mktemp("sam2")
-    Sam2Model(config).save_pretrained(folder)
-    Sam2ImageProcessor(size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    vision = dict(backbone_config=hiera, backbone_channel_list=[96, 48, 24, 12])
+    return sam_folder(tmp_path_factory, Sam2Config, Sam2Model, Sam2ImageProcessor, 128, 16, vision)
 
 
 @pytest.mark.parametrize("version", [2, 3])

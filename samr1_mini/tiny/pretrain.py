@@ -20,11 +20,11 @@ from tqdm import tqdm
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import (
-    PROMPT,
     Policy,
     Prompt,
     banned_ids,
     encode,
+    instruction,
     load_policy,
     logprobs,
     sample,
@@ -260,7 +260,7 @@ def fact_texts() -> list[tuple[str, str]]:
 
 def corpus() -> list[str]:
     """Every word and number that the tiny world writes, for the tokenizer."""
-    texts = [PROMPT.replace("{unit}", "pixels of the {width} x {height} picture").replace("{{", "{").replace("}}", "}"), "You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
+    texts = [instruction("{question}", "{width}", "{height}"), "You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
     texts += [f"[{i}, {i}" for i in range(SIZE + 29)] + [t for pair in fact_texts() for t in pair]
     texts += ["Here are the red star. Which of these has", " I see the"]
     rng = np.random.default_rng(0)
