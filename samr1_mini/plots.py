@@ -89,9 +89,10 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
     c.legend(fontsize=8)
 
-    d.plot(step, smooth(column("kl")), color=BLUE, lw=1.8, label="KL to the base")
+    # Eq. (3) has no upper bound: one token that the base finds far likelier than the policy lifts a whole step. Hence a log scale and no mean.
+    d.plot(step, column("kl"), color=BLUE, lw=1.2, label="KL to the base")
     d.plot(step, smooth(column("entropy")), color=ORANGE, lw=1.8, label="entropy")
-    d.set(title="How far, how sure", ylabel="nats a token")
+    d.set(title="How far, how sure", ylabel="nats a token", yscale="log")
     d.legend(fontsize=8)
 
     e.plot(step, 100 * smooth(column("clip_low")), color=BLUE, lw=1.8, label="lower side, 1 - eps_low")

@@ -1,13 +1,17 @@
-"""What the committed adapter learnt: it answers better than the base on scenes it never saw, and because it looks at them."""
+"""What the committed weights learnt: SAM listens to points, and the adapter answers better than the base because it looks at its picture."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import evaluate
+from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
+from samr1_mini.tiny.pretrain import points_on, shared_box
+from samr1_mini.tiny.scenes import SPLITS, make_scene
 
 ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
 
@@ -16,12 +20,29 @@ ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
 def trained(segmenter):
     s, _ = make_settings(preset="tiny", device="cpu")
     policy, data = load_policy("tiny", adapter=ADAPTER), load_data("shapes", "test", 120)
-    return {blank: evaluate(policy, segmenter, data, s, blank=blank).summary() for blank in (False, True)}
+    return {blank: evaluate(policy, segmenter, data, s, blank=blank) for blank in (False, True)}
 
 
 def test_the_trained_policy_answers_in_the_format(trained):
-    assert trained[False]["format"] > 0.95
+    assert trained[False].summary()["format"] > 0.95
 
 
 def test_a_blanked_picture_costs_the_trained_policy_most_of_its_score(trained):
-    assert trained[True]["gIoU_lenient"] < 0.4 * trained[False]["gIoU_lenient"]
+    assert trained[True].summary()["gIoU_lenient"] < 0.4 * trained[False].summary()["gIoU_lenient"]
+
+
+def test_the_trained_policy_looks_around_for_most_indirect_questions_and_for_hardly_any_that_name_their_object(trained):
+    looks = lambda kind: np.mean(["<think>I see" in row.text for row in trained[False].rows if row.sample.kind == kind])
+    assert looks("indirect") > 0.5 and looks("attribute") < 0.15
+
+
+def test_in_a_box_of_two_objects_the_tiny_sam_takes_the_one_that_the_points_mean(segmenter):
+    rng, found = np.random.default_rng(0), []
+    for scene in map(make_scene, range(SPLITS["test"][0], SPLITS["test"][0] + 25)):
+        for thing in scene.things:
+            box, other = shared_box(thing, scene)
+            on, on_other = points_on(thing, rng, 1, 0), points_on(other, rng, 1, 0)
+            masks = segmenter.masks(scene.image, [box] * 3, [[], on, on_other])
+            found.append([iou(*intersection_union(m, thing.mask)) for m in masks])
+    box_alone, on, on_other = np.mean(found, 0)
+    assert on > 0.85 and on_other < 0.1 and on_other < box_alone < 0.6

@@ -75,7 +75,7 @@ def test_every_row_of_figures_comes_from_a_committed_log(rows):
 
 def test_no_table_row_of_figures_is_without_its_log():
     known = {*result_rows(), *measured_rows(), *benchmark_rows(), *weights_rows(), *step_rows()}
-    seed_rows = [line for line in TEXT.splitlines() if re.match(r"\| (seed \d|\d+ px|true box|sides moved|`--load-in)", line)]
+    seed_rows = [line for line in TEXT.splitlines() if re.match(r"\| (seed \d|\d+ px|true box|box of two|sides moved|`--load-in)", line)]
     assert len(seed_rows) >= 10 and all(line in known for line in seed_rows)
 
 
@@ -116,9 +116,27 @@ def test_the_reward_rises_on_held_out_scenes_for_each_of_three_seeds_and_within_
 
 
 def test_what_gets_worse_is_said_too():
-    kinds = [{x: run[x]["by_kind"]["relation"]["gIoU_lenient"] for x in ("base", "trained")} for run in committed_runs(1.0)]
-    a, b, c = (f"{x['trained']:.2f}" for x in kinds)
-    assert f"Relations fall, from {kinds[0]['base']:.2f} to {a}, {b} and {c} lenient" in " ".join(TEXT.split())
+    text, runs, [unpaid] = " ".join(TEXT.split()), list(committed_runs(1.0)), committed_runs(0.0)
+    relation = lambda run, x: f"{run[x]['by_kind']['relation']['gIoU_lenient']:.2f}"
+    a, b, c = (relation(run, "trained") for run in runs)
+    assert f"Relations fall, from {relation(runs[0], 'base')} to {a}, {b} and {c} lenient" in text
+    assert f"They do without the accuracy term too ({relation(unpaid, 'trained')})" in text
+    a, b, c = (f"{100 * run['trained']['box_accuracy']:.0f}" for run in runs)
+    assert f"{a}, {b} and {c} % of them have an IoU above 0.5 with the true box" in text
+
+
+def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs():
+    text, run = " ".join(TEXT.split()), load("seed0/summary.json")
+    assert f"falls from {run['trained']['gIoU']:.2f} to {load('seed0/blank.json')['gIoU']:.2f} gIoU" in text
+    assert f"True boxes through the same SAM reach {run['ceiling']['gIoU']:.2f}" in text
+
+
+def test_the_jump_of_the_kl_that_the_readme_tells_of_is_in_the_log_and_harmless():
+    log = [json.loads(line) for line in (RESULTS / "seed1/metrics.jsonl").read_text().splitlines()]
+    worst = max(log, key=lambda line: line["kl"])
+    assert f"(in seed 1 to {worst['kl']:,.0f} at step {worst['step']})" in " ".join(TEXT.split())
+    before, after = ([line["reward"] for line in log if 0 < sign * (line["step"] - worst["step"]) <= 10] for sign in (-1, 1))
+    assert sum(after) / len(after) > sum(before) / len(before) - 0.5
 
 
 def test_without_the_accuracy_term_the_format_is_learnt_and_no_lenient_gain():

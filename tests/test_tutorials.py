@@ -12,6 +12,8 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+from samr1_mini.config import Settings, parse_settings
+
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 sys.path.insert(0, str(TUTORIALS))  # ablations.py stands there
@@ -68,9 +70,7 @@ def test_links_between_notebooks_lead_somewhere():
 
 
 def test_every_option_that_a_notebook_names_exists():
-    from samr1_mini.config import Settings
-
-    own = {"adapter", "split", "count", "blank", "image", "question", "merge", "out", "help", "num-processes", "num_processes", "no-points"}
+    own = {"adapter", "split", "count", "blank", "image", "question", "merge", "out", "help", "num-processes", "num_processes", "no-points", "rows"}
     known = {name.replace("_", "-") for name in Settings.__dataclass_fields__} | own
     for notebook in NOTEBOOKS:
         for option in re.findall(r"(?<![\w-])--([a-z][\w-]+)", "\n".join(texts(notebook, "markdown") + texts(notebook, "code"))):
@@ -87,24 +87,46 @@ def test_the_committed_ablations_hold_every_seed_once_and_only_rows_that_can_be_
         assert ablations.ROWS[line["row"]] == line["options"]
 
 
-PAPER = {"base": ("tiers", "60.2"), "threshold 0.5": ("above 0.5", "56.5"), "threshold 0.7": ("above 0.7", "56.2"), "threshold 0.8": ("above 0.8", "58.6")}
-
-
-def table_3():
+def ablation_rows():
+    """The README's table: every row that has runs, with the options it changes."""
     import ablations
 
     lines = ablations.read()
-    for row, (name, paper) in PAPER.items():
-        x = ablations.compare(lines, row)
-        apart = "" if row == "base" else f"{x['difference'][0]:+.3f} ± {x['difference'][1]:.3f}"
-        yield f"| {name} | {x['mean'][0]:.3f} ± {x['mean'][1]:.3f} | {apart} | {paper} |"
-        assert x["runs"] == 5
+    for title in ablations.TABLES:
+        for row in ablations.rows_of(lines, title):
+            runs, mean, apart, paper = ablations.cells(lines, row)
+            assert int(runs) >= 5, row
+            if row != "base" or title == next(iter(ablations.TABLES)):
+                yield f"| {row} | {f'`{ablations.ROWS[row]}`' if ablations.ROWS[row] else ''} | {mean} | {apart} | {paper} |"
 
 
-def test_table_3_in_the_readme_is_what_the_committed_runs_say():
+def test_the_readmes_table_of_ablations_is_what_the_committed_runs_say():
     text = (TUTORIALS.parent / "README.md").read_text()
-    missing = [row for row in table_3() if row not in text]
-    assert not missing, "\n".join(missing)
+    stated = text[text.index("| row | options |") :].split("\n\n")[0].splitlines()[2:]
+    assert stated == list(ablation_rows()), "\n".join(ablation_rows())
+
+
+def test_the_papers_figures_stand_beside_the_rows_that_repeat_its_tables():
+    import ablations
+
+    shown = {row: ablations.cells(ablations.read(), row)[3] for row in ("base", "threshold 0.5", "threshold 0.7", "threshold 0.8", "G = 2")}
+    assert shown == {"base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6", "G = 2": ""}
+    assert [ablations.PAPER[row] for row in ("GRPO", "GRPO + token-level", "GRPO + clip-higher")] == ["57.8", "58.0", "59.1"]
+    switched = {row: parse_settings(["--preset", "tiny", "--device", "cpu", *options.split()], "train.py", "")[0] for row, options in ablations.ROWS.items()}
+    assert (switched["GRPO"].normalise, switched["GRPO"].eps_high, switched["base"].normalise, switched["base"].eps_high) == ("sequence", 0.2, "token", 0.3)
+    assert (switched["GRPO + token-level"].normalise, switched["GRPO + token-level"].eps_high) == ("token", 0.2)
+    assert (switched["GRPO + clip-higher"].normalise, switched["GRPO + clip-higher"].eps_high) == ("sequence", 0.3)
+
+
+def test_a_figure_of_ablations_has_a_dot_a_seed_and_the_intervals_of_its_table():
+    import ablations
+
+    lines = [{"row": row, "seed": s, "gIoU": 0.7 + 0.02 * s + shift + 0.01 * s * shift} for row, shift in (("base", 0), ("no points", 0.05), ("G = 2", -0.1)) for s in range(5)]
+    figure = ablations.draw(lines, ["points", "group"])
+    dots = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    assert np.concatenate(dots) == pytest.approx([0.05 + 0.0005 * s for s in range(5)] + [-0.1 - 0.001 * s for s in range(5)])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["points", "no points", "group", "G = 2"]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 10])

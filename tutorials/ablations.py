@@ -2,7 +2,7 @@
 started again; `python tutorials/ablations.py --table` prints what is there, with 95 % intervals.
 
 Every row differs from "base" in the options that it names. A seed draws the same questions for every row, so rows are compared seed by seed.
-Each run has one thread, so that the lines do not depend on the machine's number of cores; as many run side by side as there are cores.
+`--figure FILE` draws them. Each run has one thread, so that the lines do not depend on the machine's number of cores; as many run side by side as there are cores.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +40,18 @@ TABLES = {
     "group": {"G = 2": "--group 2", "G = 4": "--group 4", "G = 16": "--group 16"},
     "LoRA": {"rank 4": "--rank 4", "rank 128": "--rank 128", "lr 1e-4": "--lr 1e-4", "lr 2e-3": "--lr 2e-3"},
     "KL": {"beta 0": "--beta 0", "beta 0.05": "--beta 0.05"},
-    "samples": {f"{n} samples": f"--samples {n}" for n in (112, 320, 1280, 3008)},
+    "samples": {f"{n} samples": f"--samples {n}" for n in (112, 320, 1280, 3008, 10000)},
     "KL, long": {"3008 samples, beta 0": "--samples 3008 --beta 0"},
 }
+PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it prints one
+    "base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6",
+    "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1", "3008 samples": "60.2", "10000 samples": "no gain",
+    "beta 0": "collapse", "3008 samples, beta 0": "collapse",
+}
 ROWS = {"base": ""} | {name: options for table in TABLES.values() for name, options in table.items()}
-COLUMNS = ("row", "seed", "options", "gIoU", "gIoU_lenient", "cIoU", "indirect", "format", "base_gIoU_lenient", "length", "kl", "zero_variance")
+TESTED = ("gIoU", "gIoU_lenient", "cIoU", "attribute", "relation", "indirect", "format", "box_accuracy", "base_gIoU_lenient")  # on 300 held-out scenes, greedy
+LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")  # over the last ten steps of training
+COLUMNS = ("row", "seed", "options", *TESTED, *LAST)
 
 
 def one_run(row: str, seed: int) -> dict:
@@ -56,13 +64,11 @@ def one_run(row: str, seed: int) -> dict:
     summary = json.loads((folder / "summary.json").read_text())
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-10:]
     shutil.rmtree(folder.parent)
-    trained, mean = summary["trained"], lambda name: statistics.mean(line[name] for line in last)
-    line = {
-        "row": row, "seed": seed, "options": ROWS[row], "indirect": trained["by_kind"]["indirect"]["gIoU_lenient"],
-        "base_gIoU_lenient": summary["base"]["gIoU_lenient"],
-        **{name: trained[name] for name in ("gIoU", "gIoU_lenient", "cIoU", "format")}, **{name: mean(name) for name in ("length", "kl", "zero_variance")},
-    }
-    return {name: round(line[name], 4) if isinstance(line[name], float) else line[name] for name in COLUMNS}
+    tested = summary["trained"] | {kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
+    tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
+    line = {"row": row, "seed": seed, "options": ROWS[row]} | {name: f"{tested[name]:.4g}" for name in TESTED}
+    middle = lambda name: statistics.median if name == "kl" else statistics.mean  # one token can make the KL of a step a thousand: eq. (3) has no bound
+    return line | {name: f"{middle(name)(step[name] for step in last):.4g}" for name in LAST}
 
 
 def read() -> list[dict]:
@@ -87,15 +93,50 @@ def compare(lines: list[dict], row: str, measure: str = "gIoU") -> dict:
     return {"runs": len(values), "mean": interval(list(values.values())), "difference": interval([v - base[s] for s, v in values.items() if s in base])}
 
 
-def print_tables(lines: list[dict]) -> None:
+def cells(lines: list[dict], row: str) -> tuple[str, str, str, str]:
+    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure."""
+    x = compare(lines, row)
+    mean, apart = (f"{value:{sign}.3f} ± {half:.3f}" for (value, half), sign in ((x["mean"], ""), (x["difference"], "+")))
+    return str(x["runs"]), mean, "" if row == "base" else apart, PAPER.get(row, "")
+
+
+def rows_of(lines: list[dict], title: str) -> list[str]:
+    """The rows of one table that have runs, base first."""
     there = {line["row"] for line in lines}
-    for title, rows in TABLES.items():
-        if there & set(rows):
-            print(f"\n{title:<28}{'runs':>6}{'gIoU':>16}{'against base':>18}")
-            for row in ["base", *(r for r in rows if r in there)]:
-                x = compare(lines, row)
-                apart = "" if row == "base" else f"{x['difference'][0]:+.3f} ± {x['difference'][1]:.3f}"
-                print(f"{row:<28}{x['runs']:>6}{x['mean'][0]:>8.3f} ± {x['mean'][1]:.3f}{apart:>18}")
+    return ["base", *(row for row in TABLES[title] if row in there)]
+
+
+def print_table(lines: list[dict], title: str) -> None:
+    print(f"\n{title:<28}{'runs':>5}{'gIoU':>16}{'against base':>19}   paper")
+    for row in rows_of(lines, title):
+        runs, mean, apart, paper = cells(lines, row)
+        print(f"{row:<28}{runs:>5}{mean:>16}{apart:>19}   {paper}")
+
+
+def draw(lines: list[dict], titles: list[str]):
+    """A figure: for each row its difference in gIoU from base, seed by seed as dots, with the mean's 95 % interval."""
+    rows = [(title, row) for title in titles for row in rows_of(lines, title)[1:]]
+    height = 0.22 * (len(rows) + len(titles)) + 0.9
+    figure, axes = plt.subplots(figsize=(8, height))
+    axes.axvline(0, color="0.6", lw=1)
+    base, y, ticks = {line["seed"]: line["gIoU"] for line in lines if line["row"] == "base"}, 0.0, []
+    for title in titles:
+        ticks.append((y, title))
+        for row in rows_of(lines, title)[1:]:
+            y -= 1
+            seeds = [line["gIoU"] - base[line["seed"]] for line in lines if line["row"] == row and line["seed"] in base]
+            mean, half = interval(seeds)
+            axes.plot(seeds, [y] * len(seeds), "o", color="#56B4E9", ms=4, alpha=0.7)
+            axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
+            ticks.append((y, row))
+        y -= 1
+    axes.set_yticks(*zip(*ticks))
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in titles else "normal")
+    axes.set_ylim(y + 0.4, 0.6), axes.tick_params("y", length=0), axes.grid(axis="x", alpha=0.25)
+    axes.set_xlabel(f"gIoU on held-out scenes minus base with the same seed\ndots: runs; diamond: mean with its 95 % interval; base: {cells(lines, 'base')[1]}")
+    figure.tight_layout()
+    return figure
 
 
 def main() -> None:
@@ -103,6 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds a row (default 5)")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="only these rows")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
+    parser.add_argument("--figure", help="write a figure of all rows to this file")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
     if not args.table:
@@ -123,7 +165,12 @@ def main() -> None:
         with ThreadPoolExecutor(args.workers) as pool:
             for future in tqdm([pool.submit(job, *m) for m in missing], desc="runs"):
                 future.result()
-    print_tables(read())
+    lines = read()
+    titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]
+    for title in titles:
+        print_table(lines, title)
+    if args.figure:
+        draw(lines, titles).savefig(args.figure, dpi=90)
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def one_cycle(optimizer, steps: int):
 # ---------------------------------------------------------------------------------------------------- SAM
 
 
-def jittered_box(thing: Thing, rng: np.random.Generator, spread: float) -> list[float]:
-    """The tight box with each side moved by N(0, spread * side length) pixels."""
-    x1, y1, x2, y2 = thing.box
+def jittered_box(box, rng: np.random.Generator, spread: float) -> list[float]:
+    """The box with each side moved by N(0, spread * side length) pixels."""
+    x1, y1, x2, y2 = box
     scale = spread * np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
     return (np.array([x1, y1, x2, y2]) + rng.normal(0, 1, 4) * scale).clip(0, SIZE).tolist()
 
@@ -81,6 +81,23 @@ def points_on(thing: Thing, rng: np.random.Generator, positive: int, negative: i
         for i in rng.integers(len(ys), size=count if len(ys) else 0):
             chosen.append([int(xs[i]) + x1, int(ys[i]) + y1, label])
     return chosen
+
+
+def shared_box(thing: Thing, scene: Scene) -> tuple[tuple[int, int, int, int], Thing]:
+    """The box of the thing and its nearest neighbour together, and the neighbour."""
+    other = min((t for t in scene.things if t is not thing), key=lambda t: (t.x - thing.x) ** 2 + (t.y - thing.y) ** 2)
+    a, b = thing.box, other.box
+    return (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])), other
+
+
+def sam_prompt(thing: Thing, scene: Scene, rng: np.random.Generator, count: int) -> tuple[list[float], list[list[int]]]:
+    """A box and `count` points. Half of the boxes that come with points hold a neighbour too: only the points tell which one is meant."""
+    negative, spread = int(rng.integers(0, count)) if count else 0, rng.uniform(0, 0.08)
+    if count and rng.random() < 0.5:
+        box, other = shared_box(thing, scene)
+        off = [[x, y, 0] for x, y, _ in points_on(other, rng, negative, 0)]
+        return jittered_box(box, rng, spread), points_on(thing, rng, count - negative, 0) + off
+    return jittered_box(thing.box, rng, spread), points_on(thing, rng, count - negative, negative)
 
 
 def sam_masks(sam, embedding: torch.Tensor, boxes: torch.Tensor, points: torch.Tensor | None, labels: torch.Tensor | None):
@@ -108,11 +125,9 @@ def train_sam(steps: int, out: Path, pictures: int = 16) -> None:
         for embedding, scene in zip(embeddings, scenes):
             # Half of the pictures are prompted with boxes alone, half with boxes and one to four points.
             count = int(rng.integers(1, 5)) if rng.random() < 0.5 else 0
-            boxes = [jittered_box(t, rng, rng.uniform(0, 0.08)) for t in scene.things]
+            boxes, marks = zip(*(sam_prompt(t, scene, rng, count) for t in scene.things))
             points = labels = None
             if count:
-                negative = int(rng.integers(0, count))
-                marks = [points_on(t, rng, count - negative, negative) for t in scene.things]
                 marks = torch.tensor([(m + [[0, 0, -1]] * count)[:count] for m in marks], dtype=torch.float32, device=DEVICE)
                 points, labels = marks[..., :2], marks[..., 2]  # the prompt encoder itself moves points to the middle of their pixel
             m, q = sam_masks(sam, embedding[None], torch.tensor(boxes, dtype=torch.float32, device=DEVICE), points, labels)
@@ -370,8 +385,15 @@ def measure_sam(count: int = 200) -> dict:
             "true box": ([t.box for t in scene.things], [[] for _ in truth]),
             "true box, 2 points": ([t.box for t in scene.things], [points_on(t, rng, 1, 1) for t in scene.things]),
         }
+        shared, others = zip(*(shared_box(t, scene) for t in scene.things))
+        on = [points_on(t, rng, 1, 0) for t in scene.things]
+        prompts |= {
+            "box of two": (shared, [[] for _ in truth]),
+            "box of two, 1 point": (shared, on),
+            "box of two, 2 points": (shared, [p + [[x, y, 0] for x, y, _ in points_on(o, rng, 1, 0)] for p, o in zip(on, others)]),
+        }
         for percent in (5, 10, 20, 30):
-            boxes = [jittered_box(t, rng, percent / 100) for t in scene.things]
+            boxes = [jittered_box(t.box, rng, percent / 100) for t in scene.things]
             prompts[f"sides moved by {percent} %"] = ([(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes], [[] for _ in truth])
         for name, (boxes, points) in prompts.items():
             masks = segmenter.masks(scene.image, boxes, points)
