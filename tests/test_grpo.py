@@ -211,7 +211,7 @@ def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and not set(LOGGED.split()) - set(lines[0])
     assert {"validation_gIoU", "validation_cIoU", "validation_format"} <= set(lines[0])
-    for name in ("curves.png", "sheet-test.png", "sheet-00001.png"):
+    for name in ("curves.png", "sheet-test.png", "sheet-00000.png", "sheet-00001.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert set(summary) >= {"samples", "seed", "seconds", "base", "trained", "ceiling"} and summary["samples"] == 8

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samr1_mini.config import make_settings
+from samr1_mini.config import make_settings, parse_settings
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import evaluate
+from samr1_mini.grpo import roll_out
 from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
 from samr1_mini.tiny.pretrain import points_on, shared_box
@@ -34,6 +35,17 @@ def test_a_blanked_picture_costs_the_trained_policy_most_of_its_score(trained):
 def test_the_trained_policy_looks_around_for_most_indirect_questions_and_for_hardly_any_that_name_their_object(trained):
     looks = lambda kind: np.mean(["<think>I see" in row.text for row in trained[False].rows if row.sample.kind == kind])
     assert looks("indirect") > 0.5 and looks("attribute") < 0.15
+
+
+@pytest.mark.parametrize("options, shown", [([], True), (["--no-points"], False)])
+def test_points_reach_sam_in_training_and_in_evaluation_unless_the_user_switches_them_off(segmenter, monkeypatch, options, shown):
+    s, _ = parse_settings(["--preset", "tiny", "--device", "cpu", "--group", "2", *options], "train.py", "")
+    policy, data, seen, masks = load_policy("tiny", adapter=ADAPTER), list(load_data("shapes", "train", 2)), [], segmenter.masks
+    monkeypatch.setattr(segmenter, "masks", lambda image, boxes, points: seen.extend(points) or masks(image, boxes, points))
+    for scored in (lambda: roll_out(policy, segmenter, data, s), lambda: evaluate(policy, segmenter, data, s)):
+        seen.clear()
+        scored()
+        assert seen and any(seen) == shown
 
 
 def test_in_a_box_of_two_objects_the_tiny_sam_takes_the_one_that_the_points_mean(segmenter):
