@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -116,6 +117,25 @@ def test_the_papers_figures_stand_beside_the_rows_that_repeat_its_tables():
     assert (switched["GRPO"].normalise, switched["GRPO"].eps_high, switched["base"].normalise, switched["base"].eps_high) == ("sequence", 0.2, "token", 0.3)
     assert (switched["GRPO + token-level"].normalise, switched["GRPO + token-level"].eps_high) == ("token", 0.2)
     assert (switched["GRPO + clip-higher"].normalise, switched["GRPO + clip-higher"].eps_high) == ("sequence", 0.3)
+
+
+def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    import ablations
+
+    commands = []
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1, stderr="disk full"))
+    folder = tmp_path / "runs" / "ablations" / "112-samples-seed0"
+    for saved in ("metrics.jsonl", "state.pt"):  # a run without a saved state cannot go on
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / saved).touch()
+        with pytest.raises(RuntimeError, match="112 samples, seed 0: disk full"):
+            ablations.one_run("112 samples", 0)
+        assert ("--resume" in commands[-1]) == folder.exists() == (saved == "state.pt")
+    for row in ablations.ROWS:
+        with pytest.raises(RuntimeError):
+            ablations.one_run(row, 1)
+    assert len({command[command.index("--run") + 1] for command in commands}) == 1 + len(ablations.ROWS)
 
 
 def test_a_figure_of_ablations_has_a_dot_a_seed_and_the_intervals_of_its_table():

@@ -1,5 +1,5 @@
-"""Ablations in the miniature: `python tutorials/ablations.py` makes the runs that ablations.csv lacks, a line a run, and can be stopped and
-started again; `python tutorials/ablations.py --table` prints what is there, with 95 % intervals.
+"""Ablations in the miniature: `python tutorials/ablations.py` makes the runs that ablations.csv lacks, a line a run. Stop it by Ctrl-C and start it
+again: runs halfway go on from there (they lie in runs/ablations). `python tutorials/ablations.py --table` prints what is there, with 95 % intervals.
 
 Every row differs from "base" in the options that it names. A seed draws the same questions for every row, so rows are compared seed by seed.
 `--figure FILE` draws them. Each run has one thread, so that the lines do not depend on the machine's number of cores; as many run side by side as there are cores.
@@ -10,11 +10,11 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -55,15 +55,19 @@ COLUMNS = ("row", "seed", "options", *TESTED, *LAST)
 
 
 def one_run(row: str, seed: int) -> dict:
-    """Train and test once; the CSV line."""
-    folder = Path(tempfile.mkdtemp()) / "run"
+    """Train and test once, or go on with such a run that was stopped; the CSV line."""
+    folder = ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9.]+', '-', row.lower())}-seed{seed}"
+    halfway = (folder / "state.pt").exists()
+    if not halfway:
+        shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train.py"), *FIXED, "--samples", str(SAMPLES), "--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
+    command += ["--resume"] * halfway
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]}")
     summary = json.loads((folder / "summary.json").read_text())
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-10:]
-    shutil.rmtree(folder.parent)
+    shutil.rmtree(folder)
     tested = summary["trained"] | {kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
     line = {"row": row, "seed": seed, "options": ROWS[row]} | {name: f"{tested[name]:.4g}" for name in TESTED}
@@ -163,8 +167,13 @@ def main() -> None:
                     writer.writerow(line)
 
         with ThreadPoolExecutor(args.workers) as pool:
-            for future in tqdm([pool.submit(job, *m) for m in missing], desc="runs"):
-                future.result()
+            try:
+                for future in tqdm([pool.submit(job, *m) for m in missing], desc="runs"):
+                    future.result()
+            except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
+                sys.exit("stopping; the same command goes on from here")
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # else those in the queue would still be started
     lines = read()
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]
     for title in titles:
