@@ -148,8 +148,8 @@ def make_settings(**given) -> tuple[Settings, str]:
     return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
 
 
-# What a resumed run may do otherwise: be longer, or take less memory.
-MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit")
+# What a resumed run may do otherwise: be longer, or take less memory (with shorter answers if nothing else helps).
+MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit", "max_new_tokens")
 
 
 def resumed_settings(given: dict) -> tuple[Settings, str]:

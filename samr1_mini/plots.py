@@ -13,7 +13,7 @@ BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "
 
 
 def draw_answer(axes, row, size: int) -> None:
-    """One evaluated answer on its picture: truth as a dashed outline, SAM's mask filled, box, points (dot: on the object, cross: off it)."""
+    """One evaluated answer on its picture: truth as a dashed outline, SAM's mask filled and outlined, box, points (dot: on the object, cross: off it)."""
     sample, reward = row.sample, row.reward
     picture, answer = np.asarray(sample.image), reward.answer
     axes.imshow(picture)
@@ -24,6 +24,9 @@ def draw_answer(axes, row, size: int) -> None:
         axes.imshow(reward.mask[..., None] * colour)
     if sample.mask.any() and not sample.mask.all():
         axes.contour(sample.mask, [0.5], colors="white", linewidths=1.6)
+    if reward.mask is not None and reward.mask.any() and not reward.mask.all():  # objects may be orange too
+        axes.contour(reward.mask, [0.5], colors=ORANGE, linewidths=2.4)
+    if sample.mask.any() and not sample.mask.all():
         axes.contour(sample.mask, [0.5], colors=BLACK, linewidths=1.2, linestyles="dashed")
     box = answer.box or answer.lenient_box
     if box:

@@ -34,16 +34,15 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
 
 
 def open_run(s: Settings) -> Path:
-    """The run's folder: a new one with its settings written down, or the one to go on with."""
+    """The run's folder, a new one or the one to go on with, with the settings written down."""
     folder = Path(s.run or next_name(s))
     if s.resume:
         if not (folder / "state.pt").exists():
             raise UserError(f"--resume: {folder} was stopped before its first saved state; start it again in another folder")
-        return folder
-    if (folder / "metrics.jsonl").exists():  # written once all was loaded: a start that failed before leaves the name free
+    elif (folder / "metrics.jsonl").exists():  # written once all was loaded: a start that failed before leaves the name free
         raise UserError(f"--run {folder} holds a run already: go on with it by --resume, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", asdict(s) | {"run": str(folder)})
+    write_json(folder / "settings.json", asdict(s) | {"run": str(folder), "resume": False})
     return folder
 
 

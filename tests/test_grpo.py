@@ -277,11 +277,12 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, tmp_path, monk
 
 def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settings, tmp_path):
     train(settings)
-    again, _ = parse_settings(["--resume", "--run", settings.run, "--micro", "1", "--samples", "16", "--checkpointing"], "train.py", "")
-    assert again == replace(settings, resume=True, micro=1, samples=16, checkpointing=True)
+    again, _ = parse_settings(["--resume", "--run", settings.run, "--micro", "1", "--samples", "16", "--checkpointing", "--max-new-tokens", "24"], "train.py", "")
+    assert again == replace(settings, resume=True, micro=1, samples=16, checkpointing=True, max_new_tokens=24)
     with pytest.raises(SystemExit):
         parse_settings(["--resume", "--run", settings.run, "--group", "2"], "train.py", "")
     assert train(again)["samples"] == 16
+    assert parse_settings(["--resume", "--run", settings.run], "train.py", "")[0] == again  # the next time it need not be said again
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -93,18 +93,31 @@ def ablation_rows():
     import ablations
 
     lines = ablations.read()
-    for title in ablations.TABLES:
-        for row in ablations.rows_of(lines, title):
-            runs, mean, apart, paper = ablations.cells(lines, row)
-            assert int(runs) >= 5, row
-            if row != "base" or title == next(iter(ablations.TABLES)):
-                yield f"| {row} | {f'`{ablations.ROWS[row]}`' if ablations.ROWS[row] else ''} | {mean} | {apart} | {paper} |"
+    for row in dict.fromkeys(row for title in ablations.TABLES for row in ablations.rows_of(lines, title)):
+        runs, mean, apart, paper = ablations.cells(lines, row)
+        assert int(runs) >= 5, row
+        yield f"| {row} | {f'`{ablations.ROWS[row]}`' if ablations.ROWS[row] else ''} | {mean} | {apart} | {paper} |"
 
 
 def test_the_readmes_table_of_ablations_is_what_the_committed_runs_say():
     text = (TUTORIALS.parent / "README.md").read_text()
     stated = text[text.index("| row | options |") :].split("\n\n")[0].splitlines()[2:]
     assert stated == list(ablation_rows()), "\n".join(ablation_rows())
+
+
+def test_what_the_readme_says_of_the_ablations_is_in_their_lines():
+    import ablations
+
+    lines, text = ablations.read(), " ".join((TUTORIALS.parent / "README.md").read_text().split())
+    mean = lambda row, measure: ablations.compare(lines, row, measure)["mean"][0]
+    apart = {row: ablations.compare(lines, row)["difference"] for row in ablations.ROWS if row in {line["row"] for line in lines}}
+    worse = {row for row, (difference, half) in apart.items() if difference + half < 0}
+    assert worse == {"G = 2", "rank 128", "lr 2e-3", "112 samples"} and not [row for row, (difference, half) in apart.items() if difference - half > 0]
+    assert "Groups of 2, a rank of 128, a learning rate of 2e-3 and 112 questions are worse" in text
+    lengths = [mean(row, "length") for row in ("3008 samples", "3008 samples, beta 0")]
+    assert "(answers of {:.0f} tokens against {:.0f})".format(*lengths) in text and mean("3008 samples, beta 0", "format") > 0.99
+    boxes = [100 * mean(row, "box_accuracy") for row in ("box IoU", "base")]
+    assert "of which {:.0f} % reach an IoU of 0.5, against {:.0f} %".format(*boxes) in text
 
 
 def test_the_papers_figures_stand_beside_the_rows_that_repeat_its_tables():
@@ -162,3 +175,13 @@ def test_intervals_hold_95_percent_of_students_t_and_differences_are_paired_by_s
     lines = [{"row": "base", "seed": s, "gIoU": v} for s, v in enumerate(values)] + [{"row": "x", "seed": s, "gIoU": v + 0.01} for s, v in enumerate(values)][::-1]
     x = ablations.compare(lines, "x")
     assert x["difference"] == pytest.approx((0.01, 0.0), abs=1e-9) and x["runs"] == count
+
+
+def test_the_long_run_without_kl_is_compared_with_the_run_as_long_as_it():
+    import ablations
+
+    lines = [{"row": row, "seed": s, "gIoU": value + 0.01 * s} for row, value in (("base", 0.7), ("3008 samples", 0.75), ("3008 samples, beta 0", 0.74)) for s in range(5)]
+    assert ablations.compare(lines, "3008 samples, beta 0")["difference"] == pytest.approx((-0.01, 0.0), abs=1e-9)
+    assert ablations.compare(lines, "3008 samples")["difference"] == pytest.approx((0.05, 0.0), abs=1e-9)
+    assert ablations.rows_of(lines, "KL, against 3008 samples") == ["3008 samples", "3008 samples, beta 0"]
+    assert ablations.cells(lines, "3008 samples, beta 0")[2] == "-0.010 ± 0.000 against 3008 samples"

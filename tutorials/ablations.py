@@ -41,13 +41,14 @@ TABLES = {
     "LoRA": {"rank 4": "--rank 4", "rank 128": "--rank 128", "lr 1e-4": "--lr 1e-4", "lr 2e-3": "--lr 2e-3"},
     "KL": {"beta 0": "--beta 0", "beta 0.05": "--beta 0.05"},
     "samples": {f"{n} samples": f"--samples {n}" for n in (112, 320, 1280, 3008, 10000)},
-    "KL, long": {"3008 samples, beta 0": "--samples 3008 --beta 0"},
+    "KL, against 3008 samples": {"3008 samples, beta 0": "--samples 3008 --beta 0"},
 }
 PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it prints one
     "base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6",
     "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1", "3008 samples": "60.2", "10000 samples": "no gain",
     "beta 0": "collapse", "3008 samples, beta 0": "collapse",
 }
+BASE = {"3008 samples, beta 0": "3008 samples"}  # what a row is compared with where that is not "base"
 ROWS = {"base": ""} | {name: options for table in TABLES.values() for name, options in table.items()}
 TESTED = ("gIoU", "gIoU_lenient", "cIoU", "attribute", "relation", "indirect", "format", "box_accuracy", "base_gIoU_lenient")  # on 300 held-out scenes, greedy
 LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")  # over the last ten steps of training
@@ -90,45 +91,53 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
 
 
+def differences(lines: list[dict], row: str, measure: str = "gIoU") -> list[float]:
+    """A row minus its base, a number for each seed that both have."""
+    base = {line["seed"]: line[measure] for line in lines if line["row"] == BASE.get(row, "base")}
+    return [line[measure] - base[line["seed"]] for line in lines if line["row"] == row and line["seed"] in base]
+
+
 def compare(lines: list[dict], row: str, measure: str = "gIoU") -> dict:
-    """A row's mean over seeds, and its difference from the base over the seeds that both have, each with half of its 95 % interval."""
-    values = {line["seed"]: line[measure] for line in lines if line["row"] == row}
-    base = {line["seed"]: line[measure] for line in lines if line["row"] == "base"}
-    return {"runs": len(values), "mean": interval(list(values.values())), "difference": interval([v - base[s] for s, v in values.items() if s in base])}
+    """A row's mean over seeds, and its difference from its base seed by seed, each with half of its 95 % interval."""
+    values = [line[measure] for line in lines if line["row"] == row]
+    return {"runs": len(values), "mean": interval(values), "difference": interval(differences(lines, row, measure))}
 
 
 def cells(lines: list[dict], row: str) -> tuple[str, str, str, str]:
     """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure."""
     x = compare(lines, row)
     mean, apart = (f"{value:{sign}.3f} ± {half:.3f}" for (value, half), sign in ((x["mean"], ""), (x["difference"], "+")))
+    apart += f" against {BASE[row]}" if row in BASE else ""
     return str(x["runs"]), mean, "" if row == "base" else apart, PAPER.get(row, "")
 
 
 def rows_of(lines: list[dict], title: str) -> list[str]:
-    """The rows of one table that have runs, base first."""
+    """The rows of one table that have runs, what they are compared with first."""
     there = {line["row"] for line in lines}
-    return ["base", *(row for row in TABLES[title] if row in there)]
+    return [BASE.get(next(iter(TABLES[title])), "base"), *(row for row in TABLES[title] if row in there)]
 
 
 def print_table(lines: list[dict], title: str) -> None:
-    print(f"\n{title:<28}{'runs':>5}{'gIoU':>16}{'against base':>19}   paper")
-    for row in rows_of(lines, title):
+    first, *_ = rows = rows_of(lines, title)
+    print(f"\n{title:<28}{'runs':>5}{'gIoU':>16}{'against ' + first:>22}   paper")
+    for row in rows:
         runs, mean, apart, paper = cells(lines, row)
-        print(f"{row:<28}{runs:>5}{mean:>16}{apart:>19}   {paper}")
+        apart = "" if row == first else apart.removesuffix(f" against {first}")
+        print(f"{row:<28}{runs:>5}{mean:>16}{apart:>22}   {paper}")
 
 
 def draw(lines: list[dict], titles: list[str]):
-    """A figure: for each row its difference in gIoU from base, seed by seed as dots, with the mean's 95 % interval."""
+    """A figure: for each row its difference in gIoU from its base, seed by seed as dots, with the mean's 95 % interval."""
     rows = [(title, row) for title in titles for row in rows_of(lines, title)[1:]]
     height = 0.22 * (len(rows) + len(titles)) + 0.9
     figure, axes = plt.subplots(figsize=(8, height))
     axes.axvline(0, color="0.6", lw=1)
-    base, y, ticks = {line["seed"]: line["gIoU"] for line in lines if line["row"] == "base"}, 0.0, []
+    y, ticks = 0.0, []
     for title in titles:
         ticks.append((y, title))
         for row in rows_of(lines, title)[1:]:
             y -= 1
-            seeds = [line["gIoU"] - base[line["seed"]] for line in lines if line["row"] == row and line["seed"] in base]
+            seeds = differences(lines, row)
             mean, half = interval(seeds)
             axes.plot(seeds, [y] * len(seeds), "o", color="#56B4E9", ms=4, alpha=0.7)
             axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
@@ -138,7 +147,8 @@ def draw(lines: list[dict], titles: list[str]):
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in titles else "normal")
     axes.set_ylim(y + 0.4, 0.6), axes.tick_params("y", length=0), axes.grid(axis="x", alpha=0.25)
-    axes.set_xlabel(f"gIoU on held-out scenes minus base with the same seed\ndots: runs; diamond: mean with its 95 % interval; base: {cells(lines, 'base')[1]}")
+    first = rows_of(lines, titles[0])[0]
+    axes.set_xlabel(f"gIoU on held-out scenes minus {first} with the same seed\ndots: runs; diamond: mean with its 95 % interval; {first}: {cells(lines, first)[1]}")
     figure.tight_layout()
     return figure
 
