@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         exit_with(error, "train.py")
     except OutOfMemoryError as error:
-        exit_with(UserError(f"GPU memory ran out; go on with --resume and a lower --micro or --max-new-tokens, or start again with "
-                            f"--checkpointing, a lower --group, or --load-in nf4; --rehearse 1 shows what fits ({error})"), "train.py")
+        exit_with(UserError(f"GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower --max-new-tokens or "
+                            f"--micro. Before it: start again with these, --checkpointing, a lower --group, or --load-in nf4; --rehearse 1 shows what fits ({error})"), "train.py")
     except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C
         print("\nstopped; what was saved before stays, see --resume", file=sys.stderr)
         sys.exit(130)

@@ -37,6 +37,7 @@ class Settings:
     sam: str = _option("tiny", "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 or SAM 3 by hub id or folder (facebook/sam2-hiera-large)")
     sam_checkpoint: str = _option("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
     data: str = _option("shapes", "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours with data.jsonl, or a set's files)")
+    eval_data: str = _option("", "the set for validation and test, such as reasonseg (default: that of --data)")
     coco_dir: str = _option("", "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are drawn are fetched")
     sentences: str = _option("first", "RefCOCO's sets: the first expression of each object, or all", ("first", "all"))
     ignore: str = _option("foreground", "ReasonSeg's undecided pixels: foreground, as in the hub's copies, or excluded", ("foreground", "excluded"))

@@ -89,7 +89,7 @@ def evaluate(policy: Policy, segmenter: Segmenter, data, s: Settings, name: str 
             )
             report.rows.append(Row(x, answer.text, answer.truncated, reward))
     if not report.rows:
-        raise UserError(f"--data {s.data}: every true mask is empty, and --empty-truth is excluded")
+        raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")
     return report
 
 

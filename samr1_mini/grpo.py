@@ -216,8 +216,10 @@ def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> No
     ids, even = torch.ones(s.max_new_tokens, dtype=torch.long, device=policy.device), torch.zeros(s.group)
     answers = [Completion(ids, torch.zeros(len(ids), device=policy.device), False, "")] * s.group
     reference = torch.zeros(s.group * len(ids), device=policy.device)
+    moments = [torch.zeros_like(p) for p in policy.model.parameters() if p.requires_grad for _ in range(2)]  # AdamW will hold as many
     policy.model.train()
     batch_loss(policy, [Rollout(x, p, answers, [], even, reference) for x, p in zip(samples, prompts)], s)[0].backward()
+    del moments
     policy.model.zero_grad()
     policy.model.eval()
 
@@ -255,8 +257,10 @@ def train(s: Settings) -> dict:
         policy = load_policy(s.policy, s.load_in, s.rank, None, s.device, s.checkpointing, s.coordinates, s.image_size)
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         data, validation, test = (
-            load_data(s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
-            for split, count in (("train", s.samples), ("validation", s.eval_samples), ("test", s.test_samples))
+            load_data(name, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
+            for name, split, count in (
+                (s.data, "train", s.samples), (s.eval_data or s.data, "validation", s.eval_samples), (s.eval_data or s.data, "test", s.test_samples)
+            )
         )
     if data[0].box_only and s.accuracy != "box-iou" and s.accuracy_weight:
         raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add --accuracy box-iou")
@@ -286,8 +290,13 @@ def train(s: Settings) -> dict:
             torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
             chance = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
             batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[mine]]
-            rollouts, seconds = roll_out(policy, segmenter, batch, s, chance[mine])
-            learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
+            try:
+                rollouts, seconds = roll_out(policy, segmenter, batch, s, chance[mine])
+                learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
+            except torch.OutOfMemoryError:  # what was learnt is kept; this step is done again by --resume
+                if first:
+                    save_state(folder, policy, optimizer, step, seconds_so_far())
+                raise
             line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
             every = gather_object([(line, stop.is_set())])  # from each process
             line = {name: sum(one[name] for one, _ in every) / len(every) for name in line} | {"step": step + 1}

@@ -76,21 +76,21 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     a.set(title="Reward of the sampled answers", ylabel="mean reward")
     a.legend(fontsize=8)
 
-    for name, colour, label in (("gIoU", BLUE, "gIoU"), ("gIoU_lenient", ORANGE, "lenient gIoU")):
+    for name, colour, label, wide in (("gIoU", BLUE, "gIoU", 2), ("gIoU_lenient", ORANGE, "lenient gIoU", 1)):  # one on the other once all is in the format
         if looks:
-            b.plot([x for x, _ in looks], [line[f"validation_{name}"] for _, line in looks], "o-", color=colour, ms=4, label=f"{label}, validation")
+            b.plot([x for x, _ in looks], [line[f"validation_{name}"] for _, line in looks], "o-", color=colour, lw=2 * wide, ms=4 * wide, label=f"{label}, validation")
         if summary:
-            b.plot([0, step[-1]], [summary["base"][name], summary["trained"][name]], "s", color=colour, ms=8, mfc="none", label=f"{label}, test")
+            b.plot([0, step[-1]], [summary["base"][name], summary["trained"][name]], "s", color=colour, ms=6 * wide, mfc="none", label=f"{label}, test")
     if summary:
         b.axhline(summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM")
     b.set(title="Held-out scenes, greedy", ylabel="gIoU", ylim=(0, 1))
     b.legend(fontsize=8, loc="lower right")
 
-    for name, colour, label in (("reasoning_format", BLUE, "reasoning format"), ("segmentation_format", ORANGE, "segmentation format"),
-                                ("zero_variance", GREEN, "groups without variance"), ("unique", PINK, "unique answers")):
-        c.plot(step, smooth(column(name)), color=colour, lw=1.8, label=label)
+    for name, colour, label, width in (("reasoning_format", BLUE, "reasoning format", 4.5), ("segmentation_format", ORANGE, "segmentation format", 1.8),
+                                       ("zero_variance", GREEN, "groups without variance", 1.8), ("unique", PINK, "unique answers", 1.8)):
+        c.plot(step, smooth(column(name)), color=colour, lw=width, label=label)
     c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
-    c.legend(fontsize=8)
+    c.legend(fontsize=8, framealpha=0.6)
 
     # Eq. (3) has no upper bound: one token that the base finds far likelier than the policy lifts a whole step. Hence a log scale and no mean.
     d.plot(step, column("kl"), color=BLUE, lw=1.2, label="KL to the base")
@@ -101,7 +101,7 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     e.plot(step, 100 * smooth(column("clip_low")), color=BLUE, lw=1.8, label="lower side, 1 - eps_low")
     e.plot(step, 100 * smooth(column("clip_high")), color=ORANGE, lw=1.8, label="upper side, 1 + eps_high")
     e.set(title="Tokens held by the clip", ylabel="percent of tokens")
-    e.legend(fontsize=8)
+    e.legend(fontsize=8, framealpha=0.6)
 
     f.plot(step, smooth(column("length")), color=BLUE, lw=1.8, label="answer length, tokens")
     f.plot(step, 10 * smooth(column("points")), color=ORANGE, lw=1.8, label="points an answer, x 10")

@@ -1,6 +1,6 @@
 """The policy: a Qwen-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
 
-The prompt (about 150 words of text and up to 900 picture tokens) is long and the same for all G answers of a group, so it is
+The prompt (about 150 tokens of text and up to 900 of the picture) is long and the same for all G answers of a group, so it is
 encoded once: `encode` runs the vision tower once a question; `sample` and `logprobs` lay a question and its G answers in one row, in
 which every answer sees the prompt and itself.
 

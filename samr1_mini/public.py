@@ -228,7 +228,7 @@ def rows_of(name: str, split: str, count: int | None) -> Sequence:
             raise UserError(f"--data {name}: no data.jsonl in this folder, nor files of a public data set with a {split} split")
         rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
     elif split not in HUB[name]:
-        raise UserError(f"--data {name} has no {split} split, only {', '.join(HUB[name])}")
+        raise UserError(f"--data {name} has no {split} split, only {', '.join(HUB[name])}" + "; train.py takes another set with --eval-data" * (split != "train"))
     else:
         hub_id, hub_split = HUB[name][split]
         try:

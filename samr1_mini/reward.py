@@ -260,6 +260,8 @@ def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> fl
         return 4.0 * (mask_iou > float(kind.split(":")[1]))
     if kind == "iou":
         return 4.0 * mask_iou
+    if kind not in ("tiered", "box-iou"):
+        raise ValueError(f"no accuracy term is called {kind}")
     value = answer_box_iou if kind == "box-iou" else mask_iou
     return 4.0 if value > 0.8 else 3.0 if value > 0.7 else 2.0 if value > 0.5 else 0.0  # eq. (5)
 

@@ -217,6 +217,17 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     assert out.returncode == 0 and (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG"), out.stderr[-2000:]
 
 
+def test_a_set_that_has_only_a_train_split_is_evaluated_on_another(tmp_path):
+    write_folder(tmp_path / "mine", 8)
+    lines = [json.loads(line) | {"split": "train"} for line in (tmp_path / "mine/data.jsonl").read_text().splitlines()]
+    (tmp_path / "mine/data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = run("train.py", "--data", str(tmp_path / "mine"), "--eval-data", "shapes", "--samples", "8", "--questions", "4", "--group", "4", "--updates", "2",
+              "--test-samples", "3", "--run", str(tmp_path / "run"))
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert set(json.loads((tmp_path / "run/summary.json").read_text())["trained"]["by_kind"]) == {"attribute", "relation", "indirect"}
+    assert set(json.loads((tmp_path / "run/samples.json").read_text())) == set("01234567")
+
+
 def test_eval_of_the_base_by_kind_of_question(tmp_path):
     out = run("eval.py", "--count", "30", "--out", str(tmp_path))
     assert out.returncode == 0, out.stderr[-2000:]

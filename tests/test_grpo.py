@@ -325,6 +325,24 @@ def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings,
     assert left.value.code == 2 and len(said.splitlines()) == 1 and "--micro" in said and "--resume" in said and "2.00 GiB" in said
 
 
+def test_what_was_learnt_before_memory_ran_out_is_saved_and_the_step_is_done_again(settings, tmp_path, monkeypatch):
+    s, real, steps = replace(settings, samples=12), grpo.update, []
+
+    def full(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    train(replace(s, run=str(tmp_path / "whole")))
+    monkeypatch.setattr(grpo, "update", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(replace(s, run=str(tmp_path / "cut")))
+    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 2
+    train(replace(s, run=str(tmp_path / "cut"), resume=True))
+    same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_run_is_not_overwritten_and_an_empty_one_not_resumed(settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")

@@ -202,7 +202,9 @@ def test_a_picture_of_another_size_than_coco_states_is_not_kept(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, split, part", [("reasonseg", "train", "has no train split"), ("no-such-set", "train", "neither 'shapes'")])
+@pytest.mark.parametrize("name, split, part", [
+    ("reasonseg", "train", "has no train split, only validation, test$"), ("refCOCOg_2k_840", "validation", "takes another set with --eval-data"), ("no-such-set", "train", "neither 'shapes'"),
+])
 def test_a_name_or_split_that_is_not_there_is_said(name, split, part):
     with pytest.raises(UserError, match=part):
         load_data(name, split, 1)

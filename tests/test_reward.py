@@ -347,6 +347,11 @@ def test_box_iou_puts_the_box_and_not_the_mask_through_the_tiers():
     assert accuracy_term("box-iou", 0.1, 0.9) == 4 and accuracy_term("box-iou", 0.9, 0.1) == 0
 
 
+def test_an_accuracy_term_that_nobody_wrote_is_an_error_and_not_the_tiers():
+    with pytest.raises(ValueError, match="square"):
+        accuracy_term("square", 0.6)
+
+
 def test_the_reward_of_a_perfect_a_wrong_and_an_unreadable_answer(segmenter):
     scene = make_scene(11)
     thing, other = scene.things[:2]

@@ -158,6 +158,9 @@ def test_a_figure_of_ablations_has_a_dot_a_seed_and_the_intervals_of_its_table()
     figure = ablations.draw(lines, ["points", "group"])
     dots = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     assert np.concatenate(dots) == pytest.approx([0.05 + 0.0005 * s for s in range(5)] + [-0.1 - 0.001 * s for s in range(5)])
+    far = ablations.draw([line | {"gIoU": line["gIoU"] - 0.2 * (line["row"] == "G = 2")} for line in lines], ["points", "group"]).axes[0]
+    assert [text.get_text() for text in far.texts] == ["← -0.302 ± 0.002"] and not figure.axes[0].texts
+    assert len([line for line in far.get_lines() if line.get_marker() == "o"]) == 1
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["points", "no points", "group", "G = 2"]
 
