@@ -257,10 +257,8 @@ def train(s: Settings) -> dict:
         policy = load_policy(s.policy, s.load_in, s.rank, None, s.device, s.checkpointing, s.coordinates, s.image_size)
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         data, validation, test = (
-            load_data(name, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
-            for name, split, count in (
-                (s.data, "train", s.samples), (s.eval_data or s.data, "validation", s.eval_samples), (s.eval_data or s.data, "test", s.test_samples)
-            )
+            load_data(name or s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
+            for name, split, count in ((s.data, "train", s.samples), (s.eval_data, "validation", s.eval_samples), (s.eval_data, "test", s.test_samples))
         )
     if data[0].box_only and s.accuracy != "box-iou" and s.accuracy_weight:
         raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add --accuracy box-iou")
