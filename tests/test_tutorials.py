@@ -120,6 +120,21 @@ def test_what_the_readme_says_of_the_ablations_is_in_their_lines():
     assert "of which {:.0f} % reach an IoU of 0.5, against {:.0f} %".format(*boxes) in text
 
 
+def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs():
+    import ablations
+
+    lines, rows = ablations.read(), list(ablations.ROWS)
+    against = [(row, ablations.BASE.get(row, "base")) for row in rows[1:]] + [("G = 4", "G = 16"), ("10000 samples", "3008 samples")]
+    known = set()
+    for row, other in against:
+        for measure in ablations.TESTED:
+            first, second = ({line["seed"]: line[measure] for line in lines if line["row"] == name} for name in (row, other))
+            known.add("{:+.3f} ± {:.3f}".format(*ablations.interval([first[seed] - second[seed] for seed in first])))
+    [notebook] = TUTORIALS.glob("5*.ipynb")
+    quoted = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", "\n".join(texts(notebook, "markdown")))
+    assert len(quoted) >= 5 and not set(quoted) - known
+
+
 def test_the_papers_figures_stand_beside_the_rows_that_repeat_its_tables():
     import ablations
 

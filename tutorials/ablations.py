@@ -151,6 +151,8 @@ def draw(lines: list[dict], titles: list[str]):
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in titles else "normal")
     axes.set_ylim(y + 0.4, 0.6), axes.tick_params("y", length=0), axes.grid(axis="x", alpha=0.25)
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))  # one scale for every table, so that a small difference looks small
     first, *others = dict.fromkeys(rows_of(lines, title)[0] for title in titles)
     axes.set_xlabel(
         f"gIoU on held-out scenes minus that of {first} with the same seed\n" + "".join(f"(last block: minus that of {other})\n" for other in others)
