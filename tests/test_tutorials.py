@@ -120,16 +120,14 @@ def test_what_the_readme_says_of_the_ablations_is_in_their_lines():
     assert "of which {:.0f} % reach an IoU of 0.5, against {:.0f} %".format(*boxes) in text
 
 
-def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs():
+def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs(monkeypatch):
     import ablations
 
-    lines, rows = ablations.read(), list(ablations.ROWS)
-    against = [(row, ablations.BASE.get(row, "base")) for row in rows[1:]] + [("G = 4", "G = 16"), ("10000 samples", "3008 samples")]
-    known = set()
-    for row, other in against:
-        for measure in ablations.TESTED:
-            first, second = ({line["seed"]: line[measure] for line in lines if line["row"] == name} for name in (row, other))
-            known.add("{:+.3f} ± {:.3f}".format(*ablations.interval([first[seed] - second[seed] for seed in first])))
+    lines, known = ablations.read(), set()
+    others = {"G = 4": "G = 16", "10000 samples": "3008 samples"}  # what its text compares beside the tables
+    for base, rows in ((ablations.BASE, list(ablations.ROWS)[1:]), (others, others)):
+        monkeypatch.setattr(ablations, "BASE", base)
+        known |= {"{:+.3f} ± {:.3f}".format(*ablations.compare(lines, row, measure)["difference"]) for row in rows for measure in ablations.TESTED}
     [notebook] = TUTORIALS.glob("5*.ipynb")
     quoted = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", "\n".join(texts(notebook, "markdown")))
     assert len(quoted) >= 5 and not set(quoted) - known
@@ -174,6 +172,7 @@ def test_a_figure_of_ablations_has_a_dot_a_seed_and_the_intervals_of_its_table()
     dots = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     assert np.concatenate(dots) == pytest.approx([0.05 + 0.0005 * s for s in range(5)] + [-0.1 - 0.001 * s for s in range(5)])
     far = ablations.draw([line | {"gIoU": line["gIoU"] - 0.2 * (line["row"] == "G = 2")} for line in lines], ["points", "group"]).axes[0]
+    assert far.get_xlim() == figure.axes[0].get_xlim() == ablations.draw(lines, ["points"]).axes[0].get_xlim()  # one scale for all tables
     assert [text.get_text() for text in far.texts] == ["← -0.302 ± 0.002"] and not figure.axes[0].texts
     assert len([line for line in far.get_lines() if line.get_marker() == "o"]) == 1
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
