@@ -1,10 +1,11 @@
 """Train the policy with SAM as the reward: `python train.py --samples 3000`. See --help for every setting."""
 
+import os
 import sys
 
 from torch import OutOfMemoryError
 
-from samr1_mini.config import UserError, exit_with, parse_settings
+from samr1_mini.config import Terminated, UserError, exit_with, parse_settings
 from samr1_mini.memory import cap_memory
 
 
@@ -24,8 +25,15 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         exit_with(error, "train.py")
     except OutOfMemoryError as error:
-        exit_with(UserError(f"GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower --max-new-tokens or "
-                            f"--micro. Before it: start again with these, --checkpointing, a lower --group, or --load-in nf4; --rehearse 1 shows what fits ({error})"), "train.py")
+        if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+            sys.exit(2)
+        exit_with(UserError(
+            "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower --max-new-tokens or "
+            "--micro. Before it: start again with these, --checkpointing, a lower --group, or --load-in nf4; --rehearse 1 shows what fits "
+            f"({error})"), "train.py")
+    except Terminated:
+        print("train.py: terminated", file=sys.stderr)
+        sys.exit(143)
     except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C
         print("\nstopped; what was saved before stays, see --resume", file=sys.stderr)
         sys.exit(130)

@@ -39,8 +39,7 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     """Seconds of each way for `questions` pictures of size x size pixels with `group` answers of `tokens` tokens."""
     samples = list(load_data("shapes", "validation", questions))
     images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
-    eos = policy.processor.tokenizer.eos_token_id
-    policy.banned[eos] = True  # all answers get the full length, here and below
+    policy.banned[policy.stop] = True  # all answers get the full length, here and below
 
     def read(asked, images):
         texts = [prompt_text(policy.processor, q, size, size) for q in asked]
@@ -60,7 +59,7 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
         "shared prompt": lambda: sample(policy, encoded(), group, tokens), "  of it, encoding the picture": encoded,
         "generate": lambda: generate(1), "generate, prompt repeated": lambda: generate(group),
     }, rounds)}
-    policy.banned[eos] = False
+    policy.banned[policy.stop] = False
 
     prompts = encoded()
     groups = [[torch.randint(300, 400, (tokens,), device=policy.device) for _ in range(group)] for _ in prompts]
@@ -99,7 +98,7 @@ def compare_weights(shape: str, formats: tuple, device: str, size: int, question
     images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
     for load_in in formats:
         policy = make_policy(shape, load_in, device)
-        policy.banned[policy.processor.tokenizer.eos_token_id] = True
+        policy.banned[policy.stop] = True
         with torch.no_grad():
             prompts = encode(policy, images, asked)
         groups = [[torch.randint(300, 400, (tokens,), device=device) for _ in range(group)] for _ in prompts]

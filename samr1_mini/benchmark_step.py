@@ -34,7 +34,7 @@ ROWS = [TINY, LONG, *(LONG | dict(group=g) for g in (4, 16)), *(LONG | dict(max_
 def ours(s: Settings, steps: int) -> list[dict]:
     """Seconds of each step, and of its phases."""
     policy, segmenter = load_policy(s.policy, s.load_in, s.rank, device=s.device), load_segmenter(s.sam, device=s.device)
-    policy.banned[policy.processor.tokenizer.eos_token_id] = True
+    policy.banned[policy.stop] = True
     optimizer, data, taken = new_optimizer(policy, s), load_data("shapes", "train", steps * s.questions), []
     for step in range(steps):
         start = time.perf_counter()

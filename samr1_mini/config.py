@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,10 @@ import torch
 
 class UserError(Exception):
     """A mistake that the user can mend: shown as one line, without a traceback."""
+
+
+class Terminated(Exception):
+    """SIGTERM came: the machine wants to be free, so the state is saved at once and the step in progress is lost."""
 
 
 def _option(default, help: str, choices: tuple = ()):
@@ -23,10 +27,12 @@ class Settings:
     preset: str = _option("auto", "size of everything below; auto looks at the machine", ("auto", "tiny", "3b", "7b"))
     run: str = _option("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
     resume: bool = _option(False, "go on with the run in that folder where it stopped")
+    save_minutes: float = _option(10.0, "minutes between saved states, beside those at evaluations and at the end")
     rehearse: int = _option(0, "do not train: run this many full steps with random weights of the preset's shape; nothing is downloaded")
     memory_limit: float = _option(0.0, "GiB of GPU memory this process may take; lets a larger card stand in for a smaller one (0: all)")
     samples: int = _option(3000, "training questions; each is seen once")
-    seed: int = _option(0, "seed of everything: same seed, same machine, same numbers")
+    seed: int = _option(0, "seed of everything: on a CPU the same seed gives the same numbers; on a GPU the same questions and draws, "
+                        "while sums are rounded in another order each time")
     device: str = _option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
 
     policy: str = _option("tiny", "policy: a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id; tiny is the one in the package")
@@ -60,6 +66,7 @@ class Settings:
     eps_low: float = _option(0.2, "clip: lowest ratio is 1 - eps_low")
     eps_high: float = _option(0.3, "clip: highest ratio is 1 + eps_high (clip-higher: above eps_low)")
     beta: float = _option(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
+    kl_bound: float = _option(5.0, "log(pi_ref / pi) counts at most this in the KL, so that no single token rules an update")
     normalise: str = _option("token", "token: eq. (4), one normaliser for all tokens of a group; sequence: eq. (2)", ("token", "sequence"))
     advantage: str = _option("std", "std: eq. (1); mean: without the division by the standard deviation", ("std", "mean"))
 
@@ -87,12 +94,20 @@ PRESETS = {
 
 
 def choose_preset() -> tuple[str, str]:
-    """The preset that suits this machine, and why."""
+    """The preset that suits this machine, and why. Cards sold as 24 GB report 21.9 (A10G) to 24.0 GiB, those of 12 GB 11.6 to 12."""
     if not torch.cuda.is_available():
         return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package train on the CPU"
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
-    preset = "7b" if memory > 22 else "3b" if memory > 11 else "tiny"
-    return preset, f"the GPU {name} has {memory:.0f} GiB"
+    if emulates_bf16():
+        return "tiny", (f"the GPU {name} ({memory:.1f} GiB) is older than compute capability 8.0 and emulates bf16; --preset 3b would "
+                        "keep all but the 4-bit weights in fp32 there, which is slow and which nobody has measured")
+    preset = "7b" if memory > 21 else "3b" if memory > 11 else "tiny"
+    return preset, f"the GPU {name} has {memory:.1f} GiB"
+
+
+def emulates_bf16() -> bool:
+    """Whether this GPU is older than compute capability 8.0 (T4, V100): it has no bf16 of its own."""
+    return torch.cuda.get_device_capability() < (8, 0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,12 +160,14 @@ def make_settings(**given) -> tuple[Settings, str]:
     settings = replace(Settings(**PRESETS[preset]), **given | {"preset": preset})
     if settings.device == "auto":
         settings = replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
+    if preset != "tiny" and settings.device == "cuda" and emulates_bf16():
+        why += "; this GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
     changed = ", ".join(f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume"))
     return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
 
 
 # What a resumed run may do otherwise: be longer, or take less memory (with shorter answers if nothing else helps).
-MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit", "max_new_tokens")
+MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit", "max_new_tokens", "save_minutes")
 
 
 def resumed_settings(given: dict) -> tuple[Settings, str]:
@@ -160,11 +177,12 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    saved = json.loads(file.read_text())
+    saved = asdict(Settings()) | json.loads(file.read_text())  # what an older version did not know takes its default
     for name, value in given.items():
         if name not in MAY_CHANGE and saved[name] != value:
             raise UserError(f"--resume: this run was started with --{name.replace('_', '-')} {saved[name]}, not {value}")
-    settings = Settings(**saved | {k: v for k, v in given.items() if k in MAY_CHANGE and k != "preset"})
+    changed = {name: value for name, value in given.items() if name in MAY_CHANGE and name != "preset"}
+    settings = Settings(**saved | changed)
     return settings, f"going on with {settings.run}, preset {settings.preset}"
 
 
@@ -173,10 +191,11 @@ def check(s: Settings) -> None:
     for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points", "eval_samples", "test_samples"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
-    for name in ("lr", "temperature", "max_grad_norm"):
+    for name in ("lr", "temperature", "max_grad_norm", "kl_bound", "save_minutes"):
         if not 0 < getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "seed", "eps_low", "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
+    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "seed", "eps_low", "eps_high", "accuracy_weight",
+                 "reasoning_weight", "segmentation_weight"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(s, name)}")
     if s.group < 2:
@@ -191,6 +210,8 @@ def check(s: Settings) -> None:
         raise UserError(f"--samples {s.samples} is less than one rollout batch: lower --questions {s.questions}")
     if s.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to train on the CPU")
+    if s.device == "cuda" and s.load_in == "bf16" and emulates_bf16():
+        raise UserError(f"--load-in bf16: {torch.cuda.get_device_name()} emulates bf16; take --load-in nf4")
     if s.sam_checkpoint and not Path(s.sam_checkpoint).is_file():
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
 

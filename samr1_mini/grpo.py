@@ -18,17 +18,29 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from .config import Settings, UserError
-from .data import Sample, load_data
-from .evaluation import before_after, ceiling, evaluate, policy_image
+from .config import Settings, Terminated, UserError
+from .data import Sample
+from .evaluation import policy_image
+from .loading import load_all
 from .memory import free_memory, peak_memory, side_by_side
-from .plots import curves, sample_sheet
-from .policy import Completion, Policy, Prompt, encode, load_policy, logprobs, sample
-from .reward import Reward, Segmenter, load_segmenter, score_group
-from .runs import load_state, open_run, save_state, stop_on_ctrl_c, write_json
+from .policy import Completion, Policy, Prompt, encode, logprobs, sample
+from .processes import add_up_gradients, average, join, together
+from .reports import first_look, score_base, summarise, validate
+from .reward import Reward, Segmenter, score_group
+from .runs import (
+    load_state,
+    open_run,
+    put_state,
+    read_log,
+    resume_command,
+    save_state,
+    stop_on_signals,
+    take_state,
+    write_json,
+)
 
 # ---------------------------------------------------------------------------------------------------- the equations
 
@@ -60,7 +72,9 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
     return torch.cat(weights)
 
 
-def objective(logp, old, reference, advantage, weight, eps_low: float, eps_high: float, beta: float) -> tuple[torch.Tensor, dict]:
+def objective(
+    logp, old, reference, advantage, weight, eps_low: float, eps_high: float, beta: float, kl_bound: float = float("inf")
+) -> tuple[torch.Tensor, dict]:
     """The loss (minus eq. 4, summed over groups) from five [S] tensors, and sums over tokens to log; `reference` None means beta 0.
 
     logp: under the policy, with gradient; old: under the policy that sampled; reference: under the frozen base.
@@ -69,18 +83,23 @@ def objective(logp, old, reference, advantage, weight, eps_low: float, eps_high:
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)  # [S] clip-higher: eps_high > eps_low
     # min, for negative advantages too: it is the pessimistic side of the clip in all four quadrants
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
-    kl = torch.zeros_like(logp)
+    kl = gap = torch.zeros_like(logp)
     if reference is not None:
+        # Eq. (3) has no upper bound: one drawn token that the base finds e^16 times likelier would be the whole update. Held tokens pull
+        # no more.
         gap = reference - logp
-        kl = gap.exp() - gap - 1  # [S] (3)  KL = pi_ref/pi - log(pi_ref/pi) - 1, the k3 estimator
+        held = gap.clamp(max=kl_bound)
+        kl = held.exp() - held - 1  # [S] (3)  KL = pi_ref/pi - log(pi_ref/pi) - 1, the k3 estimator
     # (4)  (1 / sum_i |o_i|) sum_i sum_t [ min(rho A, clip(rho) A) - beta KL ]
     loss = -(weight * (surrogate - beta * kl)).sum()
     with torch.no_grad():
         sums = {
-            "kl": kl.sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
-            "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(), "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
+            "kl": kl.sum(), "kl_held": (gap > kl_bound).sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
+            "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(),
+            "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
+            "gap": (logp - old).abs().sum(), "gap_max": (logp - old).abs().max(), "ratio_min": ratio.min(), "ratio_max": ratio.max(),
         }
-        return loss, {k: v.item() for k, v in sums.items()} | {"ratio_min": ratio.min().item(), "ratio_max": ratio.max().item()}
+        return loss, {name: value.item() for name, value in sums.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- one step
@@ -147,30 +166,24 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
     """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before. Returns what to log."""
-    start, log, tokens, processes = time.perf_counter(), defaultdict(float), 0, PartialState().num_processes
+    start, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     trained = [p for p in policy.model.parameters() if p.requires_grad]
-    log["ratio_min"] = log["ratio_max"] = 1.0
     policy.model.train()
     if s.beta:
-        add_reference(policy, rollouts, s)
+        together(lambda: add_reference(policy, rollouts, s))
     for k in range(s.updates * s.passes):
         part = k % s.updates
         share = rollouts[part * len(rollouts) // s.updates : (part + 1) * len(rollouts) // s.updates]
-        questions = len(share) * processes  # of this update, in all processes
-        if s.beta == 0:  # a group without variance has nothing to say but the KL: its term of the mean is 0
-            share = [r for r in share if r.advantage.any()]
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (done + k + 1) / max(1, s.warmup))  # warm-up, then constant
         optimizer.zero_grad()
-        for i in range(0, len(share), s.micro):
-            part = share[i : i + s.micro]
-            loss, sums, count = batch_loss(policy, part, s)
-            (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
-            log["loss"] += loss.item() / len(rollouts) / s.passes
-            tokens += count
-            log["ratio_min"], log["ratio_max"] = min(log["ratio_min"], sums.pop("ratio_min")), max(log["ratio_max"], sums.pop("ratio_max"))
-            for name, value in sums.items():
-                log[name] += value
+        sums = together(lambda: backward(policy, share, s))
+        log["loss"] += sums["loss"] / len(rollouts) / s.passes
+        if k == 0:  # nothing was updated since sampling: what differs is rounding
+            log["sampling_gap"], log["sampling_gap_max"] = sums["gap"] / max(1, sums["tokens"]), sums["gap_max"]
+        log["ratio_min"], log["ratio_max"] = min(log["ratio_min"], sums["ratio_min"]), max(log["ratio_max"], sums["ratio_max"])
+        for name in ("tokens", *A_TOKEN):
+            log[name] += sums[name]
         add_up_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
         if norm.isfinite():
@@ -180,22 +193,31 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
             log["skipped_updates"] += 1
             tqdm.write(f"update {done + k + 1}: the gradient is not finite, so it is skipped; if this goes on, lower --lr")
     policy.model.eval()
-    for name in ("kl", "approx_kl", "clip_low", "clip_high", "entropy"):
-        log[name] /= max(1, tokens)
-    return dict(log) | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
+    tokens = max(1, log.pop("tokens"))
+    a_token = {name: log[name] / tokens for name in A_TOKEN}
+    return dict(log) | a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
 
 
-def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Give every process the sum of the gradients of all, in one message; with one process nothing is left to do."""
-    if PartialState().num_processes > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
-        for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
+A_TOKEN = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")  # logged as means over tokens
 
 
-def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[torch.Tensor, dict, int]:
-    """The loss of eq. (4) summed over some questions, sums to log, and the number of answer tokens."""
+def backward(policy: Policy, rollouts: list[Rollout], s: Settings) -> dict:
+    """Gradients of one update, `micro` questions a forward; returns sums over its tokens, and extremes."""
+    questions = len(rollouts) * PartialState().num_processes  # of this update, in all processes
+    if s.beta == 0:  # a group without variance has nothing to say but the KL: its term of the mean is 0
+        rollouts = [r for r in rollouts if r.advantage.any()]
+    total = defaultdict(float, ratio_min=1.0, ratio_max=1.0)
+    for i in range(0, len(rollouts), s.micro):
+        loss, sums = batch_loss(policy, rollouts[i : i + s.micro], s)
+        (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
+        for name, value in (sums | {"loss": loss.item()}).items():
+            extreme = {"ratio_min": min, "ratio_max": max, "gap_max": max}.get(name)
+            total[name] = extreme(total[name], value) if extreme else total[name] + value
+    return total
+
+
+def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[torch.Tensor, dict]:
+    """The loss of eq. (4) summed over some questions, and sums over their answer tokens to log."""
     prompts, groups = [r.prompt for r in rollouts], [[a.ids for a in r.answers] for r in rollouts]
     lengths = [[len(ids) for ids in group] for group in groups]
     device = policy.device
@@ -205,9 +227,9 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
     each = torch.cat([r.advantage for r in rollouts])  # [B * G]
     advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(device)  # [S]
     loss, sums = objective(
-        logp, old, reference, advantage, token_weights(lengths, s.normalise).to(device), s.eps_low, s.eps_high, s.beta
+        logp, old, reference, advantage, token_weights(lengths, s.normalise).to(device), s.eps_low, s.eps_high, s.beta, s.kl_bound
     )
-    return loss, sums | {"entropy": entropy.sum().item()}, len(logp)
+    return loss, sums | {"entropy": entropy.sum().item(), "tokens": len(logp)}
 
 
 def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> None:
@@ -238,7 +260,17 @@ def describe(rollouts: list[Rollout]) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
+def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> dict:
+    """Step number `step`, from 0: rollout, reward, advantage, update; each process on its share. Returns its line of the log."""
+    processes = PartialState()
+    share = slice(processes.process_index, None, processes.num_processes)
+    torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
+    chance = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
+    batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[share]]
+    rollouts, seconds = together(lambda: roll_out(policy, segmenter, batch, s, chance[share]))
+    learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
+    line = average({**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)})
+    return {"step": step + 1, **line, "tokens_per_second": line["length"] * s.questions * s.group / line["seconds_rollout"]}
 
 
 def train(s: Settings) -> dict:
@@ -247,90 +279,62 @@ def train(s: Settings) -> dict:
     Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add up; the first
     process writes.
     """
-    begun, processes = time.perf_counter(), PartialState(cpu=s.device == "cpu")
-    first, mine = processes.is_main_process, slice(processes.process_index, None, processes.num_processes)
+    begun, processes = time.perf_counter(), join(s.device)
+    first = processes.is_main_process
     if s.questions % (s.updates * processes.num_processes) and processes.num_processes > 1:
         raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes x --updates {s.updates}")
     folder = broadcast_object_list([open_run(s) if first else None])[0]
-    torch.manual_seed(s.seed)
-    with processes.main_process_first():  # what has to be downloaded is downloaded once
-        policy = load_policy(s.policy, s.load_in, s.rank, None, s.device, s.checkpointing, s.coordinates, s.image_size)
-        segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
-        data, validation, test = (
-            load_data(name or s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
-            for name, split, count in ((s.data, "train", s.samples), (s.eval_data, "validation", s.eval_samples), (s.eval_data, "test", s.test_samples))
-        )
-    if data[0].box_only and s.accuracy != "box-iou" and s.accuracy_weight:
-        raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add --accuracy box-iou")
+    policy, segmenter, data, validation, test = load_all(s)
     optimizer = new_optimizer(policy, s)
-    start, earlier_seconds = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
-    seconds_so_far = lambda: round(earlier_seconds + time.perf_counter() - begun, 1)
+    start, earlier = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
+    spent = lambda: round(earlier + time.perf_counter() - begun, 1)
     steps, log_file = len(data) // s.questions, folder / "metrics.jsonl"
     if first:
-        earlier = [json.loads(line) for line in log_file.read_text().splitlines()[:start]] if start else []
-        log_file.write_text("".join(json.dumps(line) + "\n" for line in earlier))
+        kept = read_log(folder, start) if start else []
+        log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         write_json(folder / "samples.json", data.ids)  # which questions this run drew
     if s.device == "cuda":
-        try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s)
-
-    if start and (folder / "base.json").exists():
-        base = json.loads((folder / "base.json").read_text())
-    else:  # every process evaluates for itself: they would only wait for each other
-        base = evaluate(policy, segmenter, test, s, "base" * first).summary() | {"ceiling": ceiling(segmenter, test)}
+        together(lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s))
+    if not start:
+        few = [data[i] for i in range(min(4, len(data)))]
+        chance = torch.rand(len(few), s.group, s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed))
+        rollouts, _ = together(lambda: roll_out(policy, segmenter, few, s, chance))
         if first:
-            write_json(folder / "base.json", base)
-            if s.eval_every:
-                report = evaluate(policy, segmenter, validation, s)
-                sample_sheet(folder / "sheet-00000.png", report.rows[:12], policy.frame(s.image_size), "Validation before training")
-    with stop_on_ctrl_c() as stop:
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True, disable=not first)
-        for step in bar:
-            torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
-            chance = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
-            batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[mine]]
-            try:
-                rollouts, seconds = roll_out(policy, segmenter, batch, s, chance[mine])
-                learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
-            except torch.OutOfMemoryError:  # what was learnt is kept; this step is done again by --resume
-                if first:
-                    save_state(folder, policy, optimizer, step, seconds_so_far())
-                raise
-            line = {"step": step + 1, **describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
-            every = gather_object([(line, stop.is_set())])  # from each process
-            line = {name: sum(one[name] for one, _ in every) / len(every) for name in line} | {"step": step + 1}
-            line["tokens_per_second"] = line["length"] * s.questions * s.group / line["seconds_rollout"]
-            stopped = any(asked for _, asked in every)
-            look = s.eval_every and (step + 1) % s.eval_every == 0
-            if look:
-                report = evaluate(policy, segmenter, validation, s)
-                line |= {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
-            if first:
-                with log_file.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-                if look:
-                    sample_sheet(folder / f"sheet-{step + 1:05d}.png", report.rows[:12], policy.frame(s.image_size), f"Validation after {step + 1} steps")
-                if look or stopped:
-                    save_state(folder, policy, optimizer, step + 1, seconds_so_far())
-            bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
-            if stopped:
-                bar.close()
-                if first:
-                    print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  python train.py --resume --run {folder} --samples {s.samples}")
-                sys.exit(130)
+            print(first_look(rollouts, s), flush=True)
+    base = score_base(policy, segmenter, validation, test, s, folder, resumed=start > 0)
 
+    state, saved = take_state(policy, optimizer, start, spent()), time.perf_counter()
+    with stop_on_signals() as stop:
+        try:
+            bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True, disable=not first)
+            for step in bar:
+                line = one_step(policy, segmenter, optimizer, data, s, step)
+                look = s.eval_every and (step + 1) % s.eval_every == 0
+                if look:
+                    line |= validate(policy, segmenter, validation, s, folder, step + 1)
+                stopped = any(gather_object([stop.is_set()]))
+                if first:
+                    with log_file.open("a") as out:
+                        out.write(json.dumps(line) + "\n")
+                state = take_state(policy, optimizer, step + 1, spent())
+                if first and (look or stopped or time.perf_counter() - saved > 60 * s.save_minutes):
+                    save_state(folder, policy, state)
+                    saved = time.perf_counter()
+                bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
+                if stopped:
+                    bar.close()
+                    if first:
+                        print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  {resume_command(folder, s)}")
+                    sys.exit(130)
+        except (torch.OutOfMemoryError, Terminated, UserError, OSError, KeyboardInterrupt) as error:
+            put_state(policy, optimizer, state)  # a step that was cut off is done again by --resume
+            if first and save_state(folder, policy, state):
+                print(f"step {state['step']} is saved; go on with:\n  {resume_command(folder, s)}", flush=True)
+            if isinstance(error, OSError):  # the log's disk is full
+                raise UserError(f"{folder}: {error}") from None
+            raise
     if all(not p.any() for n, p in policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
         raise UserError("the adapter never changed: every group's answers all got the same reward (zero_variance in metrics.jsonl)")
-    if not first:
-        return {}
-    save_state(folder, policy, optimizer, steps, seconds_so_far())
-    report = evaluate(policy, segmenter, test, s, "trained")
-    summary = {
-        "samples": steps * s.questions, "seed": s.seed, "seconds": seconds_so_far(),
-        "base": {k: v for k, v in base.items() if k != "ceiling"}, "trained": report.summary(), "ceiling": base["ceiling"],
-    }
-    write_json(folder / "summary.json", summary)
-    sample_sheet(folder / "sheet-test.png", report.rows[:12], policy.frame(s.image_size), "Held-out test scenes after training")
-    curves(folder / "curves.png", [json.loads(line) for line in log_file.read_text().splitlines()], summary)
-    print(before_after(summary))
-    print(f"adapter, log, curves and sheets are in {folder}")
-    return summary
+    if first and not save_state(folder, policy, state):
+        raise UserError(f"--run {folder}: the last steps are not saved; make room there, then {resume_command(folder, s)}")
+    return summarise(policy, segmenter, test, s, folder, base, steps, spent)

@@ -24,7 +24,7 @@ from transformers import (
     DynamicCache,
 )
 
-from .config import UserError, check_size
+from .config import UserError, check_size, emulates_bf16
 
 TINY = Path(__file__).parent / "tiny" / "policy"
 
@@ -46,6 +46,7 @@ class Policy:
     model: PeftModel
     processor: object  # chat template, tokenizer and image processor
     banned: torch.Tensor  # bool [V]: ids that must never be sampled
+    stop: torch.Tensor  # [k] ids that end an answer
     coordinates: str = "pixels"  # what its answers count in: pixels of the square picture, or thousandths of its sides
 
     @property
@@ -86,7 +87,7 @@ class Prompt:
 
 @dataclass
 class Completion:
-    """One sampled answer. `ids` ends with eos unless it was cut off; `logps` are those of the distribution it was drawn from."""
+    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are those of the distribution it was drawn from."""
 
     ids: torch.Tensor  # [L]
     logps: torch.Tensor  # [L] fp32
@@ -97,32 +98,55 @@ class Completion:
 # ---------------------------------------------------------------------------------------------------- load
 
 
-def load_policy(
-    name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu", checkpointing: bool = False,
-    coordinates: str = "auto", image_size: int | None = None,
-) -> Policy:
-    """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32), with a trainable LoRA adapter.
-
-    `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
-    "tiny" is the folder in the package. Raises UserError where nothing can be loaded, where another kind of model is named, and where
-    pictures of `image_size` pixels a side do not divide into its cells.
-    """
-    name = str(TINY) if name == "tiny" else str(name)
+def check_policy(name: str, image_size: int | None = None):
+    """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind of model, and
+    where pictures of `image_size` pixels a side do not divide into its cells. Nothing large is loaded."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(str(TINY) if name == "tiny" else name)
     except (OSError, ValueError) as error:
-        raise UserError(f"--policy {name}: no model folder of that name, and the hub does not give one ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"--policy {name}: no model folder of that name, and the hub does not give one ({why})") from None
     if config.model_type not in COORDINATES:
         raise UserError(f"--policy {name} is a {config.model_type} model; the policy must be one of {', '.join(COORDINATES)}")
     if image_size is not None:
         check_size(config, image_size)
-    dtype = torch.float32 if load_in == "fp32" or (load_in == "nf4" and device == "cpu") else torch.bfloat16
-    nf4 = BitsAndBytesConfig(
+    return config
+
+
+def compute_dtype(load_in: str, device: str) -> torch.dtype:
+    """What all that is not in four bits is held and computed in (the adapter is fp32 always).
+
+    bf16 for NF4 on a GPU that computes in it. Before compute capability 8.0 bf16 is emulated, and fp16 overflows in Qwen's vision
+    tower: fp32 there, as on a CPU.
+    """
+    if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
+        return torch.float32
+    return torch.float32 if load_in == "fp32" else torch.bfloat16
+
+
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation for the language model's layers; a 4-bit vision tower or head breaks a Qwen-VL."""
+    return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],  # a 4-bit vision tower or head breaks the model
+        llm_int8_skip_modules=["model.visual", "lm_head"],
     )
+
+
+def load_policy(
+    name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu",
+    checkpointing: bool = False, coordinates: str = "auto", image_size: int | None = None,
+) -> Policy:
+    """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32), with a trainable
+    LoRA adapter.
+
+    `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
+    "tiny" is the folder in the package. Raises UserError as check_policy does.
+    """
+    check_policy(str(name), image_size)
+    name, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
     base = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=dtype, quantization_config=nf4 if load_in == "nf4" else None, device_map={"": device}, attn_implementation="sdpa"
+        name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map={"": device},
+        attn_implementation="sdpa",
     )
     return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing, coordinates)
 
@@ -144,7 +168,8 @@ def add_adapter(
     else:
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS))
     coordinates = COORDINATES[base.config.model_type] if coordinates == "auto" else coordinates
-    return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer), coordinates)
+    stop = stop_ids(base, processor.tokenizer)
+    return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer, stop), stop, coordinates)
 
 
 def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
@@ -154,15 +179,24 @@ def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
     policy.processor.save_pretrained(folder)
 
 
-def banned_ids(model, tokenizer) -> torch.Tensor:
-    """Bool [V]: picture and video placeholders (a sampled one would ask the next forward for a picture) and ids without a token."""
+def stop_ids(model, tokenizer) -> torch.Tensor:
+    """[k] the ids at which the model's own generation_config stops (Qwen's: <|im_end|> and <|endoftext|>), and the tokenizer's eos."""
+    told = model.generation_config.eos_token_id
+    told = [] if told is None else [told] if isinstance(told, int) else told
+    return torch.tensor(sorted({*told, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
+
+
+def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
+    """Bool [V]: what no answer may hold. Placeholders of pictures and videos (a sampled one would ask the next forward for a picture),
+    ids without a token, and the padding where it does not end an answer."""
     config = model.config
     banned = torch.zeros(model.lm_head.weight.shape[0], dtype=torch.bool, device=model.lm_head.weight.device)
     banned[len(tokenizer) :] = True
-    pad = tokenizer.convert_tokens_to_ids("<|vision_pad|>")
-    for token in (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id, pad):
+    vision = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    for token in (*vision, tokenizer.convert_tokens_to_ids("<|vision_pad|>"), tokenizer.pad_token_id):
         if token is not None and token < len(banned):
             banned[token] = True
+    banned[stop] = False
     return banned
 
 
@@ -216,10 +250,31 @@ def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
 # ---------------------------------------------------------------------------------------------------- sample
 
 
+class Fp32Head(torch.autograd.Function):
+    """hidden [n, D] @ weight [V, D] -> logits [n, V] that are never rounded to bf16, as the head's own forward would do: at values of 16
+    to 32 a bf16 step is 0.125, so that alone would move every ratio away from 1. The products are bf16's, their sums fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return hidden.float() @ weight.float().T  # a CPU has no such kernel
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        [weight] = ctx.saved_tensors
+        return gradient.to(weight.dtype) @ weight, None
+
+
 def token_logits(policy: Policy, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
     """Hidden states [..., D] -> fp32 logits [..., V] of the one distribution that is sampled from and trained on."""
-    logits = policy.base.lm_head(hidden).float() / temperature
-    return logits.masked_fill(policy.banned, -1e30)  # finite, so that 0 * logit stays 0 in the entropy
+    head = policy.base.lm_head
+    if head.weight.dtype == torch.float32:
+        logits = head(hidden)
+    else:
+        logits = Fp32Head.apply(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
+    return (logits / temperature).masked_fill(policy.banned, -1e30)  # finite, so that 0 * logit stays 0 in the entropy
 
 
 def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
@@ -241,7 +296,7 @@ def sample(
     if chance is None and temperature:
         chance = torch.rand(len(prompts), group, max_new_tokens)
     language, tokenizer = policy.base.model.language_model, policy.processor.tokenizer
-    eos, device, length = tokenizer.eos_token_id, policy.device, max(len(p.ids) for p in prompts)
+    stop, device, length = policy.stop, policy.device, max(len(p.ids) for p in prompts)
     pad = [length - len(p.ids) for p in prompts]
     # Padding goes to the left, so that every prompt's last token stands in the last column.
     embeds = torch.stack([torch.nn.functional.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pad)])  # [B, P, D]
@@ -260,7 +315,7 @@ def sample(
     mask = mask[:, None, None].expand(-1, 1, group, -1)  # [B, 1, G, P]
     own = torch.eye(group, dtype=torch.bool, device=device).expand(len(prompts), 1, -1, -1)  # [B, 1, G, G]
     position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(-1, group)  # [B, G]
-    ids = torch.full((len(prompts), group, max_new_tokens), eos, device=device)  # [B, G, L]
+    ids = torch.zeros(len(prompts), group, max_new_tokens, dtype=torch.long, device=device)  # [B, G, L]
     logps = torch.zeros(ids.shape, device=device)  # [B, G, L]
     lengths = torch.full(position.shape, max_new_tokens, device=device)  # [B, G]
     alive = torch.ones(position.shape, dtype=torch.bool, device=device)  # [B, G]
@@ -269,8 +324,9 @@ def sample(
         logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
         token = draw(logp, chance[live.cpu(), :, t].to(device)) if temperature else logp.argmax(-1)  # [b, G]
         ids[live, :, t], logps[live, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
-        lengths[live] = torch.where(alive[live] & (token == eos), t + 1, lengths[live])
-        alive[live] &= token != eos
+        ends = torch.isin(token, stop)  # [b, G]
+        lengths[live] = torch.where(alive[live] & ends, t + 1, lengths[live])
+        alive[live] &= ~ends
         going = alive[live].any(1)  # [b]
         if not going.any() or t + 1 == max_new_tokens:
             break
@@ -282,7 +338,7 @@ def sample(
             inputs_embeds=policy.base.get_input_embeddings()(token), attention_mask=mask,
             position_ids=(position[live] + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
         ).last_hidden_state  # [b, G, D]
-    # Where an answer ends is known from its length, never from its ids: pad and eos may be one token.
+    # Where an answer ends is known from its length, never from its ids: padding and a stop id may be one token.
     groups = [
         [Completion(ids[b, g, :size], logps[b, g, :size], bool(alive[b, g]), "") for g, size in enumerate(sizes)]
         for b, sizes in enumerate(lengths.tolist())

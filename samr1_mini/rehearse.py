@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Params4bit
 from segment_anything import SamPredictor, sam_model_registry
 from tqdm import tqdm
 from transformers import (
@@ -21,13 +21,14 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from .config import Settings, UserError, check_size
 from .data import Shapes
 from .evaluation import evaluate
 from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
 from .memory import peak_memory
-from .policy import TINY, Completion, Policy, Prompt, add_adapter
+from .policy import TINY, Completion, Policy, Prompt, add_adapter, compute_dtype, four_bits
 from .reward import Segmenter, load_segmenter, score_group
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
@@ -55,24 +56,23 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
-    """A policy of this shape with random weights, each made, and quantised, by itself on `device`."""
-    dtype = torch.float32 if load_in == "fp32" or (load_in == "nf4" and device == "cpu") else torch.bfloat16
+    """A policy of this shape with random weights, each made, and quantised, by itself on `device`, in the classes of a real load."""
+    dtype = compute_dtype(load_in, device)
     with init_empty_weights():
         base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    if load_in == "nf4":
+        plan = four_bits(dtype)
+        replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
+        base.is_loaded_in_4bit = True  # so PEFT wraps these layers as it does after from_pretrained
     make = lambda shape: torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
-    for name, module in list(base.named_modules()):
-        if load_in == "nf4" and isinstance(module, torch.nn.Linear) and ".language_model." in name:
-            with torch.device("meta"):
-                four = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, compress_statistics=True, quant_type="nf4")
-            weight = Params4bit(make(module.weight.shape), requires_grad=False, compress_statistics=True, quant_type="nf4", module=four)
-            four.weight = weight.to(device)  # this quantises
-            if module.bias is not None:
-                four.bias = torch.nn.Parameter(make(module.bias.shape))
-            base.set_submodule(name, four)
-        else:
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                scale = key == "weight" and parameter.ndim == 1  # of a norm
-                setattr(module, key, torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device) if scale else make(parameter.shape)))
+    for module in list(base.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            norm = name == "weight" and parameter.ndim == 1
+            value = torch.ones(parameter.shape, dtype=dtype, device=device) if norm else make(parameter.shape)
+            if isinstance(parameter, Params4bit):
+                setattr(module, name, Params4bit(value, requires_grad=False, **parameter.__dict__).to(device))  # this quantises
+            else:
+                setattr(module, name, torch.nn.Parameter(value))
     base.tie_weights()
     return add_adapter(base.to(device), AutoProcessor.from_pretrained(TINY), rank, checkpointing=checkpointing)
 
@@ -154,7 +154,7 @@ def rehearse(s: Settings) -> dict:
 
     try:
         policy, segmenter = meter("load", load)
-        policy.banned[policy.processor.tokenizer.eos_token_id] = True  # every answer gets the full length
+        policy.banned[policy.stop] = True  # every answer gets the full length
         optimizer = new_optimizer(policy, s)
         for _ in tqdm(range(s.rehearse), desc="rehearse"):
             prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)

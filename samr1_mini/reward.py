@@ -167,13 +167,13 @@ class Segmenter:
         return found
 
 
+SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
+
+
 class Sam2Predictor:
     """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of segment_anything's SamPredictor."""
 
     def __init__(self, name: str, device: str = "cpu"):
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in ("sam2", "sam2_video", "sam3_tracker", "sam3_video"):
-            raise ValueError(f"it is a {kind} model")
         self.model = AutoModelForMaskGeneration.from_pretrained(name).to(device).eval().requires_grad_(False)
         self.read, self.transform, self.device = AutoImageProcessor.from_pretrained(name), self, device
 
@@ -198,6 +198,7 @@ class Sam2Predictor:
 
 
 # segment_anything's files: bytes and SHA-256, checked before they are read.
+SAM_FOLDER = Path.home() / ".cache" / "samr1_mini"
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {
     "vit_b": ("sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
@@ -206,11 +207,32 @@ SAM_FILES = {
 }
 
 
+def sam_bytes(kind: str, checkpoint: str = "") -> int:
+    """Bytes of segment_anything's file for `kind` that are still to be downloaded."""
+    if checkpoint or kind not in SAM_FILES:
+        return 0
+    name, size, _ = SAM_FILES[kind]
+    return 0 if (SAM_FOLDER / name).exists() and (SAM_FOLDER / name).stat().st_size == size else size
+
+
+def check_segmenter(kind: str) -> None:
+    """Raises UserError where `kind` is no Segment Anything. Nothing large is loaded."""
+    if kind == "tiny" or kind in SAM_FILES:
+        return
+    try:
+        found = AutoConfig.from_pretrained(kind).model_type
+        if found not in SAM2_KINDS:
+            raise ValueError(f"it is a {found} model")
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"--sam {kind}: none of tiny, {', '.join(SAM_FILES)}, nor the folder or hub id of a SAM 2 or 3 ({why})") from None
+
+
 def sam_file(kind: str) -> Path:
     """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache, with a progress bar and checked against their hash."""
     name, size, digest = SAM_FILES[kind]
-    path = Path.home() / ".cache" / "samr1_mini" / name
-    if not path.exists() or path.stat().st_size != size:  # a file gets its name only after its hash was checked
+    path = SAM_FOLDER / name
+    if sam_bytes(kind):  # a file gets its name only after its hash was checked
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")
         try:
@@ -232,10 +254,8 @@ def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str 
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"--sam-checkpoint {path}: not the weights of {kind} ({str(error).splitlines()[0]})") from None
         return Segmenter(SamPredictor(sam.to(device).requires_grad_(False)))
-    try:
-        return Segmenter(Sam2Predictor(kind, device))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--sam {kind}: none of tiny, {', '.join(SAM_FILES)}, nor the folder or hub id of a SAM 2 or 3 ({str(error).splitlines()[0]})") from None
+    check_segmenter(kind)
+    return Segmenter(Sam2Predictor(kind, device))
 
 
 # ---------------------------------------------------------------------------------------------------- reward

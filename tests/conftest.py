@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and eval.py stand there
 
@@ -49,6 +50,28 @@ def segmenter():
 @pytest.fixture(scope="session")
 def samples():
     return list(load_data("shapes", "validation", 6))
+
+
+VOCABULARY = Path(__file__).parent.parent.parent / "shared" / "qwen2_5_vl"  # Qwen2.5-VL's tokenizer and configs, where at hand
+
+
+@pytest.fixture(scope="session")
+def real_vocabulary(tmp_path_factory):
+    """A small random Qwen2.5-VL with the real vocabulary, as a folder laid out as the hub's is."""
+    if not VOCABULARY.is_dir():
+        pytest.skip("the real vocabulary is not at hand")
+    folder, config = tmp_path_factory.mktemp("qwen2_5_vl"), AutoConfig.from_pretrained(VOCABULARY)
+    for part, small in ((config.text_config, dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)),
+                        (config.vision_config, dict(hidden_size=32, intermediate_size=64, depth=2, num_heads=2, fullatt_block_indexes=[1], out_hidden_size=64))):
+        for name, value in small.items():
+            setattr(part, name, value)
+    config.text_config.layer_types, config.text_config.rope_parameters["mrope_section"] = ["full_attention"] * 2, [2, 3, 3]
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    for file in VOCABULARY.iterdir():
+        if file.name not in ("config.json", "README.md"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 @pytest.fixture

@@ -1,17 +1,26 @@
 """Equations (1) to (4) against independent formulas, and the loop: what it logs, skips, saves and resumes."""
 
 import json
+import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import DryRunFileInfo
 from peft import PeftModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from samr1_mini import grpo
-from samr1_mini.config import UserError, make_settings, parse_settings
+from samr1_mini import grpo, loading, reward
+from samr1_mini.config import Terminated, UserError, make_settings, parse_settings
 from samr1_mini.data import Shapes
 from samr1_mini.grpo import (
     advantages,
@@ -24,7 +33,11 @@ from samr1_mini.grpo import (
 )
 from samr1_mini.memory import side_by_side
 from samr1_mini.policy import TINY, load_policy, logprobs
+from samr1_mini.reports import first_look
+from samr1_mini.runs import open_run
 
+ROOT = Path(__file__).parent.parent
+GOOD = '<think>Left.</think><answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>'
 
 def naive_loss(logp, old, reference, advantage, normalise, eps_low, eps_high, beta):
     """Eq. (2) to (4) for one group in plain loops: lists of answers, each a list of numbers."""
@@ -71,6 +84,17 @@ def test_the_kl_is_k3_and_its_mean_is_the_true_kl():
     _, sums = objective(p[tokens], p[tokens], q[tokens], torch.zeros(len(tokens)), torch.zeros(len(tokens)), 0.2, 0.3, 1.0)
     exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q))
     assert sums["kl"] / len(tokens) == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_one_token_that_the_base_finds_far_likelier_cannot_rule_an_update_and_is_counted():
+    """In the gradient as in the value; below the bound nothing changes. With bound 5 and beta 0.005 its pull is at most 0.74 advantages."""
+    logp, far = torch.tensor([-1.0, -17.0, -6.5], requires_grad=True), torch.tensor([-1.5, -1.0, -1.0])
+    call = lambda bound: objective(logp, logp.detach(), far, torch.zeros(3), torch.ones(3), 0.2, 0.3, 0.005, bound)
+    free, held = call(float("inf")), call(5.0)
+    [wild], [tame] = (torch.autograd.grad(loss, logp) for loss, _ in (free, held))
+    assert wild.abs().max() > 1e4 and tame.abs().max() < 0.74 and tame[0] == wild[0]
+    assert held[1]["kl_held"] == 2 and free[1]["kl_held"] == 0
+    assert held[1]["kl"] == pytest.approx(np.exp(-0.5) - 0.5 + 2 * (np.exp(5) - 6), rel=1e-4)
 
 
 def test_advantages_are_eq_1():
@@ -200,8 +224,22 @@ def test_the_second_update_of_a_batch_and_its_second_pass_have_a_ratio_that_is_n
     assert ranges[0] < 5e-3 < min(ranges[1:])
 
 
+def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, settings):
+    policy = load_policy("tiny", "fp32", rank=4)
+    rollouts = rollouts_of(policy, segmenter, settings, 4)
+    for rollout in rollouts:
+        rollout.advantage = torch.tensor([2.0, -2.0, 1.0, -1.0])
+        for answer in rollout.answers:
+            answer.logps = answer.logps + torch.tensor([0.25, -0.5])[torch.arange(len(answer.ids)) % 2]
+    shifts = torch.cat([torch.tensor([0.25, 0.5])[torch.arange(len(a.ids)) % 2] for r in rollouts[:2] for a in r.answers])
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.1)
+    log = update(policy, optimizer, rollouts, replace(settings, updates=2, lr=0.1), 100)
+    assert log["sampling_gap"] == pytest.approx(shifts.mean(), abs=1e-3) and log["sampling_gap_max"] == pytest.approx(0.5, abs=1e-3)
+    assert log["ratio_max"] > 3  # the second update's policy has moved, which is not sampling's doing
+
+
 LOGGED = """step reward accuracy iou reasoning_format segmentation_format zero_variance truncated unique points length loss kl approx_kl
-clip_low clip_high entropy ratio_min ratio_max grad_norm lr seconds_rollout seconds_reward seconds_update tokens_per_second peak_memory_gib"""
+clip_low clip_high entropy ratio_min ratio_max sampling_gap sampling_gap_max kl_held grad_norm lr seconds_rollout seconds_reward seconds_update tokens_per_second peak_memory_gib"""
 
 
 def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
@@ -275,6 +313,157 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, tmp_path, monk
     same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_path):
+    """kill -9 from outside, once before anything was saved and once somewhere in a step, with a state saved after each step."""
+    options = ["--samples", "20", "--questions", "4", "--group", "3", "--updates", "2", "--eval-every", "0", "--test-samples", "2", "--warmup", "1",
+               "--max-new-tokens", "40", "--save-minutes", "0.0001", "--device", "cpu"]
+    start = lambda *more: subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--run", str(tmp_path / "cut"), *options, *more],
+                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for = lambda done, process: [time.sleep(0.02) for _ in iter(lambda: done() or process.poll() is not None, True)]
+    log = tmp_path / "cut/metrics.jsonl"
+    for done, more in ((log.exists, ()), (lambda: log.read_text().count("\n") >= 2, ("--resume",))):
+        process = start(*more)
+        wait_for(done, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stdout.read()
+    last = start("--resume")
+    said, _ = last.communicate()
+    assert last.returncode == 0 and "held-out test, greedy" in said, said
+    whole = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "whole"), samples=20, questions=4, group=3, updates=2, eval_every=0, test_samples=2,
+                          warmup=1, max_new_tokens=40)[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(whole)
+    torch.set_num_threads(threads)
+    same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def cut_in_the_second_update(monkeypatch, of_step, error):
+    """From now on `error()` is called in the second update of that step, its first update done."""
+    calls, real = [], grpo.backward
+
+    def cut(policy, rollouts, s):
+        calls.append(1)
+        if len(calls) == (of_step - 1) * s.updates + 2:
+            error()
+        return real(policy, rollouts, s)
+
+    monkeypatch.setattr(grpo, "backward", cut)
+    return lambda: monkeypatch.setattr(grpo, "backward", real)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("error, kind", [(lambda: signal.raise_signal(signal.SIGTERM), Terminated), (out_of_memory, torch.OutOfMemoryError)])
+def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before_it(error, kind, settings, tmp_path, monkeypatch, capsys):
+    s = replace(settings, samples=12)
+    train(replace(s, run=str(tmp_path / "whole")))
+    restore = cut_in_the_second_update(monkeypatch, 3, error)
+    with pytest.raises(kind):
+        train(replace(s, run=str(tmp_path / "cut")))
+    restore()
+    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 2
+    assert "step 2 is saved" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(replace(s, run=str(tmp_path / "cut"), resume=True))
+    same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_state_is_saved_every_so_many_minutes_too(settings, tmp_path, monkeypatch):
+    saved, real = [], grpo.save_state
+    monkeypatch.setattr(grpo, "save_state", lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
+    train(replace(settings, samples=12, save_minutes=1e-9))
+    often, saved[:] = list(saved), []
+    train(replace(settings, samples=12, save_minutes=60.0, run=str(tmp_path / "other")))
+    assert often == [1, 2, 3, 3] and saved == [3]
+
+
+def test_a_disk_that_is_full_during_a_save_loses_nothing_is_said_and_the_run_goes_on(settings, tmp_path, capsys):
+    s = replace(settings, samples=12, save_minutes=1e-9)
+    train(replace(s, run=str(tmp_path / "whole")))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/state.new").symlink_to("/dev/full")  # the first save finds no room; failing takes the link away
+    train(s)
+    assert capsys.readouterr().out.count("step 1 could not be saved") == 1 and not (tmp_path / "run/state.new").exists()
+    same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_stays_full_ends_the_run_in_one_line_that_says_how_to_go_on(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="the last steps are not saved; make room there, then python train.py --resume"):
+        train(settings)
+    monkeypatch.undo()
+    (tmp_path / "run/metrics.jsonl").unlink()
+    (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")  # the log's disk
+    with pytest.raises(UserError, match="No space left on device"):
+        train(replace(settings, resume=True))
+
+
+def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(settings, tmp_path):
+    train(replace(settings, run=str(tmp_path / "whole")))
+    open_run(settings)
+    assert not (tmp_path / "run/state.pt").exists()
+    train(replace(settings, resume=True))
+    same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------- before the first step
+
+
+@pytest.mark.parametrize("text, tokens, words", [
+    ("It is there.", 48, "Warning: none is in the asked format, .* 'It is there.'"), (GOOD, 3, "Warning: most are cut off, .* raise --max-new-tokens 3"),
+    (GOOD, 48, r"4 questions, 4 each: in the format 1.00, mean IoU 0\.\d\d, truncated 0.00$")])
+def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_can_be_learnt(text, tokens, words, policy, segmenter, settings):
+    s = replace(settings, max_new_tokens=tokens)
+    rollouts = rollouts_of(policy, segmenter, s)
+    for rollout in rollouts:
+        for answer in rollout.answers:
+            answer.text, answer.truncated = text, tokens == 3
+        rollout.rewards = grpo.score_group(segmenter, rollout.sample, [text] * 4, 112)
+    assert re.search(words, first_look(rollouts, s))
+
+
+def test_the_first_look_is_printed_once_and_changes_no_draw(settings, tmp_path, capsys):
+    train(settings)
+    assert len(re.findall(r"the base's answers to 4 questions, 4 each: in the format \d", capsys.readouterr().out)) == 1
+    train(replace(settings, resume=True))
+    assert "the base's answers" not in capsys.readouterr().out
+
+
+def refuse(what):
+    return lambda *_, **__: pytest.fail(f"{what} was loaded or fetched")
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(data="typo"), "--data typo"), (dict(policy="./none"), "--policy ./none"), (dict(sam="./none"), "--sam ./none"),
+    (dict(image_size=100), "multiple of 28"), (dict(data="empty-folder"), "empty-folder"), (dict(run="/proc/run"), "--run /proc/run: nothing can be written")])
+def test_whatever_can_be_refused_at_once_is_refused_before_anything_is_loaded(changes, words, settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty-folder").mkdir()
+    for name in ("load_policy", "load_segmenter"):
+        monkeypatch.setattr(loading, name, refuse(name))
+    with pytest.raises(UserError, match=words):
+        train(replace(settings, **changes))
+
+
+def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_the_room(settings, monkeypatch, tmp_path, capsys):
+    file = lambda size, wanted: DryRunFileInfo("", size, "model.safetensors", "", not wanted, wanted)
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda name, **_: [file(5 * 10**9, True), file(11 * 10**9, True), file(10**9, False)])
+    monkeypatch.setattr(loading, "SAM_FOLDER", tmp_path)
+    monkeypatch.setattr(reward, "SAM_FOLDER", tmp_path)
+    sets = [SimpleNamespace(download_bytes=500_000_000), SimpleNamespace(download_bytes=0)]
+    full = replace(settings, policy="Qwen/Qwen2.5-VL-7B-Instruct", sam="vit_h")
+    loading.check_room(full, sets) if shutil.disk_usage("/").free > 2e10 else None
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"GB are to be downloaded to .*, and 1.0 GB are free there: make room"):
+        loading.check_room(full, sets)
+    assert "to download: policy Qwen/Qwen2.5-VL-7B-Instruct 16.0 GB, pictures 0.5 GB, SAM vit_h 2.6 GB" in capsys.readouterr().out
+    loading.check_room(settings, sets[1:])
+    assert not capsys.readouterr().out  # nothing to download, nothing to say
+
+
 def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settings, tmp_path):
     train(settings)
     again, _ = parse_settings(["--resume", "--run", settings.run, "--micro", "1", "--samples", "16", "--checkpointing", "--max-new-tokens", "24"], "train.py", "")
@@ -325,31 +514,11 @@ def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings,
     assert left.value.code == 2 and len(said.splitlines()) == 1 and "--micro" in said and "--resume" in said and "2.00 GiB" in said
 
 
-def test_what_was_learnt_before_memory_ran_out_is_saved_and_the_step_is_done_again(settings, tmp_path, monkeypatch):
-    s, real, steps = replace(settings, samples=12), grpo.update, []
-
-    def full(*args):
-        steps.append(1)
-        if len(steps) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args)
-
-    train(replace(s, run=str(tmp_path / "whole")))
-    monkeypatch.setattr(grpo, "update", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        train(replace(s, run=str(tmp_path / "cut")))
-    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 2
-    train(replace(s, run=str(tmp_path / "cut"), resume=True))
-    same_runs(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_a_run_is_not_overwritten_and_an_empty_one_not_resumed(settings, tmp_path):
+def test_a_run_is_not_overwritten(settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="--resume"):
         train(settings)
-    with pytest.raises(UserError, match="first saved state"):
-        train(replace(settings, resume=True))
 
 
 def test_a_run_whose_adapter_did_not_change_is_an_error(settings, monkeypatch):

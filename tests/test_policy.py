@@ -13,7 +13,19 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
-from samr1_mini.policy import TINY, encode, load_policy, logprobs, merge, prompt_text, sample
+from samr1_mini.grpo import new_optimizer, roll_out, update
+from samr1_mini.policy import (
+    TINY,
+    Prompt,
+    encode,
+    load_policy,
+    logprobs,
+    merge,
+    prompt_text,
+    sample,
+    token_logits,
+)
+from samr1_mini.rehearse import random_policy, shape_config
 
 
 def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):
@@ -157,6 +169,23 @@ def test_eos_is_part_of_the_answer_and_a_cut_answer_is_marked(policy, samples):
     assert all(a.truncated and len(a.ids) == 5 for g in short for a in g)
 
 
+def test_an_answer_stops_where_the_models_own_generation_config_does_and_padding_is_never_sampled(policy, real_vocabulary, monkeypatch):
+    """Qwen's stops at <|im_end|> and at <|endoftext|>; the tiny policy's at <|im_end|> alone, so there <|endoftext|> is only padding."""
+    token = policy.processor.tokenizer.convert_tokens_to_ids
+    assert policy.stop.tolist() == [token("<|im_end|>")] and policy.banned[token("<|endoftext|>")] and not policy.banned[policy.stop].any()
+    real = load_policy(real_vocabulary, "fp32", rank=2)
+    assert real.stop.tolist() == [151643, 151645] and not real.banned[real.stop].any()
+    assert real.banned[[151652, 151653, 151654, 151655, 151656]].all() and real.banned[len(real.processor.tokenizer) :].all()
+    with torch.no_grad():
+        prompts = encode(real, [Image.new("RGB", (112, 112))], ["the cup"])
+    for end in real.stop:
+        wanted = iter([3, 4, int(end), 5])
+        monkeypatch.setattr(policy_module, "draw", lambda logp, chance: torch.full(logp.shape[:-1], next(wanted)))
+        [[answer]] = sample(real, prompts, 1, 4)
+        assert answer.ids.tolist() == [3, 4, end] and not answer.truncated
+    assert len(logprobs(real, prompts, [[answer.ids]])[0]) == 3  # stopping is trained
+
+
 def test_an_answers_end_comes_from_its_length_when_pad_and_eos_are_one_token(policy, samples):
     tokenizer = policy.processor.tokenizer
     pad, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
@@ -229,9 +258,17 @@ def test_logits_are_never_held_whole_and_chunks_change_nothing(policy, samples, 
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_a_full_vocabulary_is_cut_into_chunks_under_256_mb():
-    assert 2**26 // 151_936 * 151_936 * 4 <= 256 * 2**20
-    assert "2**26 // policy.banned.numel()" in open(policy_module.__file__).read()
+def test_over_qwens_whole_vocabulary_no_chunk_of_logits_is_larger_than_256_mb():
+    config = shape_config("small")
+    config.text_config.vocab_size, config.text_config.hidden_size, config.text_config.num_hidden_layers = 151_936, 32, 1
+    config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 2
+    config.text_config.intermediate_size, config.text_config.layer_types = 32, ["full_attention"]
+    config.text_config.rope_parameters["mrope_section"], config.vision_config.out_hidden_size = [2, 3, 3], 32
+    policy = random_policy(config, "fp32", 2, "cpu", False)
+    prompt = Prompt(torch.arange(300, 308), torch.randn(8, 32), torch.arange(8).expand(3, -1), torch.zeros(8, dtype=torch.bool))
+    with torch.no_grad(), LargestLogits(policy.base.lm_head) as seen:
+        logps, _ = logprobs(policy, [prompt], [[torch.randint(300, 1000, (250,)) for _ in range(2)]])
+    assert len(logps) == 500 and 100 * 151_936 < seen.largest <= 2**26  # numbers of 4 bytes
 
 
 def test_entropy_is_that_of_the_distribution(policy, samples):
@@ -258,6 +295,52 @@ def test_the_reference_is_the_base_without_its_adapter(policy, samples):
 
 
 # ---------------------------------------------------------------------------------------------------- NF4 and LoRA
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch, samples):
+    """The tiny policy in the dtypes of a GPU: NF4 weights, bf16 beside them, an fp32 adapter, checkpointing."""
+    monkeypatch.setattr(policy_module, "compute_dtype", lambda load_in, device: torch.bfloat16)
+    return with_live_adapter(load_policy("tiny", "nf4", rank=8, checkpointing=True))
+
+
+def test_logits_are_not_rounded_to_the_dtype_of_the_head(as_on_a_gpu):
+    head = as_on_a_gpu.base.lm_head
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 3, head.in_features, dtype=torch.bfloat16).mul_(4).requires_grad_()
+    exact = hidden.double() @ head.weight.double().T  # [2, 3, V]
+    logits = token_logits(as_on_a_gpu, hidden, 1.0)
+    allowed = ~as_on_a_gpu.banned
+    assert logits.dtype == torch.float32 and exact.abs().max() > 8
+    ours, rounded = ((x.double() - exact)[..., allowed].abs().max() for x in (logits, head(hidden)))
+    assert ours < 1e-4 < 1e-2 < rounded
+    slope = torch.randn(logits.shape) * allowed
+    [gradient], [true] = (torch.autograd.grad((x * slope).sum(), hidden) for x in (logits, exact))
+    assert (gradient - true).norm() < 0.01 * true.norm()
+
+
+def test_rollout_reward_reference_and_updates_run_in_the_dtypes_of_a_gpu_and_the_first_ratio_stays_near_1(as_on_a_gpu, samples, segmenter, settings):
+    policy = as_on_a_gpu
+    layer = policy.base.model.language_model.layers[0].self_attn.q_proj
+    assert layer.base_layer.compute_dtype == policy.base.lm_head.weight.dtype == policy.base.model.visual.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters() if p.requires_grad)
+    torch.manual_seed(0)
+    rollouts, _ = roll_out(policy, segmenter, samples[:4], settings)
+    assert all(a.logps.dtype == torch.float32 for r in rollouts for a in r.answers)
+    for rollout in rollouts:
+        rollout.advantage = torch.linspace(-1, 1, settings.group)
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
+    log = update(policy, new_optimizer(policy, settings), rollouts, settings, 100)
+    assert any((p != before[n]).any() for n, p in policy.model.named_parameters() if n in before)
+    assert 0 < log["sampling_gap"] < 0.02 and log["sampling_gap_max"] < 0.5 and log["kl"] > 0
+
+
+@pytest.mark.parametrize("load_in, device, capability, dtype", [
+    ("nf4", "cpu", None, torch.float32), ("nf4", "cuda", (8, 6), torch.bfloat16), ("nf4", "cuda", (7, 5), torch.float32),
+    ("bf16", "cpu", None, torch.bfloat16), ("fp32", "cuda", (9, 0), torch.float32)])
+def test_what_is_not_in_four_bits_is_bf16_only_where_a_gpu_computes_in_it(load_in, device, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert policy_module.compute_dtype(load_in, device) == dtype and policy_module.four_bits(dtype).bnb_4bit_compute_dtype == dtype
 
 
 def test_only_the_language_models_projections_are_in_four_bits(nf4_policy):

@@ -9,11 +9,14 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit
-from transformers import Qwen2_5_VLForConditionalGeneration
+from peft.tuners import lora
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from samr1_mini import policy as policy_module
 from samr1_mini import rehearse as rehearse_module
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.memory import cap_memory
+from samr1_mini.policy import TINY, load_policy
 from samr1_mini.rehearse import random_policy, shape_config
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +40,20 @@ def test_a_random_policy_is_quantised_where_a_loaded_one_would_be(load_in):
     assert all("lora" in name for name, p in policy.model.named_parameters() if p.requires_grad)
     if four:
         assert all(policy.base.get_submodule(name).weight.quant_state.nested for name in four)
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "bf16"])
+def test_a_random_policy_is_made_of_the_classes_and_dtypes_of_a_real_load(load_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy_module, "compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(rehearse_module, "compute_dtype", lambda *_: torch.bfloat16)
+    config = shape_config("small")
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(TINY).save_pretrained(tmp_path)
+    drawn, loaded = random_policy(config, load_in, 4, "cpu", False), load_policy(tmp_path, load_in, rank=4)
+    kinds = [{name: type(module) for name, module in p.model.named_modules()} for p in (drawn, loaded)]
+    assert kinds[0] == kinds[1] and (lora.bnb.Linear4bit in kinds[0].values()) == (load_in == "nf4")
+    held = [[(name, type(p), p.dtype, p.shape) for name, p in one.model.named_parameters()] for one in (drawn, loaded)]
+    assert held[0] == held[1]
 
 
 def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_its_table(tmp_path):

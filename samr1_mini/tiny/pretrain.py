@@ -28,6 +28,7 @@ from ..policy import (
     load_policy,
     logprobs,
     sample,
+    stop_ids,
 )
 from ..reward import load_segmenter, parse
 from .build import POLICY, SAM, build_policy, build_processor, build_sam_tiny
@@ -445,7 +446,8 @@ def main() -> None:
         processor = build_processor(corpus())
         model = build_policy(processor.tokenizer).to(DEVICE)
         model.model.visual.load_state_dict(load_file(work / "vision.safetensors"))
-        train_language(Policy(model, processor, banned_ids(model, processor.tokenizer)), 2200)
+        stop = stop_ids(model, processor.tokenizer)
+        train_language(Policy(model, processor, banned_ids(model, processor.tokenizer, stop), stop), 2200)
         model.to(torch.bfloat16).save_pretrained(POLICY), processor.save_pretrained(POLICY)
     if "measure" in stages:
         measured = {"sam": measure_sam(), "policy": measure_policy()}

@@ -1,0 +1,75 @@
+"""What a run needs: first all that can be refused at once, then what has to be downloaded, then the large parts."""
+
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from accelerate import PartialState
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from .config import Settings, UserError
+from .data import open_data
+from .policy import Policy, check_policy, load_policy
+from .public import PICTURES
+from .reward import SAM_FOLDER, Segmenter, check_segmenter, load_segmenter, sam_bytes
+
+
+def open_sets(s: Settings) -> list:
+    """The data sets for training, validation and test, checked; no picture is fetched yet."""
+    data, validation, test = (
+        open_data(name or s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
+        for name, split, count in ((s.data, "train", s.samples), (s.eval_data, "validation", s.eval_samples), (s.eval_data, "test", s.test_samples))
+    )
+    if len(data) < s.questions:
+        raise UserError(f"--data {s.data}: {len(data)} questions are less than one rollout batch: lower --questions {s.questions}")
+    if data.box_only and s.accuracy != "box-iou" and s.accuracy_weight:
+        raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add --accuracy box-iou")
+    return [data, validation, test]
+
+
+def hub_bytes(name: str) -> int:
+    """Bytes of a model that the hub would have to send; 0 for a folder, and where the hub cannot be asked: then loading will tell."""
+    if name == "tiny" or Path(name).is_dir():
+        return 0
+    try:
+        files = huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], dry_run=True)
+    except (OSError, ValueError):  # the hub's errors are both
+        return 0
+    return sum(f.file_size for f in files if f.will_download)
+
+
+def check_room(s: Settings, sets: list) -> None:
+    """Say in GB what will be downloaded, and refuse where a disk lacks the room for it."""
+    wanted = [(f"policy {s.policy}", hub_bytes(s.policy), Path(HF_HUB_CACHE)), ("pictures", sum(x.download_bytes for x in sets), PICTURES),
+              (f"SAM {s.sam}", sam_bytes(s.sam, s.sam_checkpoint) or hub_bytes(s.sam), SAM_FOLDER)]
+    disks = {}  # device -> bytes wanted there, a folder on it
+    for _, size, folder in wanted:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        disks.setdefault(os.stat(there).st_dev, [0, there])[0] += size
+    wanted = [f"{what} {size / 1e9:.1f} GB" for what, size, _ in wanted if size]
+    if wanted:
+        print(f"to download: {', '.join(wanted)}", flush=True)
+    for size, folder in disks.values():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise UserError(f"{size / 1e9:.1f} GB are to be downloaded to {folder}, and {free / 1e9:.1f} GB are free there: make room, or "
+                            "move the caches (HF_HOME for models, --coco-dir for pictures, --sam-checkpoint for SAM)")
+
+
+def load_all(s: Settings) -> tuple:
+    """Policy, segmenter, and the data sets for training, validation and test. Cheap mistakes are found before anything is fetched."""
+    processes = PartialState()
+    sets = open_sets(s)
+    check_policy(s.policy, s.image_size)
+    check_segmenter(s.sam)
+    if processes.is_main_process:
+        check_room(s, sets)
+    with processes.main_process_first():  # what has to be downloaded is downloaded once
+        for one in sets:
+            one.fetch()
+        segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
+        torch.manual_seed(s.seed)
+        policy = load_policy(s.policy, s.load_in, s.rank, None, s.device, s.checkpointing, s.coordinates)
+    return policy, segmenter, *sets

@@ -1,0 +1,48 @@
+"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each takes its share of a batch's questions; the first one writes."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+
+PATIENCE = timedelta(hours=12)  # how long processes wait for each other: the first one may have 19 GB to download
+
+
+def join(device: str) -> PartialState:
+    """This process among its like; alone where nothing launched several."""
+    return PartialState(cpu=device == "cpu", timeout=PATIENCE)
+
+
+def together(work: Callable):
+    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: the others would wait for it for ever."""
+    result = full = None
+    try:
+        result = work()
+    except torch.OutOfMemoryError as error:
+        full = error
+    if PartialState().num_processes > 1:
+        elsewhere = [text for text in gather_object([str(full) if full else None]) if text]
+        if elsewhere and not full:
+            full = torch.OutOfMemoryError(elsewhere[0])
+    if full:
+        raise full
+    return result
+
+
+def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the sum of the gradients of all, in one message; with one process nothing is left to do."""
+    if PartialState().num_processes > 1:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
+        for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p)
+
+
+def average(line: dict) -> dict:
+    """What each process logged of a step -> one line: means, and the extremes of what ends in _min or _max."""
+    lines = gather_object([line])
+    every = {name: [one[name] for one in lines] for name in line}
+    whole = {"_min": min, "_max": max}
+    return {name: whole.get(name[-4:], lambda v: sum(v) / len(v))(values) for name, values in every.items()}

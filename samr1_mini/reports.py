@@ -1,0 +1,68 @@
+"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, curves, and the summary."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+
+from .config import Settings
+from .evaluation import before_after, ceiling, evaluate
+from .plots import curves, sample_sheet
+from .policy import Policy
+from .reward import Segmenter
+from .runs import read_log, write_json
+
+
+def first_look(rollouts: list, s: Settings) -> str:
+    """One line on a few sampled answers of the base, with a warning where training could learn nothing from such answers."""
+    answers, rewards = [a for x in rollouts for a in x.answers], [r for x in rollouts for r in x.rewards]
+    form, cut = np.mean([r.answer.in_format for r in rewards]), np.mean([a.truncated for a in answers])
+    line = (f"the base's answers to {len(rollouts)} questions, {s.group} each: in the format {form:.2f}, "
+            f"mean IoU {np.mean([r.iou for r in rewards]):.2f}, truncated {cut:.2f}")
+    if cut > 0.5:
+        line += f". Warning: most are cut off, and such an answer has no format to be paid for: raise --max-new-tokens {s.max_new_tokens}"
+    elif not form:
+        line += (". Warning: none is in the asked format, so nothing can be learnt unless one turns up by chance: try a larger --group or "
+                 f"--temperature, or another policy. The first says: {' '.join(answers[0].text.split())[:120]!r}")
+    return line
+
+
+def score_base(policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool) -> dict:
+    """The base on the test set and what true boxes would reach there, kept in base.json for a run that is resumed."""
+    if resumed and (folder / "base.json").exists():
+        return json.loads((folder / "base.json").read_text())
+    first = PartialState().is_main_process
+    base = evaluate(policy, segmenter, test, s, "base" * first).summary() | {"ceiling": ceiling(segmenter, test)}
+    if first:
+        write_json(folder / "base.json", base)
+    if s.eval_every:
+        validate(policy, segmenter, validation, s, folder, 0)
+    return base
+
+
+def validate(policy: Policy, segmenter: Segmenter, validation, s: Settings, folder: Path, step: int) -> dict:
+    """A look at the validation set after `step` steps: figures for the log, and a sheet of answers."""
+    report = evaluate(policy, segmenter, validation, s)
+    if PartialState().is_main_process:
+        title = f"Validation after {step} steps" if step else "Validation before training"
+        sample_sheet(folder / f"sheet-{step:05d}.png", report.rows[:12], policy.frame(s.image_size), title)
+    return {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
+
+
+def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, steps: int, spent: Callable) -> dict:
+    """The trained policy on the test set, the curves, and the table that is printed; returns what summary.json holds."""
+    first = PartialState().is_main_process
+    report = evaluate(policy, segmenter, test, s, "trained" * first)
+    summary = {
+        "samples": steps * s.questions, "seed": s.seed, "seconds": spent(), "base": {k: v for k, v in base.items() if k != "ceiling"},
+        "trained": report.summary(), "ceiling": base["ceiling"],
+    }
+    if first:
+        write_json(folder / "summary.json", summary)
+        sample_sheet(folder / "sheet-test.png", report.rows[:12], policy.frame(s.image_size), "Held-out test scenes after training")
+        curves(folder / "curves.png", read_log(folder), summary)
+        print(before_after(summary))
+        print(f"adapter, log, curves and sheets are in {folder}")
+    return summary
