@@ -2,12 +2,15 @@
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco
 
 from .config import UserError
@@ -23,12 +26,38 @@ class Sample:
     kind: str = ""  # kind of question, where the data set says one
     ignore: np.ndarray | None = None  # bool [H, W]: pixels that the data set leaves undecided
     box_only: bool = False  # the data set has a box and no mask: `mask` is that box, filled, and only the box's IoU means something
+    picture: str = ""  # which picture it is: questions that share one are not independent
+
+
+class Data(Sequence):
+    """Samples, and what can be told about them before any picture is read. `ids` holds each sample's id."""
+
+    box_only = False  # boxes and no masks
+    download_bytes = 0  # what `fetch` has yet to download, about
+    missing: Sequence[str] = ()  # pictures that could not be had; the next samples that were drawn have their places
+
+    def fetch(self, missing: Sequence[str] = ()) -> None:
+        """Download what is not here yet. `missing`: pictures that are left out untried, so that two processes hold the same samples."""
+
+
+def draw(items: list, split: str, count: int, seed: int) -> Iterator:
+    """Items of a split in the order in which they are used; `count` of them are wanted, and the next ones stand in for some.
+
+    For train one pass after the other without end, each in a new order. For validation and test each item once: as they stand
+    if all are wanted, else in an order that is the same for every seed, since a file's first rows are often of one kind.
+    """
+    if split != "train":
+        yield from items if count >= len(items) else random.Random(0).sample(items, len(items))
+        return
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(items, len(items))
 
 
 # ---------------------------------------------------------------------------------------------------- drawn scenes
 
 
-class Shapes(Sequence):
+class Shapes(Data):
     """`count` questions about drawn scenes, one a scene, the three kinds in turn; drawn when asked for. Another seed, other scenes."""
 
     def __init__(self, split: str, count: int, seed: int = 0):
@@ -55,7 +84,8 @@ class Shapes(Sequence):
             kind = KINDS[(i + turn) % len(KINDS)]
             found = ask(scene, rng, kind)
             if found:
-                return Sample(Image.fromarray(scene.image), found[0], found[1].mask, f"shapes-{seed}", kind)
+                name = f"shapes-{seed}"
+                return Sample(Image.fromarray(scene.image), found[0], found[1].mask, name, kind, picture=name)
         raise RuntimeError(f"scene {seed} allows no question")
 
 
@@ -65,8 +95,8 @@ class Shapes(Sequence):
 def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
     """A mask bool [H, W] from a PNG's path, a COCO RLE {"size", "counts"}, or COCO polygons [[x1, y1, x2, y2, ...], ...]."""
     if isinstance(value, str):
-        image = Image.open(inside(folder, value))
-        pixels = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("RGB"))
+        with opened(inside(folder, value)) as image:
+            pixels = np.asarray(image if image.mode in ("1", "L", "P") or image.mode.startswith("I") else image.convert("RGB"))
         mask = pixels.any(-1) if pixels.ndim == 3 else pixels > 0  # masks come as 0/1 and as 0/255: any value counts
     elif isinstance(value, dict):
         if list(value["size"]) != [height, width]:
@@ -93,7 +123,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-class Folder(Sequence):
+class Folder(Data):
     """data.jsonl in a folder: one {"image", "question", "mask"} a line, paths relative to the folder; "id", "kind" and "split" may be given.
 
     Without "split", a tenth of the lines drawn with a fixed seed is held out for validation and another tenth for test.
@@ -101,26 +131,23 @@ class Folder(Sequence):
 
     def __init__(self, folder: str | Path, split: str, count: int, seed: int = 0):
         self.folder, self.file = Path(folder), Path(folder) / "data.jsonl"
-        rows = []
-        for number, line in enumerate(self.file.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                rows.append((number, self._row(number, line)))
-        if not rows:
+        try:
+            lines = [x for x in enumerate(self.file.read_text(encoding="utf-8").splitlines(), 1) if x[1].strip()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.file}: {error}") from None
+        if not lines:
             raise UserError(f"{self.file} is empty")
-        order = list(range(len(rows)))
+        order = list(range(len(lines)))
         random.Random(0).shuffle(order)
-        tenth = max(1, len(rows) // 10)
+        tenth = max(1, len(lines) // 10)
         held = {**{i: "validation" for i in order[:tenth]}, **{i: "test" for i in order[tenth : 2 * tenth]}}
-        mine = [r for i, r in enumerate(rows) if r[1].get("split", held.get(i, "train")) == split]
+        mine = [x for i, x in enumerate(lines) if self.checked(*x).get("split", held.get(i, "train")) == split]
         if not mine:
             raise UserError(f"{self.file} has no line for the {split} split")
-        if split == "train":  # each pass over the lines in a new order, until there are enough
-            rng = random.Random(seed)
-            self.rows = [r for _ in range(-(-count // len(mine))) for r in rng.sample(mine, len(mine))][:count]
-        else:
-            self.rows = mine[:count]
+        self.lines = list(islice(draw(mine, split, count, seed), count))  # (number, text): parsed when asked for
 
-    def _row(self, number: int, line: str) -> dict:
+    def checked(self, number: int, line: str) -> dict:
+        """One line parsed, and all found wrong that can be found without opening its files."""
         try:
             row = json.loads(line)
             missing = [key for key in ("image", "question", "mask") if not row.get(key)]
@@ -128,45 +155,86 @@ class Folder(Sequence):
             raise UserError(f"{self.file} line {number}: not a JSON object") from None
         if missing:
             raise UserError(f"{self.file} line {number}: {', '.join(missing)} missing; a line needs image, question and mask")
+        try:
+            for name in [row["image"]] + [row["mask"]] * isinstance(row["mask"], str):
+                if not inside(self.folder, name).is_file():
+                    raise ValueError(f"{name}: no such file")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.file} line {number}: {error}") from None
         return row
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.lines)
 
     @property
     def ids(self) -> list[str]:
-        return [str(row.get("id", f"line-{number}")) for number, row in self.rows]
+        return [str(json.loads(line).get("id", f"line-{number}")) for number, line in self.lines]
 
     def __getitem__(self, i: int) -> Sample:
-        number, row = self.rows[i]
+        number, line = self.lines[i]
+        row = json.loads(line)
         try:
             image = open_picture(inside(self.folder, row["image"]))
             mask = read_mask(row["mask"], self.folder, image.height, image.width)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.file} line {number}: {error}") from None
-        return Sample(image, str(row["question"]), mask, str(row.get("id", f"line-{number}")), str(row.get("kind", "")))
+        name, kind = str(row.get("id", f"line-{number}")), str(row.get("kind", ""))
+        return Sample(image, str(row["question"]), mask, name, kind, picture=row["image"])
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture as people see it: turned as its EXIF says, in RGB, read whole (a cut-off file is an OSError)."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+@contextmanager
+def opened(file):
+    """A picture file as Pillow opens it. Whatever Pillow meets in a broken one is an OSError or a ValueError here."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise ValueError("this is no picture that can be read") from None
+    except Image.DecompressionBombError as error:
+        megapixels, most = (int(n) / 1e6 for n in re.findall(r"\d+", str(error))[:2])
+        raise ValueError(f"{megapixels:.0f} megapixels are too many, {most:.0f} can be read: make the picture smaller") from None
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a SyntaxError from a broken PNG, struct.error, EOFError, ...: it depends on the format
+        raise ValueError(f"this picture cannot be read ({error})") from None
 
 
-def load_data(
+def open_picture(file) -> Image.Image:
+    """A picture as people see it, from a path or an open file: turned as its EXIF says, in RGB, read whole.
+
+    A file that is cut off, broken, too large or no picture is an OSError or a ValueError.
+    """
+    with opened(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion makes all above 255 white
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def open_data(
     name: str, split: str, count: int, seed: int = 0, sentences: str = "first", coco_dir: str = "", ignore: str = "foreground"
-) -> Sequence:
+) -> Data:
     """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
 
     `sentences` ("first" or "all" of an object), `coco_dir` (a folder with COCO's train2014 pictures) and `ignore` (undecided pixels count
     as "foreground", or are "excluded") are for public data sets.
+
+    All that can be checked cheaply is checked here, and a mistake is a UserError; what is large is downloaded by `fetch`, before the
+    samples are used.
     """
     if name == "shapes":
         return Shapes(split, count, seed)
     if (Path(name) / "data.jsonl").is_file():
         return Folder(name, split, count, seed)
-    from .public import HUB, load_public  # imported late: it brings a library that takes a second to load
+    from .public import HUB, Public  # imported late: it brings a library that takes a second to load
 
     if name in HUB or Path(name).is_dir():
-        return load_public(name, split, count, seed, sentences, coco_dir, ignore)
+        return Public(name, split, count, seed, sentences, coco_dir, ignore)
     raise UserError(f"--data {name}: neither 'shapes', nor a public data set ({', '.join(HUB)}), nor a folder")
+
+
+def load_data(*arguments, **options) -> Data:
+    """`open_data`, with all that has to be downloaded."""
+    data = open_data(*arguments, **options)
+    data.fetch()
+    return data

@@ -3,6 +3,7 @@
     refcocog, refcoco, refcocoplus    jxu124/*: expressions and masks; the pictures are COCO train2014's, fetched one by one
     lmms-lab/RefCOCOg                 validation and test, pictures and polygons
     reasonseg                         Ricky06662/ReasonSeg_val and ReasonSeg_test
+    reasonseg-r, reasonseg-x          sj9909/*: ReasonSeg with corrected masks; a harder one, with the kind of reasoning
     refcoco_testA, refcocoplus_testA, refcocog_test    Ricky06662/*, one row an object with its first expression
     refCOCOg_2k_840, refCOCOg_9k_840  Ricky06662/*, boxes and no masks
     a folder    parquet files of any of these; REFER's refs(...).p and instances.json; ReasonSeg's .jpg and .json pairs; or JSON lists of
@@ -11,22 +12,27 @@
 Which layout a row has is read from its columns. Nothing that comes with data is run: pickles may hold plain values only.
 """
 
+import hashlib
 import io
 import json
+import os
 import pickle
-import random
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from urllib.request import urlopen
 
+import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .config import UserError
-from .data import Sample, inside, open_picture, read_mask
+from .data import Data, Sample, draw, inside, open_picture, read_mask
+from .fetch import fetch_pictures, is_there, picture_name, said_of_disk
 from .metrics import filled
 
 # Name on the command line: for each split, the hub's id and what that split is called there.
@@ -34,18 +40,91 @@ HUB = {
     **{name: {split: (f"jxu124/{name}", split) for split in ("train", "validation", "test")} for name in ("refcocog", "refcoco", "refcocoplus")},
     "lmms-lab/RefCOCOg": {"validation": ("lmms-lab/RefCOCOg", "val"), "test": ("lmms-lab/RefCOCOg", "test")},
     "reasonseg": {"validation": ("Ricky06662/ReasonSeg_val", "test"), "test": ("Ricky06662/ReasonSeg_test", "test")},
+    "reasonseg-r": {"test": ("sj9909/ReasonSeg_refine", "test")},
+    "reasonseg-x": {"train": ("sj9909/ReasonSegX_train", "train"), "validation": ("sj9909/ReasonSegX_val", "test"),
+                    "test": ("sj9909/ReasonSegX_test", "test")},
     **{name: {"test": (f"Ricky06662/{name}", "test")} for name in ("refcoco_testA", "refcocoplus_testA", "refcocog_test")},
     **{name: {"train": (f"Ricky06662/{name}", "train")} for name in ("refCOCOg_2k_840", "refCOCOg_9k_840")},
 }
-PICTURES = Path.home() / ".cache" / "samr1_mini" / "train2014"  # COCO's pictures that were fetched
-COCO_URL = "http://images.cocodataset.org/train2014/"
+CACHE = Path.home() / ".cache" / "samr1_mini"
+PICTURES = CACHE / "train2014"  # COCO's pictures that were fetched
+TABLES = CACHE / "tables"  # rows of parquet files, written so that one at a time is read
+COCO_URL = "http://images.cocodataset.org/train2014/"  # the only place for pictures: an address that comes with data is never opened
+COCO_BYTES = 165_000  # of a picture, on average: train2014.zip has 82,783 in 13.5 GB
 
 
-class Public(Sequence):
-    """Rows of a public set as samples. `items` are (row, expression) pairs; a picture and its mask are read when asked for."""
+class Public(Data):
+    """`count` rows of a public set as samples; a picture and its mask are read when asked for.
 
-    def __init__(self, rows: Sequence, items: list[tuple[int, int]], name: str, coco_dir: Path, ignore: str):
-        self.rows, self.items, self.name, self.coco_dir, self.ignore = rows, items, name, coco_dir, ignore
+    `items` are (row, expression) pairs. For RefCOCO's sets, `pictures` has the file name and (width, height) of each row's picture.
+    """
+
+    def __init__(self, name: str, split: str, count: int, seed: int, sentences: str, coco_dir: str, ignore: str):
+        self.name, self.split, self.count, self.seed, self.sentences, self.ignore = name, split, count, seed, sentences, ignore
+        self.coco_dir, self.fetches, self.missing = Path(coco_dir or PICTURES), not coco_dir, []
+        self.rows = open_rows(name, split)
+        columns = self.rows.names if isinstance(self.rows, Table) else list(self.rows[0]) if self.rows else ()
+        self.layout = layout_of(columns)
+        self.box_only = self.layout == "solution"
+        if columns and not self.layout:
+            raise UserError(f"--data {name}: columns {', '.join(columns)} are none of the layouts that are known")
+        if self.layout == "mask" and ignore == "excluded":
+            raise UserError(f"--ignore excluded: this copy of {name} counts undecided pixels as foreground; "
+                            "name the authors' own folder as --data")
+        if self.layout == "raw_anns" and not self.fetches:
+            if not self.coco_dir.is_dir():
+                raise UserError(f"--coco-dir {coco_dir}: no such folder")
+            if lacking := self.lacking():
+                raise UserError(f"--coco-dir {coco_dir} lacks {len(lacking)} of the pictures that are wanted, the first {lacking[0]}")
+        if self.layout == "raw_anns" or Path(name).is_dir():  # these rows are small, or here
+            self.items, self.pictures
+
+    @cached_property
+    def items(self) -> list[tuple[int, int]]:
+        if not len(self.rows):
+            raise UserError(f"--data {self.name} has no row in its {self.split} split")
+        if self.sentences == "all":
+            every = [(i, k) for i, row in enumerate(columns_of(self.rows, TEXTS)) for k in range(len(expressions(row)))]
+        else:
+            every = [(i, 0) for i in range(len(self.rows))]
+        drawn, missing = draw(every, self.split, self.count, self.seed), set(self.missing)
+        return list(islice((x for x in drawn if not missing or self.pictures[x[0]][0] not in missing), self.count))
+
+    @cached_property
+    def pictures(self) -> list[tuple[str, tuple[int, int]]]:
+        infos = columns_of(self.rows, ("raw_image_info",)) if self.layout == "raw_anns" else []
+        try:
+            return [(picture_name(x["file_name"]), (x["width"], x["height"])) for x in (json.loads(i["raw_image_info"]) for i in infos)]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"--data {self.name}: a row's raw_image_info cannot be used: {error!r}") from None
+
+    def lacking(self) -> list[str]:
+        return [name for name in dict(self.pictures[i] for i, _ in self.items) if not is_there(self.coco_dir / name)]
+
+    @property
+    def download_bytes(self) -> int:
+        if self.layout == "raw_anns":
+            return COCO_BYTES * len(self.lacking())
+        return self.rows.download_bytes if isinstance(self.rows, Table) else 0
+
+    def fetch(self, missing: Sequence[str] = ()) -> None:
+        """Download rows and pictures. Of the pictures 1 % may be impossible to have: the next rows drawn take their places."""
+        self.__dict__.pop("items", None)
+        self.missing, failed = list(missing), {}
+        if not (self.layout == "raw_anns" and self.fetches):
+            self.items
+            return
+        wanted = dict(self.pictures[i] for i, _ in self.items)
+        allowed = len(wanted) // 100
+        while new := fetch_pictures(wanted, self.coco_dir, COCO_URL, allowed - len(failed)):
+            failed |= new
+            self.missing += new
+            del self.items  # drawn anew, and pictures of the rows that moved up may be missing too
+            wanted = dict(self.pictures[i] for i, _ in self.items)
+        if failed:
+            short = f"; there are no more, so {len(self)} questions of {self.count} are left" * (len(self) < self.count)
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
+            print(f"--data {self.name}: {len(failed)} pictures could not be had, the next rows have their places{short}: {reasons}")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,16 +132,28 @@ class Public(Sequence):
     def __getitem__(self, i: int) -> Sample:
         row, expression = self.items[i]
         try:
-            return read_row(self.rows[row], expression, self.coco_dir, self.ignore)
-        except (OSError, ValueError, TypeError, LookupError) as error:
+            return read_row(self.rows[row], expression, self.layout, self.coco_dir, self.ignore)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(f"--data {self.name}, row {row}: {error!r}") from None
 
     @property
     def ids(self) -> list[str]:
-        return [row_id(self.rows[row], expression) for row, expression in self.items]
+        names = columns_of(self.rows, IDS)
+        return [row_id(names[row], expression) for row, expression in self.items]
 
 
 # ---------------------------------------------------------------------------------------------------- one row
+
+
+TEXTS = ("sentences", "answer", "segmentation", "text", "problem")
+IDS = ("ref_id", "ann_id", "question_id", "id", "image_id")
+
+
+def layout_of(columns: Sequence[str]) -> str:
+    """The column in which rows of these columns have their truth, "" where none is known."""
+    asks = {"sentences", "text", "problem"} & set(columns) or {"segmentation", "answer"} <= set(columns)
+    shows = {"image", "raw_image_info"} & set(columns)
+    return next((c for c in ("raw_anns", "shapes", "mask", "segmentation", "solution") if asks and shows and c in columns), "")
 
 
 def expressions(row: dict) -> list[str]:
@@ -77,30 +168,37 @@ def expressions(row: dict) -> list[str]:
 
 def row_id(row: dict, expression: int) -> str:
     """The data set's own id of a row, and which of its expressions is meant."""
-    return f"{next((row[key] for key in ('ref_id', 'ann_id', 'question_id', 'id', 'image_id') if key in row), '')}-{expression}"
+    return f"{next((row[key] for key in IDS if key in row), '')}-{expression}"
 
 
-def read_row(row: dict, expression: int, coco_dir: Path, ignore: str) -> Sample:
-    """One sample from a row of any layout above, told by its columns."""
-    question, name = str(expressions(row)[expression]).strip(), row_id(row, expression)
-    if "raw_anns" in row:  # jxu124/* and REFER
+def read_row(row: dict, expression: int, layout: str, coco_dir: Path, ignore: str) -> Sample:
+    """One sample from a row of any layout above."""
+    question, name, kind = str(expressions(row)[expression]).strip(), row_id(row, expression), str(row.get("reasoning_type") or "")
+    if layout == "raw_anns":  # jxu124/* and REFER
         annotation, info = json.loads(row["raw_anns"]), json.loads(row["raw_image_info"])
-        image = open_picture(inside(coco_dir, Path(info["file_name"]).name))
+        file = picture_name(info["file_name"])
+        image = open_picture(coco_dir / file)
         mask = read_mask(annotation["segmentation"], coco_dir, info["height"], info["width"])
-        return Sample(image, question, of_size(mask, image), name)
-    image = picture_of(row["image"])
-    if "shapes" in row:  # ReasonSeg as its authors publish it
-        target, undecided = (draw_shapes(row["shapes"], label, image.size) for label in ("target", "ignore"))
-        if ignore == "excluded":
-            return Sample(image, question, target & ~undecided, name, ignore=undecided)
-        return Sample(image, question, target | undecided, name)
-    if "mask" in row:  # Ricky06662's evaluation sets: a list of rows of true and false, undecided pixels already true
-        if ignore == "excluded":
-            raise UserError("--ignore excluded: this copy of the data counts undecided pixels as foreground; name the authors' own folder as --data")
-        return Sample(image, question, of_size(np.array(row["mask"], dtype=bool), image), name)
-    if "segmentation" in row:
-        return Sample(image, question, read_mask(row["segmentation"], coco_dir, image.height, image.width), name)
-    return Sample(image, question, filled(box_of(row["solution"]), image.height, image.width), name, box_only=True)
+        return Sample(image, question, of_size(mask, image), name, picture=file)
+    image, ignored = picture_of(row["image"]), None
+    if layout == "shapes":  # ReasonSeg as its authors publish it
+        mask, undecided = (draw_shapes(row["shapes"], label, image.size) for label in ("target", "ignore"))
+        mask, ignored = (mask & ~undecided, undecided) if ignore == "excluded" else (mask | undecided, None)
+    elif layout == "mask":  # Ricky06662's and sj9909's evaluation sets: [H, W] of true and false, undecided pixels already true
+        mask = of_size(np.asarray(row["mask"], dtype=bool), image)
+    elif layout == "segmentation":
+        mask = read_mask(row["segmentation"], coco_dir, image.height, image.width)
+    else:
+        mask = filled(box_of(row["solution"]), image.height, image.width)
+    return Sample(image, question, mask, name, kind, ignored, box_only=layout == "solution", picture=picture_id(row, name))
+
+
+def picture_id(row: dict, name: str) -> str:
+    """What tells a row's picture from the others: RefCOCO's file names, an id, a path; without them each row counts as another picture."""
+    image = row["image"]
+    path = (image.get("path") or "") if isinstance(image, dict) else str(image)
+    coco_name = re.search(r"COCO_train2014_\d+", f"{row.get('file_name', '')} {path}")
+    return coco_name[0] + ".jpg" if coco_name else str(row.get("image_id") or path or name)
 
 
 def box_of(solution) -> tuple[float, ...]:
@@ -131,35 +229,6 @@ def draw_shapes(shapes: list[dict], label: str, size: tuple[int, int]) -> np.nda
         if shape["label"].lower() == label and len(shape["points"]) > 1:
             ImageDraw.Draw(canvas).polygon([tuple(p) for p in shape["points"]], fill=1, outline=1)
     return np.array(canvas)
-
-
-# ---------------------------------------------------------------------------------------------------- COCO's pictures
-
-
-def fetch_pictures(infos: list[dict], folder: Path, workers: int = 16) -> None:
-    """Fetch what `folder` lacks of some COCO pictures, `workers` at a time; a picture gets its name only once it is known to be whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {inside(folder, Path(info["file_name"]).name): info for info in infos}
-    missing = [(path, info) for path, info in wanted.items() if not path.exists()]
-
-    def fetch(path: Path, info: dict) -> str:
-        part = path.with_suffix(".part")
-        try:
-            with urlopen(info.get("coco_url") or COCO_URL + path.name, timeout=60) as answer:
-                part.write_bytes(answer.read())
-            if open_picture(part).size != (info["width"], info["height"]):
-                raise ValueError("its size is not the one that COCO states")
-            part.replace(path)
-            return ""
-        except (OSError, ValueError) as error:
-            part.unlink(missing_ok=True)
-            return f"{path.name}: {error}"
-
-    if missing:
-        with ThreadPoolExecutor(workers) as pool:
-            failed = [text for text in tqdm(pool.map(lambda job: fetch(*job), missing), total=len(missing), desc="pictures") if text]
-        if failed:
-            raise UserError(f"{len(failed)} of {len(missing)} pictures were not fetched; the others are kept, so run again to go on ({failed[0]})")
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -213,10 +282,74 @@ def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
     return mine or [f for f, w in zip(files, words) if split == "test" and not w & set.union(*SPLIT_NAMES.values())]
 
 
-def rows_of(name: str, split: str, count: int | None) -> Sequence:
-    """The rows of a split, pictures not yet decoded; only the first `count` where the hub can stream them."""
-    import datasets
+class Table(Sequence):
+    """Rows of parquet files, here or on the hub, one read at a time from an arrow file that is made of them once.
 
+    A mask [H, W] goes straight from arrow's bits to numpy: as lists of Python's True and False it would take megabytes.
+    """
+
+    def __init__(self, name: str, files: list[str], file: Path):
+        self.name, self.files, self.file = name, files, file
+        if file.exists():
+            self.names = self.table.column_names
+        else:
+            with fsspec.open(files[0]) as first:  # of a file on the hub, the last bytes alone are read
+                self.names = pyarrow.parquet.read_schema(first).names
+
+    @property
+    def download_bytes(self) -> int:
+        return 0 if self.file.exists() else sum(system.size(path) for system, path in map(fsspec.core.url_to_fs, self.files))
+
+    @cached_property
+    def table(self) -> pyarrow.Table:
+        part = self.file.with_suffix(f".{os.getpid()}.part")
+        try:
+            if not self.file.exists():
+                import datasets  # imported late: it takes a second to load
+
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                write_table(datasets.DownloadManager().download(self.files), part, self.name)
+                part.replace(self.file)
+            return pyarrow.ipc.open_file(pyarrow.memory_map(str(self.file))).read_all()
+        except OSError as error:
+            raise UserError(f"--data {self.name}: {said_of_disk(error, self.file.parent)}") from None
+        except Exception as error:  # the hub's libraries raise what their own libraries raise
+            raise UserError(f"--data {self.name} cannot be read: {error!r}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, i: int) -> dict:
+        return {name: bits(column[i]) if name == "mask" else column[i].as_py() for name, column in zip(self.names, self.table.columns)}
+
+
+def bits(mask) -> np.ndarray:
+    """An arrow list of H lists of W booleans as bool [H, W]."""
+    lines = mask.values
+    return lines.flatten().to_numpy(zero_copy_only=False).reshape(len(lines), -1)
+
+
+def columns_of(rows: Sequence[dict], wanted: Sequence[str]) -> list[dict]:
+    """Some columns of every row, without a look at pictures and masks."""
+    return rows.table.select([name for name in rows.names if name in wanted]).to_pylist() if isinstance(rows, Table) else rows
+
+
+def write_table(files: list[str], file: Path, name: str) -> None:
+    """The rows of parquet files as one arrow file, a few at a time: a hundred masks, as readers of parquet unpack them, take a gigabyte."""
+    parts = [pyarrow.parquet.ParquetFile(f) for f in files]
+    schema, count = parts[0].schema_arrow, sum(p.metadata.num_rows for p in parts)
+    bar = tqdm(total=count, desc=f"rows of {name}", dynamic_ncols=True, leave=False)
+    with bar, pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
+        for part in parts:
+            for batch in part.iter_batches(batch_size=4 if "mask" in schema.names else 256):
+                writer.write_batch(batch)
+                bar.update(batch.num_rows)
+
+
+def open_rows(name: str, split: str) -> Sequence[dict]:
+    """The rows of a split, pictures not yet decoded, and not yet downloaded where they are the hub's."""
     folder = Path(name)
     if folder.is_dir():
         if refs := sorted(folder.glob("refs(*).p")):
@@ -226,36 +359,30 @@ def rows_of(name: str, split: str, count: int | None) -> Sequence:
         files = of_split(folder, "*.parquet", split)
         if not files:
             raise UserError(f"--data {name}: no data.jsonl in this folder, nor files of a public data set with a {split} split")
-        rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train")
+        known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+        place, files = hashlib.sha256(known.encode()).hexdigest()[:24], list(map(str, files))
     elif split not in HUB[name]:
-        raise UserError(f"--data {name} has no {split} split, only {', '.join(HUB[name])}" + "; train.py takes another set with --eval-data" * (split != "train"))
+        other = "; train.py takes another set with --eval-data" * (split != "train")
+        raise UserError(f"--data {name} has no {split} split, only {', '.join(HUB[name])}{other}")
     else:
-        hub_id, hub_split = HUB[name][split]
-        try:
-            rows = datasets.load_dataset(hub_id, split=hub_split, streaming=count is not None and not hub_id.startswith("jxu124/"))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"--data {name}: the hub does not give {hub_id} ({str(error).splitlines()[0]})") from None
-    for column, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):  # decoded when asked for: 779 decoded pictures are gigabytes
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return list(rows.take(count)) if isinstance(rows, datasets.IterableDataset) else rows
-
-
-def load_public(name: str, split: str, count: int, seed: int, sentences: str, coco_dir: str, ignore: str) -> Public:
-    """`count` samples of a split: drawn with `seed` for train, else the first ones. Fetches the pictures that are COCO's."""
-    rows = rows_of(name, split, None if split == "train" else count)
-    if not len(rows):
-        raise UserError(f"--data {name} has no row in its {split} split")
-    first = rows[0]
+        place = "--".join(HUB[name][split]).replace("/", "--")
+    file = TABLES / f"{place}.arrow"
     try:
-        expressions(first)
-        items = [(i, k) for i in range(len(rows)) for k in range(len(expressions(rows[i])) if sentences == "all" else 1)]
-    except LookupError:
-        raise UserError(f"--data {name}: columns {', '.join(first)} are none of the layouts that are known") from None
-    if split == "train":  # each pass over the rows in a new order, until there are enough
-        rng = random.Random(seed)
-        items = [item for _ in range(-(-count // len(items))) for item in rng.sample(items, len(items))]
-    items = items[:count]
-    if "raw_anns" in first and not coco_dir:
-        fetch_pictures([json.loads(rows[i]["raw_image_info"]) for i in dict.fromkeys(i for i, _ in items)], PICTURES)
-    return Public(rows, items, name, Path(coco_dir) if coco_dir else PICTURES, ignore)
+        if not folder.is_dir():  # a table that is there is read without a look at the hub, which may be out of reach
+            files = [] if file.exists() else hub_files(*HUB[name][split])
+        return Table(name, files, file)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        where = name if folder.is_dir() else f"the hub does not give {HUB[name][split][0]}"
+        raise UserError(f"--data {name}: {where} ({(str(error) or repr(error)).splitlines()[0]})") from None
+
+
+def hub_files(hub_id: str, split: str) -> list[str]:
+    """The parquet files of a split; those of the only split, where a repository has one and calls it otherwise."""
+    import datasets
+
+    splits = {str(name): list(files) for name, files in datasets.load_dataset_builder(hub_id).config.data_files.items()}
+    if split not in splits and len(splits) > 1:
+        raise UserError(f"{hub_id} on the hub has no {split} split, only {', '.join(splits)}")
+    return splits.get(split) or next(iter(splits.values()))

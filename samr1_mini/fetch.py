@@ -1,0 +1,128 @@
+"""Pictures from a web server, one file each: whole or not at all, tried again, and never waited for without end."""
+
+import errno
+import io
+import os
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from http.client import HTTPException
+from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from tqdm import tqdm
+
+from .config import UserError
+from .data import open_picture
+
+WORKERS = 16  # pictures on their way at a time
+PAUSES = (1.0, 5.0)  # seconds before the second and before the third try
+SILENCE = 20.0  # seconds without a byte, then a try ends
+LIMIT = 60.0  # seconds a picture may take, all tries together: a server that sends a byte now and then never falls silent
+LARGEST = 64 * 2**20  # bytes of a picture
+
+
+def picture_name(path: str) -> str:
+    """The file's own name in a path that comes with data, if it is a picture's and nothing else."""
+    name = Path(path).name
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.(jpe?g|png)", name, re.IGNORECASE):
+        raise ValueError(f"{name!r} is no picture's file name")
+    return name
+
+
+def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, url: str, allowed: int) -> dict[str, str]:
+    """Fetch url + NAME for what `folder` lacks of the pictures in `sizes`, NAME: (width, height).
+
+    Returns NAME: reason for those that cannot be had. More than `allowed` of them, or a full disk, are a UserError; what was fetched stays.
+    """
+    lacking = [name for name in sizes if not is_there(folder / name)]
+    failed: dict[str, str] = {}
+    if not lacking:
+        return failed
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the pictures' folder {folder} cannot be made: {error}") from None
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        jobs = {pool.submit(fetch_picture, url + name, folder / name, sizes[name]): name for name in lacking}
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="pictures", dynamic_ncols=True):
+            if reason := job.result():
+                failed[jobs[job]] = reason
+            if len(failed) > max(allowed, 2 * WORKERS):  # it is not the pictures then, and each of the others would take its time too
+                break
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if len(failed) > allowed:
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(sizes)} pictures were not fetched, the first {url}{name}: {reason}. "
+                        "The others are kept, so run again to go on")
+    return failed
+
+
+def is_there(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0  # a machine that loses its power may leave a name without bytes
+
+
+def fetch_picture(url: str, file: Path, size: tuple[int, int]) -> str:
+    """Fetch one picture, "" if that went well, else the reason; it gets its name once it is known to be whole."""
+    end, reason = time.monotonic() + LIMIT, ""
+    for pause in (0.0, *PAUSES):
+        time.sleep(pause)
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            data = within(left, download, url, min(SILENCE, left))
+            if (found := open_picture(io.BytesIO(data)).size) != size:
+                raise ValueError(f"it is {found[0]} x {found[1]}, and {size[0]} x {size[1]} is what the data say")
+            keep(data, file)
+            return ""
+        except (OSError, ValueError, HTTPException) as error:  # a TimeoutError and an HTTPError are OSErrors
+            reason = str(error) or type(error).__name__
+            if isinstance(error, HTTPError) and error.code in (404, 410):  # it is gone, and will be at the next try
+                break
+    return reason
+
+
+def download(url: str, silence: float) -> bytes:
+    with urlopen(url, timeout=silence) as answer:
+        data = answer.read(LARGEST)
+        if answer.length:  # bytes that were announced and did not come
+            raise ValueError(f"the connection broke, {answer.length} bytes before the end")
+        return data
+
+
+def within(seconds: float, work, *arguments):
+    """What `work(*arguments)` returns or raises, or a TimeoutError after so many seconds in all."""
+    outcome = Future()
+
+    def run():
+        try:
+            outcome.set_result(work(*arguments))
+        except Exception as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()  # a thread that is given up ends with its socket, or with the program
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"not done within {seconds:.0f} seconds") from None
+
+
+def keep(data: bytes, file: Path) -> None:
+    """Write beside and move into place, so that nothing half-written has the name; another process may do the same."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(said_of_disk(error, file.parent)) from None
+
+
+def said_of_disk(error: OSError, folder: Path) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"the disk with {folder} is full: make room and run again, what was fetched is kept" if full else f"{folder}: {error}"

@@ -1,0 +1,197 @@
+"""COCO's pictures from a server as servers are: it breaks connections, sends errors, short files and other files, and falls silent."""
+
+import io
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+from test_public import coco_info, coco_rows, parquet, picture, png
+
+from samr1_mini import fetch, public
+from samr1_mini.config import UserError
+from samr1_mini.data import load_data, open_data
+from samr1_mini.fetch import fetch_pictures
+
+NAME = coco_info(1)["file_name"]
+ANOTHER_SIZE = io.BytesIO()
+Image.new("RGB", (9, 9)).save(ANOTHER_SIZE, "PNG")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves pictures by number. `faults[name]` lists what goes wrong at each asking, from the first; `always` does so at every one."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/train2014/"
+        self.asked, self.faults, self.always, self.over = [], {}, {}, threading.Event()
+
+    def handle_error(self, *_):
+        """A client that hangs up is not news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, name = self.server, self.path.removeprefix("/train2014/")
+        server.asked.append(name)
+        fault = server.always.get(name) or (server.faults.get(name) or [""]).pop(0)
+        data = png(int(name.split("_")[-1].split(".")[0]))["bytes"]
+        if fault.isdigit():
+            return self.send_error(int(fault))
+        if fault == "silent":
+            return server.over.wait(20)
+        if fault == "slow headers":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+            return self.trickle(b"x" * 1000)
+        data = {"short": data[:200], "page": b"<html>busy, come back</html>", "another size": ANOTHER_SIZE.getvalue()}.get(fault, data)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "slow":
+            return self.trickle(data)
+        self.wfile.write(data[: len(data) // 2] if fault == "broken off" else data)
+
+    def trickle(self, data):
+        for i in range(len(data)):
+            self.wfile.write(data[i : i + 1])
+            if self.server.over.wait(0.05):
+                return
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    for name, value in (("PAUSES", (0.01, 0.02)), ("SILENCE", 0.3), ("LIMIT", 2.0)):
+        monkeypatch.setattr(fetch, name, value)
+    monkeypatch.setattr(public, "COCO_URL", server.url)
+    monkeypatch.setattr(public, "PICTURES", tmp_path / "cache")
+    monkeypatch.setattr(public, "TABLES", tmp_path / "tables")
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def sizes(*numbers):
+    return {coco_info(i)["file_name"]: picture().size for i in numbers}
+
+
+def stored(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "broken off", "short", "page", "another size", "silent"])
+def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault):
+    server.faults[NAME] = [fault, fault]
+    assert fetch_pictures(sizes(1, 2), tmp_path / "a", server.url, 0) == {}
+    assert server.asked.count(NAME) == 3 and stored(tmp_path / "a") == list(sizes(1, 2))
+    assert (tmp_path / "a" / NAME).read_bytes() == png(1)["bytes"]
+
+
+@pytest.mark.parametrize("fault, tries, reason", [
+    ("500", 3, "500"), ("404", 1, "404"), ("410", 1, "410"), ("broken off", 3, "broke"), ("short", 3, "truncated"), ("page", 3, "no picture"),
+    ("another size", 3, "9 x 9"), ("silent", 3, "timed out"), ("slow", 1, "2 seconds"), ("slow headers", 1, "2 seconds"),
+])
+def test_what_always_goes_wrong_ends_in_time_with_its_reason_and_leaves_nothing_behind(server, tmp_path, fault, tries, reason):
+    server.always[NAME] = fault
+    begun = time.perf_counter()
+    failed = fetch_pictures(sizes(1, 2, 3), tmp_path / "a", server.url, 1)
+    assert time.perf_counter() - begun < 4 and server.asked.count(NAME) == tries
+    assert list(failed) == [NAME] and reason in failed[NAME]
+    assert stored(tmp_path / "a") == list(sizes(2, 3))
+
+
+def test_no_address_from_the_data_is_opened(server, tmp_path):
+    secret = tmp_path / "secret.png"
+    picture(1).save(secret)
+    rows = coco_rows(3)
+    for row, address in zip(rows, (f"file://{secret}", server.url.replace("train2014", "elsewhere"), "http://mscoco.org/images/2")):
+        row["raw_image_info"] = json.dumps(json.loads(row["raw_image_info"]) | {"coco_url": address, "flickr_url": address})
+    data = load_data(parquet(tmp_path / "set", "train", rows), "train", 3)
+    assert sorted(server.asked) == list(sizes(0, 1, 2)) and len([s.image for s in data]) == 3
+
+
+@pytest.mark.parametrize("name", ["a b.png", "a.png?x=1", "a.png#x", "%2e%2e.png", "..", ".png", "x.svg", "a\\b.png", "a.png\n", "", 7, None])
+def test_a_file_name_that_is_not_a_pictures_is_refused_before_anything_is_asked_for(server, tmp_path, name):
+    rows = coco_rows(3)
+    rows[1]["raw_image_info"] = json.dumps(coco_info(1) | {"file_name": name})
+    with pytest.raises(UserError, match="raw_image_info"):
+        open_data(parquet(tmp_path / "set", "train", rows), "train", 3)
+    assert not server.asked
+
+
+def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(server, tmp_path, capsys):
+    folder = parquet(tmp_path / "set", "train", coco_rows(250))
+    plan = open_data(folder, "train", 120, seed=3)
+    follow = open_data(folder, "train", 122, seed=3).ids
+    gone = [coco_info(int(plan.ids[i].split("-")[0]))["file_name"] for i in (5,)]
+    server.always |= dict.fromkeys(gone, "404")
+    plan.fetch()
+    assert plan.ids == [x for x in follow if x != follow[5]][:120] and plan.missing == gone and len(plan) == 120
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and gone[0] in said[0] and "404" in said[0] and "1 pictures" in said[0]
+    assert all(sample.picture not in gone and sample.image.size == picture().size for sample in plan)
+    asked = len(server.asked)
+    again = open_data(folder, "train", 120, seed=3)  # another process, or a run that is gone on with
+    again.fetch(missing=gone)
+    assert again.ids == plan.ids and len(server.asked) == asked and not capsys.readouterr().out
+
+
+def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(server, tmp_path, capsys):
+    folder = parquet(tmp_path / "set", "test", coco_rows(130))
+    gone = coco_info(17)["file_name"]
+    server.always[gone] = "404"
+    every = load_data(folder, "test", 500)
+    assert len(every) == 129 and every.missing == [gone] and every.ids == [f"{i}-0" for i in range(130) if i != 17]
+    assert "129 questions of 500" in capsys.readouterr().out
+    order = open_data(folder, "test", 129).ids  # not all, so drawn
+    place = order.index("17-0")
+    count = max(place + 1, 100)
+    some = load_data(folder, "test", count)
+    assert some.ids == [x for x in order + open_data(folder, "test", 129).ids if x != "17-0"][:count]
+
+
+def test_more_than_one_in_a_hundred_ends_in_one_line_and_the_rest_is_kept(server, tmp_path):
+    folder = parquet(tmp_path / "set", "train", coco_rows(6))
+    server.always[coco_info(3)["file_name"]] = "404"
+    with pytest.raises(UserError, match=r"^1 of 6 pictures .*3\.png: .*404.*kept, so run again") as error:
+        load_data(folder, "train", 6)
+    assert "\n" not in str(error.value) and stored(tmp_path / "cache") == list(sizes(0, 1, 2, 4, 5))
+    server.always.clear()
+    server.asked.clear()
+    assert len([s.mask for s in load_data(folder, "train", 6)]) == 6 and server.asked == [coco_info(3)["file_name"]]
+
+
+def test_a_server_that_gives_nothing_is_given_up_before_every_picture_was_tried(server, tmp_path):
+    server.always = dict.fromkeys(sizes(*range(300)), "404")
+    with pytest.raises(UserError, match="of 300 pictures"):
+        fetch_pictures(sizes(*range(300)), tmp_path / "a", server.url, 3)
+    assert len(server.asked) < 150
+
+
+def test_a_full_disk_is_said_in_one_line(server, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(fetch.os, "getpid", lambda: 77)
+    (tmp_path / "a" / f"{NAME}.77.part").symlink_to("/dev/full")  # the system's own "no space left on device"
+    with pytest.raises(UserError, match="disk .* is full"):
+        fetch_pictures(sizes(1), tmp_path / "a", server.url, 1)
+    assert stored(tmp_path / "a") == []
+
+
+def test_what_is_left_to_download_counts_the_pictures_that_are_not_here(server, tmp_path):
+    folder = parquet(tmp_path / "set", "train", coco_rows(6))
+    data = open_data(folder, "train", 6)
+    assert data.download_bytes == 6 * public.COCO_BYTES and not server.asked and not data.box_only
+    load_data(folder, "train", 2)
+    (tmp_path / "cache" / server.asked[0]).write_bytes(b"")  # as a loss of power may leave it
+    assert data.download_bytes == 5 * public.COCO_BYTES
+    data.fetch()
+    assert data.download_bytes == 0 and len(data) == 6
