@@ -3,6 +3,8 @@
 
 import json
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from samr1_mini.config import (
@@ -15,7 +17,7 @@ from samr1_mini.config import (
 )
 
 USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore", "empty_truth", "image_size",
-        "coordinates", "max_new_tokens", "max_points", "points"}
+        "coordinates", "max_new_tokens", "max_points", "points", "eval_batch"}
 
 
 def parse(argv: list[str] | None):
@@ -25,19 +27,21 @@ def parse(argv: list[str] | None):
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="split of the data set (default test)")
     parser.add_argument("--count", type=int, default=600, help="how many questions of it (default 600)")
     parser.add_argument("--blank", action="store_true", help="show the policy a grey picture: what is left of the score is guessing")
+    parser.add_argument("--votes", type=int, default=1, help="answers a question, drawn at temperature 1, that vote on the mask (default 1: one, greedy)")
     parser.add_argument("--image", help="answer about this one picture instead of a data set")
     parser.add_argument("--question", help="what to find in that picture")
     parser.add_argument("--merge", help="write base and adapter merged, in bf16, as a model folder of this name, and evaluate nothing")
     parser.add_argument("--out", default="eval", help="folder for results.json and the pictures (default eval)")
     add_options(parser, USED)
     given = vars(parser.parse(argv))
-    own = {name: given.pop(name) for name in ("adapter", "split", "count", "blank", "image", "question", "merge", "out")}
+    own = {name: given.pop(name) for name in ("adapter", "split", "count", "votes", "blank", "image", "question", "merge", "out")}
     if (own["image"] is None) != (own["question"] is None):
         parser.error("--image and --question go together")
     if own["merge"] is not None and (own["adapter"] is None or Path(own["merge"]).exists()):
         parser.error("--merge needs --adapter" if own["adapter"] is None else f"--merge {own['merge']}: this is there already")
-    if own["count"] < 1:
-        parser.error(f"--count must be at least 1, not {own['count']}")
+    for name in ("count", "votes"):
+        if own[name] < 1:
+            parser.error(f"--{name} must be at least 1, not {own[name]}")
     if own["adapter"] is not None:
         if not (Path(own["adapter"]) / "adapter_config.json").is_file():
             parser.error(f"--adapter {own['adapter']}: no adapter_config.json there")
@@ -54,15 +58,38 @@ def parse(argv: list[str] | None):
     return settings, own, line
 
 
-def evaluate_set(policy, segmenter, settings, own: dict) -> None:
+def open_input(settings, own: dict):
+    """What is asked about, opened before a model is loaded: the data set, or the one picture."""
+    import numpy as np
+
+    from samr1_mini.data import Sample, load_data, open_picture
+
+    try:
+        Path(own["out"]).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=own["out"]).close()
+    except OSError as error:
+        raise UserError(f"--out {own['out']}: nothing can be written there ({error.strerror})") from None
+    if own["image"] is None:
+        return load_data(settings.data, own["split"], own["count"], sentences=settings.sentences, coco_dir=settings.coco_dir, ignore=settings.ignore)
+    try:
+        image = open_picture(own["image"])
+    except Exception as error:  # a file that is no picture, cut off or far too large: Pillow's readers raise all sorts
+        raise UserError(f"--image {own['image']}: {error or type(error).__name__}") from None
+    unknown = np.zeros((image.height, image.width), bool)  # no truth is known
+    return [Sample(image, own["question"], unknown, own["image"])]
+
+
+def evaluate_set(policy, segmenter, data, settings, own: dict) -> None:
     """A data set -> a table, results.json, and a sheet of the best, the middling and the worst answers."""
-    from samr1_mini.data import load_data
-    from samr1_mini.evaluation import evaluate
+    from accelerate import PartialState
+
+    from samr1_mini.evaluation import batch_size, evaluate, shown
     from samr1_mini.plots import sample_sheet
 
-    out = Path(own["out"])
-    data = load_data(settings.data, own["split"], own["count"], sentences=settings.sentences, coco_dir=settings.coco_dir, ignore=settings.ignore)
-    report = evaluate(policy, segmenter, data, settings, own["split"], own["blank"])
+    out, first = Path(own["out"]), PartialState().is_main_process
+    report = evaluate(policy, segmenter, data, settings, own["split"] * first, own["blank"], votes=own["votes"])
+    if not first:
+        return
     summary = report.summary()
     print(f"{'':<12}{'count':>6}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}")
     for name, x in [("all", summary), *summary["by_kind"].items()]:
@@ -70,50 +97,49 @@ def evaluate_set(policy, segmenter, settings, own: dict) -> None:
     low, high = summary["gIoU_interval"]
     print(f"95 % bootstrap interval of gIoU: {low:.3f} to {high:.3f}; of cIoU: {summary['cIoU_interval'][0]:.3f} to {summary['cIoU_interval'][1]:.3f}")
     print(f"boxes with IoU above 0.5 (REC accuracy): {summary['box_accuracy']:.3f}")
-    if report.rows[0].sample.box_only:
+    if report.rows[0].box_only:
         print("this data set has boxes and no masks: all of the above compares boxes")
     conventions = f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object, undecided pixels {settings.ignore}"
-    print(f"conventions: {conventions}, questions with an empty true mask {settings.empty_truth} (correct: nothing predicted there counts as IoU 1)")
-    print("greedy; an answer outside the format counts 0, or under 'lenient' by any box in its text; SAM's highest-scored mask counts")
+    print(f"conventions: {conventions}, questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)")
+    how = "greedy" if own["votes"] == 1 else f"the majority of {own['votes']} answers at temperature 1"
+    print(f"{how}, {batch_size(settings, own['votes'])} questions side by side; SAM's highest-scored mask counts")
+    print("an answer outside the format counts 0, or under 'lenient' by its last box; one that cannot be read counts 0 whatever the truth is")
     answers = [
-        {"id": r.sample.id, "question": r.sample.question, "kind": r.sample.kind, "text": r.text, "in_format": r.reward.answer.in_format,
-         "iou": r.reward.iou, "why": r.reward.answer.why} for r in report.rows
+        {"id": r.id, "question": r.question, "kind": r.kind, "text": r.text, "in_format": r.in_format, "iou": r.iou, "why": r.why}
+        for r in report.rows
     ]
     (out / "results.json").write_text(json.dumps({**own, "summary": summary, "answers": answers}, indent=1))
-    ranked, middle = sorted(report.rows, key=lambda r: -r.reward.iou), max(0, len(report.rows) // 2 - 2)
+    ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
-    sample_sheet(out / "sheet.png", chosen, policy.frame(settings.image_size), "Best four, middle four, worst four answers")
+    frame = policy.frame(settings.image_size)
+    sample_sheet(out / "sheet.png", shown(segmenter, data, chosen, settings, frame), frame, "Best four, middle four, worst four answers")
     print(f"answers and sheet are in {out}")
 
 
-def answer_one(policy, segmenter, settings, own: dict) -> None:
+def answer_one(policy, segmenter, data, settings, own: dict) -> None:
     """One picture -> the policy's reasoning, and an overlay with box, points and mask."""
-    import numpy as np
-
-    from samr1_mini.data import Sample, open_picture
-    from samr1_mini.evaluation import evaluate
+    from samr1_mini.evaluation import evaluate, shown
     from samr1_mini.plots import sample_sheet
 
-    try:
-        image = open_picture(own["image"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"--image {own['image']}: {error}") from None
-    unknown = np.zeros((image.height, image.width), bool)  # no truth is known
-    row = evaluate(policy, segmenter, [Sample(image, own["question"], unknown, own["image"])], settings, blank=own["blank"]).rows[0]
-    print(row.text)
-    if row.reward.mask is None:
-        print(f"no box can be read from this: {row.reward.answer.why}")
+    settings, frame = replace(settings, empty_truth="correct"), policy.frame(settings.image_size)  # its truth is empty: nobody knows it
+    report = evaluate(policy, segmenter, data, settings, blank=own["blank"], votes=own["votes"])
+    [panel] = shown(segmenter, data, report.rows, settings, frame)
+    print(panel.text)
+    if panel.reward.mask is None:
+        print(f"no box can be read from this: {panel.reward.answer.why}")
     else:
-        print(f"mask: {row.reward.mask.mean():.1%} of the picture")
+        print(f"mask: {panel.reward.mask.mean():.1%} of the picture")
     path = Path(own["out"]) / f"{Path(own['image']).stem}-overlay.png"
-    sample_sheet(path, [row], policy.frame(settings.image_size), "What the policy sees in it", truth=False)
+    sample_sheet(path, [panel], frame, "What the policy sees in it", truth=False)
     print(f"overlay: {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
     settings, own, line = parse(argv)
     print(line, flush=True)
-    from samr1_mini.policy import load_policy, merge  # imported late: --help and mistakes answer at once
+    from accelerate import PartialState  # imported late: --help and mistakes answer at once
+
+    from samr1_mini.policy import load_policy, merge
     from samr1_mini.reward import load_segmenter
 
     try:
@@ -121,11 +147,12 @@ def main(argv: list[str] | None = None) -> None:
             merge(settings.policy, own["adapter"], own["merge"])
             print(f"merged model: {own['merge']}")
             return
-        Path(own["out"]).mkdir(parents=True, exist_ok=True)
+        data = open_input(settings, own)
+        PartialState(cpu=settings.device == "cpu")  # under torchrun each process takes its own GPU
         policy = load_policy(settings.policy, settings.load_in, adapter=own["adapter"], device=settings.device,
                              coordinates=settings.coordinates, image_size=settings.image_size)
         segmenter = load_segmenter(settings.sam, settings.sam_checkpoint, settings.device)
-        (answer_one if own["image"] is not None else evaluate_set)(policy, segmenter, settings, own)
+        (answer_one if own["image"] is not None else evaluate_set)(policy, segmenter, data, settings, own)
     except UserError as error:
         exit_with(error, "eval.py")
 

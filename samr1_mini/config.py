@@ -81,6 +81,7 @@ class Settings:
 
     eval_every: int = _option(40, "steps between looks at the validation set; 0 for none")
     eval_samples: int = _option(64, "validation questions a look")
+    eval_batch: int = _option(0, "questions that evaluation answers side by side; padding can move greedy answers (0: about 16,000 prompt tokens)")
     test_samples: int = _option(500, "held-out test questions before and after training")
 
 
@@ -194,7 +195,7 @@ def check(s: Settings) -> None:
     for name in ("lr", "temperature", "max_grad_norm", "kl_bound", "save_minutes"):
         if not 0 < getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "seed", "eps_low", "eps_high", "accuracy_weight",
+    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "eval_batch", "seed", "eps_low", "eps_high", "accuracy_weight",
                  "reasoning_weight", "segmentation_weight"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(s, name)}")

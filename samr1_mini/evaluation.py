@@ -1,36 +1,60 @@
 """Evaluation: greedy answers to held-out questions, by the same parser, the same SAM and the same rule as in training.
 
 Two figures stand side by side everywhere. gIoU: an answer outside the format counts 0 (and its whole true mask goes into cIoU's
-union). gIoU_lenient: a box found anywhere in the text counts, so what is gained there is not the format.
+union). gIoU_lenient: a box found in any shape in the text counts, so what is gained there is not the format. In both an answer that
+cannot be read is wrong even where nothing is to be found; see metrics.intersection_union.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
 from .config import Settings, UserError
 from .data import Sample
-from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box
+from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
 from .reward import Reward, Segmenter, score_group
 
 
 @dataclass
 class Row:
-    """One evaluated question. `reward` holds the answer, SAM's mask and its IoU, read leniently."""
+    """One evaluated question in numbers and texts: the pictures and masks of a large set fit no memory, and `shown` makes them again."""
+
+    index: int  # its place in the data
+    id: str
+    picture: str  # questions with the same one are about the same picture
+    kind: str
+    question: str
+    box_only: bool
+    texts: list[str]  # all answers; greedy there is one
+    text: str  # the one that counts: the middle one of the vote
+    truncated: bool
+    in_format: bool
+    why: str  # what broke the format
+    box_iou: float
+    pair: tuple[int, int]  # intersection and union, read leniently
+    strict: tuple[int, int]  # the same as the strict figures count them
+    ceiling: float | None = None  # IoU of what SAM makes of the true box; None where that was not asked, or nothing is to be found
+
+    @property
+    def iou(self) -> float:
+        """Of the mask, read leniently."""
+        return iou(*self.pair)
+
+
+@dataclass
+class Panel:
+    """One evaluated question with its picture and its mask, to be drawn; see plots.py."""
 
     sample: Sample
     text: str
-    truncated: bool
     reward: Reward
-
-    @property
-    def pair(self) -> tuple[int, int]:
-        """Intersection and union as the strict figures count them."""
-        return self.reward.pair if self.reward.answer.in_format else intersection_union(None, self.sample.mask, self.sample.ignore)
 
 
 @dataclass
@@ -38,26 +62,32 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def summary(self) -> dict:
-        """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate, share of boxes with IoU above 0.5 (REC accuracy), 95 % intervals,
-        the count, and gIoU by kind of question."""
-        strict, lenient = [r.pair for r in self.rows], [r.reward.pair for r in self.rows]
+        """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate, share of boxes with IoU above 0.5 (REC accuracy), 95 % intervals
+        (over pictures), the count, and gIoU by kind of question."""
+        strict, lenient, pictures = [r.strict for r in self.rows], [r.pair for r in self.rows], [r.picture for r in self.rows]
         summary = {
             "gIoU": giou(strict), "gIoU_lenient": giou(lenient), "cIoU": ciou(strict),
-            "format": float(np.mean([r.reward.answer.in_format for r in self.rows])),
-            "box_accuracy": float(np.mean([r.reward.answer.in_format and r.reward.box_iou > 0.5 for r in self.rows])),
+            "format": float(np.mean([r.in_format for r in self.rows])),
+            "box_accuracy": float(np.mean([r.in_format and r.box_iou > 0.5 for r in self.rows])),
             "truncated": float(np.mean([r.truncated for r in self.rows])),
-            "gIoU_interval": bootstrap_interval(giou, strict), "gIoU_lenient_interval": bootstrap_interval(giou, lenient),
-            "cIoU_interval": bootstrap_interval(ciou, strict), "count": len(self.rows),
+            "gIoU_interval": bootstrap_interval(giou, strict, pictures),
+            "gIoU_lenient_interval": bootstrap_interval(giou, lenient, pictures),
+            "cIoU_interval": bootstrap_interval(ciou, strict, pictures), "count": len(self.rows),
         }
         summary["by_kind"] = {}
-        for kind in dict.fromkeys(r.sample.kind for r in self.rows):
-            some = [r for r in self.rows if r.sample.kind == kind]
+        for kind in dict.fromkeys(r.kind for r in self.rows):
+            some = [r for r in self.rows if r.kind == kind]
             summary["by_kind"][kind] = {
-                "gIoU": giou([r.pair for r in some]), "gIoU_lenient": giou([r.reward.pair for r in some]),
-                "cIoU": ciou([r.pair for r in some]), "format": float(np.mean([r.reward.answer.in_format for r in some])),
-                "count": len(some),
+                "gIoU": giou([r.strict for r in some]), "gIoU_lenient": giou([r.pair for r in some]),
+                "cIoU": ciou([r.strict for r in some]), "format": float(np.mean([r.in_format for r in some])), "count": len(some),
             }
         return summary
+
+    @property
+    def ceiling(self) -> dict:
+        """What the frozen SAM makes of the true boxes, the best that boxes without points could reach: after evaluate(with_ceiling=True)."""
+        values = [r.ceiling for r in self.rows if r.ceiling is not None]
+        return {"gIoU": float(np.mean(values)), "count": len(values)}
 
 
 def policy_image(sample: Sample, size: int):
@@ -65,45 +95,87 @@ def policy_image(sample: Sample, size: int):
     return sample.image if sample.image.size == (size, size) else sample.image.resize((size, size))
 
 
-def evaluate(policy: Policy, segmenter: Segmenter, data, s: Settings, name: str = "", blank: bool = False) -> Report:
-    """Answer every question of `data` greedily and score it.
+def batch_size(s: Settings, votes: int = 1) -> int:
+    """Questions that are answered side by side: --eval-batch, or about 16,000 prompt tokens (shared among the votes)."""
+    return s.eval_batch or max(1, 16384 // ((s.image_size // 28) ** 2 + 160) // votes)
+
+
+def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame: int) -> tuple[int, Reward, tuple, tuple]:
+    """Score the answers to one question, and let them vote where there are several: in the strict figures those in the format, in the
+    lenient ones all that can be read.
+
+    Returns the number of the answer that counts (the middle one of the strict vote, else of the lenient one, else the first), its reward
+    with the mask that was voted for, and (intersection, union) as the lenient and as the strict figures count them.
+    """
+    rewards = score_group(segmenter, x, texts, frame, s.accuracy, max_points=s.max_points, points=s.points, lenient=True)
+    chosen, mask, pairs = 0, None, []
+    for strict in (False, True):
+        voters = [i for i, r in enumerate(rewards) if r.mask is not None and (r.answer.in_format or not strict)]
+        voted = None
+        if voters:
+            middle, voted = vote([rewards[i].mask for i in voters])
+            chosen, mask = voters[middle], voted
+        pairs.append(intersection_union(voted, x.mask, x.ignore))
+    pair = intersection_union(mask, x.mask, x.ignore)
+    return chosen, replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair)), *pairs
+
+
+def evaluate(
+    policy: Policy, segmenter: Segmenter, data, s: Settings, name: str = "", blank: bool = False, with_ceiling: bool = False, votes: int = 1
+) -> Report:
+    """Answer every question of `data` and score it: greedily, or by `votes` answers drawn at temperature 1, the same ones every time.
 
     `name` is shown beside the progress bar, which is left out without one. `blank` shows the policy (not SAM) a grey picture in
-    place of each: what is left of the score does not come from looking.
+    place of each: what is left of the score does not come from looking. `with_ceiling` has SAM segment the true boxes too, while it has
+    the picture. Several processes share the questions and end with the same whole report. Questions are answered side by side, and
+    padding can move a greedy answer by a rounding: with s.eval_batch = 1 an answer depends on nothing beside it.
     """
-    report, step = Report(), max(1, 16384 // ((s.image_size // 28) ** 2 + 160))  # about 16,000 prompt tokens at a time
-    for i in tqdm(range(0, len(data), step), desc=f"test {name}", disable=not name, leave=False, dynamic_ncols=True):
-        samples = [data[j] for j in range(i, min(i + step, len(data)))]
+    step, processes = batch_size(s, votes), PartialState(cpu=s.device == "cpu")
+    mine, rows = range(len(data))[processes.process_index :: processes.num_processes], []
+    for i in tqdm(range(0, len(mine), step), desc=f"test {name}", disable=not name, leave=False, dynamic_ncols=True):
+        samples = {j: data[j] for j in mine[i : i + step]}
         if s.empty_truth == "excluded":
-            samples = [x for x in samples if x.mask.any()]
+            samples = {j: x for j, x in samples.items() if x.mask.any()}
         if not samples:
             continue
-        images = [policy_image(x, s.image_size) for x in samples]
+        images = [policy_image(x, s.image_size) for x in samples.values()]
         if blank:
             images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
         with torch.no_grad():
-            prompts = encode(policy, images, [x.question for x in samples])
-        for x, [answer] in zip(samples, sample(policy, prompts, 1, s.max_new_tokens, temperature=0)):
-            [reward] = score_group(
-                segmenter, x, [answer.text], policy.frame(s.image_size), s.accuracy, max_points=s.max_points, points=s.points, lenient=True
-            )
-            report.rows.append(Row(x, answer.text, answer.truncated, reward))
-    if not report.rows:
+            prompts = encode(policy, images, [x.question for x in samples.values()])
+        if votes == 1:
+            groups = sample(policy, prompts, 1, s.max_new_tokens, temperature=0)
+        else:  # what is drawn depends on the question's place alone
+            seeds = [torch.Generator().manual_seed(s.seed * 10**6 + j) for j in samples]
+            chance = torch.stack([torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds])  # [B, votes, L]
+            groups = sample(policy, prompts, votes, s.max_new_tokens, 1.0, chance)
+        for (j, x), answers in zip(samples.items(), groups):
+            texts = [answer.text for answer in answers]
+            chosen, reward, pair, strict = judge(segmenter, x, texts, s, policy.frame(s.image_size))
+            rows.append(Row(
+                j, x.id, x.picture, x.kind, x.question, x.box_only, texts, texts[chosen], answers[chosen].truncated,
+                reward.answer.in_format, reward.answer.why, reward.box_iou, pair, strict, true_box_iou(segmenter, x) if with_ceiling else None,
+            ))
+    rows = sorted(gather_object(rows), key=lambda row: row.index)
+    if not rows:
         raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")
-    return report
+    return Report(rows)
 
 
-def ceiling(segmenter: Segmenter, data) -> dict:
-    """What the frozen SAM makes of the true boxes: the best that boxes without points could reach."""
-    values = []
-    for i in range(len(data)):
-        x = data[i]
-        if x.box_only:
-            values.append(1.0)  # boxes are compared with boxes
-        elif x.mask.any():
-            [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
-            values.append(iou(*intersection_union(mask, x.mask, x.ignore)))
-    return {"gIoU": float(np.mean(values)), "count": len(values)}
+def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
+    """IoU of what SAM makes of the true box; None where nothing is to be found."""
+    if x.box_only:
+        return 1.0  # boxes are compared with boxes
+    if not x.mask.any():
+        return None
+    [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
+    return iou(*intersection_union(mask, x.mask, x.ignore))
+
+
+def shown(segmenter: Segmenter, data, rows: Iterable[Row], s: Settings, frame: int) -> list[Panel]:
+    """The pictures, answers and masks of a few rows, scored again from their texts; `frame` is policy.frame(s.image_size)."""
+    pairs = ((row, data[row.index]) for row in rows)
+    return [Panel(x, row.text, judge(segmenter, x, row.texts, s, frame)[1]) for row, x in pairs]
 
 
 def before_after(summary: dict) -> str:

@@ -4,9 +4,13 @@ import numpy as np
 
 
 def intersection_union(mask: np.ndarray | None, truth: np.ndarray, ignore: np.ndarray | None = None) -> tuple[int, int]:
-    """Pixels in both and pixels in either of two bool masks [H, W], those of `ignore` left out; no mask at all counts as an empty one."""
+    """Pixels in both and pixels in either of two bool masks [H, W], those of `ignore` left out.
+
+    None is an answer that cannot be read. It is wrong whatever the truth, in training and in evaluation: its union is the true mask, and
+    at least 1. An empty mask is something else: it comes from an answer that was read, and is right where nothing is to be found.
+    """
     if mask is None:
-        mask = np.zeros_like(truth)
+        return 0, max(1, intersection_union(truth, truth, ignore)[1])
     if mask.shape != truth.shape:
         raise ValueError(f"masks of different size: {mask.shape} and {truth.shape}")
     if ignore is not None:
@@ -15,8 +19,17 @@ def intersection_union(mask: np.ndarray | None, truth: np.ndarray, ignore: np.nd
 
 
 def iou(intersection: int, union: int) -> float:
-    """Intersection over union; nothing predicted where nothing is to be found is right (LISA's convention), so 0/0 is 1."""
+    """Intersection over union; an empty mask where nothing is to be found is right (LISA's convention), so 0/0 is 1."""
     return intersection / union if union else 1.0
+
+
+def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]:
+    """The place of the middle mask, and the mask bool [H, W] that `masks` (at least one) agree on: around the mask that has the most
+    others with an IoU of at least `agree` (the first of equals), the pixels that more than half of these and itself hold."""
+    near = np.array([[iou(*intersection_union(a, b)) >= agree for b in masks] for a in masks])  # [n, n]
+    middle = int(near.sum(1).argmax())
+    cluster = [mask for mask, close in zip(masks, near[middle]) if close]
+    return middle, np.sum(cluster, axis=0, dtype=np.uint16) * 2 > len(cluster)
 
 
 def box_iou(a: tuple, b: tuple) -> float:
@@ -34,20 +47,32 @@ def filled(box: tuple, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def giou(pairs: list[tuple[int, int]]) -> float:
-    """Mean IoU of (intersection, union) pairs, one a picture."""
-    return float(np.mean([iou(i, u) for i, u in pairs]))
+def giou(pairs) -> float:
+    """Mean IoU of (intersection, union) pairs [n, 2], one a picture."""
+    both, either = np.asarray(pairs).T
+    return float(np.mean(np.where(either > 0, both / np.maximum(either, 1), 1.0)))
 
 
-def ciou(pairs: list[tuple[int, int]]) -> float:
-    """Cumulative IoU of (intersection, union) pairs: large objects weigh more."""
-    return iou(sum(i for i, _ in pairs), sum(u for _, u in pairs))
+def ciou(pairs) -> float:
+    """Cumulative IoU of (intersection, union) pairs [n, 2]: large objects weigh more."""
+    return iou(*np.asarray(pairs).sum(0).tolist())
 
 
-def bootstrap_interval(measure, pairs: list[tuple[int, int]], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of `measure` (giou or ciou) over resampled pictures; the same numbers every time."""
-    rng = np.random.default_rng(seed)
-    values = [measure([pairs[i] for i in rng.integers(len(pairs), size=len(pairs))]) for _ in range(draws)]
+def bootstrap_interval(measure, pairs: list[tuple[int, int]], pictures: list[str] | None = None, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of `measure` (giou or ciou) over resampled pictures; the same numbers every time.
+
+    `pictures` names the picture of each pair: questions about one picture are drawn together, since they are no independent
+    observations. Pairs without a name, "", have a picture of their own each.
+    """
+    number = {}
+    cluster = [number.setdefault(name or i, len(number)) for i, name in enumerate(pictures or [""] * len(pairs))]
+    order, size = np.argsort(cluster, kind="stable"), np.bincount(cluster)  # [n] rows, picture after picture; [pictures]
+    start, rng, values, pairs = size.cumsum() - size, np.random.default_rng(seed), [], np.asarray(pairs)
+    for _ in range(draws):
+        drawn = rng.integers(len(size), size=len(size))
+        count = size[drawn]
+        within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)  # 0, 1, ... in each drawn picture
+        values.append(measure(pairs[order[np.repeat(start[drawn], count) + within]]))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

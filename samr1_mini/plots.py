@@ -8,26 +8,45 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files: no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
+
+# Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and Arabic letters; what it lacks is taken from
+# those of the others that are installed.
+FAMILIES = [name for name in (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS", "Noto Sans",
+    "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola",
+) if name in font_manager.get_font_names()]
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
 
 
-def draw_answer(axes, row, size: int) -> None:
-    """One evaluated answer on its picture: truth as a dashed outline, SAM's mask filled and outlined, box, points (dot: on the object, cross: off it)."""
-    sample, reward = row.sample, row.reward
-    picture, answer = np.asarray(sample.image), reward.answer
+def legible(text: str, width: int, lines: int = 99) -> str:
+    """At most so many lines of `width` characters; a character that no font here has is written as its number, like ⟨U+5DE6⟩."""
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
+    known = lambda c: c.isspace() or (c.isprintable() and any(font.get_char_index(ord(c)) for font in fonts))
+    text = "".join(c if known(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
+    return "\n".join(textwrap.wrap(text, width)[:lines])
+
+
+def draw_answer(axes, panel, size: int) -> None:
+    """One evaluated answer (evaluation.Panel) on its picture: truth as a dashed outline, SAM's mask filled and outlined, box, points (dot:
+    on the object, cross: off it)."""
+    sample, answer = panel.sample, panel.reward.answer
+    fine = max(1, max(sample.image.size) // 800)  # a panel has a few hundred pixels: of a large photo every second, third, ... is drawn
+    picture, truth = np.asarray(sample.image)[::fine, ::fine], sample.mask[::fine, ::fine]
+    mask = np.zeros_like(truth) if panel.reward.mask is None else panel.reward.mask[::fine, ::fine]
     axes.imshow(picture)
     axes.set_xticks([]), axes.set_yticks([])
-    sx, sy = sample.image.width / size, sample.image.height / size
-    if reward.mask is not None and reward.mask.any():
-        colour = np.array([*matplotlib.colors.to_rgb(ORANGE), 0.55])
-        axes.imshow(reward.mask[..., None] * colour)
-    if sample.mask.any() and not sample.mask.all():
-        axes.contour(sample.mask, [0.5], colors="white", linewidths=1.6)
-    if reward.mask is not None and reward.mask.any() and not reward.mask.all():  # objects may be orange too
-        axes.contour(reward.mask, [0.5], colors=ORANGE, linewidths=2.4)
-    if sample.mask.any() and not sample.mask.all():
-        axes.contour(sample.mask, [0.5], colors=BLACK, linewidths=1.2, linestyles="dashed")
+    sx, sy = sample.image.width / size / fine, sample.image.height / size / fine
+    if mask.any():
+        axes.imshow(mask[..., None] * np.array([*matplotlib.colors.to_rgb(ORANGE), 0.55]))
+    if truth.any() and not truth.all():
+        axes.contour(truth, [0.5], colors="white", linewidths=1.6)
+    if mask.any() and not mask.all():  # objects may be orange too
+        axes.contour(mask, [0.5], colors=ORANGE, linewidths=2.4)
+    if truth.any() and not truth.all():
+        axes.contour(truth, [0.5], colors=BLACK, linewidths=1.2, linestyles="dashed")
     box = answer.box or answer.lenient_box
     if box:
         x1, y1, x2, y2 = box[0] * sx - 0.5, box[1] * sy - 0.5, box[2] * sx - 0.5, box[3] * sy - 0.5
@@ -37,23 +56,25 @@ def draw_answer(axes, row, size: int) -> None:
         axes.plot(x * sx, y * sy, "o" if label else "X", color=GREEN if label else PINK, mec="white", ms=7)
 
 
-def sample_sheet(path: Path, rows: list, size: int, title: str, truth: bool = True) -> None:
+def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
     """A PNG with one panel an answer: picture, masks, box and points, question, what the policy said, IoU and reward."""
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(max(3.1 * columns, 6.4), 4.4 * lines + 0.6), squeeze=False, layout="constrained")
-    for axes in panels.flat:
-        axes.axis("off")
-    for axes, row in zip(panels.flat, rows):
-        axes.axis("on")
-        draw_answer(axes, row, size)
-        axes.set_title("\n".join(textwrap.wrap(row.sample.question, 40)), fontsize=9)
-        said = "\n".join(textwrap.wrap(row.text.replace("$", r"\$"), 46)[:6])
-        verdict = f"IoU {row.reward.iou:.2f}   reward {row.reward.total:.0f}   " if truth else ""
-        verdict += "" if row.reward.answer.in_format else "outside the format"
-        axes.set_xlabel(f"{verdict}\n{said}".strip(), fontsize=7.5, loc="left")
-    figure.suptitle(f"{title}\n{'dashed: truth, ' if truth else ''}orange: SAM's mask, blue: the policy's box, dot and cross: its points", fontsize=11)
-    figure.savefig(path, dpi=90)
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    with plt.rc_context({"font.family": FAMILIES}):
+        width, height = max(3.1 * columns, 6.4), 4.4 * lines + 0.6
+        figure, places = plt.subplots(lines, columns, figsize=(width, height), squeeze=False, layout="constrained")
+        for axes in places.flat:
+            axes.axis("off")
+        for axes, panel in zip(places.flat, panels):
+            axes.axis("on")
+            draw_answer(axes, panel, size)
+            axes.set_title(legible(panel.sample.question, 40), fontsize=9, parse_math=False)
+            verdict = f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.0f}   " if truth else ""
+            verdict += "" if panel.reward.answer.in_format else "outside the format"
+            axes.set_xlabel(f"{verdict}\n{legible(panel.text, 46, 6)}".strip(), fontsize=7.5, loc="left", parse_math=False)
+        legend = f"{'dashed: truth, ' if truth else ''}orange: SAM's mask, blue: the policy's box, dot and cross: its points"
+        figure.suptitle(f"{title}\n{legend}", fontsize=11)
+        figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from accelerate import PartialState
 
 from .config import Settings
-from .evaluation import before_after, ceiling, evaluate
+from .evaluation import Report, before_after, evaluate, shown
 from .plots import curves, sample_sheet
 from .policy import Policy
 from .reward import Segmenter
@@ -34,7 +34,8 @@ def score_base(policy: Policy, segmenter: Segmenter, validation, test, s: Settin
     if resumed and (folder / "base.json").exists():
         return json.loads((folder / "base.json").read_text())
     first = PartialState().is_main_process
-    base = evaluate(policy, segmenter, test, s, "base" * first).summary() | {"ceiling": ceiling(segmenter, test)}
+    report = evaluate(policy, segmenter, test, s, "base" * first, with_ceiling=True)
+    base = report.summary() | {"ceiling": report.ceiling}
     if first:
         write_json(folder / "base.json", base)
     if s.eval_every:
@@ -47,8 +48,14 @@ def validate(policy: Policy, segmenter: Segmenter, validation, s: Settings, fold
     report = evaluate(policy, segmenter, validation, s)
     if PartialState().is_main_process:
         title = f"Validation after {step} steps" if step else "Validation before training"
-        sample_sheet(folder / f"sheet-{step:05d}.png", report.rows[:12], policy.frame(s.image_size), title)
+        write_sheet(folder / f"sheet-{step:05d}.png", policy, segmenter, validation, report, s, title)
     return {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
+
+
+def write_sheet(path: Path, policy: Policy, segmenter: Segmenter, data, report: Report, s: Settings, title: str) -> None:
+    """The first answers of a report, drawn on their pictures."""
+    frame = policy.frame(s.image_size)
+    sample_sheet(path, shown(segmenter, data, report.rows[:12], s, frame), frame, title)
 
 
 def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, steps: int, spent: Callable) -> dict:
@@ -61,7 +68,7 @@ def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: P
     }
     if first:
         write_json(folder / "summary.json", summary)
-        sample_sheet(folder / "sheet-test.png", report.rows[:12], policy.frame(s.image_size), "Held-out test scenes after training")
+        write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, "Held-out test scenes after training")
         curves(folder / "curves.png", read_log(folder), summary)
         print(before_after(summary))
         print(f"adapter, log, curves and sheets are in {folder}")

@@ -39,7 +39,7 @@ class Answer:
     reasoning_format: bool = False
     segmentation_format: bool = False
     why: str = ""  # what broke the format, for people
-    lenient_box: tuple[float, float, float, float] | None = None  # a box found anywhere in the text, for gIoU_lenient
+    lenient_box: tuple[float, float, float, float] | None = None  # a box found in any shape, for gIoU_lenient
 
     @property
     def in_format(self) -> bool:
@@ -82,9 +82,27 @@ def _points(value, width: int, height: int, max_points: int) -> list[tuple[float
     return points
 
 
-# Four numbers in brackets or parentheses. Every repeat is bounded, so hostile text costs linear time.
-_NUMBER = r"\s{0,4}(-?\d{1,6}(?:\.\d{1,6})?)\s{0,4}"
-_FOUR = re.compile(r"[\[(]" + ",".join([_NUMBER] * 4) + r"[\])]")
+# A box in any of the shapes that people and models write: [x1, y1, x2, y2] in brackets of either kind, or Qwen's (x1,y1),(x2,y2). Two
+# points in a list, more than two points and what is called "points" are no box. A text is cut into numbers, words and signs first, so that
+# line breaks and quotes around numbers do not matter; a number is then read once for the bracket before it, so the time is linear.
+_TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_FOUR = re.compile(
+    r"(?<!points : )[\[(] " + " , ".join([_NUMBER] * 4) + r" [\])]"
+    rf"|(?<!\[ )(?<!\) , )\( {_NUMBER} , {_NUMBER} \) , \( {_NUMBER} , {_NUMBER} \)(?! , \()"
+)
+
+
+def lenient_box(text: str, width: int, height: int) -> tuple[float, float, float, float] | None:
+    """The last box in the answer part, which need not be closed; where that holds none, the last in the whole text."""
+    answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
+    for part in (answer, text):
+        for match in reversed(list(_FOUR.finditer(" ".join(_TOKEN.findall(part))))):
+            try:
+                return _box([float(v) for v in match.groups() if v is not None], width, height)
+            except ValueError:
+                continue
+    return None
 
 
 def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
@@ -94,12 +112,7 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
     (1.0, 2.0, 9.0, 8.0)
     """
     answer, text = Answer(), text[:MAX_TEXT].strip()
-    for match in _FOUR.finditer(text):
-        try:
-            answer.lenient_box = _box([float(v) for v in match.groups()], width, height)
-            break
-        except ValueError:
-            continue
+    answer.lenient_box = lenient_box(text, width, height)
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     places = [text.find(tag) for tag in tags]
     whole = all(text.count(tag) == 1 for tag in tags) and places == sorted(places)
@@ -110,7 +123,8 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
     try:
         if text.count(tags[2]) != 1 or text.count(tags[3]) != 1 or places[3] < places[2]:
             raise ValueError("not exactly one <answer>...</answer>")
-        inside = text[places[2] + len(tags[2]) : places[3]].strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+        inside = text[places[2] + len(tags[2]) : places[3]].strip()
+        inside = inside.removeprefix("```json").removeprefix("```").removesuffix("```")
         said = json.loads(inside)
         if not isinstance(said, dict):
             raise ValueError("the answer is not a JSON object")
@@ -126,9 +140,10 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
 
 
 class Segmenter:
-    """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are kept."""
+    """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are kept. A group is
+    scored at once, so training and evaluation need no more than one."""
 
-    def __init__(self, predictor, remember: int = 64):
+    def __init__(self, predictor, remember: int = 1):
         self.predictor, self.remember, self.encoded = predictor, remember, OrderedDict()
 
     def look_at(self, image: np.ndarray) -> None:
@@ -148,7 +163,8 @@ class Segmenter:
         """Masks bool [n, H, W] for n prompts in the picture's own pixels: a box (x1, y1, x2, y2) and points [(x, y, label), ...].
 
         Of SAM's three masks the one with the highest predicted score counts, in training and in evaluation alike. All prompts with
-        the same number of points share one decoder pass: padding shorter ones would make a mask depend on its neighbours.
+        the same number of points share one decoder pass: padding shorter ones would make a mask depend on its neighbours. Only the
+        chosen masks are brought to the picture's size, one at a time: all three of 8 prompts would be 1.1 GB for 12 megapixels.
         """
         self.look_at(image)
         predictor, found = self.predictor, np.zeros((len(boxes), *image.shape[:2]), bool)
@@ -161,17 +177,32 @@ class Segmenter:
                 mark = torch.tensor([points[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, count, 3]
                 place = predictor.transform.apply_coords_torch(mark[..., :2], predictor.original_size)
                 label = mark[..., 2]
-            masks, scores, _ = predictor.predict_torch(place, label, box, multimask_output=True)  # [n, 3, H, W], [n, 3]
-            best = scores.argmax(1)
-            found[rows] = masks[torch.arange(len(rows)), best].cpu().numpy()
+            logits, scores = self.decode(place, label, box)  # [n, 3, h, w], [n, 3]
+            model = predictor if isinstance(predictor, Sam2Predictor) else predictor.model
+            for row, three, best in zip(rows, logits, scores.argmax(1)):
+                mask = model.postprocess_masks(three[None, best, None], predictor.input_size, predictor.original_size)  # [1, 1, H, W]
+                found[row] = (mask[0, 0] > model.mask_threshold).cpu().numpy()
         return found
+
+    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """n prompts in SAM's own pixels -> low-resolution logits [n, 3, h, w] and predicted IoU [n, 3]: predict_torch before it upscales."""
+        if isinstance(self.predictor, Sam2Predictor):
+            return self.predictor.decode(points, labels, boxes)
+        sam, points = self.predictor.model, None if points is None else (points, labels)
+        sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
+        return sam.mask_decoder(
+            image_embeddings=self.predictor.features, image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
+        )
 
 
 SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
 
 
 class Sam2Predictor:
-    """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of segment_anything's SamPredictor."""
+    """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of segment_anything's SamPredictor and its model."""
+
+    mask_threshold = 0.0
 
     def __init__(self, name: str, device: str = "cpu"):
         self.model = AutoModelForMaskGeneration.from_pretrained(name).to(device).eval().requires_grad_(False)
@@ -189,12 +220,15 @@ class Sam2Predictor:
     def apply_boxes_torch(self, boxes: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
         return self.apply_coords_torch(boxes.view(-1, 2, 2), original_size).view(-1, 4)
 
-    def predict_torch(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor, multimask_output: bool = True):
-        """n prompts -> masks bool [n, 3, H, W], predicted IoU [n, 3], low-resolution logits [n, 3, h, w]."""
-        prompts = {"input_boxes": boxes[None]} | ({} if points is None else {"input_points": points[None], "input_labels": labels[None].long()})
-        out = self.model(image_embeddings=self.features, multimask_output=multimask_output, **prompts)
-        masks = torch.nn.functional.interpolate(out.pred_masks[0].float(), self.original_size, mode="bilinear", align_corners=False) > 0
-        return masks, out.iou_scores[0], out.pred_masks[0]
+    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Segmenter.decode."""
+        marks = {} if points is None else {"input_points": points[None], "input_labels": labels[None].long()}
+        out = self.model(image_embeddings=self.features, multimask_output=True, input_boxes=boxes[None], **marks)
+        return out.pred_masks[0], out.iou_scores[0]
+
+    def postprocess_masks(self, masks: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> torch.Tensor:
+        """Logits [n, c, h, w] -> logits [n, c, H, W] of the picture's size."""
+        return torch.nn.functional.interpolate(masks.float(), original_size, mode="bilinear", align_corners=False)
 
 
 # segment_anything's files: bytes and SHA-256, checked before they are read.
@@ -268,7 +302,7 @@ class Reward:
     total: float
     accuracy: float
     answer: Answer
-    iou: float  # of SAM's mask; 0 where the answer cannot be read
+    iou: float  # of SAM's mask; 0 where the answer cannot be read, whatever the truth is
     box_iou: float  # of the answer's box and the tight box of the true mask
     pair: tuple[int, int]  # its intersection and union, pixels
     mask: np.ndarray | None  # bool [H, W]
@@ -314,7 +348,7 @@ def score_group(
     prompted, rewards = dict(zip(read, prompts)), []
     for i, answer in enumerate(answers):
         pair = intersection_union(masks.get(i), sample.mask, sample.ignore)
-        value = iou(*pair) if i in masks else 0.0
+        value = iou(*pair)
         close = box_iou(prompted[i][0], tight_box(sample.mask)) if i in masks else 0.0
         terms = (accuracy_term(accuracy, value, close), float(answer.reasoning_format), float(answer.segmentation_format))
         total = sum(w * t for w, t in zip(weights, terms))

@@ -6,6 +6,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco
 from test_public import (
     HEIGHT,
@@ -21,9 +22,10 @@ from test_public import (
 
 from samr1_mini import evaluation
 from samr1_mini.config import UserError, make_settings
-from samr1_mini.data import load_data
-from samr1_mini.evaluation import evaluate
+from samr1_mini.data import Sample, load_data
+from samr1_mini.evaluation import evaluate, shown
 from samr1_mini.policy import Completion
+from samr1_mini.reward import score_group
 
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
 # Boxes that miss the object by more and more, in the policy's 112 x 112 square.
@@ -63,15 +65,15 @@ def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(policy, segmente
     for data in layouts(tmp_path, coco_dir):
         report = evaluate(policy, segmenter, data, SETTINGS)
         ious, intersections, unions = [], 0, 0
-        for row in report.rows:
-            nothing = np.zeros_like(row.sample.mask)
-            mask = row.reward.mask if row.reward.answer.in_format else nothing
-            known = ~(nothing if row.sample.ignore is None else row.sample.ignore)  # undecided pixels are cut out of both
-            pair = [coco.merge([code(m), code(known)], intersect=True) for m in (mask, row.sample.mask)]
+        for row, panel in zip(report.rows, shown(segmenter, data, report.rows, SETTINGS, 112)):
+            truth, ignore, nothing = panel.sample.mask, panel.sample.ignore, np.zeros_like(panel.sample.mask)
+            mask = panel.reward.mask if row.in_format else nothing
+            known = ~(nothing if ignore is None else ignore)  # undecided pixels are cut out of both
+            pair = [coco.merge([code(m), code(known)], intersect=True) for m in (mask, truth)]
             ious.append(coco.iou([pair[0]], [pair[1]], [0])[0, 0])
             intersections += int(coco.area(coco.merge(pair, intersect=True)))
             unions += int(coco.area(coco.merge(pair)))
-            seen += row.reward.answer.in_format
+            seen += row.in_format
         summary = report.summary()
         assert summary["gIoU"] == pytest.approx(np.mean(ious)) and summary["cIoU"] == pytest.approx(intersections / unions)
         assert 0 < summary["cIoU"] < 1
@@ -84,10 +86,22 @@ def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(pol
     data = load_data(parquet(tmp_path / "a", "test", bool_rows(square(), empty)), "test", 6)
     both, one = evaluate(policy, segmenter, data, SETTINGS), evaluate(policy, segmenter, data, replace(SETTINGS, empty_truth="excluded"))
     assert len(both.rows) == 2 and len(one.rows) == 1 and both.summary()["count"] == 2 and one.summary()["count"] == 1
-    assert both.rows[1].reward.mask.any() and both.rows[1].reward.iou == 0  # something was predicted where nothing is
+    assert both.rows[1].pair[1] > 0 == both.rows[1].iou  # something was predicted where nothing is
     assert 0 < both.summary()["gIoU"] == pytest.approx(one.summary()["gIoU"] / 2)
-    say(monkeypatch, ["nothing"])
+    monkeypatch.setattr(segmenter, "masks", lambda image, boxes, points: np.zeros((len(boxes), *image.shape[:2]), bool))
     silent = evaluate(policy, segmenter, data, SETTINGS)
-    assert silent.rows[1].pair == (0, 0) and silent.summary()["gIoU"] == 0.5  # right about the empty one, wrong about the other
+    assert silent.rows[1].pair == silent.rows[1].strict == (0, 0)  # an answer that was read, and a mask with nothing in it
+    assert silent.summary()["gIoU"] == silent.summary()["gIoU_lenient"] == 0.5  # right about the empty one, wrong about the other
     with pytest.raises(UserError, match="--empty-truth"):
         evaluate(policy, segmenter, load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1), replace(SETTINGS, empty_truth="excluded"))
+
+
+def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_and_in_evaluation(policy, segmenter, monkeypatch):
+    say(monkeypatch, ["nothing"])
+    data = [Sample(Image.new("RGB", (112, 112)), "?", truth, "x") for truth in (np.zeros((112, 112), bool), np.eye(112, dtype=bool))]
+    report = evaluate(policy, segmenter, data, SETTINGS)
+    assert [row.strict for row in report.rows] == [row.pair for row in report.rows] == [(0, 1), (0, 112)]
+    assert report.summary()["gIoU"] == report.summary()["gIoU_lenient"] == report.summary()["cIoU"] == 0
+    for x in data:
+        [trained], [evaluated] = (score_group(segmenter, x, ["nothing"], 112, "iou", lenient=lenient) for lenient in (False, True))
+        assert trained.iou == evaluated.iou == trained.accuracy == 0 and trained.pair == evaluated.pair

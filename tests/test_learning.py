@@ -33,7 +33,7 @@ def test_a_blanked_picture_costs_the_trained_policy_most_of_its_score(trained):
 
 
 def test_the_trained_policy_looks_around_for_most_indirect_questions_and_for_hardly_any_that_name_their_object(trained):
-    looks = lambda kind: np.mean(["<think>I see" in row.text for row in trained[False].rows if row.sample.kind == kind])
+    looks = lambda kind: np.mean(["<think>I see" in row.text for row in trained[False].rows if row.kind == kind])
     assert looks("indirect") > 0.5 and looks("attribute") < 0.15
 
 

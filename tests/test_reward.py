@@ -266,6 +266,7 @@ def test_sam_2_and_3_give_the_masks_of_their_own_processors(version, sam2_folder
 
 def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):
     segmenter, calls = load_segmenter(str(sam2_folder)), []
+    segmenter.remember = 2
     encode = segmenter.predictor.model.vision_encoder.forward
     monkeypatch.setattr(segmenter.predictor.model.vision_encoder, "forward", lambda *a, **k: calls.append(1) or encode(*a, **k))
     for seed in (0, 1, 0, 1):
