@@ -293,6 +293,8 @@ def train(s: Settings) -> dict:
         kept = read_log(folder, start) if start else []
         log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         write_json(folder / "samples.json", data.ids)  # which questions this run drew
+        if missing := sorted({*data.missing, *validation.missing, *test.missing}):
+            write_json(folder / "missing.json", missing)  # pictures that could not be had: others were drawn in their places
     if s.device == "cuda":
         together(lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s))
     if not start:

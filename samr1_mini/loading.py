@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .config import Settings, UserError
@@ -66,9 +67,14 @@ def load_all(s: Settings) -> tuple:
     check_segmenter(s.sam)
     if processes.is_main_process:
         check_room(s, sets)
-    with processes.main_process_first():  # what has to be downloaded is downloaded once
+    if processes.is_main_process:  # what has to be downloaded is downloaded once
         for one in sets:
             one.fetch()
+    missing = broadcast_object_list([[one.missing for one in sets]])[0]
+    if not processes.is_main_process:
+        for one, gone in zip(sets, missing):
+            one.fetch(gone)
+    with processes.main_process_first():
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         torch.manual_seed(s.seed)
         policy = load_policy(s.policy, s.load_in, s.rank, None, s.device, s.checkpointing, s.coordinates)

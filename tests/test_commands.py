@@ -6,9 +6,11 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -21,6 +23,7 @@ from samr1_mini.config import (
     parse_settings,
 )
 from samr1_mini.data import load_data
+from samr1_mini.policy import compute_dtype
 from samr1_mini.tiny.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -91,17 +94,44 @@ def test_a_users_mistake_ends_in_one_line_and_no_traceback(command, words, tmp_p
     assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
 
 
-def test_the_machine_chooses_the_preset_and_says_why(monkeypatch):
-    from samr1_mini import config
+# What these cards report as their whole memory, in GiB, and their compute capability.
+CARDS = [
+    ("NVIDIA A10G", 21.99, (8, 6), "7b"), ("NVIDIA L4", 22.03, (8, 9), "7b"), ("NVIDIA A10", 22.06, (8, 6), "7b"),
+    ("NVIDIA GeForce RTX 3090", 23.69, (8, 6), "7b"), ("NVIDIA GeForce RTX 4090", 23.64, (8, 9), "7b"), ("NVIDIA RTX A5000", 23.68, (8, 6), "7b"),
+    ("NVIDIA GeForce RTX 5090", 31.36, (12, 0), "7b"), ("NVIDIA A100-SXM4-40GB", 39.39, (8, 0), "7b"), ("NVIDIA H100 80GB HBM3", 79.11, (9, 0), "7b"),
+    ("NVIDIA RTX A4000", 15.73, (8, 6), "3b"), ("NVIDIA GeForce RTX 4080", 15.70, (8, 9), "3b"), ("NVIDIA GeForce RTX 3060", 11.66, (8, 6), "3b"),
+    ("NVIDIA GeForce RTX 3080", 9.77, (8, 6), "tiny"), ("Tesla T4", 14.56, (7, 5), "tiny"), ("Tesla V100-SXM2-32GB", 31.73, (7, 0), "tiny"),
+]
 
-    for memory, preset in ((None, "tiny"), (80, "7b"), (24, "7b"), (16, "3b"), (6, "tiny")):
-        monkeypatch.setattr(config.torch.cuda, "is_available", lambda: memory is not None)
-        monkeypatch.setattr(config.torch.cuda, "get_device_name", lambda: "Card")
-        properties = type("P", (), {"total_memory": (memory or 0) * 2**30})
-        monkeypatch.setattr(config.torch.cuda, "get_device_properties", lambda i: properties)
-        settings, line = make_settings(lr=1e-3)
-        assert settings.preset == preset and f"preset {preset}" in line and "lr = 0.001" in line
-        assert ("Card" in line) == (memory is not None)
+
+def put_in(monkeypatch, name, memory, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=int(memory * 2**30)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+
+@pytest.mark.parametrize("name, memory, capability, preset", CARDS)
+def test_the_machine_chooses_the_preset_and_says_why(name, memory, capability, preset, monkeypatch):
+    put_in(monkeypatch, name, memory, capability)
+    settings, line = make_settings(lr=1e-3)
+    assert settings.preset == preset and line.startswith(f"preset {preset}: ") and name in line and "lr = 0.001" in line
+    assert ("emulates bf16; --preset 3b would keep" in line) == (capability < (8, 0))
+
+
+def test_without_a_gpu_the_tiny_preset_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings, line = make_settings()
+    assert settings.preset == "tiny" and settings.device == "cpu" and "no GPU was found" in line
+
+
+def test_a_gpu_that_emulates_bf16_trains_3b_only_if_told_and_then_not_in_bf16(monkeypatch):
+    put_in(monkeypatch, "Tesla T4", 14.56, (7, 5))
+    settings, line = make_settings(preset="3b")
+    check(settings)
+    assert "kept in fp32: slow, and nobody has measured it" in line and compute_dtype(settings.load_in, settings.device) == torch.float32
+    with pytest.raises(UserError, match="--load-in bf16: Tesla T4 emulates bf16; take --load-in nf4"):
+        check(make_settings(preset="3b", load_in="bf16")[0])
 
 
 def test_every_preset_is_valid():

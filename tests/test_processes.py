@@ -15,10 +15,11 @@ SHORT = ["--samples", "16", "--questions", "8", "--group", "4", "--updates", "2"
          "--warmup", "1", "--lr", "1e-4"]
 
 
-def launch(processes, folder, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--", str(ROOT / "train.py"), "--device", "cpu",
+def launch(processes, folder, *options, script=ROOT / "train.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--", str(script), "--device", "cpu",
                "--run", str(folder), *SHORT, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,36 @@ def test_two_processes_end_with_the_adapter_of_one(both):
 def test_questions_that_cannot_be_shared_are_refused(tmp_path):
     out = launch(2, tmp_path / "run", "--questions", "7")
     assert out.returncode != 0 and "--questions 7 is no multiple of 2 processes x --updates 2" in out.stderr
+
+
+FULL = """
+import os, sys, torch, train
+from samr1_mini import grpo
+
+real, calls = grpo.backward, []
+
+def backward(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 4:  # the second process, in the second update of the second step
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+    return real(*args)
+
+grpo.backward = backward
+train.main(sys.argv[1:])
+"""
+
+
+def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_the_state_before_the_step(tmp_path):
+    (tmp_path / "full.py").write_text(FULL)
+    out = launch(2, tmp_path / "run", script=tmp_path / "full.py")
+    assert out.returncode != 0 and out.stderr.count("train.py: error: GPU memory ran out") == 1 and "2.00 GiB" in out.stderr
+    assert "step 1 is saved; go on with" in out.stdout and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
+
+
+def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):
+    (tmp_path / "wait.py").write_text(
+        "from samr1_mini.processes import join\nimport torch.distributed as d, torch\njoin('cpu')\n"
+        "print('waits', d.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds(), flush=True)\nd.destroy_process_group()")
+    out = launch(2, tmp_path / "run", script=tmp_path / "wait.py")
+    waits = [float(line.split()[1]) for line in out.stdout.splitlines() if line.startswith("waits")]
+    assert len(waits) == 2 and min(waits) >= 3 * 3600, out.stderr[-2000:]
