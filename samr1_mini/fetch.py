@@ -5,7 +5,7 @@ import io
 import os
 import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
@@ -106,10 +106,10 @@ def within(seconds: float, work, *arguments):
             outcome.set_exception(error)
 
     Thread(target=run, daemon=True).start()  # a thread that is given up ends with its socket, or with the program
-    try:
-        return outcome.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"not done within {seconds:.0f} seconds") from None
+    wait([outcome], seconds)
+    if not outcome.done():
+        raise TimeoutError(f"not done within {seconds:.0f} seconds")
+    return outcome.result()
 
 
 def keep(data: bytes, file: Path) -> None:

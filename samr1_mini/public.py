@@ -263,9 +263,12 @@ def json_rows(files: list[Path]) -> list[dict]:
         try:
             said = json.loads(file.read_text(encoding="utf-8", errors="replace"))
             if isinstance(said, dict):
-                rows.append({"id": file.stem, "image": file.with_suffix(".jpg"), "text": said["text"], "shapes": said["shapes"]})
+                new = [{"id": file.stem, "image": file.with_suffix(".jpg"), "text": said["text"], "shapes": said["shapes"]}]
             else:
-                rows += [row | {"image": inside(file.parent, row["image"])} for row in said]
+                new = [row | {"image": inside(file.parent, row["image"])} for row in said]
+            if lost := [row["image"] for row in new if not row["image"].is_file()]:
+                raise ValueError(f"{lost[0]} is not there")
+            rows += new
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: {error!r}") from None
     return rows

@@ -3,7 +3,11 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +15,7 @@ from pycocotools import mask as coco
 
 from samr1_mini import public
 from samr1_mini.config import UserError
-from samr1_mini.data import load_data
+from samr1_mini.data import load_data, open_data
 from samr1_mini.metrics import intersection_union
 from samr1_mini.reward import score_group
 
@@ -85,6 +89,7 @@ def test_refcocog_of_the_hub_gives_expression_picture_and_mask(tmp_path, coco_di
         number = int(sample.id.split("-")[0])
         assert (np.asarray(sample.image) == np.asarray(picture(number))).all()
         assert (sample.mask == square()).mean() > 0.98 and not sample.box_only
+        assert sample.picture == coco_info(number)["file_name"]
     again, other = (load_data(folder, "train", 6, seed=seed, coco_dir=str(coco_dir)) for seed in (1, 2))
     assert data.ids == again.ids != other.ids
 
@@ -96,8 +101,9 @@ def test_all_sentences_make_a_question_each(tmp_path, coco_dir):
 
 def test_lmms_lab_refcocog_has_its_expressions_under_answer(tmp_path):
     rows = [{"question_id": "7", "image": png(), "question": "Describe the region.", "answer": ["a square", "it"], "segmentation": [float(v) for v in SQUARE],
-             "bbox": [10.0, 5.0, 20.0, 20.0], "iscrowd": 0, "file_name": "x.png"}]
+             "bbox": [10.0, 5.0, 20.0, 20.0], "iscrowd": 0, "file_name": "COCO_train2014_000000000007_12.jpg"}]
     [sample] = load_data(parquet(tmp_path / "set", "val", rows), "validation", 5)
+    assert sample.picture == "COCO_train2014_000000000007.jpg"
     assert sample.question == "a square" and (sample.mask == square()).mean() > 0.98
 
 
@@ -105,16 +111,17 @@ def test_evaluation_sets_hold_masks_as_rows_of_booleans(tmp_path):
     rows = [{"image": png(3), "text": "what is square?", "mask": square().tolist(), "image_id": "a", "ann_id": "b", "img_height": HEIGHT, "img_width": WIDTH}]
     folder = parquet(tmp_path / "set", "test", rows)
     [sample] = load_data(folder, "test", 5)
-    assert sample.question == "what is square?" and (sample.mask == square()).all() and sample.id == "b-0"
+    assert sample.question == "what is square?" and (sample.mask == square()).all() and sample.id == "b-0" and sample.picture == "a"
     with pytest.raises(UserError, match="--ignore excluded"):
-        load_data(folder, "test", 5, ignore="excluded")[0]
+        open_data(folder, "test", 5, ignore="excluded")
 
 
 def test_boxes_without_masks_are_marked_and_scored_as_boxes(tmp_path, segmenter):
     rows = [{"id": "1", "problem": "the square", "solution": "<box>(10,5),(30,25)</box><points>(15,10),(20,20)</points>", "image": png(),
              "img_height": 480, "img_width": 640}]
-    [sample] = load_data(parquet(tmp_path / "set", "train", rows), "train", 1)
-    assert sample.box_only and (sample.mask == square()).all()
+    data = load_data(parquet(tmp_path / "set", "train", rows), "train", 1)
+    [sample] = data
+    assert data.box_only and sample.box_only and (sample.mask == square()).all()
     text = '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>'  # in a frame of 112 x 112
     good, half = score_group(segmenter, sample, [text % (18.667, 56), text % (18.667, 37)], 112, "box-iou")
     assert good.box_iou > 0.95 and good.accuracy == 4 and 0.4 < half.box_iou < 0.6
@@ -194,3 +201,150 @@ def test_a_name_or_split_that_is_not_there_is_said(name, split, part):
 def test_unknown_columns_are_named(tmp_path):
     with pytest.raises(UserError, match="columns picture, words"):
         load_data(parquet(tmp_path / "set", "train", [{"picture": png(), "words": "x"}]), "train", 1)
+
+
+# ---------------------------------------------------------------------------------------------------- sets of the hub
+
+
+def mask_rows(count=1, **more):
+    return [{"image": png(i), "text": f"question {i}", "mask": (square() if i % 2 else ~square()).tolist(), "image_id": f"picture-{i // 2}",
+             "ann_id": f"a{i}", "img_height": HEIGHT, "img_width": WIDTH, **more} for i in range(count)]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in the place of the hub: hub/OWNER/NAME holds a repository's files. `asked` lists what was looked up."""
+    real, asked, root = datasets.load_dataset_builder, [], tmp_path / "hub"
+    root.mkdir()
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: asked.append(name) or real(str(root / name)))
+
+    def publish(name, split, rows):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        parquet(root / name / "data", split, rows)
+
+    return type("Hub", (), {"publish": staticmethod(publish), "asked": asked, "root": root})
+
+
+@pytest.mark.parametrize("name, split, hub_id, called", [
+    ("reasonseg-x", "train", "sj9909/ReasonSegX_train", "train"), ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "test"),
+    ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "train"), ("reasonseg-x", "test", "sj9909/ReasonSegX_test", "test"),
+    ("reasonseg-r", "test", "sj9909/ReasonSeg_refine", "test"), ("reasonseg", "test", "Ricky06662/ReasonSeg_test", "test"),
+])
+def test_reasonseg_and_its_successors_load_by_name_with_their_kinds_of_reasoning(hub, name, split, hub_id, called):
+    hub.publish(hub_id, called, mask_rows(4, **({"reasoning_type": "spatial"} if name == "reasonseg-x" else {})))
+    data = load_data(name, split, 4)
+    assert sorted(data.ids) == ["a0-0", "a1-0", "a2-0", "a3-0"] and hub.asked == [hub_id]
+    for sample in data:
+        number = int(sample.question.split()[1])
+        assert (sample.mask == (square() if number % 2 else ~square())).all() and sample.picture == f"picture-{number // 2}"
+        assert sample.kind == ("spatial" if name == "reasonseg-x" else "") and (np.asarray(sample.image) == np.asarray(picture(number))).all()
+
+
+def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_known(hub):
+    hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
+    hub.publish("Ricky06662/ReasonSeg_val", "test", [{"picture": png(), "words": "x"}])
+    hub.publish("Ricky06662/refCOCOg_2k_840", "train", [{"image": png(), "problem": "x", "solution": "<box>(1,2),(3,4)</box>"}])
+    for split in ("testA", "testB"):
+        hub.publish("Ricky06662/refcocog_test", split, mask_rows(1))
+    data, boxes = open_data("reasonseg", "test", 3), open_data("refCOCOg_2k_840", "train", 1)
+    assert data.download_bytes == sum(f.stat().st_size for f in (hub.root / "Ricky06662/ReasonSeg_test/data").iterdir()) and boxes.box_only
+    with pytest.raises(UserError, match="columns picture, words"):
+        open_data("reasonseg", "validation", 1)
+    with pytest.raises(UserError, match="refcocog_test on the hub has no test split, only testA, testB"):
+        open_data("refcocog_test", "test", 1)
+    with pytest.raises(UserError, match="--ignore excluded"):
+        open_data("reasonseg", "test", 1, ignore="excluded")
+    with pytest.raises(UserError, match="the hub does not give Ricky06662/refcoco_testA"):
+        open_data("refcoco_testA", "test", 1)
+    assert not list(public.TABLES.iterdir()) and not data.box_only
+    data.fetch()
+    assert data.download_bytes == 0 and len(data) == 3
+
+
+def test_what_was_downloaded_once_is_read_without_the_hub(hub, monkeypatch):
+    hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
+    ids = load_data("reasonseg", "test", 3).ids
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: 1 / 0)
+    again = load_data("reasonseg", "test", 3)
+    assert again.ids == ids and (again[1].mask == square()).all()
+
+
+def test_a_disk_that_fills_up_while_rows_are_written_is_said_and_no_table_is_left(hub, monkeypatch):
+    hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
+    monkeypatch.setattr(public.os, "getpid", lambda: 77)
+    (public.TABLES / "Ricky06662--ReasonSeg_test--test.77.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="disk .* is full"):
+        load_data("reasonseg", "test", 3)
+    assert not list(public.TABLES.iterdir())
+
+
+def test_validation_and_test_are_drawn_with_one_seed_and_not_the_first_rows(tmp_path):
+    folder = parquet(tmp_path / "set", "test", mask_rows(40))
+    every = [f"a{i}-0" for i in range(40)]
+    assert load_data(folder, "test", 40).ids == load_data(folder, "test", 99, seed=2).ids == every
+    some = load_data(folder, "test", 10).ids
+    assert some == load_data(folder, "test", 10, seed=5).ids == load_data(folder, "test", 20).ids[:10]
+    assert len(set(some)) == 10 and max(every.index(x) for x in some) > 19
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import datasets
+from samr1_mini import public
+from samr1_mini.data import load_data
+
+public.TABLES = Path({folder!r}) / "tables"
+datasets.config.HF_DATASETS_CACHE = Path({folder!r}) / "cache"
+public.HUB["copy"] = {{"test": ({folder!r} + "/copy", "test")}}
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+data = load_data("copy", "test", 100000)
+pixels, ids = sum(int(data[i].mask.sum()) for i in range(len(data))), len(set(data.ids))
+print(ids, pixels, peak() - before)
+"""
+
+
+def test_masks_of_a_whole_evaluation_set_stay_on_the_disk(tmp_path):
+    """300 masks of 640 x 480 with their pictures: read through lists of Python's booleans they took 990 MiB, now 48."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    file, mask, count = io.BytesIO(), np.zeros((480, 640), bool), 300
+    Image.new("RGB", (640, 480), (90, 20, 10)).save(file, "JPEG")
+    mask[100:300, 100:400] = True
+    lines = pa.ListArray.from_arrays(pa.array(np.arange(count * 480 + 1, dtype=np.int32) * 640), pa.array(np.tile(mask.reshape(-1), count)))
+    masks = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * 480), lines)
+    names, images = [str(i) for i in range(count)], [{"bytes": file.getvalue(), "path": "x.jpg"}] * count
+    table = pa.table({"image": images, "text": names, "mask": masks, "image_id": names, "ann_id": names})
+    (tmp_path / "copy").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "copy/test-00000-of-00001.parquet", row_group_size=100)  # as the hub's copies have them
+    code = MEASURE.format(root=str(Path(__file__).parent.parent), folder=str(tmp_path))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    ids, pixels, mebibytes = out.stdout.split()
+    assert int(ids) == count and int(pixels) == count * int(mask.sum()) and float(mebibytes) < 200
+
+
+def test_a_folder_of_coco_pictures_is_looked_at_before_anything_is_loaded(tmp_path, coco_dir):
+    folder = parquet(tmp_path / "set", "train", coco_rows())
+    with pytest.raises(UserError, match="--coco-dir .*nowhere: no such folder"):
+        open_data(folder, "train", 6, coco_dir=str(tmp_path / "nowhere"))
+    (coco_dir / coco_info(2)["file_name"]).unlink()
+    with pytest.raises(UserError, match=f"lacks 1 of the pictures that are wanted, the first {coco_info(2)['file_name']}"):
+        open_data(folder, "train", 6, coco_dir=str(coco_dir))
+
+
+def test_a_file_that_is_no_parquet_and_a_split_without_rows_end_in_one_line(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/test-0.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match="/a "):
+        open_data(str(tmp_path / "a"), "test", 1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/test.json").write_text("[]")
+    with pytest.raises(UserError, match="no row in its test split"):
+        open_data(str(tmp_path / "b"), "test", 1)
+    (tmp_path / "b/test.json").write_text(json.dumps([{"image": "gone.png", "problem": "x", "solution": [1, 2, 3, 4]}]))
+    with pytest.raises(UserError, match="gone.png"):
+        open_data(str(tmp_path / "b"), "test", 1)
