@@ -1,9 +1,12 @@
 """The commands as a user types them: help, mistakes, a folder of one's own data, a single picture."""
 
+import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +25,7 @@ from samr1_mini.config import (
     make_settings,
     parse_settings,
 )
-from samr1_mini.data import load_data
+from samr1_mini.data import load_data, open_data, open_picture
 from samr1_mini.policy import compute_dtype
 from samr1_mini.tiny.scenes import make_scene
 
@@ -221,13 +224,89 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
         load_data(str(tmp_path), "train", 1)
 
 
-def test_a_photo_is_turned_as_its_exif_says(tmp_path):
-    from samr1_mini.data import open_picture
+@pytest.mark.parametrize("change", [{"image": "pictures/typo.png"}, {"mask": "pictures/typo.png"}, {"mask": ""}])
+def test_a_mistake_in_any_line_is_told_when_the_data_are_opened(tmp_path, change):
+    """Also in a line that another split, or a longer run, would read: nothing else is loaded for it."""
+    write_folder(tmp_path, 20)
+    lines = (tmp_path / "data.jsonl").read_text().splitlines() * 21
+    lines[399] = json.dumps(json.loads(lines[399]) | change | {"split": "test"})
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"data\.jsonl line 400: (pictures/typo\.png: no such file|mask missing)"):
+        open_data(str(tmp_path), "train", 2)
 
+
+def test_a_test_split_of_ones_own_is_drawn_and_not_its_first_lines(tmp_path):
+    write_folder(tmp_path, 40)
+    lines = [json.loads(line) | {"split": "test"} for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    some, every = load_data(str(tmp_path), "test", 10), [str(i) for i in range(40)]
+    assert some.ids == load_data(str(tmp_path), "test", 10, seed=7).ids and len(set(some.ids)) == 10 and max(map(int, some.ids)) > 19
+    assert load_data(str(tmp_path), "test", 40).ids == load_data(str(tmp_path), "test", 99).ids == every
+    assert [s.picture for s in some] == [f"pictures/{name}.png" for name in some.ids] and (some.box_only, some.download_bytes) == (False, 0)
+
+
+def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert open_picture(tmp_path / "a.jpg").size == (20, 40)
+    Image.fromarray(np.zeros((20, 40), np.uint16)).save(tmp_path / "a.png", exif=exif)
+    assert open_picture(tmp_path / "a.png").size == (20, 40)
+
+
+@pytest.mark.parametrize("name, mode", [("a.png", "I;16"), ("a.tif", "I;16"), ("big-endian.tif", "I;16B"), ("a.tif", "I")])
+def test_sixteen_bits_of_grey_keep_their_brightness(tmp_path, name, mode):
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16  # 0 to 65,520
+    kinds = {"I;16": np.uint16, "I;16B": ">u2", "I": np.int32}
+    image = Image.frombytes("I;16B", (64, 64), grey.astype(">u2").tobytes()) if mode == "I;16B" else Image.fromarray(grey.astype(kinds[mode]))
+    image.save(tmp_path / name)
+    with Image.open(tmp_path / name) as file:
+        assert file.mode == mode
+    seen = np.asarray(open_picture(tmp_path / name)).astype(int)
+    assert seen.shape == (64, 64, 3) and np.abs(seen - (grey / 65535 * 255)[..., None]).max() <= 1
+
+
+def huge_png(width, height):
+    """A PNG of a few bytes whose header states this size."""
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_a_picture_too_large_to_read_is_said_with_its_size_as_a_picture_and_as_a_mask(tmp_path):
+    (tmp_path / "huge.png").write_bytes(huge_png(20000, 18000))
+    with pytest.raises(ValueError, match="360 megapixels are too many.*make the picture smaller"):
+        open_picture(tmp_path / "huge.png")
+    write_folder(tmp_path, 5)
+    lines = [json.loads(line) | {"split": "test"} for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    lines[2]["mask"] = "huge.png"
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r"data\.jsonl line 3: .*360 megapixels"):
+        list(load_data(str(tmp_path), "test", 10))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO", "TGA"])
+def test_whatever_is_broken_in_a_picture_its_error_is_one_that_is_caught(format):
+    whole, rng, refused = io.BytesIO(), np.random.default_rng(0), 0
+    Image.fromarray(make_scene(1).image).resize((32, 32)).save(whole, format)
+    whole = np.frombuffer(whole.getvalue(), np.uint8)
+    for turn in range(300):
+        data = whole[: rng.integers(1, len(whole))] if turn % 3 == 0 else whole.copy()
+        if turn % 3:
+            data[rng.integers(0, min(len(data), 400 if turn % 2 else len(data)), 4)] = rng.integers(0, 256, 4)
+        try:
+            open_picture(io.BytesIO(data.tobytes()))
+        except (OSError, ValueError):
+            refused += 1
+    assert refused > 20
+
+
+def test_a_png_whose_chunks_are_broken_is_no_syntax_error(tmp_path):
+    whole = bytearray(huge_png(4, 4))
+    whole[29] ^= 1  # the header's checksum
+    (tmp_path / "a.png").write_bytes(whole)
+    with pytest.raises((OSError, ValueError)):
+        open_picture(tmp_path / "a.png")
 
 
 def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):

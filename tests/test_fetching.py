@@ -195,3 +195,25 @@ def test_what_is_left_to_download_counts_the_pictures_that_are_not_here(server, 
     assert data.download_bytes == 5 * public.COCO_BYTES
     data.fetch()
     assert data.download_bytes == 0 and len(data) == 6
+
+
+def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(server, tmp_path, capsys):
+    import train
+
+    folder, start = str(tmp_path / "set"), 0
+    for split, count in (("train", 12), ("validation", 100), ("test", 4)):  # one in a hundred may be gone
+        rows = [coco_rows(start + count)[i] | {"split": split} for i in range(start, start + count)]
+        parquet(tmp_path / "set", split, rows)
+        start += count
+    names = list(sizes(*range(start)))
+    for name, fault in zip(names[:10], ("500", "broken off", "short", "page", "another size", "503", "silent", "broken off", "500", "short")):
+        server.faults[name] = [fault]
+    server.always[names[50]] = "404"
+    train.main(["--preset", "tiny", "--device", "cpu", "--data", folder, "--samples", "8", "--questions", "4", "--group", "4", "--updates", "2",
+                "--eval-every", "0", "--eval-samples", "101", "--test-samples", "4", "--run", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "held-out test, greedy" in said and f"{names[50]} (HTTP Error 404" in said
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["samples"] == 8 and summary["trained"]["count"] == 4
+    assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists() and not list((tmp_path / "cache").glob("*.part"))

@@ -234,7 +234,7 @@ def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, sett
     shifts = torch.cat([torch.tensor([0.25, 0.5])[torch.arange(len(a.ids)) % 2] for r in rollouts[:2] for a in r.answers])
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.1)
     log = update(policy, optimizer, rollouts, replace(settings, updates=2, lr=0.1), 100)
-    assert log["sampling_gap"] == pytest.approx(shifts.mean(), abs=1e-3) and log["sampling_gap_max"] == pytest.approx(0.5, abs=1e-3)
+    assert log["sampling_gap"] == pytest.approx(shifts.mean().item(), abs=1e-3) and log["sampling_gap_max"] == pytest.approx(0.5, abs=1e-3)
     assert log["ratio_max"] > 3  # the second update's policy has moved, which is not sampling's doing
 
 
