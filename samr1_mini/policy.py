@@ -15,15 +15,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    DynamicCache,
 )
 
+from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size, emulates_bf16
 
 TINY = Path(__file__).parent / "tiny" / "policy"
@@ -146,7 +147,7 @@ def load_policy(
     name, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
     base = AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map={"": device},
-        attn_implementation="sdpa",
+        attn_implementation=IMPLEMENTATION,
     )
     return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing, coordinates)
 
@@ -279,8 +280,8 @@ def token_logits(policy: Policy, hidden: torch.Tensor, temperature: float) -> to
 
 def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [..., V] and one uniform number in [0, 1) each [...] -> the tokens that they stand for [...]."""
-    heap = logp.double().exp().cumsum(-1)  # token i owns the stretch from heap[i - 1] to heap[i]; a banned one owns nothing
-    return torch.searchsorted(heap, chance.double()[..., None] * heap[..., -1:], right=True)[..., 0]
+    cumulative = logp.double().exp().cumsum(-1)  # token i owns the stretch up to cumulative[i]; a banned one owns nothing
+    return torch.searchsorted(cumulative, chance.double()[..., None] * cumulative[..., -1:], right=True)[..., 0]
 
 
 @torch.no_grad()
@@ -293,55 +294,45 @@ def sample(
     that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every token, so that an answer is, up
     to rounding, the same whatever is sampled beside it; without it they come from torch's global random state.
     """
-    if chance is None and temperature:
+    language, embed, tokenizer = policy.base.model.language_model, policy.base.get_input_embeddings(), policy.processor.tokenizer
+    stop, device = policy.stop, policy.device
+    if chance is None:
         chance = torch.rand(len(prompts), group, max_new_tokens)
-    language, tokenizer = policy.base.model.language_model, policy.processor.tokenizer
-    stop, device, length = policy.stop, policy.device, max(len(p.ids) for p in prompts)
-    pad = [length - len(p.ids) for p in prompts]
-    # Padding goes to the left, so that every prompt's last token stands in the last column.
-    embeds = torch.stack([torch.nn.functional.pad(p.embeds, (0, 0, n, 0)) for p, n in zip(prompts, pad)])  # [B, P, D]
-    positions = torch.stack([torch.nn.functional.pad(p.positions, (n, 0)) for p, n in zip(prompts, pad)], 1)  # [3, B, P]
-    mask = torch.stack([torch.arange(length, device=device) >= n for n in pad])  # [B, P]
-    picture = torch.stack([torch.nn.functional.pad(p.picture, (n, 0)) for p, n in zip(prompts, pad)])  # [B, P]
-    cache = DynamicCache(config=policy.base.config.text_config)
+    chance, sizes = chance.to(device), [len(p.ids) for p in prompts]
+    cache = Cache(sizes, group, device)
     hidden = language(
-        inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
-        **deepstack(prompts, picture),
-    ).last_hidden_state[:, -1:]  # [B, 1, D]
-
-    # The prompt was read once and stays once in the cache: a question's answers grow side by side in its row, G tokens a step, and
-    # each sees the prompt and itself, as in the packed rows of the update.
-    hidden = hidden.expand(-1, group, -1)  # [B, G, D]
-    mask = mask[:, None, None].expand(-1, 1, group, -1)  # [B, 1, G, P]
-    own = torch.eye(group, dtype=torch.bool, device=device).expand(len(prompts), 1, -1, -1)  # [B, 1, G, G]
+        inputs_embeds=pad_sequence([p.embeds for p in prompts], True), layout=cache, use_cache=False,  # [B, P, D]
+        position_ids=pad_sequence([p.positions.T for p in prompts], True).permute(2, 0, 1),  # [3, B, P]
+        **deepstack(prompts, pad_sequence([p.picture for p in prompts], True)),
+    ).last_hidden_state  # [B, P, D]
+    hidden = torch.stack([h[n - 1] for h, n in zip(hidden, sizes)])[:, None].expand(-1, group, -1)  # [B, G, D]
     position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(-1, group)  # [B, G]
     ids = torch.zeros(len(prompts), group, max_new_tokens, dtype=torch.long, device=device)  # [B, G, L]
     logps = torch.zeros(ids.shape, device=device)  # [B, G, L]
-    lengths = torch.full(position.shape, max_new_tokens, device=device)  # [B, G]
-    alive = torch.ones(position.shape, dtype=torch.bool, device=device)  # [B, G]
-    live = torch.arange(len(prompts), device=device)  # [b] the questions that still have an unfinished answer
+    unfinished = torch.arange(len(prompts), device=device)  # [b] questions that are still in the batch
     for t in range(max_new_tokens):
         logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
-        token = draw(logp, chance[live.cpu(), :, t].to(device)) if temperature else logp.argmax(-1)  # [b, G]
-        ids[live, :, t], logps[live, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
-        ends = torch.isin(token, stop)  # [b, G]
-        lengths[live] = torch.where(alive[live] & ends, t + 1, lengths[live])
-        alive[live] &= ~ends
-        going = alive[live].any(1)  # [b]
-        if not going.any() or t + 1 == max_new_tokens:
+        token = draw(logp, chance[unfinished, :, t]) if temperature else logp.argmax(-1)  # [b, G]
+        ids[unfinished, :, t], logps[unfinished, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
+        if t + 1 == max_new_tokens:
             break
-        if not going.all():  # what is finished takes no more time or memory
-            live, token, mask = live[going], token[going], mask[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
-        mask = torch.cat([mask, own[live]], -1)  # [b, 1, G, P + (t + 1) G]
+        if t % 8 == 7:  # not at every token: to ask a GPU for a number is to wait for it
+            ended = torch.isin(ids[unfinished, :, : t + 1], stop).any(-1).all(-1)  # [b]
+            if ended.all():
+                break
+            stay = cache.drop(ended)
+            unfinished, token = unfinished[stay], token[stay]
+        cache.grow()
         hidden = language(
-            inputs_embeds=policy.base.get_input_embeddings()(token), attention_mask=mask,
-            position_ids=(position[live] + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
+            inputs_embeds=embed(token), position_ids=(position[unfinished] + t).expand(3, -1, -1), layout=cache, use_cache=False
         ).last_hidden_state  # [b, G, D]
-    # Where an answer ends is known from its length, never from its ids: padding and a stop id may be one token.
+    # An answer ends with its first stop token; what was drawn after it, until all of its question had ended, is nobody's.
+    stopped = torch.isin(ids, stop)  # [B, G, L]
+    truncated = ~stopped.any(-1)  # [B, G]
+    lengths = torch.where(truncated, max_new_tokens, stopped.int().argmax(-1) + 1)  # [B, G]
     groups = [
-        [Completion(ids[b, g, :size], logps[b, g, :size], bool(alive[b, g]), "") for g, size in enumerate(sizes)]
-        for b, sizes in enumerate(lengths.tolist())
+        [Completion(ids[b, g, :n], logps[b, g, :n], cut, "") for g, (n, cut) in enumerate(zip(*row))]
+        for b, row in enumerate(zip(lengths.tolist(), truncated.tolist()))
     ]
     for answers in groups:
         for answer, text in zip(answers, tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)):
@@ -353,38 +344,28 @@ def sample(
 
 
 def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]):
-    """Lay each prompt and its answers in one row: [prompt, answer 1, ..., answer G].
+    """Lay all prompts, each before its answers, in one row without padding: [prompt 1, its answers, prompt 2, its answers, ...].
 
-    Returns what the language model is called with (embeds [B, T, D], mask bool [B, 1, T, T], positions [3, B, T]), and for every answer
-    token, in order, where among all B * T hidden states the one is that predicts it, and the token itself: LongTensors [sum of all L].
+    Returns what the language model is called with (embeds [1, T, D], positions [3, 1, T], and the layout), and for every answer token,
+    in order, where in the row the state is that predicts it, and the token itself: LongTensors [sum of all L].
     """
-    rows = [len(p.ids) + sum(len(ids) - 1 for ids in group) for p, group in zip(prompts, groups)]
-    size, embed = max(rows), policy.base.get_input_embeddings()
-    embeds = prompts[0].embeds.new_zeros(len(prompts), size, prompts[0].embeds.shape[-1])
-    positions = torch.zeros(3, len(prompts), size, dtype=torch.long)
-    segment = torch.full((len(prompts), size), -1)  # 0: prompt, 1..G: answers, -1: padding
-    picture = torch.zeros(len(prompts), size, dtype=torch.bool, device=policy.device)
-    index, target = [], []
-    for b, (prompt, group) in enumerate(zip(prompts, groups)):
-        start = len(prompt.ids)
-        parts, places = [prompt.embeds], [prompt.positions.cpu()]
-        segment[b, :start], picture[b, :start] = 0, prompt.picture
-        for g, ids in enumerate(group, 1):
-            read = len(ids) - 1  # the last token is predicted, never read
-            parts.append(embed(ids[:-1]))
-            places.append((prompt.next_position + torch.arange(read)).expand(3, -1))  # every answer starts where the prompt ends
-            segment[b, start : start + read] = g
-            index += [b * size + i for i in (len(prompt.ids) - 1, *range(start, start + read))]  # the prompt's last token predicts the first
-            target.append(ids)
-            start += read
-        embeds[b, :start] = torch.cat(parts)
-        positions[:, b, :start] = torch.cat(places, 1)
-    segment = segment.to(policy.device)
-    same = segment[:, :, None] == segment[:, None, :]  # [B, T, T]
-    causal = torch.ones(size, size, dtype=torch.bool, device=policy.device).tril()
-    mask = causal & (same | (segment[:, None, :] == 0))
-    called = dict(inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions.to(policy.device), **deepstack(prompts, picture))
-    return called, torch.tensor(index, device=policy.device), torch.cat(target)
+    device = policy.device
+    read = [[len(ids) - 1 for ids in group] for group in groups]  # the last token of an answer is predicted, never read
+    embeds = policy.base.get_input_embeddings()(torch.cat([ids[:-1] for group in groups for ids in group]))
+    parts, places, picture, index, start = [], [], [], [], 0
+    for prompt, lengths, own in zip(prompts, read, embeds.split([sum(lengths) for lengths in read])):
+        parts += [prompt.embeds, own]
+        answers = [prompt.next_position + torch.arange(n) for n in lengths]  # every answer starts where the prompt ends
+        places += [prompt.positions, torch.cat(answers).expand(3, -1).to(device)]
+        picture += [prompt.picture, prompt.picture.new_zeros(len(own))]
+        last = start + len(prompt.ids) - 1  # the prompt's last token predicts the first of each answer
+        start = last + 1
+        for n in lengths:
+            index += [last, *range(start, start + n)]
+            start += n
+    called = dict(inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(places, 1)[:, None], layout=Row([len(p.ids) for p in prompts], read, device),
+                  **deepstack(prompts, torch.cat(picture)[None]))
+    return called, torch.tensor(index, device=device), torch.cat([ids for group in groups for ids in group])
 
 
 def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
@@ -402,9 +383,9 @@ def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tens
     over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
     """
     called, index, target = pack(policy, prompts, groups)
-    hidden = policy.base.model.language_model(**called, use_cache=False).last_hidden_state  # [B, T, D]
+    hidden = policy.base.model.language_model(**called, use_cache=False).last_hidden_state  # [1, T, D]
     # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other last digits
-    hidden = hidden.flatten(0, 1).index_select(0, index)  # [sum of L, D]
+    hidden = hidden[0].index_select(0, index)  # [sum of L, D]
     step = max(1, 2**26 // policy.banned.numel())  # at most 256 MB of fp32 logits at a time
     parts = [
         checkpoint(chosen_logprobs, policy, h, t, temperature, use_reentrant=False)

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from .attention import IMPLEMENTATION
 from .config import Settings, UserError, check_size
 from .data import Shapes
 from .evaluation import evaluate
@@ -59,7 +60,7 @@ def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str
     """A policy of this shape with random weights, each made, and quantised, by itself on `device`, in the classes of a real load."""
     dtype = compute_dtype(load_in, device)
     with init_empty_weights():
-        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION)
     if load_in == "nf4":
         plan = four_bits(dtype)
         replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
