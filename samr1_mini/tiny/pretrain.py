@@ -28,9 +28,9 @@ from ..policy import (
     load_policy,
     logprobs,
     sample,
-    stop_ids,
 )
 from ..reward import load_segmenter, parse
+from ..tokens import banned_ids, stop_ids
 from .build import POLICY, SAM, build_policy, build_processor, build_sam_tiny
 from .scenes import (
     COLOUR_OF,
