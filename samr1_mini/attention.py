@@ -41,34 +41,25 @@ AttentionMaskInterface.register("shared_prompt", sdpa_mask)  # for calls without
 class Row:
     """Scoring: B questions in one row without padding, [prompt 1, its answers, prompt 2, its answers, ...]."""
 
-    def __init__(self, prompts: list[int], answers: list[list[int]], device):
+    def __init__(self, prompts: list[int], answers: list[list[int]]):
         """Lengths of the B prompts, and of the tokens that are read of each one's answers."""
-        self.sizes = [n for p, group in zip(prompts, answers) for n in (p, sum(group))]  # of the 2 B parts of the row
-        self.grids = []  # where token i of answer g stands: [G, L], short answers ending in any token; and which places are real
+        self.sizes, self.masks = [], []  # of each part of the row; the mask is None for a prompt
         for prompt, group in zip(prompts, answers):
-            lengths = torch.tensor(group)[:, None]  # [G, 1]
-            column = torch.arange(max(group))  # [L]
-            real = column < lengths  # [G, L]
-            place = (lengths.cumsum(0) - lengths + column) * real  # [G, L]
-            with _disable_current_modes():  # this mask is two sizes and no tensor, which modes that look at tensors do not know
-                mask = causal_lower_right(len(column), prompt + len(column))
-            self.grids.append((len(group), mask, place.flatten().to(device), real.flatten().nonzero()[:, 0].to(device)))
+            self.sizes += [prompt, *group]
+            with _disable_current_modes():  # such a mask is two sizes and no tensor, which modes that look at tensors do not know
+                self.masks += [None, *(causal_lower_right(n, prompt + n) for n in group)]
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Query [1, H, T, d], key and value [1, KV, T, d] -> [1, T, H, d]."""
-        parts = list(zip(*(x[0].split(self.sizes, 1) for x in (query, key, value))))  # 2 B x three of [heads, tokens, d]
         out = []
-        for (q, *shared), answers, (group, mask, place, real) in zip(parts[::2], parts[1::2], self.grids):
-            out.append(scaled_dot_product_attention(q[None], *(x[None] for x in shared), is_causal=True, scale=scale, enable_gqa=True)[0])
-            if not len(real):  # answers of one token: nothing of them is read
-                continue
-            # Padding on the right of an answer is in no real token's sight. index_select, because the backward of plain indexing
-            # adds in whatever order its threads come: same seed, other last digits.
-            q, *own = (x.index_select(1, place).unflatten(1, (group, -1)).transpose(0, 1) for x in answers)  # [G, heads, L, d]
-            k, v = (torch.cat([x.expand(group, -1, -1, -1), y], 2) for x, y in zip(shared, own))  # [G, KV, P + L, d]
-            seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)  # [G, H, L, d]
-            out.append(seen.transpose(0, 1).flatten(1, 2).index_select(1, real))  # [H, tokens, d]
-        return torch.cat(out, 1).transpose(0, 1)[None]
+        for q, k, v, mask in zip(*(x.split(self.sizes, 2) for x in (query, key, value)), self.masks):  # [1, heads, P or L, d]
+            if mask is None:
+                lent = k, v
+            else:
+                k, v = (torch.cat(pair, 2) for pair in zip(lent, (k, v)))  # [1, KV, P + L, d]
+            if q.shape[2]:
+                out.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True))
+        return torch.cat(out, 2).transpose(1, 2)
 
 
 class Cache:

@@ -310,7 +310,7 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
         for n in lengths:
             index += [last, *range(start, start + n)]
             start += n
-    called = dict(inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(places, 1)[:, None], layout=Row([len(p.ids) for p in prompts], read, device),
+    called = dict(inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(places, 1)[:, None], layout=Row([len(p.ids) for p in prompts], read),
                   **deepstack(prompts, torch.cat(picture)[None]))
     return called, torch.tensor(index, device=device), torch.cat([ids for group in groups for ids in group])
 
