@@ -27,6 +27,7 @@ from .attention import IMPLEMENTATION
 from .config import Settings, UserError, check_size
 from .data import Shapes
 from .evaluation import evaluate
+from .forecast import forecast, forecast_lines
 from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
 from .memory import peak_memory
 from .policy import TINY, Completion, Policy, Prompt, add_adapter, compute_dtype, four_bits
@@ -139,13 +140,16 @@ def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: i
 def rehearse(s: Settings) -> dict:
     """Run `s.rehearse` full steps, print the table and write it to rehearsal.json in the run's folder, if one was named; returns it."""
     cuda = s.device == "cuda"
-    shape = s.preset if cuda and s.preset in SHAPES else "small"
-    if cuda and s.preset not in SHAPES:
+    shape = s.preset if s.preset in SHAPES else "small"
+    if cuda and shape == "small":
         raise UserError(f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes")
-    if not cuda:
-        s = replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
-        print(f"no GPU: a small policy, the tiny SAM, 2 questions and {s.max_new_tokens} tokens stand in. These figures say nothing about a GPU")
     check_size(shape_config(shape), s.image_size)
+    expected = forecast(shape_config(shape), s)
+    print(*forecast_lines(expected, s), sep="\n", flush=True)
+    if not cuda:
+        shape, s = "small", replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
+        print(f"no GPU, so nothing above was measured. Measured below: a small policy, the tiny SAM, 2 questions and {s.max_new_tokens} tokens. "
+              "These figures say nothing about a GPU")
     torch.manual_seed(s.seed)
     meter, data = Meter(s.device), Shapes("train", s.questions)
 
@@ -164,7 +168,7 @@ def rehearse(s: Settings) -> dict:
     mean = {phase: sum(values) / len(values) for phase, values in meter.seconds.items()}
     step = mean["rollout"] + mean["reward"] + mean["update"]
     table = {
-        "shape": shape, "device": torch.cuda.get_device_name() if cuda else "cpu", "parameters": sum(p.numel() for p in policy.base.parameters()),
+        "forecast": expected, "shape": shape, "device": torch.cuda.get_device_name() if cuda else "cpu", "parameters": sum(p.numel() for p in policy.base.parameters()),
         **{k: getattr(s, k) for k in ("load_in", "questions", "group", "max_new_tokens", "image_size", "sam", "memory_limit", "rehearse")},
         "prompt_tokens": len(prompt.ids), "seconds": mean, "peak_gib": meter.peak, "tokens_per_second": tokens / mean["rollout"], "seconds_per_step": step,
     }
