@@ -18,71 +18,87 @@ class Terminated(Exception):
     """SIGTERM came: the machine wants to be free, so the state is saved at once and the step in progress is lost."""
 
 
-def _option(default, help: str, choices: tuple = ()):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _group(name: str):
+    """A maker of options that `--help` shows under one heading."""
+    told = lambda help, choices: {"help": help, "choices": choices, "group": name}
+    return lambda default, help, choices=(): field(default=default, metadata=told(help, choices))
+
+
+_run, _model, _data, _rollout, _reward, _optimisation, _evaluation = map(
+    _group, ("run", "model", "data", "rollout", "reward", "optimisation", "evaluation")
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    preset: str = _option("auto", "size of everything below; auto looks at the machine", ("auto", "tiny", "3b", "7b"))
-    run: str = _option("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
-    resume: bool = _option(False, "go on with the run in that folder where it stopped")
-    save_minutes: float = _option(10.0, "minutes between saved states, beside those at evaluations and at the end")
-    rehearse: int = _option(0, "do not train: run this many full steps with random weights of the preset's shape; nothing is downloaded")
-    memory_limit: float = _option(0.0, "GiB of GPU memory this process may take; lets a larger card stand in for a smaller one (0: all)")
-    samples: int = _option(3000, "training questions; each is seen once")
-    seed: int = _option(0, "seed of everything: on a CPU the same seed gives the same numbers; on a GPU the same questions and draws, "
-                        "while sums are rounded in another order each time")
-    device: str = _option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    preset: str = _run("auto", "size of everything below; auto looks at the machine", ("auto", "tiny", "3b", "7b"))
+    samples: int = _run(3000, "training questions; each is seen once")
+    run: str = _run("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
+    resume: bool = _run(False, "go on with the run in that folder where it stopped")
+    seed: int = _run(0, "seed of everything: on a CPU the same seed gives the same numbers; on a GPU the same questions and "
+                     "draws, while sums are rounded in another order each time")
+    rehearse: int = _run(0, "do not train: run this many full steps with random weights of the preset's shape; nothing is "
+                         "downloaded")
+    device: str = _run("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    save_minutes: float = _run(10.0, "minutes between saved states, beside those at evaluations and at the end")
+    memory_limit: float = _run(0.0, "GiB of GPU memory this process may take; lets a larger card stand in for a smaller one "
+                                 "(0: all)")
 
-    policy: str = _option("tiny", "policy: a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id; tiny is the one in the package")
-    coordinates: str = _option("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, as that kind of model is used to",
-                               ("auto", "pixels", "thousandths"))
-    load_in: str = _option("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
-    rank: int = _option(32, "rank of the LoRA adapter")
-    sam: str = _option("tiny", "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 or SAM 3 by hub id or folder (facebook/sam2-hiera-large)")
-    sam_checkpoint: str = _option("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
-    data: str = _option("shapes", "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours with data.jsonl, or a set's files)")
-    eval_data: str = _option("", "the set for validation and test, such as reasonseg (default: that of --data)")
-    coco_dir: str = _option("", "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are drawn are fetched")
-    sentences: str = _option("first", "RefCOCO's sets: the first expression of each object, or all", ("first", "all"))
-    ignore: str = _option("foreground", "ReasonSeg's undecided pixels: foreground, as in the hub's copies, or excluded", ("foreground", "excluded"))
-    empty_truth: str = _option("correct", "test questions whose true mask is empty: nothing predicted is correct (LISA's way), or they are excluded",
-                               ("correct", "excluded"))
-    image_size: int = _option(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: of 32)")
+    policy: str = _model("tiny", "a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) by folder or hub id; tiny is the one in the package")
+    sam: str = _model("tiny", "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 or SAM 3 by hub id or folder "
+                      "(facebook/sam2-hiera-large)")
+    sam_checkpoint: str = _model("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
+    load_in: str = _model("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
+    rank: int = _model(32, "rank of the LoRA adapter")
+    image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: of 32)")
+    coordinates: str = _model("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, as that kind of "
+                              "model is used to", ("auto", "pixels", "thousandths"))
 
-    questions: int = _option(16, "questions a rollout batch")
-    group: int = _option(8, "G, answers a question")
-    max_new_tokens: int = _option(96, "longest answer, tokens")
-    temperature: float = _option(1.0, "sampling temperature, applied in the loss too")
-    updates: int = _option(4, "optimizer updates a rollout batch, each on its share of the questions; with 1 the ratio is always 1")
-    passes: int = _option(1, "passes over each rollout batch, each of that many updates")
-    micro: int = _option(8, "questions a forward of the update; lower it when memory runs out")
-    checkpointing: bool = _option(False, "recompute activations in the backward: less memory, more time")
+    data: str = _data("shapes", "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours with "
+                      "data.jsonl, or a set's files)")
+    eval_data: str = _data("", "the set for validation and test, such as reasonseg (default: that of --data)")
+    coco_dir: str = _data("", "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are drawn are "
+                         "fetched")
+    sentences: str = _data("first", "RefCOCO's sets: the first expression of each object, or all", ("first", "all"))
+    ignore: str = _data("foreground", "ReasonSeg's undecided pixels: foreground, as in the hub's copies, or excluded",
+                        ("foreground", "excluded"))
+    empty_truth: str = _data("correct", "test questions whose true mask is empty: an empty mask is correct (LISA's way), or they "
+                             "are excluded", ("correct", "excluded"))
 
-    lr: float = _option(5e-4, "learning rate of the adapter")
-    warmup: int = _option(10, "updates over which the rate climbs to lr, then stays")
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
-    eps_low: float = _option(0.2, "clip: lowest ratio is 1 - eps_low")
-    eps_high: float = _option(0.3, "clip: highest ratio is 1 + eps_high (clip-higher: above eps_low)")
-    beta: float = _option(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
-    kl_bound: float = _option(5.0, "log(pi_ref / pi) counts at most this in the KL, so that no single token rules an update")
-    normalise: str = _option("token", "token: eq. (4), one normaliser for all tokens of a group; sequence: eq. (2)", ("token", "sequence"))
-    advantage: str = _option("std", "std: eq. (1); mean: without the division by the standard deviation", ("std", "mean"))
+    questions: int = _rollout(16, "questions a rollout batch")
+    group: int = _rollout(8, "G, answers a question")
+    max_new_tokens: int = _rollout(96, "longest answer, tokens")
+    temperature: float = _rollout(1.0, "sampling temperature, applied in the loss too")
 
-    accuracy: str = _option("tiered", "accuracy term: eq. (5), one threshold, IoU itself, or the tiers on the box's IoU",
+    accuracy: str = _reward("tiered", "accuracy term: eq. (5), one threshold, IoU itself, or the tiers on the box's IoU",
                             ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"))
-    accuracy_weight: float = _option(1.0, "weight of the accuracy term (0 to 4)")
-    reasoning_weight: float = _option(1.0, "weight of the reasoning-format term (0 or 1)")
-    segmentation_weight: float = _option(1.0, "weight of the segmentation-format term (0 or 1)")
-    max_points: int = _option(8, "most points an answer may give; beyond, the segmentation format is lost")
+    accuracy_weight: float = _reward(1.0, "weight of the accuracy term (0 to 4)")
+    reasoning_weight: float = _reward(1.0, "weight of the reasoning-format term (0 or 1)")
+    segmentation_weight: float = _reward(1.0, "weight of the segmentation-format term (0 or 1)")
+    points: bool = _reward(True, "prompt SAM with the answer's points beside its box, or (--no-points) with the box alone")
+    max_points: int = _reward(8, "most points an answer may give; beyond, the segmentation format is lost")
 
-    points: bool = _option(True, "prompt SAM with the answer's points beside its box, or (--no-points) with the box alone")
+    lr: float = _optimisation(5e-4, "learning rate of the adapter")
+    beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
+    kl_bound: float = _optimisation(5.0, "log(pi_ref / pi) counts at most this in the KL, so that no single token rules an update")
+    eps_low: float = _optimisation(0.2, "clip: lowest ratio is 1 - eps_low")
+    eps_high: float = _optimisation(0.3, "clip: highest ratio is 1 + eps_high (clip-higher: above eps_low)")
+    normalise: str = _optimisation("token", "token: eq. (4), one normaliser for all tokens of a group; sequence: eq. (2)",
+                                   ("token", "sequence"))
+    advantage: str = _optimisation("std", "std: eq. (1); mean: without the division by the standard deviation", ("std", "mean"))
+    updates: int = _optimisation(4, "optimizer updates a rollout batch, each on its share of the questions; with 1 the ratio is "
+                                 "always 1")
+    passes: int = _optimisation(1, "passes over each rollout batch, each of that many updates")
+    micro: int = _optimisation(8, "questions a forward of the update; lower it when memory runs out")
+    checkpointing: bool = _optimisation(False, "recompute activations in the backward: less memory, more time")
+    warmup: int = _optimisation(10, "updates over which the rate climbs to lr, then stays")
+    max_grad_norm: float = _optimisation(1.0, "gradients are scaled down to this norm")
 
-    eval_every: int = _option(40, "steps between looks at the validation set; 0 for none")
-    eval_samples: int = _option(64, "validation questions a look")
-    eval_batch: int = _option(0, "questions that evaluation answers side by side; padding can move greedy answers (0: about 16,000 prompt tokens)")
-    test_samples: int = _option(500, "held-out test questions before and after training")
+    eval_every: int = _evaluation(40, "steps between evaluations on the validation set; 0 for none")
+    eval_samples: int = _evaluation(64, "validation questions each time")
+    test_samples: int = _evaluation(500, "held-out test questions before and after training")
+    eval_batch: int = _evaluation(0, "questions that are answered side by side; padding can move greedy answers (0: about 16,000 "
+                                  "prompt tokens)")
 
 
 PRESETS = {
@@ -127,7 +143,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) -> None:
-    """One --option for each field of Settings (or those in `names`); what is not given stays out of the namespace."""
+    """One --option for each field of Settings (or those in `names`), by group; what is not given stays out of the namespace."""
+    groups = {}
     for f in fields(Settings):
         if names is not None and f.name not in names:
             continue
@@ -135,14 +152,17 @@ def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) 
         shown = "" if f.default == "" else f" (default {f.default})"
         help = (f.metadata["help"] + shown).replace("%", "%%")
         if f.type in (bool, "bool"):
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+            kind = dict(action=argparse.BooleanOptionalAction)
         else:
-            parser.add_argument(option, type=type(f.default), choices=choices, default=argparse.SUPPRESS, help=help)
+            kind = dict(type=type(f.default), choices=choices)
+        name = f.metadata["group"]
+        group = groups[name] = groups.get(name) or parser.add_argument_group(name)
+        group.add_argument(option, default=argparse.SUPPRESS, help=help, **kind)
 
 
 def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple[Settings, str]:
     """Command line -> (checked settings, a line that says which preset was chosen and what was overridden)."""
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False)
     add_options(parser)
     given = vars(parser.parse(argv))
     try:
@@ -189,7 +209,8 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 def check(s: Settings) -> None:
     """Refuse values that cannot work, each with one line that names the option."""
-    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points", "eval_samples", "test_samples"):
+    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points", "eval_samples",
+                 "test_samples"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
     for name in ("lr", "temperature", "max_grad_norm", "kl_bound", "save_minutes"):

@@ -45,6 +45,8 @@ def test_help_of_every_command(command):
         shown = " ".join(out.stdout.split())
         for f in fields(Settings):
             assert f"--{f.name.replace('_', '-')}" in shown and f.metadata["help"].split(",")[0][:20] in shown
+        headings = [line[:-1] for line in out.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert headings == ["options", "run", "model", "data", "rollout", "reward", "optimisation", "evaluation"]
 
 
 @pytest.mark.parametrize(
