@@ -37,7 +37,7 @@ class Data(Sequence):
     missing: Sequence[str] = ()  # pictures that could not be had; the next samples that were drawn have their places
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
-        """Download what is not here yet. `missing`: pictures that are left out untried, so that two processes hold the same samples."""
+        """Download what is not here yet. Pictures in `missing` are left out untried: so two processes hold the same samples."""
 
 
 def draw(items: list, split: str, count: int, seed: int) -> Iterator:
@@ -96,7 +96,7 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
     """A mask bool [H, W] from a PNG's path, a COCO RLE {"size", "counts"}, or COCO polygons [[x1, y1, x2, y2, ...], ...]."""
     if isinstance(value, str):
         with opened(inside(folder, value)) as image:
-            pixels = np.asarray(image if image.mode in ("1", "L", "P") or image.mode.startswith("I") else image.convert("RGB"))
+            pixels = np.asarray(image if image.mode[0] in "1LPI" and image.mode != "LA" else image.convert("RGB"))
         mask = pixels.any(-1) if pixels.ndim == 3 else pixels > 0  # masks come as 0/1 and as 0/255: any value counts
     elif isinstance(value, dict):
         if list(value["size"]) != [height, width]:
@@ -192,7 +192,7 @@ def opened(file):
         raise ValueError("this is no picture that can be read") from None
     except Image.DecompressionBombError as error:
         megapixels, most = (int(n) / 1e6 for n in re.findall(r"\d+", str(error))[:2])
-        raise ValueError(f"{megapixels:.0f} megapixels are too many, {most:.0f} can be read: make the picture smaller") from None
+        raise ValueError(f"{megapixels:.0f} megapixels are too many: make it smaller, {most:.0f} can be read") from None
     except (OSError, ValueError):
         raise
     except Exception as error:  # a SyntaxError from a broken PNG, struct.error, EOFError, ...: it depends on the format
@@ -216,11 +216,10 @@ def open_data(
 ) -> Data:
     """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
 
-    `sentences` ("first" or "all" of an object), `coco_dir` (a folder with COCO's train2014 pictures) and `ignore` (undecided pixels count
-    as "foreground", or are "excluded") are for public data sets.
+    `sentences` ("first" or "all" of an object), `coco_dir` (a folder with COCO's train2014 pictures) and `ignore` (undecided
+    pixels count as "foreground", or are "excluded") are for public data sets.
 
-    All that can be checked cheaply is checked here, and a mistake is a UserError; what is large is downloaded by `fetch`, before the
-    samples are used.
+    What can be checked cheaply is checked here; a mistake is a UserError. What is large is downloaded by `fetch`.
     """
     if name == "shapes":
         return Shapes(split, count, seed)

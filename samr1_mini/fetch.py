@@ -20,7 +20,7 @@ from .data import open_picture
 WORKERS = 16  # pictures on their way at a time
 PAUSES = (1.0, 5.0)  # seconds before the second and before the third try
 SILENCE = 20.0  # seconds without a byte, then a try ends
-LIMIT = 60.0  # seconds a picture may take, all tries together: a server that sends a byte now and then never falls silent
+LIMIT = 60.0  # seconds for a picture, all tries together: a server that sends a byte now and then never falls silent
 LARGEST = 64 * 2**20  # bytes of a picture
 
 
@@ -35,23 +35,16 @@ def picture_name(path: str) -> str:
 def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, url: str, allowed: int) -> dict[str, str]:
     """Fetch url + NAME for what `folder` lacks of the pictures in `sizes`, NAME: (width, height).
 
-    Returns NAME: reason for those that cannot be had. More than `allowed` of them, or a full disk, are a UserError; what was fetched stays.
+    Returns NAME: reason for those that cannot be had. More than `allowed`, or a full disk, are a UserError; what came stays.
     """
+    pool, failed = ThreadPoolExecutor(WORKERS), {}
     lacking = [name for name in sizes if not is_there(folder / name)]
-    failed: dict[str, str] = {}
-    if not lacking:
-        return failed
+    jobs = {pool.submit(fetch_picture, url + name, folder / name, sizes[name]): name for name in lacking}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the pictures' folder {folder} cannot be made: {error}") from None
-    pool = ThreadPoolExecutor(WORKERS)
-    try:
-        jobs = {pool.submit(fetch_picture, url + name, folder / name, sizes[name]): name for name in lacking}
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="pictures", dynamic_ncols=True):
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="pictures", dynamic_ncols=True, disable=not jobs):
             if reason := job.result():
                 failed[jobs[job]] = reason
-            if len(failed) > max(allowed, 2 * WORKERS):  # it is not the pictures then, and each of the others would take its time too
+            if len(failed) > max(allowed, 2 * WORKERS):  # it is not the pictures, and the others would take their time too
                 break
     finally:
         pool.shutdown(cancel_futures=True)
@@ -116,6 +109,7 @@ def keep(data: bytes, file: Path) -> None:
     """Write beside and move into place, so that nothing half-written has the name; another process may do the same."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         part.replace(file)
     except OSError as error:
@@ -125,4 +119,4 @@ def keep(data: bytes, file: Path) -> None:
 
 def said_of_disk(error: OSError, folder: Path) -> str:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"the disk with {folder} is full: make room and run again, what was fetched is kept" if full else f"{folder}: {error}"
+    return f"the disk with {folder} is full: make room and run again, what was fetched is kept" * full or f"{folder}: {error}"

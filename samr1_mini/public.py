@@ -48,20 +48,21 @@ HUB = {
 }
 CACHE = Path.home() / ".cache" / "samr1_mini"
 PICTURES = CACHE / "train2014"  # COCO's pictures that were fetched
-TABLES = CACHE / "tables"  # rows of parquet files, written so that one at a time is read
-COCO_URL = "http://images.cocodataset.org/train2014/"  # the only place for pictures: an address that comes with data is never opened
+TABLES = CACHE / "tables"  # rows of parquet files, so that one at a time is read; a set of the hub is looked up only once
+COCO_URL = "http://images.cocodataset.org/train2014/"  # no address that comes with data is ever opened
 COCO_BYTES = 165_000  # of a picture, on average: train2014.zip has 82,783 in 13.5 GB
 
 
 class Public(Data):
-    """`count` rows of a public set as samples; a picture and its mask are read when asked for.
+    """`count` questions of a public set; a picture and its mask are read when asked for.
 
-    `items` are (row, expression) pairs. For RefCOCO's sets, `pictures` has the file name and (width, height) of each row's picture.
+    `items` are (row, expression) pairs; `pictures` has name and (width, height) of each row's picture, for RefCOCO's sets.
     """
 
     def __init__(self, name: str, split: str, count: int, seed: int, sentences: str, coco_dir: str, ignore: str):
-        self.name, self.split, self.count, self.seed, self.sentences, self.ignore = name, split, count, seed, sentences, ignore
-        self.coco_dir, self.fetches, self.missing = Path(coco_dir or PICTURES), not coco_dir, []
+        self.name, self.split, self.count, self.seed = name, split, count, seed
+        self.sentences, self.ignore, self.missing = sentences, ignore, []
+        self.coco_dir, self.fetches = Path(coco_dir or PICTURES), not coco_dir
         self.rows = open_rows(name, split)
         columns = self.rows.names if isinstance(self.rows, Table) else list(self.rows[0]) if self.rows else ()
         self.layout = layout_of(columns)
@@ -75,9 +76,9 @@ class Public(Data):
             if not self.coco_dir.is_dir():
                 raise UserError(f"--coco-dir {coco_dir}: no such folder")
             if lacking := self.lacking():
-                raise UserError(f"--coco-dir {coco_dir} lacks {len(lacking)} of the pictures that are wanted, the first {lacking[0]}")
-        if self.layout == "raw_anns" or Path(name).is_dir():  # these rows are small, or here
-            self.items, self.pictures
+                raise UserError(f"--coco-dir {coco_dir} lacks {len(lacking)} pictures that are wanted, the first {lacking[0]}")
+        if self.layout == "raw_anns" or Path(name).is_dir():  # rows that are small, or here, are looked at now
+            self.items
 
     @cached_property
     def items(self) -> list[tuple[int, int]]:
@@ -87,19 +88,24 @@ class Public(Data):
             every = [(i, k) for i, row in enumerate(columns_of(self.rows, TEXTS)) for k in range(len(expressions(row)))]
         else:
             every = [(i, 0) for i in range(len(self.rows))]
-        drawn, missing = draw(every, self.split, self.count, self.seed), set(self.missing)
+        missing = {name for name, _ in self.pictures} & set(self.missing)
+        drawn = draw(every, self.split, self.count, self.seed)
         return list(islice((x for x in drawn if not missing or self.pictures[x[0]][0] not in missing), self.count))
 
     @cached_property
     def pictures(self) -> list[tuple[str, tuple[int, int]]]:
-        infos = columns_of(self.rows, ("raw_image_info",)) if self.layout == "raw_anns" else []
+        rows = columns_of(self.rows, ("raw_image_info",)) if self.layout == "raw_anns" else []
         try:
-            return [(picture_name(x["file_name"]), (x["width"], x["height"])) for x in (json.loads(i["raw_image_info"]) for i in infos)]
+            infos = [json.loads(row["raw_image_info"]) for row in rows]
+            return [(picture_name(info["file_name"]), (info["width"], info["height"])) for info in infos]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"--data {self.name}: a row's raw_image_info cannot be used: {error!r}") from None
 
+    def wanted(self) -> dict[str, tuple[int, int]]:
+        return dict(self.pictures[row] for row, _ in self.items if self.pictures)
+
     def lacking(self) -> list[str]:
-        return [name for name in dict(self.pictures[i] for i, _ in self.items) if not is_there(self.coco_dir / name)]
+        return [name for name in self.wanted() if not is_there(self.coco_dir / name)]
 
     @property
     def download_bytes(self) -> int:
@@ -108,23 +114,18 @@ class Public(Data):
         return self.rows.download_bytes if isinstance(self.rows, Table) else 0
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
-        """Download rows and pictures. Of the pictures 1 % may be impossible to have: the next rows drawn take their places."""
+        """Download rows and pictures. Of these 1 % may be impossible to have: the next rows drawn take their places."""
+        self.missing = list(dict.fromkeys([*self.missing, *missing]))
         self.__dict__.pop("items", None)
-        self.missing, failed = list(missing), {}
-        if not (self.layout == "raw_anns" and self.fetches):
-            self.items
-            return
-        wanted = dict(self.pictures[i] for i, _ in self.items)
-        allowed = len(wanted) // 100
-        while new := fetch_pictures(wanted, self.coco_dir, COCO_URL, allowed - len(failed)):
+        total, failed = len(self.wanted()), {}
+        while self.fetches and (new := fetch_pictures(self.wanted(), self.coco_dir, COCO_URL, total // 100 - len(failed))):
             failed |= new
             self.missing += new
             del self.items  # drawn anew, and pictures of the rows that moved up may be missing too
-            wanted = dict(self.pictures[i] for i, _ in self.items)
         if failed:
-            short = f"; there are no more, so {len(self)} questions of {self.count} are left" * (len(self) < self.count)
+            places = f"{len(self)} questions of {self.count} are left" if len(self) < self.count else "the next rows have their places"
             reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
-            print(f"--data {self.name}: {len(failed)} pictures could not be had, the next rows have their places{short}: {reasons}")
+            print(f"--data {self.name}: {len(failed)} of {total} pictures could not be had, so {places}: {reasons}")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -145,24 +146,21 @@ class Public(Data):
 # ---------------------------------------------------------------------------------------------------- one row
 
 
-TEXTS = ("sentences", "answer", "segmentation", "text", "problem")
+TEXTS = ("sentences", "answer", "text", "problem")  # lmms-lab made a captioner's task of it: the expressions are the answers
 IDS = ("ref_id", "ann_id", "question_id", "id", "image_id")
 
 
 def layout_of(columns: Sequence[str]) -> str:
     """The column in which rows of these columns have their truth, "" where none is known."""
-    asks = {"sentences", "text", "problem"} & set(columns) or {"segmentation", "answer"} <= set(columns)
-    shows = {"image", "raw_image_info"} & set(columns)
-    return next((c for c in ("raw_anns", "shapes", "mask", "segmentation", "solution") if asks and shows and c in columns), "")
+    whole = {*TEXTS} & {*columns} and {"image", "raw_image_info"} & {*columns}
+    return next((c for c in ("raw_anns", "shapes", "mask", "segmentation", "solution") if whole and c in columns), "")
 
 
 def expressions(row: dict) -> list[str]:
     """All that a row asks for."""
     if "sentences" in row:  # RefCOCO's sets; `sent` is `raw` in lower case without its signs
         return [s if isinstance(s, str) else s.get("raw") or s["sent"] for s in row["sentences"]]
-    if "segmentation" in row and "answer" in row:  # lmms-lab made a captioner's task of it: the expressions are the answers
-        return list(row["answer"])
-    text = row["text"] if "text" in row else row["problem"]
+    text = next(row[key] for key in TEXTS if key in row)
     return text if isinstance(text, list) else [text]
 
 
@@ -173,7 +171,7 @@ def row_id(row: dict, expression: int) -> str:
 
 def read_row(row: dict, expression: int, layout: str, coco_dir: Path, ignore: str) -> Sample:
     """One sample from a row of any layout above."""
-    question, name, kind = str(expressions(row)[expression]).strip(), row_id(row, expression), str(row.get("reasoning_type") or "")
+    question, name = str(expressions(row)[expression]).strip(), row_id(row, expression)
     if layout == "raw_anns":  # jxu124/* and REFER
         annotation, info = json.loads(row["raw_anns"]), json.loads(row["raw_image_info"])
         file = picture_name(info["file_name"])
@@ -184,19 +182,19 @@ def read_row(row: dict, expression: int, layout: str, coco_dir: Path, ignore: st
     if layout == "shapes":  # ReasonSeg as its authors publish it
         mask, undecided = (draw_shapes(row["shapes"], label, image.size) for label in ("target", "ignore"))
         mask, ignored = (mask & ~undecided, undecided) if ignore == "excluded" else (mask | undecided, None)
-    elif layout == "mask":  # Ricky06662's and sj9909's evaluation sets: [H, W] of true and false, undecided pixels already true
+    elif layout == "mask":  # Ricky06662's and sj9909's sets: [H, W] of true and false, undecided pixels already true
         mask = of_size(np.asarray(row["mask"], dtype=bool), image)
     elif layout == "segmentation":
         mask = read_mask(row["segmentation"], coco_dir, image.height, image.width)
     else:
         mask = filled(box_of(row["solution"]), image.height, image.width)
-    return Sample(image, question, mask, name, kind, ignored, box_only=layout == "solution", picture=picture_id(row, name))
+    kind = str(row.get("reasoning_type") or "")
+    return Sample(image, question, mask, name, kind, ignored, layout == "solution", picture_id(row, name))
 
 
 def picture_id(row: dict, name: str) -> str:
-    """What tells a row's picture from the others: RefCOCO's file names, an id, a path; without them each row counts as another picture."""
-    image = row["image"]
-    path = (image.get("path") or "") if isinstance(image, dict) else str(image)
+    """What tells a row's picture from others: COCO's file name, an id or a path; without any, rows count as other pictures."""
+    path = row["image"]["path"] if isinstance(row["image"], dict) else row["image"]
     coco_name = re.search(r"COCO_train2014_\d+", f"{row.get('file_name', '')} {path}")
     return coco_name[0] + ".jpg" if coco_name else str(row.get("image_id") or path or name)
 
@@ -301,7 +299,7 @@ class Table(Sequence):
 
     @property
     def download_bytes(self) -> int:
-        return 0 if self.file.exists() else sum(system.size(path) for system, path in map(fsspec.core.url_to_fs, self.files))
+        return 0 if self.file.exists() else sum(hub.size(path) for hub, path in map(fsspec.core.url_to_fs, self.files))
 
     @cached_property
     def table(self) -> pyarrow.Table:
@@ -325,7 +323,8 @@ class Table(Sequence):
         return self.table.num_rows
 
     def __getitem__(self, i: int) -> dict:
-        return {name: bits(column[i]) if name == "mask" else column[i].as_py() for name, column in zip(self.names, self.table.columns)}
+        row = dict(zip(self.names, (column[i] for column in self.table.columns)))
+        return {name: bits(value) if name == "mask" else value.as_py() for name, value in row.items()}
 
 
 def bits(mask) -> np.ndarray:
@@ -336,11 +335,13 @@ def bits(mask) -> np.ndarray:
 
 def columns_of(rows: Sequence[dict], wanted: Sequence[str]) -> list[dict]:
     """Some columns of every row, without a look at pictures and masks."""
-    return rows.table.select([name for name in rows.names if name in wanted]).to_pylist() if isinstance(rows, Table) else rows
+    if not isinstance(rows, Table):
+        return rows
+    return rows.table.select([name for name in rows.names if name in wanted]).to_pylist()
 
 
 def write_table(files: list[str], file: Path, name: str) -> None:
-    """The rows of parquet files as one arrow file, a few at a time: a hundred masks, as readers of parquet unpack them, take a gigabyte."""
+    """The rows of parquet files as one arrow file, a few at a time: a hundred masks, as parquet is unpacked, take a gigabyte."""
     parts = [pyarrow.parquet.ParquetFile(f) for f in files]
     schema, count = parts[0].schema_arrow, sum(p.metadata.num_rows for p in parts)
     bar = tqdm(total=count, desc=f"rows of {name}", dynamic_ncols=True, leave=False)
@@ -361,7 +362,7 @@ def open_rows(name: str, split: str) -> Sequence[dict]:
             return json_rows(files)
         files = of_split(folder, "*.parquet", split)
         if not files:
-            raise UserError(f"--data {name}: no data.jsonl in this folder, nor files of a public data set with a {split} split")
+            raise UserError(f"--data {name}: no data.jsonl in this folder, nor files of a public set with a {split} split")
         known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         place, files = hashlib.sha256(known.encode()).hexdigest()[:24], list(map(str, files))
     elif split not in HUB[name]:

@@ -277,7 +277,7 @@ def huge_png(width, height):
 
 def test_a_picture_too_large_to_read_is_said_with_its_size_as_a_picture_and_as_a_mask(tmp_path):
     (tmp_path / "huge.png").write_bytes(huge_png(20000, 18000))
-    with pytest.raises(ValueError, match="360 megapixels are too many.*make the picture smaller"):
+    with pytest.raises(ValueError, match="360 megapixels are too many: make it smaller"):
         open_picture(tmp_path / "huge.png")
     write_folder(tmp_path, 5)
     lines = [json.loads(line) | {"split": "test"} for line in (tmp_path / "data.jsonl").read_text().splitlines()]
@@ -301,14 +301,6 @@ def test_whatever_is_broken_in_a_picture_its_error_is_one_that_is_caught(format)
         except (OSError, ValueError):
             refused += 1
     assert refused > 20
-
-
-def test_a_png_whose_chunks_are_broken_is_no_syntax_error(tmp_path):
-    whole = bytearray(huge_png(4, 4))
-    whole[29] ^= 1  # the header's checksum
-    (tmp_path / "a.png").write_bytes(whole)
-    with pytest.raises((OSError, ValueError)):
-        open_picture(tmp_path / "a.png")
 
 
 def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):

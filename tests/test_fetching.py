@@ -69,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     server = Server()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
     for name, value in (("PAUSES", (0.01, 0.02)), ("SILENCE", 0.3), ("LIMIT", 2.0)):
         monkeypatch.setattr(fetch, name, value)
     monkeypatch.setattr(public, "COCO_URL", server.url)
@@ -137,9 +138,10 @@ def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(serv
     plan.fetch()
     assert plan.ids == [x for x in follow if x != follow[5]][:120] and plan.missing == gone and len(plan) == 120
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and gone[0] in said[0] and "404" in said[0] and "1 pictures" in said[0]
+    assert len(said) == 1 and gone[0] in said[0] and "404" in said[0] and "1 of 120 pictures" in said[0]
     assert all(sample.picture not in gone and sample.image.size == picture().size for sample in plan)
     asked = len(server.asked)
+    plan.fetch()
     again = open_data(folder, "train", 120, seed=3)  # another process, or a run that is gone on with
     again.fetch(missing=gone)
     assert again.ids == plan.ids and len(server.asked) == asked and not capsys.readouterr().out
@@ -151,7 +153,7 @@ def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(s
     server.always[gone] = "404"
     every = load_data(folder, "test", 500)
     assert len(every) == 129 and every.missing == [gone] and every.ids == [f"{i}-0" for i in range(130) if i != 17]
-    assert "129 questions of 500" in capsys.readouterr().out
+    assert "so 129 questions of 500 are left" in capsys.readouterr().out
     order = open_data(folder, "test", 129).ids  # not all, so drawn
     place = order.index("17-0")
     count = max(place + 1, 100)

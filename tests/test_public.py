@@ -332,7 +332,7 @@ def test_a_folder_of_coco_pictures_is_looked_at_before_anything_is_loaded(tmp_pa
     with pytest.raises(UserError, match="--coco-dir .*nowhere: no such folder"):
         open_data(folder, "train", 6, coco_dir=str(tmp_path / "nowhere"))
     (coco_dir / coco_info(2)["file_name"]).unlink()
-    with pytest.raises(UserError, match=f"lacks 1 of the pictures that are wanted, the first {coco_info(2)['file_name']}"):
+    with pytest.raises(UserError, match=f"lacks 1 pictures that are wanted, the first {coco_info(2)['file_name']}"):
         open_data(folder, "train", 6, coco_dir=str(coco_dir))
 
 
