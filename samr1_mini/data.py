@@ -37,14 +37,14 @@ class Data(Sequence):
     missing: Sequence[str] = ()  # pictures that could not be had; the next samples that were drawn have their places
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
-        """Download what is not here yet. Pictures in `missing` are left out untried: so two processes hold the same samples."""
+        """Download what is not here yet. Pictures in `missing` are left out, so that processes hold the same samples."""
 
 
 def draw(items: list, split: str, count: int, seed: int) -> Iterator:
-    """Items of a split in the order in which they are used; `count` of them are wanted, and the next ones stand in for some.
+    """Items of a split in the order in which they are used; `count` are wanted, those that follow stand in for lost ones.
 
-    For train one pass after the other without end, each in a new order. For validation and test each item once: as they stand
-    if all are wanted, else in an order that is the same for every seed, since a file's first rows are often of one kind.
+    train: one pass after the other without end, each in a new order. validation and test: each item once, as they stand if
+    all are wanted, else in an order that is the same for every seed: the first rows of a file are often of one kind.
     """
     if split != "train":
         yield from items if count >= len(items) else random.Random(0).sample(items, len(items))
@@ -96,7 +96,8 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
     """A mask bool [H, W] from a PNG's path, a COCO RLE {"size", "counts"}, or COCO polygons [[x1, y1, x2, y2, ...], ...]."""
     if isinstance(value, str):
         with opened(inside(folder, value)) as image:
-            pixels = np.asarray(image if image.mode[0] in "1LPI" and image.mode != "LA" else image.convert("RGB"))
+            single = image.mode in ("1", "L", "P") or image.mode.startswith("I")
+            pixels = np.asarray(image if single else image.convert("RGB"))
         mask = pixels.any(-1) if pixels.ndim == 3 else pixels > 0  # masks come as 0/1 and as 0/255: any value counts
     elif isinstance(value, dict):
         if list(value["size"]) != [height, width]:
@@ -148,20 +149,26 @@ class Folder(Data):
 
     def checked(self, number: int, line: str) -> dict:
         """One line parsed, and all found wrong that can be found without opening its files."""
-        try:
-            row = json.loads(line)
-            missing = [key for key in ("image", "question", "mask") if not row.get(key)]
-        except (ValueError, AttributeError):
-            raise UserError(f"{self.file} line {number}: not a JSON object") from None
-        if missing:
-            raise UserError(f"{self.file} line {number}: {', '.join(missing)} missing; a line needs image, question and mask")
-        try:
+        with self.named(number):
+            try:
+                row = json.loads(line)
+                missing = [key for key in ("image", "question", "mask") if not row.get(key)]
+            except (ValueError, AttributeError):
+                raise ValueError("not a JSON object") from None
+            if missing:
+                raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
             for name in [row["image"]] + [row["mask"]] * isinstance(row["mask"], str):
                 if not inside(self.folder, name).is_file():
                     raise ValueError(f"{name}: no such file")
-        except (OSError, ValueError, TypeError) as error:
+            return row
+
+    @contextmanager
+    def named(self, number: int):
+        """What is wrong within is said with the file and the line."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.file} line {number}: {error}") from None
-        return row
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -173,11 +180,9 @@ class Folder(Data):
     def __getitem__(self, i: int) -> Sample:
         number, line = self.lines[i]
         row = json.loads(line)
-        try:
+        with self.named(number):
             image = open_picture(inside(self.folder, row["image"]))
             mask = read_mask(row["mask"], self.folder, image.height, image.width)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.file} line {number}: {error}") from None
         name, kind = str(row.get("id", f"line-{number}")), str(row.get("kind", ""))
         return Sample(image, str(row["question"]), mask, name, kind, picture=row["image"])
 
@@ -216,8 +221,8 @@ def open_data(
 ) -> Data:
     """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
 
-    `sentences` ("first" or "all" of an object), `coco_dir` (a folder with COCO's train2014 pictures) and `ignore` (undecided
-    pixels count as "foreground", or are "excluded") are for public data sets.
+    For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder with COCO's train2014 pictures; `ignore`,
+    undecided pixels count as "foreground", or are "excluded".
 
     What can be checked cheaply is checked here; a mistake is a UserError. What is large is downloaded by `fetch`.
     """

@@ -35,7 +35,7 @@ def picture_name(path: str) -> str:
 def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, url: str, allowed: int) -> dict[str, str]:
     """Fetch url + NAME for what `folder` lacks of the pictures in `sizes`, NAME: (width, height).
 
-    Returns NAME: reason for those that cannot be had. More than `allowed`, or a full disk, are a UserError; what came stays.
+    Returns NAME: reason for those that cannot be had. More than `allowed`, or a full disk, is a UserError; the rest stays.
     """
     pool, failed = ThreadPoolExecutor(WORKERS), {}
     lacking = [name for name in sizes if not is_there(folder / name)]
@@ -44,7 +44,7 @@ def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, url: str, al
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="pictures", dynamic_ncols=True, disable=not jobs):
             if reason := job.result():
                 failed[jobs[job]] = reason
-            if len(failed) > max(allowed, 2 * WORKERS):  # it is not the pictures, and the others would take their time too
+            if len(failed) > max(allowed, 2 * WORKERS):  # it is not the pictures: the others would take their time too
                 break
     finally:
         pool.shutdown(cancel_futures=True)
@@ -114,9 +114,11 @@ def keep(data: bytes, file: Path) -> None:
         part.replace(file)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise UserError(said_of_disk(error, file.parent)) from None
+        raise UserError(f"{file.parent}: {first_line(error)}") from None
 
 
-def said_of_disk(error: OSError, folder: Path) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"the disk with {folder} is full: make room and run again, what was fetched is kept" * full or f"{folder}: {error}"
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "this disk is full; make room and run again, what was fetched is kept"
+    return (str(error) or repr(error)).splitlines()[0]

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from .config import UserError
 from .data import Data, Sample, draw, inside, open_picture, read_mask
-from .fetch import fetch_pictures, is_there, picture_name, said_of_disk
+from .fetch import fetch_pictures, first_line, is_there, picture_name
 from .metrics import filled
 
 # Name on the command line: for each split, the hub's id and what that split is called there.
@@ -48,7 +48,7 @@ HUB = {
 }
 CACHE = Path.home() / ".cache" / "samr1_mini"
 PICTURES = CACHE / "train2014"  # COCO's pictures that were fetched
-TABLES = CACHE / "tables"  # rows of parquet files, so that one at a time is read; a set of the hub is looked up only once
+TABLES = CACHE / "tables"  # rows of parquet files, to be read one at a time; a set of the hub is looked up only once
 COCO_URL = "http://images.cocodataset.org/train2014/"  # no address that comes with data is ever opened
 COCO_BYTES = 165_000  # of a picture, on average: train2014.zip has 82,783 in 13.5 GB
 
@@ -56,7 +56,7 @@ COCO_BYTES = 165_000  # of a picture, on average: train2014.zip has 82,783 in 13
 class Public(Data):
     """`count` questions of a public set; a picture and its mask are read when asked for.
 
-    `items` are (row, expression) pairs; `pictures` has name and (width, height) of each row's picture, for RefCOCO's sets.
+    `items` are (row, expression) pairs; `pictures` are each row's (name, (width, height)), if they are COCO's.
     """
 
     def __init__(self, name: str, split: str, count: int, seed: int, sentences: str, coco_dir: str, ignore: str):
@@ -76,7 +76,7 @@ class Public(Data):
             if not self.coco_dir.is_dir():
                 raise UserError(f"--coco-dir {coco_dir}: no such folder")
             if lacking := self.lacking():
-                raise UserError(f"--coco-dir {coco_dir} lacks {len(lacking)} pictures that are wanted, the first {lacking[0]}")
+                raise UserError(f"--coco-dir {coco_dir} lacks {len(lacking)} of the pictures wanted, as {lacking[0]}")
         if self.layout == "raw_anns" or Path(name).is_dir():  # rows that are small, or here, are looked at now
             self.items
 
@@ -117,15 +117,17 @@ class Public(Data):
         """Download rows and pictures. Of these 1 % may be impossible to have: the next rows drawn take their places."""
         self.missing = list(dict.fromkeys([*self.missing, *missing]))
         self.__dict__.pop("items", None)
-        total, failed = len(self.wanted()), {}
-        while self.fetches and (new := fetch_pictures(self.wanted(), self.coco_dir, COCO_URL, total // 100 - len(failed))):
+        wanted, failed = self.wanted(), {}
+        allowed = len(wanted) // 100
+        while self.fetches and (new := fetch_pictures(self.wanted(), self.coco_dir, COCO_URL, allowed - len(failed))):
             failed |= new
             self.missing += new
             del self.items  # drawn anew, and pictures of the rows that moved up may be missing too
         if failed:
-            places = f"{len(self)} questions of {self.count} are left" if len(self) < self.count else "the next rows have their places"
+            short = len(self) < self.count
+            so = f"{len(self)} questions of {self.count} are left" if short else "the next rows drawn have their places"
             reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
-            print(f"--data {self.name}: {len(failed)} of {total} pictures could not be had, so {places}: {reasons}")
+            print(f"--data {self.name}: {len(failed)} of {len(wanted)} pictures could not be had, so {so}: {reasons}")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -146,7 +148,7 @@ class Public(Data):
 # ---------------------------------------------------------------------------------------------------- one row
 
 
-TEXTS = ("sentences", "answer", "text", "problem")  # lmms-lab made a captioner's task of it: the expressions are the answers
+TEXTS = ("sentences", "answer", "text", "problem")  # lmms-lab made a captioning task of it: expressions are answers
 IDS = ("ref_id", "ann_id", "question_id", "id", "image_id")
 
 
@@ -178,7 +180,8 @@ def read_row(row: dict, expression: int, layout: str, coco_dir: Path, ignore: st
         image = open_picture(coco_dir / file)
         mask = read_mask(annotation["segmentation"], coco_dir, info["height"], info["width"])
         return Sample(image, question, of_size(mask, image), name, picture=file)
-    image, ignored = picture_of(row["image"]), None
+    image, ignored = row["image"], None  # a path, or {"bytes", "path"} as parquet files hold it
+    image = open_picture(io.BytesIO(image["bytes"]) if isinstance(image, dict) else image)
     if layout == "shapes":  # ReasonSeg as its authors publish it
         mask, undecided = (draw_shapes(row["shapes"], label, image.size) for label in ("target", "ignore"))
         mask, ignored = (mask & ~undecided, undecided) if ignore == "excluded" else (mask | undecided, None)
@@ -193,7 +196,7 @@ def read_row(row: dict, expression: int, layout: str, coco_dir: Path, ignore: st
 
 
 def picture_id(row: dict, name: str) -> str:
-    """What tells a row's picture from others: COCO's file name, an id or a path; without any, rows count as other pictures."""
+    """What tells a row's picture from others: COCO's file name, an id or a path. Without any, it is the row's own."""
     path = row["image"]["path"] if isinstance(row["image"], dict) else row["image"]
     coco_name = re.search(r"COCO_train2014_\d+", f"{row.get('file_name', '')} {path}")
     return coco_name[0] + ".jpg" if coco_name else str(row.get("image_id") or path or name)
@@ -213,11 +216,6 @@ def of_size(mask: np.ndarray, image: Image.Image) -> np.ndarray:
     if mask.shape != (image.height, image.width):
         raise ValueError(f"the mask is {mask.shape[::-1]}, the picture {image.size}")
     return mask
-
-
-def picture_of(value) -> Image.Image:
-    """A picture from a path, or from {"bytes", "path"} as parquet files hold it."""
-    return open_picture(io.BytesIO(value["bytes"]) if isinstance(value, dict) else value)
 
 
 def draw_shapes(shapes: list[dict], label: str, size: tuple[int, int]) -> np.ndarray:
@@ -261,7 +259,8 @@ def json_rows(files: list[Path]) -> list[dict]:
         try:
             said = json.loads(file.read_text(encoding="utf-8", errors="replace"))
             if isinstance(said, dict):
-                new = [{"id": file.stem, "image": file.with_suffix(".jpg"), "text": said["text"], "shapes": said["shapes"]}]
+                image = file.with_suffix(".jpg")
+                new = [{"id": file.stem, "image": image, "text": said["text"], "shapes": said["shapes"]}]
             else:
                 new = [row | {"image": inside(file.parent, row["image"])} for row in said]
             if lost := [row["image"] for row in new if not row["image"].is_file()]:
@@ -312,10 +311,8 @@ class Table(Sequence):
                 write_table(datasets.DownloadManager().download(self.files), part, self.name)
                 part.replace(self.file)
             return pyarrow.ipc.open_file(pyarrow.memory_map(str(self.file))).read_all()
-        except OSError as error:
-            raise UserError(f"--data {self.name}: {said_of_disk(error, self.file.parent)}") from None
         except Exception as error:  # the hub's libraries raise what their own libraries raise
-            raise UserError(f"--data {self.name} cannot be read: {error!r}") from None
+            raise UserError(f"--data {self.name}, {self.file.parent}: {first_line(error)}") from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -341,7 +338,7 @@ def columns_of(rows: Sequence[dict], wanted: Sequence[str]) -> list[dict]:
 
 
 def write_table(files: list[str], file: Path, name: str) -> None:
-    """The rows of parquet files as one arrow file, a few at a time: a hundred masks, as parquet is unpacked, take a gigabyte."""
+    """The rows of parquet files as one arrow file, a few at a time: unpacking a hundred masks takes a gigabyte."""
     parts = [pyarrow.parquet.ParquetFile(f) for f in files]
     schema, count = parts[0].schema_arrow, sum(p.metadata.num_rows for p in parts)
     bar = tqdm(total=count, desc=f"rows of {name}", dynamic_ncols=True, leave=False)
@@ -362,7 +359,7 @@ def open_rows(name: str, split: str) -> Sequence[dict]:
             return json_rows(files)
         files = of_split(folder, "*.parquet", split)
         if not files:
-            raise UserError(f"--data {name}: no data.jsonl in this folder, nor files of a public set with a {split} split")
+            raise UserError(f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split")
         known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
         place, files = hashlib.sha256(known.encode()).hexdigest()[:24], list(map(str, files))
     elif split not in HUB[name]:
@@ -378,8 +375,8 @@ def open_rows(name: str, split: str) -> Sequence[dict]:
     except UserError:
         raise
     except Exception as error:  # as above
-        where = name if folder.is_dir() else f"the hub does not give {HUB[name][split][0]}"
-        raise UserError(f"--data {name}: {where} ({(str(error) or repr(error)).splitlines()[0]})") from None
+        where = "no table can be read" if folder.is_dir() else f"the hub does not give {HUB[name][split][0]}"
+        raise UserError(f"--data {name}: {where} ({first_line(error)})") from None
 
 
 def hub_files(hub_id: str, split: str) -> list[str]:

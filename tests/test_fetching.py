@@ -183,7 +183,7 @@ def test_a_full_disk_is_said_in_one_line(server, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(fetch.os, "getpid", lambda: 77)
     (tmp_path / "a" / f"{NAME}.77.part").symlink_to("/dev/full")  # the system's own "no space left on device"
-    with pytest.raises(UserError, match="disk .* is full"):
+    with pytest.raises(UserError, match="/a: this disk is full"):
         fetch_pictures(sizes(1), tmp_path / "a", server.url, 1)
     assert stored(tmp_path / "a") == []
 
