@@ -37,14 +37,14 @@ class Data(Sequence):
     missing: Sequence[str] = ()  # pictures that could not be had; the next samples that were drawn have their places
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
-        """Download what is not here yet. Pictures in `missing` are left out, so that processes hold the same samples."""
+        """Download what is not here yet. Pictures in `missing` are left out, so that processes hold the same ones."""
 
 
 def draw(items: list, split: str, count: int, seed: int) -> Iterator:
-    """Items of a split in the order in which they are used; `count` are wanted, those that follow stand in for lost ones.
+    """Items of a split in the order in which they are used; `count` are wanted, the others stand in for lost ones.
 
-    train: one pass after the other without end, each in a new order. validation and test: each item once, as they stand if
-    all are wanted, else in an order that is the same for every seed: the first rows of a file are often of one kind.
+    train: one pass after the other without end, each in a new order. validation and test: each item once, as they stand
+    if all are wanted, else in an order that is the same for every seed: a file's first rows are often of one kind.
     """
     if split != "train":
         yield from items if count >= len(items) else random.Random(0).sample(items, len(items))
@@ -221,8 +221,8 @@ def open_data(
 ) -> Data:
     """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
 
-    For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder with COCO's train2014 pictures; `ignore`,
-    undecided pixels count as "foreground", or are "excluded".
+    For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder with COCO's train2014 pictures;
+    `ignore`, undecided pixels count as "foreground", or are "excluded".
 
     What can be checked cheaply is checked here; a mistake is a UserError. What is large is downloaded by `fetch`.
     """

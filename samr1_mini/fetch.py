@@ -35,7 +35,7 @@ def picture_name(path: str) -> str:
 def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, url: str, allowed: int) -> dict[str, str]:
     """Fetch url + NAME for what `folder` lacks of the pictures in `sizes`, NAME: (width, height).
 
-    Returns NAME: reason for those that cannot be had. More than `allowed`, or a full disk, is a UserError; the rest stays.
+    Returns NAME: reason for those that cannot be had. More than `allowed`, or a full disk, is a UserError.
     """
     pool, failed = ThreadPoolExecutor(WORKERS), {}
     lacking = [name for name in sizes if not is_there(folder / name)]

@@ -1,4 +1,4 @@
-"""COCO's pictures from a server as servers are: it breaks connections, sends errors, short files and other files, and falls silent."""
+"""COCO's pictures from a server as servers are: they break connections, send errors and wrong files, fall silent."""
 
 import io
 import json
@@ -21,7 +21,7 @@ Image.new("RGB", (9, 9)).save(ANOTHER_SIZE, "PNG")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves pictures by number. `faults[name]` lists what goes wrong at each asking, from the first; `always` does so at every one."""
+    """Serves pictures by number. `faults[name]` lists what goes wrong at first, `always[name]` does so each time."""
 
     daemon_threads = True
 
@@ -50,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "slow headers":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
             return self.trickle(b"x" * 1000)
-        data = {"short": data[:200], "page": b"<html>busy, come back</html>", "another size": ANOTHER_SIZE.getvalue()}.get(fault, data)
+        wrong = {"short": data[:200], "page": b"<html>busy, come back</html>", "another size": ANOTHER_SIZE.getvalue()}
+        data = wrong.get(fault, data)
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -98,10 +99,11 @@ def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault):
 
 
 @pytest.mark.parametrize("fault, tries, reason", [
-    ("500", 3, "500"), ("404", 1, "404"), ("410", 1, "410"), ("broken off", 3, "broke"), ("short", 3, "truncated"), ("page", 3, "no picture"),
-    ("another size", 3, "9 x 9"), ("silent", 3, "timed out"), ("slow", 1, "2 seconds"), ("slow headers", 1, "2 seconds"),
+    ("500", 3, "500"), ("404", 1, "404"), ("410", 1, "410"), ("broken off", 3, "broke"), ("short", 3, "truncated"),
+    ("page", 3, "no picture"), ("another size", 3, "9 x 9"), ("silent", 3, "timed out"), ("slow", 1, "2 seconds"),
+    ("slow headers", 1, "2 seconds"),
 ])
-def test_what_always_goes_wrong_ends_in_time_with_its_reason_and_leaves_nothing_behind(server, tmp_path, fault, tries, reason):
+def test_what_always_goes_wrong_ends_in_time_with_its_reason_and_leaves_nothing(server, tmp_path, fault, tries, reason):
     server.always[NAME] = fault
     begun = time.perf_counter()
     failed = fetch_pictures(sizes(1, 2, 3), tmp_path / "a", server.url, 1)
@@ -114,13 +116,17 @@ def test_no_address_from_the_data_is_opened(server, tmp_path):
     secret = tmp_path / "secret.png"
     picture(1).save(secret)
     rows = coco_rows(3)
-    for row, address in zip(rows, (f"file://{secret}", server.url.replace("train2014", "elsewhere"), "http://mscoco.org/images/2")):
-        row["raw_image_info"] = json.dumps(json.loads(row["raw_image_info"]) | {"coco_url": address, "flickr_url": address})
+    addresses = f"file://{secret}", server.url.replace("train2014", "elsewhere"), "http://mscoco.org/images/2"
+    for i, (row, address) in enumerate(zip(rows, addresses)):
+        row["raw_image_info"] = json.dumps(coco_info(i) | {"coco_url": address, "flickr_url": address})
     data = load_data(parquet(tmp_path / "set", "train", rows), "train", 3)
     assert sorted(server.asked) == list(sizes(0, 1, 2)) and len([s.image for s in data]) == 3
 
 
-@pytest.mark.parametrize("name", ["a b.png", "a.png?x=1", "a.png#x", "%2e%2e.png", "..", ".png", "x.svg", "a\\b.png", "a.png\n", "", 7, None])
+BAD_NAMES = ["a b.png", "a.png?x=1", "a.png#x", "%2e%2e.png", "..", ".png", "x.svg", "a\\b.png", "a.png\n", "", 7, None]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_file_name_that_is_not_a_pictures_is_refused_before_anything_is_asked_for(server, tmp_path, name):
     rows = coco_rows(3)
     rows[1]["raw_image_info"] = json.dumps(coco_info(1) | {"file_name": name})
@@ -208,14 +214,16 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(s
         parquet(tmp_path / "set", split, rows)
         start += count
     names = list(sizes(*range(start)))
-    for name, fault in zip(names[:10], ("500", "broken off", "short", "page", "another size", "503", "silent", "broken off", "500", "short")):
+    for name, fault in zip(names, ("500", "broken off", "short", "page", "another size", "503", "silent")):
         server.faults[name] = [fault]
     server.always[names[50]] = "404"
-    train.main(["--preset", "tiny", "--device", "cpu", "--data", folder, "--samples", "8", "--questions", "4", "--group", "4", "--updates", "2",
-                "--eval-every", "0", "--eval-samples", "101", "--test-samples", "4", "--run", str(tmp_path / "run")])
+    options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 4, "updates": 2,
+               "eval-every": 0, "eval-samples": 101, "test-samples": 4, "run": tmp_path / "run"}
+    train.main([f"--{name}={value}" for name, value in options.items()])
     said = capsys.readouterr().out
     assert "held-out test, greedy" in said and f"{names[50]} (HTTP Error 404" in said
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["samples"] == 8 and summary["trained"]["count"] == 4
     assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8
-    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists() and not list((tmp_path / "cache").glob("*.part"))
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    assert len(stored(tmp_path / "cache")) == 8 + 99 + 4

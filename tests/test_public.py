@@ -111,7 +111,8 @@ def test_evaluation_sets_hold_masks_as_rows_of_booleans(tmp_path):
     rows = [{"image": png(3), "text": "what is square?", "mask": square().tolist(), "image_id": "a", "ann_id": "b", "img_height": HEIGHT, "img_width": WIDTH}]
     folder = parquet(tmp_path / "set", "test", rows)
     [sample] = load_data(folder, "test", 5)
-    assert sample.question == "what is square?" and (sample.mask == square()).all() and sample.id == "b-0" and sample.picture == "a"
+    assert sample.question == "what is square?" and (sample.mask == square()).all()
+    assert sample.id == "b-0" and sample.picture == "a"
     with pytest.raises(UserError, match="--ignore excluded"):
         open_data(folder, "test", 5, ignore="excluded")
 
@@ -207,8 +208,8 @@ def test_unknown_columns_are_named(tmp_path):
 
 
 def mask_rows(count=1, **more):
-    return [{"image": png(i), "text": f"question {i}", "mask": (square() if i % 2 else ~square()).tolist(), "image_id": f"picture-{i // 2}",
-             "ann_id": f"a{i}", "img_height": HEIGHT, "img_width": WIDTH, **more} for i in range(count)]
+    return [{"image": png(i), "text": f"question {i}", "mask": (square() if i % 2 else ~square()).tolist(),
+             "ann_id": f"a{i}", "image_id": f"picture-{i // 2}", "img_height": HEIGHT, "img_width": WIDTH, **more} for i in range(count)]
 
 
 @pytest.fixture
@@ -226,9 +227,12 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, split, hub_id, called", [
-    ("reasonseg-x", "train", "sj9909/ReasonSegX_train", "train"), ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "test"),
-    ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "train"), ("reasonseg-x", "test", "sj9909/ReasonSegX_test", "test"),
-    ("reasonseg-r", "test", "sj9909/ReasonSeg_refine", "test"), ("reasonseg", "test", "Ricky06662/ReasonSeg_test", "test"),
+    ("reasonseg-x", "train", "sj9909/ReasonSegX_train", "train"),
+    ("reasonseg-x", "test", "sj9909/ReasonSegX_test", "test"),
+    ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "test"),
+    ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "train"),
+    ("reasonseg-r", "test", "sj9909/ReasonSeg_refine", "test"),
+    ("reasonseg", "test", "Ricky06662/ReasonSeg_test", "test"),
 ])
 def test_reasonseg_and_its_successors_load_by_name_with_their_kinds_of_reasoning(hub, name, split, hub_id, called):
     hub.publish(hub_id, called, mask_rows(4, **({"reasoning_type": "spatial"} if name == "reasonseg-x" else {})))
@@ -236,18 +240,22 @@ def test_reasonseg_and_its_successors_load_by_name_with_their_kinds_of_reasoning
     assert sorted(data.ids) == ["a0-0", "a1-0", "a2-0", "a3-0"] and hub.asked == [hub_id]
     for sample in data:
         number = int(sample.question.split()[1])
-        assert (sample.mask == (square() if number % 2 else ~square())).all() and sample.picture == f"picture-{number // 2}"
-        assert sample.kind == ("spatial" if name == "reasonseg-x" else "") and (np.asarray(sample.image) == np.asarray(picture(number))).all()
+        assert (sample.mask == (square() if number % 2 else ~square())).all()
+        assert (np.asarray(sample.image) == np.asarray(picture(number))).all()
+        assert sample.picture == f"picture-{number // 2}"
+        assert sample.kind == ("spatial" if name == "reasonseg-x" else "")
 
 
 def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_known(hub):
     hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
     hub.publish("Ricky06662/ReasonSeg_val", "test", [{"picture": png(), "words": "x"}])
-    hub.publish("Ricky06662/refCOCOg_2k_840", "train", [{"image": png(), "problem": "x", "solution": "<box>(1,2),(3,4)</box>"}])
+    box = {"image": png(), "problem": "x", "solution": "<box>(1,2),(3,4)</box>"}
+    hub.publish("Ricky06662/refCOCOg_2k_840", "train", [box])
     for split in ("testA", "testB"):
         hub.publish("Ricky06662/refcocog_test", split, mask_rows(1))
     data, boxes = open_data("reasonseg", "test", 3), open_data("refCOCOg_2k_840", "train", 1)
-    assert data.download_bytes == sum(f.stat().st_size for f in (hub.root / "Ricky06662/ReasonSeg_test/data").iterdir()) and boxes.box_only
+    [file] = (hub.root / "Ricky06662/ReasonSeg_test/data").iterdir()
+    assert data.download_bytes == file.stat().st_size and boxes.box_only
     with pytest.raises(UserError, match="columns picture, words"):
         open_data("reasonseg", "validation", 1)
     with pytest.raises(UserError, match="refcocog_test on the hub has no test split, only testA, testB"):
@@ -314,12 +322,13 @@ def test_masks_of_a_whole_evaluation_set_stay_on_the_disk(tmp_path):
     file, mask, count = io.BytesIO(), np.zeros((480, 640), bool), 300
     Image.new("RGB", (640, 480), (90, 20, 10)).save(file, "JPEG")
     mask[100:300, 100:400] = True
-    lines = pa.ListArray.from_arrays(pa.array(np.arange(count * 480 + 1, dtype=np.int32) * 640), pa.array(np.tile(mask.reshape(-1), count)))
-    masks = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * 480), lines)
+    starts = lambda number, length: pa.array(np.arange(number + 1, dtype=np.int32) * length)
+    lines = pa.ListArray.from_arrays(starts(count * 480, 640), pa.array(np.tile(mask.reshape(-1), count)))
+    masks = pa.ListArray.from_arrays(starts(count, 480), lines)
     names, images = [str(i) for i in range(count)], [{"bytes": file.getvalue(), "path": "x.jpg"}] * count
     table = pa.table({"image": images, "text": names, "mask": masks, "image_id": names, "ann_id": names})
     (tmp_path / "copy").mkdir()
-    pyarrow.parquet.write_table(table, tmp_path / "copy/test-00000-of-00001.parquet", row_group_size=100)  # as the hub's copies have them
+    pyarrow.parquet.write_table(table, tmp_path / "copy/test-00000-of-00001.parquet", row_group_size=100)
     code = MEASURE.format(root=str(Path(__file__).parent.parent), folder=str(tmp_path))
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
