@@ -47,6 +47,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(int(fault))
         if fault == "silent":
             return server.over.wait(20)
+        if fault == "no HTTP":
+            return self.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
+        if fault == "broken chunk":
+            return self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\n" + data[:200])
         if fault == "slow headers":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
             return self.trickle(b"x" * 1000)
@@ -90,7 +94,7 @@ def stored(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "broken off", "short", "page", "another size", "silent"])
+@pytest.mark.parametrize("fault", ["500", "broken off", "broken chunk", "no HTTP", "short", "page", "another size", "silent"])
 def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault):
     server.faults[NAME] = [fault, fault]
     assert fetch_pictures(sizes(1, 2), tmp_path / "a", server.url, 0) == {}
@@ -101,7 +105,7 @@ def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault):
 @pytest.mark.parametrize("fault, tries, reason", [
     ("500", 3, "500"), ("404", 1, "404"), ("410", 1, "410"), ("broken off", 3, "broke"), ("short", 3, "truncated"),
     ("page", 3, "no picture"), ("another size", 3, "9 x 9"), ("silent", 3, "timed out"), ("slow", 1, "2 seconds"),
-    ("slow headers", 1, "2 seconds"),
+    ("slow headers", 1, "2 seconds"), ("no HTTP", 3, "SSH"), ("broken chunk", 3, "Incomplete"),
 ])
 def test_what_always_goes_wrong_ends_in_time_with_its_reason_and_leaves_nothing(server, tmp_path, fault, tries, reason):
     server.always[NAME] = fault
@@ -217,8 +221,8 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(s
     for name, fault in zip(names, ("500", "broken off", "short", "page", "another size", "503", "silent")):
         server.faults[name] = [fault]
     server.always[names[50]] = "404"
-    options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 4, "updates": 2,
-               "eval-every": 0, "eval-samples": 101, "test-samples": 4, "run": tmp_path / "run"}
+    options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 4,
+               "updates": 2, "eval-every": 0, "eval-samples": 101, "test-samples": 4, "run": tmp_path / "run"}
     train.main([f"--{name}={value}" for name, value in options.items()])
     said = capsys.readouterr().out
     assert "held-out test, greedy" in said and f"{names[50]} (HTTP Error 404" in said

@@ -209,7 +209,8 @@ def test_unknown_columns_are_named(tmp_path):
 
 def mask_rows(count=1, **more):
     return [{"image": png(i), "text": f"question {i}", "mask": (square() if i % 2 else ~square()).tolist(),
-             "ann_id": f"a{i}", "image_id": f"picture-{i // 2}", "img_height": HEIGHT, "img_width": WIDTH, **more} for i in range(count)]
+             "ann_id": f"a{i}", "image_id": f"picture-{i // 2}", "img_height": HEIGHT, "img_width": WIDTH, **more}
+            for i in range(count)]
 
 
 @pytest.fixture
