@@ -1,7 +1,16 @@
 """The published metrics on the published layouts, against pycocotools' own arithmetic on run-length codes."""
 
+import gc
+import json
+import os
+import subprocess
+import sys
+import warnings
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +29,13 @@ from test_public import (
     square,
 )
 
-from samr1_mini import evaluation
+import eval as command
+from samr1_mini import evaluation, plots, policy as policy_module
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.data import Sample, load_data
-from samr1_mini.evaluation import evaluate, shown
+from samr1_mini.evaluation import Panel, batch_size, evaluate, shown
 from samr1_mini.policy import Completion
+from samr1_mini.metrics import tight_box
 from samr1_mini.reward import score_group
 
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
@@ -105,3 +116,241 @@ def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_a
     for x in data:
         [trained], [evaluated] = (score_group(segmenter, x, ["nothing"], 112, "iou", lenient=lenient) for lenient in (False, True))
         assert trained.iou == evaluated.iou == trained.accuracy == 0 and trained.pair == evaluated.pair
+
+
+# ---------------------------------------------------------------------------------------------------- how it goes about it
+
+
+def test_the_ceiling_is_that_of_the_true_boxes_and_each_picture_is_encoded_once(policy, segmenter, samples, monkeypatch):
+    say(monkeypatch, BOXES)
+    calls, encode = [], segmenter.predictor.model.image_encoder.forward
+    monkeypatch.setattr(segmenter.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
+    segmenter.encoded.clear()
+    blind = Sample(samples[0].image, "?", np.zeros_like(samples[0].mask), "no object")
+    report = evaluate(policy, segmenter, [*samples, blind], SETTINGS, with_ceiling=True)
+    assert len(calls) == len(samples) + 1
+    masks = [segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])[0] for x in samples]
+    each = [(m & x.mask).sum() / (m | x.mask).sum() for m, x in zip(masks, samples)]
+    assert report.ceiling == {"gIoU": pytest.approx(np.mean(each)), "count": len(samples)} and 0.5 < np.mean(each) < 1
+    assert [row.ceiling is None for row in report.rows] == [False] * len(samples) + [True]
+
+
+class Photos(Sequence):
+    """Large pictures, made when asked for; it counts how many of its samples somebody still holds."""
+
+    def __init__(self, count):
+        self.count, self.made, self.most = count, [], 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        x = Sample(Image.new("RGB", (600, 400), (i, 90, 30)), "the star", np.eye(400, 600, dtype=bool), str(i))
+        self.made.append([weakref.ref(part) for part in (x, x.image, x.mask)])
+        self.most = max(self.most, self.held())
+        return x
+
+    def held(self):
+        return max(sum(part() is not None for part in parts) for parts in zip(*self.made))
+
+
+def test_a_report_holds_no_picture_and_no_mask_and_those_it_shows_are_made_again(policy, segmenter, monkeypatch):
+    say(monkeypatch, BOXES)
+    data = Photos(12)
+    report = evaluate(policy, segmenter, data, replace(SETTINGS, eval_batch=2))
+    gc.collect()
+    assert data.held() == 0 and data.most <= 2 * 2 and len(report.rows) == 12
+    numbers = json.dumps([vars(row) for row in report.rows])  # nothing but numbers and texts
+    assert len(numbers) < 12 * 1000
+    first, last = shown(segmenter, data, [report.rows[11], report.rows[3]], SETTINGS, 112)
+    assert (first.sample.id, last.sample.id) == ("11", "3")
+    for panel, row in ((first, report.rows[11]), (last, report.rows[3])):
+        assert panel.text == row.text and panel.reward.pair == row.pair and panel.reward.mask.shape == (400, 600)
+
+
+def test_the_batch_of_evaluation_is_what_was_asked_for(policy, segmenter, samples, monkeypatch):
+    sizes = []
+    say(monkeypatch, BOXES)
+    speak = evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", lambda policy, prompts, *a, **k: sizes.append(len(prompts)) or speak(policy, prompts, *a, **k))
+    for batch, expected in ((0, [6]), (4, [4, 2]), (1, [1] * 6)):
+        sizes.clear()
+        evaluate(policy, segmenter, samples, replace(SETTINGS, eval_batch=batch))
+        assert sizes == expected
+    large = replace(SETTINGS, image_size=840)
+    assert batch_size(large) == 15 and 15 * (900 + 160) <= 16384 < 16 * (900 + 160) and batch_size(large, votes=8) == 1
+
+
+SHARED = """
+import json, sys
+import numpy as np, torch
+from collections.abc import Sequence
+from PIL import Image
+from accelerate import PartialState
+from samr1_mini import evaluation
+from samr1_mini.config import make_settings
+from samr1_mini.data import load_data
+from samr1_mini.policy import Completion, load_policy
+from samr1_mini.reward import load_segmenter
+
+class Watched(Sequence):
+    def __init__(self): self.data, self.asked = load_data("shapes", "validation", 7), []
+    def __len__(self): return 7
+    def __getitem__(self, i): self.asked.append(i); return self.data[i]
+
+text = '<think>.</think><answer>{"bbox": [%d, 10, 90, 90], "points": [[40, 40, 1]]}</answer>'
+said = iter(range(0, 80, 10))
+evaluation.sample = lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, text % next(said))] for _ in prompts]
+data, (settings, _) = Watched(), make_settings(preset="tiny", device="cpu", eval_batch=2)
+report = evaluation.evaluate(load_policy("tiny", "fp32"), load_segmenter("tiny"), data, settings, with_ceiling=True)
+rank = PartialState(cpu=True).process_index
+json.dump({"asked": data.asked, "rows": [vars(r) for r in report.rows], "summary": report.summary(), "ceiling": report.ceiling}, open(sys.argv[1] + f"/{rank}.json", "w"))
+"""
+
+
+def test_two_processes_evaluate_half_each_and_both_end_with_the_whole_report(policy, segmenter, tmp_path, monkeypatch):
+    (tmp_path / "shared.py").write_text(SHARED)
+    root, launch = Path(__file__).parent.parent, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(tmp_path / "shared.py")]
+    out = subprocess.run([sys.executable, *launch, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=300,
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+    assert out.returncode == 0, out.stderr[-3000:]
+    a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert a.pop("asked") == [0, 2, 4, 6] and b.pop("asked") == [1, 3, 5] and a == b
+    say(monkeypatch, [answer([10 * i, 10, 90, 90]) for i in (0, 0, 1, 1, 2, 2, 3)])  # what each says to its first, second, ... question
+    alone = evaluate(policy, segmenter, load_data("shapes", "validation", 7), SETTINGS, with_ceiling=True)
+    assert [row["index"] for row in a["rows"]] == list(range(7)) and a["ceiling"] == alone.ceiling
+    assert [(row["id"], row["strict"]) for row in a["rows"]] == [(row.id, list(row.strict)) for row in alone.rows]
+    assert a["summary"] == json.loads(json.dumps(alone.summary()))
+
+
+def answer(box, think="."):
+    return '<think>%s</think><answer>{"bbox": %s, "points": [[40, 40, 1]]}</answer>' % (think, json.dumps(box))
+
+
+def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all(policy, segmenter, samples, monkeypatch):
+    """The group of each question: two alike in the format, three alike that are not, one that says nothing."""
+    said = [answer([60, 60, 100, 100]), "no idea", answer([60, 60, 100, 100], "2"), *[f"At [10, 10, {x}, 50]." for x in (50, 51, 50)]]
+    chances = []
+
+    def speak(_, prompts, group, length, temperature, chance):
+        assert group == 6 and temperature == 1
+        chances.extend(chance)
+        return [[Completion(torch.ones(1), torch.zeros(1), False, text) for text in said] for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "sample", speak)
+    boxes = lambda image, boxes, points: np.stack([np.pad(np.ones((int(d - b), int(c - a)), bool), ((int(b), 112 - int(d)), (int(a), 112 - int(c)))) for a, b, c, d in boxes])
+    monkeypatch.setattr(segmenter, "masks", boxes)
+    low, high = np.zeros((2, 112, 112), bool)
+    low[60:100, 60:100], high[10:50, 10:50] = True, True
+    data = [replace(samples[0], mask=low), replace(samples[1], mask=high), replace(samples[2], mask=low | high)]
+    report = evaluate(policy, segmenter, data, SETTINGS, votes=6)
+    assert [row.strict for row in report.rows] == [(1600, 1600), (0, 3200), (1600, 3200)]  # the two, wherever the object is
+    assert [row.pair for row in report.rows] == [(0, 3200), (1600, 1600), (1600, 3200)]  # the three
+    assert all(row.in_format and row.text == said[0] and row.texts == said for row in report.rows)
+    [panel] = shown(segmenter, data, report.rows[:1], SETTINGS, 112)
+    assert (panel.reward.mask == low).all() and panel.reward.iou == 1
+    before = torch.get_rng_state()
+    again = evaluate(policy, segmenter, data[::-1], replace(SETTINGS, eval_batch=1), votes=6)
+    assert len(again.rows) == 3 and (torch.get_rng_state() == before).all()
+    drawn, redrawn = torch.stack(chances[:3]), torch.stack(chances[3:])
+    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 96) and len(drawn.flatten().unique()) > 1600  # by the place, whatever the batch
+
+
+def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(policy, segmenter, samples):
+    short = replace(SETTINGS, max_new_tokens=12)
+    first, second = (evaluate(policy, segmenter, samples[:2], short, votes=3) for _ in range(2))
+    assert [row.texts for row in first.rows] == [row.texts for row in second.rows]
+    assert all(len(row.texts) == 3 for row in first.rows) and any(len(set(row.texts)) > 1 for row in first.rows)
+
+
+# ---------------------------------------------------------------------------------------------------- the command and its pictures
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whoever loads a model here has not looked at the user's mistake before."""
+    def loaded(*a, **k):
+        raise AssertionError("a model was loaded")
+    monkeypatch.setattr(policy_module, "load_policy", loaded)
+
+
+def mistakes(folder):
+    """Files that are no pictures, and one whose header says 361 megapixels."""
+    Image.new("1", (19_000, 19_000)).save(folder / "huge.png")
+    whole = folder / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
+    (folder / "cut.png").write_bytes(whole.read_bytes()[:500])
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "empty.png").touch()
+    (folder / "header.png").write_bytes(whole.read_bytes()[:20] + bytes(40))
+    return ["huge.png", "cut.png", "text.jpg", "empty.png", "header.png", "missing.png", "."]
+
+
+def test_a_file_that_is_no_usable_picture_ends_in_one_line_before_a_model_is_loaded(tmp_path, no_model, capsys):
+    for name in mistakes(tmp_path):
+        with pytest.raises(SystemExit) as left:
+            command.main(["--preset", "tiny", "--image", str(tmp_path / name), "--question", "the star", "--out", str(tmp_path / "out")])
+        said = capsys.readouterr().err.splitlines()
+        assert left.value.code == 2 and len(said) == 1 and f"--image {tmp_path / name}: " in said[0] and not said[0].endswith(": "), (name, said)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--data", "typo"], "--data typo"), (["--out", "taken/below"], "--out taken/below: nothing can be written there (Not a directory)"),
+     (["--votes", "0"], "--votes must be at least 1, not 0"), (["--eval-batch", "-1"], "--eval-batch must not be below 0"),
+     (["--data", "empty"], "--data")],
+)
+def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(options, words, tmp_path, monkeypatch, no_model, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    with pytest.raises(SystemExit) as left:
+        command.main(["--preset", "tiny", *options])
+    said = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and len(said) == 1 and words in said[0]
+
+
+def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_be_voted_on(tmp_path, capsys):
+    options = ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path), "--votes", "3", "--max-new-tokens", "40", "--eval-batch", "2"]
+    command.main([*options, "--count", "3"])
+    out = capsys.readouterr().out
+    assert "the majority of 3 answers at temperature 1, 2 questions side by side" in out and "cannot be read counts 0 whatever the truth is" in out
+    assert json.loads((tmp_path / "results.json").read_text())["votes"] == 3 and (tmp_path / "sheet.png").exists()
+    load_data("shapes", "test", 1)[0].image.save(tmp_path / "scene.png")
+    command.main([*options, "--image", str(tmp_path / "scene.png"), "--question", "the largest object", "--empty-truth", "excluded"])
+    assert (tmp_path / "scene-overlay.png").exists() and "mask: " in capsys.readouterr().out
+
+
+def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_its_number(segmenter, samples, tmp_path, monkeypatch):
+    texts = ["左边的狗在 [10, 20, 30, 40]。", "الكلب على اليسار", "the dog \U0001f415\U0001f44d\U0001f3fd \u202e \x07", "it costs $5 and $6_a^b, \\frac{1}"]
+    panels = []
+    for text in texts:
+        [reward] = score_group(segmenter, samples[0], [text], 112, lenient=True)
+        panels.append(Panel(replace(samples[0], question=text), text, reward))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.sample_sheet(tmp_path / "a.png", panels, 112, "any script")
+        monkeypatch.setattr(plots, "FAMILIES", ["DejaVu Sans"])  # the only one that is there everywhere
+        plots.sample_sheet(tmp_path / "b.png", panels, 112, "any script")
+    assert plots.legible("a 左 狗", 40) == "a ⟨U+5DE6⟩ ⟨U+72D7⟩" and plots.legible("é ü Ж ∑ اليسار 😀", 40) == "é ü Ж ∑ اليسار 😀"
+    assert plots.legible("a\x07b\u202ec", 40) == "a⟨U+0007⟩b⟨U+202E⟩c" and plots.legible("one two three four", 9, 1) == "one two"
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.width > 1000
+
+
+def test_a_large_photo_is_drawn_by_every_few_pixels_with_all_in_its_place(segmenter, tmp_path):
+    """A photo of 2400 x 1600: what is drawn is a third of it, and box, point and masks lie where they do on the small one."""
+    import matplotlib.pyplot as plt
+
+    mask = np.zeros((1600, 2400), bool)
+    mask[400:800, 600:1200] = True
+    [reward] = score_group(segmenter, Sample(Image.new("RGB", (2400, 1600)), "?", mask, "x"), [answer([28, 28, 56, 56])], 112)
+    figure, axes = plt.subplots()
+    plots.draw_answer(axes, Panel(Sample(Image.new("RGB", (2400, 1600)), "?", mask, "x"), "", replace(reward, mask=mask)), 112)
+    assert axes.images[0].get_size() == (534, 800)
+    box = axes.get_lines()[1]
+    assert box.get_xdata()[:2] == pytest.approx([199.5, 399.5], abs=0.6) and box.get_ydata()[1:3] == pytest.approx([132.8, 266.2], abs=0.6)
+    rows, columns = np.nonzero(axes.images[1].get_array()[..., 3])
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (200, 399, 134, 266)
+    plt.close(figure)
