@@ -27,14 +27,16 @@ def parse(argv: list[str] | None):
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="split of the data set (default test)")
     parser.add_argument("--count", type=int, default=600, help="how many questions of it (default 600)")
     parser.add_argument("--blank", action="store_true", help="show the policy a grey picture: what is left of the score is guessing")
-    parser.add_argument("--votes", type=int, default=1, help="answers a question, drawn at temperature 1, that vote on the mask (default 1: one, greedy)")
+    parser.add_argument("--votes", type=int, default=1,
+                        help="answers a question, drawn at temperature 1, that vote on a mask (default 1: one, greedy)")
     parser.add_argument("--image", help="answer about this one picture instead of a data set")
     parser.add_argument("--question", help="what to find in that picture")
     parser.add_argument("--merge", help="write base and adapter merged, in bf16, as a model folder of this name, and evaluate nothing")
     parser.add_argument("--out", default="eval", help="folder for results.json and the pictures (default eval)")
     add_options(parser, USED)
     given = vars(parser.parse(argv))
-    own = {name: given.pop(name) for name in ("adapter", "split", "count", "votes", "blank", "image", "question", "merge", "out")}
+    names = ("adapter", "split", "count", "votes", "blank", "image", "question", "merge", "out")
+    own = {name: given.pop(name) for name in names}
     if (own["image"] is None) != (own["question"] is None):
         parser.error("--image and --question go together")
     if own["merge"] is not None and (own["adapter"] is None or Path(own["merge"]).exists()):
@@ -70,7 +72,8 @@ def open_input(settings, own: dict):
     except OSError as error:
         raise UserError(f"--out {own['out']}: nothing can be written there ({error.strerror})") from None
     if own["image"] is None:
-        return load_data(settings.data, own["split"], own["count"], sentences=settings.sentences, coco_dir=settings.coco_dir, ignore=settings.ignore)
+        choices = {name: getattr(settings, name) for name in ("sentences", "coco_dir", "ignore")}
+        return load_data(settings.data, own["split"], own["count"], **choices)
     try:
         image = open_picture(own["image"])
     except Exception as error:  # a file that is no picture, cut off or far too large: Pillow's readers raise all sorts
@@ -100,19 +103,22 @@ def evaluate_set(policy, segmenter, data, settings, own: dict) -> None:
     if report.rows[0].box_only:
         print("this data set has boxes and no masks: all of the above compares boxes")
     conventions = f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object, undecided pixels {settings.ignore}"
-    print(f"conventions: {conventions}, questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)")
+    empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
+    print(f"conventions: {conventions}, {empty}")
     how = "greedy" if own["votes"] == 1 else f"the majority of {own['votes']} answers at temperature 1"
     print(f"{how}, {batch_size(settings, own['votes'])} questions side by side; SAM's highest-scored mask counts")
-    print("an answer outside the format counts 0, or under 'lenient' by its last box; one that cannot be read counts 0 whatever the truth is")
+    print("an answer outside the format counts 0, or under 'lenient' by its last box")
+    print("an answer that cannot be read counts 0 whatever the truth is")
     answers = [
-        {"id": r.id, "question": r.question, "kind": r.kind, "text": r.text, "in_format": r.in_format, "iou": r.iou, "why": r.why}
-        for r in report.rows
+        {name: getattr(row, name) for name in ("id", "question", "kind", "text", "in_format", "iou", "why")}
+        for row in report.rows
     ]
     (out / "results.json").write_text(json.dumps({**own, "summary": summary, "answers": answers}, indent=1))
     ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
     frame = policy.frame(settings.image_size)
-    sample_sheet(out / "sheet.png", shown(segmenter, data, chosen, settings, frame), frame, "Best four, middle four, worst four answers")
+    panels = shown(segmenter, data, chosen, settings, frame)
+    sample_sheet(out / "sheet.png", panels, frame, "Best four, middle four, worst four answers")
     print(f"answers and sheet are in {out}")
 
 
@@ -121,7 +127,8 @@ def answer_one(policy, segmenter, data, settings, own: dict) -> None:
     from samr1_mini.evaluation import evaluate, shown
     from samr1_mini.plots import sample_sheet
 
-    settings, frame = replace(settings, empty_truth="correct"), policy.frame(settings.image_size)  # its truth is empty: nobody knows it
+    settings = replace(settings, empty_truth="correct")  # the true mask that nobody knows is empty here
+    frame = policy.frame(settings.image_size)
     report = evaluate(policy, segmenter, data, settings, blank=own["blank"], votes=own["votes"])
     [panel] = shown(segmenter, data, report.rows, settings, frame)
     print(panel.text)

@@ -1,8 +1,9 @@
 """Evaluation: greedy answers to held-out questions, by the same parser, the same SAM and the same rule as in training.
 
-Two figures stand side by side everywhere. gIoU: an answer outside the format counts 0 (and its whole true mask goes into cIoU's
-union). gIoU_lenient: a box found in any shape in the text counts, so what is gained there is not the format. In both an answer that
-cannot be read is wrong even where nothing is to be found; see metrics.intersection_union.
+Two figures stand side by side everywhere. gIoU: an answer outside the format counts 0 (and its whole true mask goes
+into cIoU's union). gIoU_lenient: a box found in any shape in the text counts, so what is gained there is not the
+format. In both an answer that cannot be read is wrong even where nothing is to be found; see
+metrics.intersection_union.
 """
 
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from .reward import Reward, Segmenter, score_group
 
 @dataclass
 class Row:
-    """One evaluated question in numbers and texts: the pictures and masks of a large set fit no memory, and `shown` makes them again."""
+    """One evaluated question in numbers and texts alone; `shown` makes its picture and mask again to be drawn."""
 
     index: int  # its place in the data
     id: str
@@ -40,7 +41,7 @@ class Row:
     box_iou: float
     pair: tuple[int, int]  # intersection and union, read leniently
     strict: tuple[int, int]  # the same as the strict figures count them
-    ceiling: float | None = None  # IoU of what SAM makes of the true box; None where that was not asked, or nothing is to be found
+    ceiling: float | None = None  # IoU of what SAM makes of the true box; None if not asked, or without an object
 
     @property
     def iou(self) -> float:
@@ -62,9 +63,10 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def summary(self) -> dict:
-        """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate, share of boxes with IoU above 0.5 (REC accuracy), 95 % intervals
-        (over pictures), the count, and gIoU by kind of question."""
-        strict, lenient, pictures = [r.strict for r in self.rows], [r.pair for r in self.rows], [r.picture for r in self.rows]
+        """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate, share of boxes with IoU above 0.5 (REC
+        accuracy), 95 % intervals (over pictures), the count, and gIoU by kind of question."""
+        strict, lenient = [r.strict for r in self.rows], [r.pair for r in self.rows]
+        pictures = [r.picture for r in self.rows]
         summary = {
             "gIoU": giou(strict), "gIoU_lenient": giou(lenient), "cIoU": ciou(strict),
             "format": float(np.mean([r.in_format for r in self.rows])),
@@ -79,13 +81,15 @@ class Report:
             some = [r for r in self.rows if r.kind == kind]
             summary["by_kind"][kind] = {
                 "gIoU": giou([r.strict for r in some]), "gIoU_lenient": giou([r.pair for r in some]),
-                "cIoU": ciou([r.strict for r in some]), "format": float(np.mean([r.in_format for r in some])), "count": len(some),
+                "cIoU": ciou([r.strict for r in some]), "format": float(np.mean([r.in_format for r in some])),
+                "count": len(some),
             }
         return summary
 
     @property
     def ceiling(self) -> dict:
-        """What the frozen SAM makes of the true boxes, the best that boxes without points could reach: after evaluate(with_ceiling=True)."""
+        """What the frozen SAM makes of the true boxes, the best that boxes without points could reach, from the same
+        pass over the pictures: after evaluate(with_ceiling=True)."""
         values = [r.ceiling for r in self.rows if r.ceiling is not None]
         return {"gIoU": float(np.mean(values)), "count": len(values)}
 
@@ -96,18 +100,21 @@ def policy_image(sample: Sample, size: int):
 
 
 def batch_size(s: Settings, votes: int = 1) -> int:
-    """Questions that are answered side by side: --eval-batch, or about 16,000 prompt tokens (shared among the votes)."""
+    """Questions that are answered side by side: --eval-batch, or about 16,000 prompt tokens, shared among votes."""
     return s.eval_batch or max(1, 16384 // ((s.image_size // 28) ** 2 + 160) // votes)
 
 
-def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame: int) -> tuple[int, Reward, tuple, tuple]:
-    """Score the answers to one question, and let them vote where there are several: in the strict figures those in the format, in the
-    lenient ones all that can be read.
+def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame: int) -> tuple:
+    """Score the answers to one question, and let them vote where there are several: in the strict figures those in the
+    format, in the lenient ones all that can be read.
 
-    Returns the number of the answer that counts (the middle one of the strict vote, else of the lenient one, else the first), its reward
-    with the mask that was voted for, and (intersection, union) as the lenient and as the strict figures count them.
+    Returns the number of the answer that counts (the middle one of the strict vote, else of the lenient one, else the
+    first), its reward with the mask that was voted for, and (intersection, union) as the lenient and as the strict
+    figures count them.
     """
-    rewards = score_group(segmenter, x, texts, frame, s.accuracy, max_points=s.max_points, points=s.points, lenient=True)
+    rewards = score_group(
+        segmenter, x, texts, frame, s.accuracy, max_points=s.max_points, points=s.points, lenient=True
+    )
     chosen, mask, pairs = 0, None, []
     for strict in (False, True):
         voters = [i for i, r in enumerate(rewards) if r.mask is not None and (r.answer.in_format or not strict)]
@@ -121,14 +128,17 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame:
 
 
 def evaluate(
-    policy: Policy, segmenter: Segmenter, data, s: Settings, name: str = "", blank: bool = False, with_ceiling: bool = False, votes: int = 1
+    policy: Policy, segmenter: Segmenter, data, s: Settings, name: str = "", blank: bool = False,
+    with_ceiling: bool = False, votes: int = 1,
 ) -> Report:
-    """Answer every question of `data` and score it: greedily, or by `votes` answers drawn at temperature 1, the same ones every time.
+    """Answer every question of `data` and score it: greedily, or by the vote of `votes` answers drawn at temperature
+    1, the same ones every time.
 
-    `name` is shown beside the progress bar, which is left out without one. `blank` shows the policy (not SAM) a grey picture in
-    place of each: what is left of the score does not come from looking. `with_ceiling` has SAM segment the true boxes too, while it has
-    the picture. Several processes share the questions and end with the same whole report. Questions are answered side by side, and
-    padding can move a greedy answer by a rounding: with s.eval_batch = 1 an answer depends on nothing beside it.
+    `name` is shown beside the progress bar, which is left out without one. `blank` shows the policy (not SAM) a grey
+    picture in place of each: what is left of the score does not come from looking. `with_ceiling` has SAM segment the
+    true boxes too, while it has the picture. Several processes share the questions and end with the same whole report.
+    Questions are answered side by side, and padding can move a greedy answer by a rounding: with s.eval_batch = 1 an
+    answer depends on nothing beside it.
     """
     step, processes = batch_size(s, votes), PartialState(cpu=s.device == "cpu")
     mine, rows = range(len(data))[processes.process_index :: processes.num_processes], []
@@ -147,14 +157,15 @@ def evaluate(
             groups = sample(policy, prompts, 1, s.max_new_tokens, temperature=0)
         else:  # what is drawn depends on the question's place alone
             seeds = [torch.Generator().manual_seed(s.seed * 10**6 + j) for j in samples]
-            chance = torch.stack([torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds])  # [B, votes, L]
-            groups = sample(policy, prompts, votes, s.max_new_tokens, 1.0, chance)
+            chance = [torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds]  # B x [votes, L]
+            groups = sample(policy, prompts, votes, s.max_new_tokens, 1.0, torch.stack(chance))
         for (j, x), answers in zip(samples.items(), groups):
             texts = [answer.text for answer in answers]
             chosen, reward, pair, strict = judge(segmenter, x, texts, s, policy.frame(s.image_size))
             rows.append(Row(
                 j, x.id, x.picture, x.kind, x.question, x.box_only, texts, texts[chosen], answers[chosen].truncated,
-                reward.answer.in_format, reward.answer.why, reward.box_iou, pair, strict, true_box_iou(segmenter, x) if with_ceiling else None,
+                reward.answer.in_format, reward.answer.why, reward.box_iou, pair, strict,
+                true_box_iou(segmenter, x) if with_ceiling else None,
             ))
     rows = sorted(gather_object(rows), key=lambda row: row.index)
     if not rows:
@@ -173,7 +184,8 @@ def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
 
 
 def shown(segmenter: Segmenter, data, rows: Iterable[Row], s: Settings, frame: int) -> list[Panel]:
-    """The pictures, answers and masks of a few rows, scored again from their texts; `frame` is policy.frame(s.image_size)."""
+    """The pictures, answers and masks of a few rows, scored again from their texts; `frame` is
+    policy.frame(s.image_size)."""
     pairs = ((row, data[row.index]) for row in rows)
     return [Panel(x, row.text, judge(segmenter, x, row.texts, s, frame)[1]) for row, x in pairs]
 

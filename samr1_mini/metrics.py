@@ -6,8 +6,9 @@ import numpy as np
 def intersection_union(mask: np.ndarray | None, truth: np.ndarray, ignore: np.ndarray | None = None) -> tuple[int, int]:
     """Pixels in both and pixels in either of two bool masks [H, W], those of `ignore` left out.
 
-    None is an answer that cannot be read. It is wrong whatever the truth, in training and in evaluation: its union is the true mask, and
-    at least 1. An empty mask is something else: it comes from an answer that was read, and is right where nothing is to be found.
+    None is an answer that cannot be read. It is wrong whatever the truth, in training and in evaluation: its union is
+    the true mask, and at least 1. An empty mask is something else: it comes from an answer that was read, and is right
+    where nothing is to be found.
     """
     if mask is None:
         return 0, max(1, intersection_union(truth, truth, ignore)[1])
@@ -24,8 +25,11 @@ def iou(intersection: int, union: int) -> float:
 
 
 def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]:
-    """The place of the middle mask, and the mask bool [H, W] that `masks` (at least one) agree on: around the mask that has the most
-    others with an IoU of at least `agree` (the first of equals), the pixels that more than half of these and itself hold."""
+    """The place of the middle mask, and the mask bool [H, W] that most of `masks` (at least one) agree on.
+
+    The middle one has the most masks with an IoU of at least `agree` to it, itself among them (the first of equals
+    does); these are the cluster. A pixel is in the result if more than half of the cluster's masks hold it.
+    """
     near = np.array([[iou(*intersection_union(a, b)) >= agree for b in masks] for a in masks])  # [n, n]
     middle = int(near.sum(1).argmax())
     cluster = [mask for mask, close in zip(masks, near[middle]) if close]
@@ -58,15 +62,18 @@ def ciou(pairs) -> float:
     return iou(*np.asarray(pairs).sum(0).tolist())
 
 
-def bootstrap_interval(measure, pairs: list[tuple[int, int]], pictures: list[str] | None = None, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    measure, pairs: list[tuple[int, int]], pictures: list[str] | None = None, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile interval of `measure` (giou or ciou) over resampled pictures; the same numbers every time.
 
-    `pictures` names the picture of each pair: questions about one picture are drawn together, since they are no independent
-    observations. Pairs without a name, "", have a picture of their own each.
+    `pictures` names the picture of each pair: questions about one picture are drawn together, since they are no
+    independent observations. Pairs without a name, "", have a picture of their own each.
     """
     number = {}
     cluster = [number.setdefault(name or i, len(number)) for i, name in enumerate(pictures or [""] * len(pairs))]
-    order, size = np.argsort(cluster, kind="stable"), np.bincount(cluster)  # [n] rows, picture after picture; [pictures]
+    order = np.argsort(cluster, kind="stable")  # [n] rows, picture after picture
+    size = np.bincount(cluster)  # [pictures] how many rows each has
     start, rng, values, pairs = size.cumsum() - size, np.random.default_rng(seed), [], np.asarray(pairs)
     for _ in range(draws):
         drawn = rng.integers(len(size), size=len(size))

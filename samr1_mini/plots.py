@@ -10,19 +10,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
 
-# Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and Arabic letters; what it lacks is taken from
-# those of the others that are installed.
+# Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and Arabic letters; what
+# it lacks is taken from those of the others that are installed.
 FAMILIES = [name for name in (
-    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
-    "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS", "Noto Sans",
-    "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola",
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB",
+    "Arial Unicode MS", "Noto Sans", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola",
 ) if name in font_manager.get_font_names()]
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
 
 
 def legible(text: str, width: int, lines: int = 99) -> str:
-    """At most so many lines of `width` characters; a character that no font here has is written as its number, like ⟨U+5DE6⟩."""
+    """At most so many lines of `width` characters; one that no font here has is written as its number, like
+    ⟨U+5DE6⟩."""
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
     known = lambda c: c.isspace() or (c.isprintable() and any(font.get_char_index(ord(c)) for font in fonts))
     text = "".join(c if known(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
@@ -30,10 +31,10 @@ def legible(text: str, width: int, lines: int = 99) -> str:
 
 
 def draw_answer(axes, panel, size: int) -> None:
-    """One evaluated answer (evaluation.Panel) on its picture: truth as a dashed outline, SAM's mask filled and outlined, box, points (dot:
-    on the object, cross: off it)."""
+    """One evaluated answer (evaluation.Panel) on its picture: truth as a dashed outline, SAM's mask filled and
+    outlined, box, points (dot: on the object, cross: off it)."""
     sample, answer = panel.sample, panel.reward.answer
-    fine = max(1, max(sample.image.size) // 800)  # a panel has a few hundred pixels: of a large photo every second, third, ... is drawn
+    fine = max(1, max(sample.image.size) // 800)  # a panel is small: of a large photo every few pixels are drawn
     picture, truth = np.asarray(sample.image)[::fine, ::fine], sample.mask[::fine, ::fine]
     mask = np.zeros_like(truth) if panel.reward.mask is None else panel.reward.mask[::fine, ::fine]
     axes.imshow(picture)
@@ -71,9 +72,10 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
             axes.set_title(legible(panel.sample.question, 40), fontsize=9, parse_math=False)
             verdict = f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.0f}   " if truth else ""
             verdict += "" if panel.reward.answer.in_format else "outside the format"
-            axes.set_xlabel(f"{verdict}\n{legible(panel.text, 46, 6)}".strip(), fontsize=7.5, loc="left", parse_math=False)
-        legend = f"{'dashed: truth, ' if truth else ''}orange: SAM's mask, blue: the policy's box, dot and cross: its points"
-        figure.suptitle(f"{title}\n{legend}", fontsize=11)
+            said = f"{verdict}\n{legible(panel.text, 46, 6)}".strip()
+            axes.set_xlabel(said, fontsize=7.5, loc="left", parse_math=False)
+        key = "orange: SAM's mask, blue: the policy's box, dot and cross: its points"
+        figure.suptitle(f"{title}\n{'dashed: truth, ' if truth else ''}{key}", fontsize=11)
         figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -82,9 +82,10 @@ def _points(value, width: int, height: int, max_points: int) -> list[tuple[float
     return points
 
 
-# A box in any of the shapes that people and models write: [x1, y1, x2, y2] in brackets of either kind, or Qwen's (x1,y1),(x2,y2). Two
-# points in a list, more than two points and what is called "points" are no box. A text is cut into numbers, words and signs first, so that
-# line breaks and quotes around numbers do not matter; a number is then read once for the bracket before it, so the time is linear.
+# A box in any of the shapes that people and models write: [x1, y1, x2, y2] in brackets of either kind, or Qwen's
+# (x1,y1),(x2,y2). Two points in a list, more than two points and what is called "points" are no box. A text is cut
+# into numbers, words and signs first, so that line breaks and quotes around numbers do not matter; a number is then
+# read for the one bracket before it, so the time is linear.
 _TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _FOUR = re.compile(
@@ -140,8 +141,10 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
 
 
 class Segmenter:
-    """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are kept. A group is
-    scored at once, so training and evaluation need no more than one."""
+    """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are
+    kept.
+
+    A group is scored at once, so training and evaluation need no more than one."""
 
     def __init__(self, predictor, remember: int = 1):
         self.predictor, self.remember, self.encoded = predictor, remember, OrderedDict()
@@ -162,9 +165,10 @@ class Segmenter:
     def masks(self, image: np.ndarray, boxes: list[tuple], points: list[list[tuple]]) -> np.ndarray:
         """Masks bool [n, H, W] for n prompts in the picture's own pixels: a box (x1, y1, x2, y2) and points [(x, y, label), ...].
 
-        Of SAM's three masks the one with the highest predicted score counts, in training and in evaluation alike. All prompts with
-        the same number of points share one decoder pass: padding shorter ones would make a mask depend on its neighbours. Only the
-        chosen masks are brought to the picture's size, one at a time: all three of 8 prompts would be 1.1 GB for 12 megapixels.
+        Of SAM's three masks the one with the highest predicted score counts, in training and in evaluation alike. All
+        prompts with the same number of points share one decoder pass: padding shorter ones would make a mask depend on
+        its neighbours. Only the chosen masks are brought to the picture's size, one at a time: all of 8 prompts would
+        be 1.1 GB for 12 megapixels.
         """
         self.look_at(image)
         predictor, found = self.predictor, np.zeros((len(boxes), *image.shape[:2]), bool)
@@ -180,12 +184,14 @@ class Segmenter:
             logits, scores = self.decode(place, label, box)  # [n, 3, h, w], [n, 3]
             model = predictor if isinstance(predictor, Sam2Predictor) else predictor.model
             for row, three, best in zip(rows, logits, scores.argmax(1)):
-                mask = model.postprocess_masks(three[None, best, None], predictor.input_size, predictor.original_size)  # [1, 1, H, W]
-                found[row] = (mask[0, 0] > model.mask_threshold).cpu().numpy()
+                logit = three[None, best, None]  # [1, 1, h, w]
+                logit = model.postprocess_masks(logit, predictor.input_size, predictor.original_size)  # [1, 1, H, W]
+                found[row] = (logit[0, 0] > model.mask_threshold).cpu().numpy()
         return found
 
-    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """n prompts in SAM's own pixels -> low-resolution logits [n, 3, h, w] and predicted IoU [n, 3]: predict_torch before it upscales."""
+    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
+        """n prompts in SAM's own pixels -> low-resolution logits [n, 3, h, w], predicted IoU [n, 3]: predict_torch,
+        not upscaled."""
         if isinstance(self.predictor, Sam2Predictor):
             return self.predictor.decode(points, labels, boxes)
         sam, points = self.predictor.model, None if points is None else (points, labels)
@@ -200,7 +206,7 @@ SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
 
 
 class Sam2Predictor:
-    """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of segment_anything's SamPredictor and its model."""
+    """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of SamPredictor and its model."""
 
     mask_threshold = 0.0
 
@@ -220,13 +226,13 @@ class Sam2Predictor:
     def apply_boxes_torch(self, boxes: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
         return self.apply_coords_torch(boxes.view(-1, 2, 2), original_size).view(-1, 4)
 
-    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
         """See Segmenter.decode."""
         marks = {} if points is None else {"input_points": points[None], "input_labels": labels[None].long()}
         out = self.model(image_embeddings=self.features, multimask_output=True, input_boxes=boxes[None], **marks)
         return out.pred_masks[0], out.iou_scores[0]
 
-    def postprocess_masks(self, masks: torch.Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> torch.Tensor:
+    def postprocess_masks(self, masks: torch.Tensor, input_size: tuple, original_size: tuple) -> torch.Tensor:
         """Logits [n, c, h, w] -> logits [n, c, H, W] of the picture's size."""
         return torch.nn.functional.interpolate(masks.float(), original_size, mode="bilinear", align_corners=False)
 
