@@ -1,18 +1,20 @@
 """One idea, one attention: an answer sees its prompt and itself, so a prompt is read once for all of its G answers.
 
-                         keys
-                 prompt   a1   a2         Two forms, both known to PyTorch's fused kernels, and no [T, T] mask:
-         prompt    ◣                        the prompt on itself:                      causal (is_causal)
- queries   a1      ■      ◣                 an answer on [prompt, the answer so far]:  causal at the lower right
-           a2      ■           ◣          Keys of the prompt are lent to the G answers; query heads share their key
-                                          head (enable_gqa), so no key is repeated for them either.
+                    keys
+              prompt  a1  a2
+      prompt    ◣                the prompt on itself: causal (is_causal)
+     answer 1   ■     ◣          an answer on [prompt, answer]: causal at the lower right (causal_lower_right)
+     answer 2   ■         ◣      the rest, which a mask would compute and throw away, is not computed
 
-Two layouts, one for each use. Either is handed to the language model as `layout=...`, which passes it on to `shared_prompt` in
-every layer: `Row`, whole answers in one row (scoring), and `Cache`, answers that grow by a token at a time (sampling).
-Without a layout `shared_prompt` is the library's own attention, so the model stays an ordinary model.
+Both forms are known to PyTorch's fused kernels. The prompt lends its keys and values to its answers, and query heads share their key
+head (enable_gqa), so nothing is repeated.
 
-Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, t tokens so far; H query heads in groups of R on KV key
-heads, d numbers a head.
+Two layouts hold what stands where: `Row`, whole answers in one row (scoring), and `Cache`, answers that grow by a token at a time
+(sampling). The language model is called with `layout=...` and hands it on to `shared_prompt` in each of its layers. Without a layout
+that is the library's own attention, so the model stays an ordinary model.
+
+Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, of which t are there so far; H query heads, R of them to
+each of KV key heads; d numbers a head.
 """
 
 import torch
@@ -28,7 +30,7 @@ IMPLEMENTATION = {"": "sdpa", "text_config": "shared_prompt", "vision_config": "
 
 
 def shared_prompt(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """Attention of one layer, as transformers calls it: query [b, H, T, d], key and value [b, KV, T, d] -> [b, T, H, d]."""
+    """A layer's attention as transformers calls it: query [b, H, T, d], key and value [b, KV, T, d] -> [b, T, H, d], None."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return layout.attend(module.layer_idx, query, key, value, scaling), None
@@ -42,77 +44,83 @@ class Row:
     """Scoring: B questions in one row without padding, [prompt 1, its answers, prompt 2, its answers, ...]."""
 
     def __init__(self, prompts: list[int], answers: list[list[int]]):
-        """Lengths of the B prompts, and of the tokens that are read of each one's answers."""
-        self.sizes, self.masks = [], []  # of each part of the row; the mask is None for a prompt
+        """Lengths of the B prompts, and of what is read of the answers to each."""
+        self.sizes, self.masks = [], []  # of each part of the row; a prompt has no mask
         for prompt, group in zip(prompts, answers):
             self.sizes += [prompt, *group]
-            with _disable_current_modes():  # such a mask is two sizes and no tensor, which modes that look at tensors do not know
+            with _disable_current_modes():  # these masks are two numbers and no tensor: modes that look at tensors trip over them
                 self.masks += [None, *(causal_lower_right(n, prompt + n) for n in group)]
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Query [1, H, T, d], key and value [1, KV, T, d] -> [1, T, H, d]."""
         out = []
-        for q, k, v, mask in zip(*(x.split(self.sizes, 2) for x in (query, key, value)), self.masks):  # [1, heads, P or L, d]
+        parts = zip(*(x.split(self.sizes, 2) for x in (query, key, value)), self.masks)
+        for q, k, v, mask in parts:  # [1, heads, P or L, d]
             if mask is None:
                 lent = k, v
-            else:
-                k, v = (torch.cat(pair, 2) for pair in zip(lent, (k, v)))  # [1, KV, P + L, d]
-            if q.shape[2]:
-                out.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True))
+                out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
+            elif q.shape[2]:  # of an answer of one token nothing is read
+                k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)  # [1, KV, P + L, d]
+                out.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
         return torch.cat(out, 2).transpose(1, 2)
 
 
 class Cache:
-    """Sampling: keys and values of b questions, the prompt's once, and every answer's own, which grow in place."""
+    """Sampling: the keys and values of b questions, of the prompt once and of each answer its own, written in place.
 
-    BLOCK = 128  # tokens that room is made for at a time
+    First the model reads the prompts, [b, P] with padding on the right, where causal attention never looks; then, after a `grow()`
+    each, [b, G] tokens: the next of every answer.
+    """
+
+    BLOCK = 64  # tokens that room is made for at a time
 
     def __init__(self, prompts: list[int], group: int, device):
-        """Lengths of the prompts, which are read first, padded on the right, where causal attention never looks."""
-        self.group, self.tokens = group, 0
-        self.prompt, self.own = [], []  # of each layer: keys and values [2, b, KV, P, d] and [2, b, KV, G, room, d]
-        size = max(prompts)
-        self.shortest = min(prompts)  # only columns after it can be padding
-        self.padding = torch.arange(self.shortest, size, device=device) >= torch.tensor(prompts, device=device)[:, None]
-
-    def __len__(self) -> int:
-        return len(self.padding)
+        """Lengths of the b prompts, and G."""
+        self.group, self.tokens, self.shortest = group, 0, min(prompts)
+        lengths = torch.tensor(prompts, device=device)[:, None]
+        self.padding = torch.arange(self.shortest, max(prompts), device=device) >= lengths  # [b, P - shortest]
+        self.prompt, self.own = [], []  # keys and values of each layer: [2, b, KV, P, d] and [2, b, KV, G, room, d]
 
     def grow(self) -> None:
-        """Make room for one more token of each answer: call it before the model reads them."""
+        """Make room for one more token of each answer."""
         if self.tokens % self.BLOCK == 0:
-            for i, prompt in enumerate(self.prompt):
-                _, b, heads, _, d = prompt.shape
-                room = prompt.new_empty(2, b, heads, self.group, self.tokens + self.BLOCK, d)
-                if self.tokens:
-                    room[:, :, :, :, : self.tokens] = self.own[i][:, :b]
-                self.own[i : i + 1] = [room]
+            for i, own in enumerate(self.own):
+                self.own[i] = torch.cat([own, own.new_empty(*own.shape[:4], self.BLOCK, own.shape[5])], 4)
         self.tokens += 1
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor:
-        """Forget questions, ended [b]; returns the former places of those that stay [n]. Only holes are filled, from the end."""
-        stay = int((~ended).sum())
-        place = torch.arange(len(ended), device=ended.device)
-        place[:stay][ended[:stay]] = (~ended[stay:]).nonzero()[:, 0] + stay
-        holes = ended[:stay].nonzero()[:, 0]
-        for kind in (self.prompt, self.own):
-            for i, x in enumerate(kind):
-                x[:, holes] = x[:, place[holes]]
-                kind[i] = x[:, :stay]
+        """Forget questions, ended [b], and return where those that stay stood [n]. The last ones move into the gaps: no more is copied."""
+        stay, place = len(ended) - int(ended.sum()), torch.arange(len(ended), device=ended.device)
+        gaps = ended[:stay].nonzero()[:, 0]
+        place[gaps] = (~ended[stay:]).nonzero()[:, 0] + stay
+        for parts in (self.prompt, self.own):
+            for i, x in enumerate(parts):
+                x[:, gaps] = x[:, place[gaps]]
+                parts[i] = x[:, :stay]
         self.padding = self.padding[place[:stay]]
         return place[:stay]
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """Query [b, H, G, d], key and value [b, KV, G, d] of one new token of each answer -> [b, G, H, d]; at first, of the prompt."""
+        """Of the prompts [b, heads, P, d] -> [b, P, H, d]; then of each answer's next token [b, heads, G, d] -> [b, G, H, d]."""
         if layer == len(self.prompt):
             self.prompt.append(torch.stack([key, value]))
+            self.own.append(self.prompt[layer].new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-        t, size, heads = self.tokens, self.prompt[layer].shape[3], key.shape[1]
-        self.own[layer][:, :, :, :, t - 1] = torch.stack([key, value])
-        (k, v), (own_k, own_v) = self.prompt[layer], self.own[layer][:, :, :, :, :t]  # [b, KV, P, d], [b, KV, G, t, d]
-        q = (query * scale).unflatten(1, (heads, -1)).transpose(2, 3).contiguous()  # [b, KV, G, R, d]
-        score = torch.cat([(q.flatten(2, 3) @ k.mT).view(*q.shape[:4], size), q @ own_k.mT], -1)  # [b, KV, G, R, P + t]
+        (k, v), own = self.prompt[layer], self.own[layer][..., : self.tokens, :]
+        own[..., -1, :] = torch.stack([key, value])
+        size, (own_k, own_v) = k.shape[2], own  # [b, KV, P, d] and [b, KV, G, t, d]
+        q = query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # [b, KV, G, R, d]
+        score = q.new_empty(*q.shape[:4], size + self.tokens, dtype=torch.float32)  # [b, KV, G, R, P + t]
+        torch.mul(products(q.flatten(2, 3), k).view(*q.shape[:4], size), scale, out=score[..., :size])
+        torch.mul(products(q, own_k), scale, out=score[..., size:])
         score[..., self.shortest : size].masked_fill_(self.padding[:, None, None, None], -torch.inf)
-        share = score.softmax(-1)
-        seen = (share[..., :size].flatten(2, 3) @ v).view_as(q) + share[..., size:] @ own_v  # [b, KV, G, R, d]
+        weight = score.softmax(-1).to(v.dtype)  # over prompt and answer in one
+        seen = (weight[..., :size].flatten(2, 3) @ v).view_as(q) + weight[..., size:] @ own_v  # [b, KV, G, R, d]
         return seen.transpose(1, 2).flatten(2, 3)
+
+
+def products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """[..., rows, d] x [..., columns, d] -> fp32 [..., rows, columns]: bf16 would round large scores as no fused kernel does."""
+    if query.is_cpu or query.dtype == torch.float32:
+        return query.float() @ key.float().mT
+    return torch.bmm(query.flatten(0, -3), key.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, query.shape[:-2])

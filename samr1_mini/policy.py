@@ -267,8 +267,9 @@ def sample(
             ended = torch.isin(ids[unfinished, :, : t + 1], stop).any(-1).all(-1)  # [b]
             if ended.all():
                 break
-            stay = cache.drop(ended)
-            unfinished, token = unfinished[stay], token[stay]
+            if ended.any():
+                stay = cache.drop(ended)
+                unfinished, token = unfinished[stay], token[stay]
         cache.grow()
         hidden = language(
             inputs_embeds=embed(token), position_ids=(position[unfinished] + t).expand(3, -1, -1), layout=cache, use_cache=False
