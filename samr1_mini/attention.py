@@ -1,43 +1,39 @@
 """One idea, one attention: an answer sees its prompt and itself, so a prompt is read once for all of its G answers.
 
-                    keys
-              prompt  a1  a2
-      prompt    ◣                the prompt on itself: causal (is_causal)
-     answer 1   ■     ◣          an answer on [prompt, answer]: causal at the lower right (causal_lower_right)
-     answer 2   ■         ◣      the rest, which a mask would compute and throw away, is not computed
+                  keys
+            prompt  a1  a2
+     prompt    ◣               the prompt on itself: causal (is_causal)
+    answer 1   ■    ◣          an answer on [prompt, answer]: causal at the lower right (causal_lower_right)
+    answer 2   ■        ◣      the rest, which a mask would compute and throw away, is not computed
 
-Both forms are known to PyTorch's fused kernels. The prompt lends its keys and values to its answers, and query heads share their key
-head (enable_gqa), so nothing is repeated.
+PyTorch has fused kernels for both. A prompt lends its keys and values to its answers, and query heads share their key
+head (enable_gqa). A layout knows what stands where: `Row`, whole answers in one row (scoring), or `Cache`, answers that
+grow (sampling). The model passes it on to each layer; without `layout=...` it is an ordinary model.
 
-Two layouts hold what stands where: `Row`, whole answers in one row (scoring), and `Cache`, answers that grow by a token at a time
-(sampling). The language model is called with `layout=...` and hands it on to `shared_prompt` in each of its layers. Without a layout
-that is the library's own attention, so the model stays an ordinary model.
-
-Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, of which t are there so far; H query heads, R of them to
-each of KV key heads; d numbers a head.
+Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, of which t are there so far; H query
+heads, R of them to each of KV key heads; d numbers a head.
 """
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# By sub-configuration of the model: the language model's is this file's, the vision tower keeps the library's.
-IMPLEMENTATION = {"": "sdpa", "text_config": "shared_prompt", "vision_config": "sdpa"}
+IMPLEMENTATION = {"": "sdpa", "text_config": "shared_prompt", "vision_config": "sdpa"}  # by part of the model
 
 
 def shared_prompt(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """A layer's attention as transformers calls it: query [b, H, T, d], key and value [b, KV, T, d] -> [b, T, H, d], None."""
+    """One layer, as transformers calls it: query [b, H, T, d], key and value [b, KV, T, d] -> [b, T, H, d]."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 
 
 AttentionInterface.register("shared_prompt", shared_prompt)
-AttentionMaskInterface.register("shared_prompt", sdpa_mask)  # for calls without a layout; with one, no mask is made
+AttentionMaskInterface.register("shared_prompt", sdpa_mask)  # for calls without a layout: others need no mask
 
 
 class Row:
@@ -48,37 +44,36 @@ class Row:
         self.sizes, self.masks = [], []  # of each part of the row; a prompt has no mask
         for prompt, group in zip(prompts, answers):
             self.sizes += [prompt, *group]
-            with _disable_current_modes():  # these masks are two numbers and no tensor: modes that look at tensors trip over them
+            with _disable_current_modes():  # these masks are two numbers and no tensor: modes that watch tensors trip
                 self.masks += [None, *(causal_lower_right(n, prompt + n) for n in group)]
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Query [1, H, T, d], key and value [1, KV, T, d] -> [1, T, H, d]."""
         out = []
-        parts = zip(*(x.split(self.sizes, 2) for x in (query, key, value)), self.masks)
-        for q, k, v, mask in parts:  # [1, heads, P or L, d]
+        parts = (x.split(self.sizes, 2) for x in (query, key, value))
+        for q, k, v, mask in zip(*parts, self.masks):  # [1, heads, P or L, d]
             if mask is None:
                 lent = k, v
-                out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
+                out.append(sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
             elif q.shape[2]:  # of an answer of one token nothing is read
                 k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)  # [1, KV, P + L, d]
-                out.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
+                out.append(sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
         return torch.cat(out, 2).transpose(1, 2)
 
 
 class Cache:
-    """Sampling: the keys and values of b questions, of the prompt once and of each answer its own, written in place.
+    """Sampling: keys and values of b questions, a prompt's once and each answer's own, written in place.
 
-    First the model reads the prompts, [b, P] with padding on the right, where causal attention never looks; then, after a `grow()`
-    each, [b, G] tokens: the next of every answer.
+    The model first reads the prompts, [b, P], padded on the right, where causal attention never looks; then, each time
+    after `grow()`, [b, G] tokens: the next of every answer.
     """
 
     BLOCK = 64  # tokens that room is made for at a time
 
     def __init__(self, prompts: list[int], group: int, device):
         """Lengths of the b prompts, and G."""
-        self.group, self.tokens, self.shortest = group, 0, min(prompts)
-        lengths = torch.tensor(prompts, device=device)[:, None]
-        self.padding = torch.arange(self.shortest, max(prompts), device=device) >= lengths  # [b, P - shortest]
+        self.group, self.tokens, self.shortest = group, 0, min(prompts)  # before column `shortest` nothing is padding
+        self.padding = (torch.arange(self.shortest, max(prompts)) >= torch.tensor(prompts)[:, None]).to(device)
         self.prompt, self.own = [], []  # keys and values of each layer: [2, b, KV, P, d] and [2, b, KV, G, room, d]
 
     def grow(self) -> None:
@@ -89,26 +84,25 @@ class Cache:
         self.tokens += 1
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor:
-        """Forget questions, ended [b], and return where those that stay stood [n]. The last ones move into the gaps: no more is copied."""
-        stay, place = len(ended) - int(ended.sum()), torch.arange(len(ended), device=ended.device)
-        gaps = ended[:stay].nonzero()[:, 0]
-        place[gaps] = (~ended[stay:]).nonzero()[:, 0] + stay
-        for parts in (self.prompt, self.own):
-            for i, x in enumerate(parts):
-                x[:, gaps] = x[:, place[gaps]]
-                parts[i] = x[:, :stay]
-        self.padding = self.padding[place[:stay]]
-        return place[:stay]
+        """Forget questions, ended [b] -> where those that stay stood [n]. Only the last move, into the gaps."""
+        place = (~ended).nonzero()[:, 0]  # [n]
+        gaps = ended[: len(place)].nonzero()[:, 0]
+        place = torch.arange(len(place), device=ended.device).index_copy(0, gaps, place[len(place) - len(gaps) :])
+        for x in self.prompt + self.own:
+            x[:, gaps] = x[:, place[gaps]]
+        self.prompt, self.own = ([x[:, : len(place)] for x in kind] for kind in (self.prompt, self.own))
+        self.padding = self.padding[place]
+        return place
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """Of the prompts [b, heads, P, d] -> [b, P, H, d]; then of each answer's next token [b, heads, G, d] -> [b, G, H, d]."""
+        """Of prompts [b, heads, P, d] -> [b, P, H, d]; then of next tokens [b, heads, G, d] -> [b, G, H, d]."""
         if layer == len(self.prompt):
             self.prompt.append(torch.stack([key, value]))
-            self.own.append(self.prompt[layer].new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
-            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-        (k, v), own = self.prompt[layer], self.own[layer][..., : self.tokens, :]
+            self.own.append(key.new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
+            return sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+        own = self.own[layer][..., : self.tokens, :]
         own[..., -1, :] = torch.stack([key, value])
-        size, (own_k, own_v) = k.shape[2], own  # [b, KV, P, d] and [b, KV, G, t, d]
+        (k, v), (own_k, own_v), size = self.prompt[layer], own, self.prompt[layer].shape[3]  # [b, KV, (G,) P or t, d]
         q = query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # [b, KV, G, R, d]
         score = q.new_empty(*q.shape[:4], size + self.tokens, dtype=torch.float32)  # [b, KV, G, R, P + t]
         torch.mul(products(q.flatten(2, 3), k).view(*q.shape[:4], size), scale, out=score[..., :size])
@@ -119,8 +113,8 @@ class Cache:
         return seen.transpose(1, 2).flatten(2, 3)
 
 
-def products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """[..., rows, d] x [..., columns, d] -> fp32 [..., rows, columns]: bf16 would round large scores as no fused kernel does."""
-    if query.is_cpu or query.dtype == torch.float32:
-        return query.float() @ key.float().mT
-    return torch.bmm(query.flatten(0, -3), key.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, query.shape[:-2])
+def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[..., n, d] x [..., m, d] -> fp32 [..., n, m]: in bf16 large scores would be rounded, as in no fused kernel."""
+    if q.is_cpu or q.dtype == torch.float32:
+        return q.float() @ k.float().mT
+    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])

@@ -1,8 +1,8 @@
 """The policy: a Qwen-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
 
 The prompt (about 150 tokens of text and up to 900 of the picture) is long and the same for all G answers of a group, so it is
-encoded once: `encode` runs the vision tower once a question; `sample` and `logprobs` lay a question and its G answers in one row, in
-which every answer sees the prompt and itself.
+encoded once: `encode` runs the vision tower once a question; in `sample` and `logprobs` the language model reads the prompt once, and
+every answer sees the prompt and itself (attention.py).
 
 Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
 """
@@ -241,11 +241,11 @@ def sample(
     that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every token, so that an answer is, up
     to rounding, the same whatever is sampled beside it; without it they come from torch's global random state.
     """
-    language, embed, tokenizer = policy.base.model.language_model, policy.base.get_input_embeddings(), policy.processor.tokenizer
-    stop, device = policy.stop, policy.device
-    if chance is None:
-        chance = torch.rand(len(prompts), group, max_new_tokens)
-    chance, sizes = chance.to(device), [len(p.ids) for p in prompts]
+    language, embed, device = policy.base.model.language_model, policy.base.get_input_embeddings(), policy.device
+    tokenizer, stop = policy.processor.tokenizer, policy.stop
+    if temperature:
+        chance = (torch.rand(len(prompts), group, max_new_tokens) if chance is None else chance).to(device)
+    sizes = [len(p.ids) for p in prompts]
     cache = Cache(sizes, group, device)
     hidden = language(
         inputs_embeds=pad_sequence([p.embeds for p in prompts], True), layout=cache, use_cache=False,  # [B, P, D]
@@ -272,9 +272,10 @@ def sample(
                 unfinished, token = unfinished[stay], token[stay]
         cache.grow()
         hidden = language(
-            inputs_embeds=embed(token), position_ids=(position[unfinished] + t).expand(3, -1, -1), layout=cache, use_cache=False
+            inputs_embeds=embed(token), position_ids=(position[unfinished] + t).expand(3, -1, -1),
+            layout=cache, use_cache=False,
         ).last_hidden_state  # [b, G, D]
-    # An answer ends with its first stop token; what was drawn after it, until all of its question had ended, is nobody's.
+    # An answer ends with its first stop token; what was drawn after it, while others went on, is left out.
     stopped = torch.isin(ids, stop)  # [B, G, L]
     truncated = ~stopped.any(-1)  # [B, G]
     lengths = torch.where(truncated, max_new_tokens, stopped.int().argmax(-1) + 1)  # [B, G]
@@ -292,10 +293,10 @@ def sample(
 
 
 def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]):
-    """Lay all prompts, each before its answers, in one row without padding: [prompt 1, its answers, prompt 2, its answers, ...].
+    """Lay prompts and answers in one row without padding: [prompt 1, its answers, prompt 2, its answers, ...].
 
-    Returns what the language model is called with (embeds [1, T, D], positions [3, 1, T], and the layout), and for every answer token,
-    in order, where in the row the state is that predicts it, and the token itself: LongTensors [sum of all L].
+    Returns what the language model is called with (embeds [1, T, D], positions [3, 1, T], the layout), and for every
+    answer token, in order, where the state stands that predicts it, and the token itself: LongTensors [sum of all L].
     """
     device = policy.device
     read = [[len(ids) - 1 for ids in group] for group in groups]  # the last token of an answer is predicted, never read
@@ -311,8 +312,10 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
         for n in lengths:
             index += [last, *range(start, start + n)]
             start += n
-    called = dict(inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(places, 1)[:, None], layout=Row([len(p.ids) for p in prompts], read),
-                  **deepstack(prompts, torch.cat(picture)[None]))
+    called = dict(
+        inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(places, 1)[:, None],
+        layout=Row([len(p.ids) for p in prompts], read), **deepstack(prompts, torch.cat(picture)[None]),
+    )
     return called, torch.tensor(index, device=device), torch.cat([ids for group in groups for ids in group])
 
 
