@@ -64,7 +64,7 @@ def open_input(settings, own: dict):
     """What is asked about, opened before a model is loaded: the data set, or the one picture."""
     import numpy as np
 
-    from samr1_mini.data import Sample, load_data, open_picture
+    from samr1_mini.data import Sample, open_data, open_picture
 
     try:
         Path(own["out"]).mkdir(parents=True, exist_ok=True)
@@ -73,11 +73,11 @@ def open_input(settings, own: dict):
         raise UserError(f"--out {own['out']}: nothing can be written there ({error.strerror})") from None
     if own["image"] is None:
         choices = {name: getattr(settings, name) for name in ("sentences", "coco_dir", "ignore")}
-        return load_data(settings.data, own["split"], own["count"], **choices)
+        return open_data(settings.data, own["split"], own["count"], **choices)
     try:
         image = open_picture(own["image"])
-    except Exception as error:  # a file that is no picture, cut off or far too large: Pillow's readers raise all sorts
-        raise UserError(f"--image {own['image']}: {error or type(error).__name__}") from None
+    except (OSError, ValueError) as error:  # no picture, cut off, or far too large
+        raise UserError(f"--image {own['image']}: {error}") from None
     unknown = np.zeros((image.height, image.width), bool)  # no truth is known
     return [Sample(image, own["question"], unknown, own["image"])]
 
@@ -113,7 +113,7 @@ def evaluate_set(policy, segmenter, data, settings, own: dict) -> None:
         {name: getattr(row, name) for name in ("id", "question", "kind", "text", "in_format", "iou", "why")}
         for row in report.rows
     ]
-    (out / "results.json").write_text(json.dumps({**own, "summary": summary, "answers": answers}, indent=1))
+    (out / "results.json").write_text(json.dumps({**own, "missing": list(data.missing), "summary": summary, "answers": answers}, indent=1))
     ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
     frame = policy.frame(settings.image_size)
@@ -144,24 +144,27 @@ def answer_one(policy, segmenter, data, settings, own: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     settings, own, line = parse(argv)
     print(line, flush=True)
-    from accelerate import PartialState  # imported late: --help and mistakes answer at once
+    from torch import OutOfMemoryError  # imported late, here and below: --help and mistakes answer at once
 
-    from samr1_mini.policy import load_policy, merge
-    from samr1_mini.reward import load_segmenter
+    from samr1_mini.loading import load_parts
+    from samr1_mini.policy import merge
+    from samr1_mini.processes import join
 
     try:
         if own["merge"] is not None:
             merge(settings.policy, own["adapter"], own["merge"])
             print(f"merged model: {own['merge']}")
             return
+        join(settings.device)  # under torchrun each process takes its own GPU
         data = open_input(settings, own)
-        PartialState(cpu=settings.device == "cpu")  # under torchrun each process takes its own GPU
-        policy = load_policy(settings.policy, settings.load_in, adapter=own["adapter"], device=settings.device,
-                             coordinates=settings.coordinates, image_size=settings.image_size)
-        segmenter = load_segmenter(settings.sam, settings.sam_checkpoint, settings.device)
+        policy, segmenter = load_parts(settings, [] if own["image"] is not None else [data], own["adapter"])
         (answer_one if own["image"] is not None else evaluate_set)(policy, segmenter, data, settings, own)
     except UserError as error:
         exit_with(error, "eval.py")
+    except OutOfMemoryError as error:
+        exit_with(UserError(f"GPU memory ran out: lower --eval-batch or --max-new-tokens, or take --load-in nf4 ({error})"), "eval.py")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .config import Settings, Terminated, UserError
 from .data import Sample
 from .evaluation import policy_image
-from .loading import load_all
+from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, side_by_side
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
 from .processes import add_up_gradients, average, join, together
@@ -284,7 +284,8 @@ def train(s: Settings) -> dict:
     if s.questions % (s.updates * processes.num_processes) and processes.num_processes > 1:
         raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes x --updates {s.updates}")
     folder = broadcast_object_list([open_run(s) if first else None])[0]
-    policy, segmenter, data, validation, test = load_all(s)
+    data, validation, test = sets = open_sets(s)
+    policy, segmenter = load_parts(s, sets)
     optimizer = new_optimizer(policy, s)
     start, earlier = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
     spent = lambda: round(earlier + time.perf_counter() - begun, 1)
@@ -293,7 +294,7 @@ def train(s: Settings) -> dict:
         kept = read_log(folder, start) if start else []
         log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         write_json(folder / "samples.json", data.ids)  # which questions this run drew
-        if missing := sorted({*data.missing, *validation.missing, *test.missing}):
+        if missing := sorted({name for one in sets for name in one.missing}):
             write_json(folder / "missing.json", missing)  # pictures that could not be had: others were drawn in their places
     if s.device == "cuda":
         together(lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s))

@@ -59,15 +59,13 @@ def check_room(s: Settings, sets: list) -> None:
                             "move the caches (HF_HOME for models, --coco-dir for pictures, --sam-checkpoint for SAM)")
 
 
-def load_all(s: Settings) -> tuple:
-    """Policy, segmenter, and the data sets for training, validation and test. Cheap mistakes are found before anything is fetched."""
+def load_parts(s: Settings, sets: list, adapter: str | None = None) -> tuple[Policy, Segmenter]:
+    """Policy and segmenter, and what the data sets have yet to fetch. Cheap mistakes are found before anything is downloaded."""
     processes = PartialState()
-    sets = open_sets(s)
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam)
-    if processes.is_main_process:
-        check_room(s, sets)
     if processes.is_main_process:  # what has to be downloaded is downloaded once
+        check_room(s, sets)
         for one in sets:
             one.fetch()
     missing = broadcast_object_list([[one.missing for one in sets]])[0]
@@ -76,6 +74,6 @@ def load_all(s: Settings) -> tuple:
             one.fetch(gone)
     with processes.main_process_first():
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
-        torch.manual_seed(s.seed)
-        policy = load_policy(s.policy, s.load_in, s.rank, None, s.device, s.checkpointing, s.coordinates)
-    return policy, segmenter, *sets
+        torch.manual_seed(s.seed)  # a new adapter is drawn
+        policy = load_policy(s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates)
+    return policy, segmenter
