@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from .config import Settings, UserError
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
+from .processes import join, together
 from .reward import Reward, Segmenter, score_group
 
 
@@ -140,10 +140,22 @@ def evaluate(
     Questions are answered side by side, and padding can move a greedy answer by a rounding: with s.eval_batch = 1 an
     answer depends on nothing beside it.
     """
-    step, processes = batch_size(s, votes), PartialState(cpu=s.device == "cpu")
-    mine, rows = range(len(data))[processes.process_index :: processes.num_processes], []
-    for i in tqdm(range(0, len(mine), step), desc=f"test {name}", disable=not name, leave=False, dynamic_ncols=True):
-        samples = {j: data[j] for j in mine[i : i + step]}
+    processes = join(s.device)
+    share = range(len(data))[processes.process_index :: processes.num_processes]
+    rows = together(lambda: answer(policy, segmenter, data, share, s, name, blank, with_ceiling, votes))
+    rows = sorted(gather_object(rows), key=lambda row: row.index)
+    if not rows:
+        raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")
+    return Report(rows)
+
+
+def answer(
+    policy: Policy, segmenter: Segmenter, data, share: range, s: Settings, name: str, blank: bool, with_ceiling: bool, votes: int
+) -> list[Row]:
+    """The questions of `share`, answered and scored; see evaluate."""
+    step, rows = batch_size(s, votes), []
+    for i in tqdm(range(0, len(share), step), desc=f"test {name}", disable=not name, leave=False, dynamic_ncols=True):
+        samples = {j: data[j] for j in share[i : i + step]}
         if s.empty_truth == "excluded":
             samples = {j: x for j, x in samples.items() if x.mask.any()}
         if not samples:
@@ -167,10 +179,7 @@ def evaluate(
                 reward.answer.in_format, reward.answer.why, reward.box_iou, pair, strict,
                 true_box_iou(segmenter, x) if with_ceiling else None,
             ))
-    rows = sorted(gather_object(rows), key=lambda row: row.index)
-    if not rows:
-        raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")
-    return Report(rows)
+    return rows
 
 
 def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:

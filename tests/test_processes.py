@@ -59,26 +59,30 @@ def test_questions_that_cannot_be_shared_are_refused(tmp_path):
 
 FULL = """
 import os, sys, torch, train
-from samr1_mini import grpo
+from samr1_mini import evaluation, grpo
 
-real, calls = grpo.backward, []
+module, name, call = {"update": (grpo, "backward", 4), "evaluation": (evaluation, "sample", 1)}[os.environ["WHERE"]]
+real, calls = getattr(module, name), []
 
-def backward(*args):
+def full(*args, **kwargs):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 4:  # the second process, in the second update of the second step
+    if os.environ["RANK"] == "1" and len(calls) == call:  # in the second process alone; of the updates, the second of the second step
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-    return real(*args)
+    return real(*args, **kwargs)
 
-grpo.backward = backward
+setattr(module, name, full)
 train.main(sys.argv[1:])
 """
 
 
-def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_the_state_before_the_step(tmp_path):
+@pytest.mark.parametrize("where", ["update", "evaluation"])
+def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_the_state_before_the_step(where, tmp_path, monkeypatch):
     (tmp_path / "full.py").write_text(FULL)
+    monkeypatch.setenv("WHERE", where)
     out = launch(2, tmp_path / "run", script=tmp_path / "full.py")
     assert out.returncode != 0 and out.stderr.count("train.py: error: GPU memory ran out") == 1 and "2.00 GiB" in out.stderr
-    assert "step 1 is saved; go on with" in out.stdout and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
+    if where == "update":
+        assert "step 1 is saved; go on with" in out.stdout and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
 
 
 def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):
