@@ -5,6 +5,8 @@ Rollouts: `policy.sample` against transformers' generate, (a) with num_return_se
 prompt G times, and (b) with the prompt given G times, as trainers do that treat every answer as a row. Both start from pictures and
 questions. Update: `policy.logprobs` on packed rows against a padded batch in which every answer carries its own copy of the prompt,
 (a) through the model's own forward, pictures and all, and (b) with the pictures' features at hand as ours are.
+Attention (attention.py): updates against each question in a padded row under a mask [B, 1, T, T], answers of uneven length; and one
+decoded token in one layer of the 7B shape against keys that grow by concatenation and are repeated for every query head.
 Same policy, prompts and numbers of tokens; the median of several rounds in turn.
 """
 
@@ -15,10 +17,15 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from .attention import Cache
 from .data import load_data
 from .memory import device_name
-from .policy import Policy, encode, load_policy, logprobs, prompt_text, sample
+from .policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
 from .rehearse import SHAPES, random_policy, shape_config
 
 
@@ -87,6 +94,86 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     return {"size": size, "questions": questions, "group": group, "prompt_tokens": len(prompts[0].ids), "answer_tokens": tokens, **result}
 
 
+def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]]) -> torch.Tensor:
+    """What `logprobs` gives [S], each question in a padded row [B, T] under a mask: the baseline without attention.py."""
+    rows = [pack(policy, [prompt], [group]) for prompt, group in zip(prompts, groups)]
+    sizes = [torch.tensor(called["layout"].sizes, device=policy.device) for called, _, _ in rows]
+    segment = pad_sequence([torch.arange(len(n), device=n.device).repeat_interleave(n) for n in sizes], True, -1)  # [B, T]
+    causal = torch.ones(2 * segment.shape[1:], dtype=torch.bool, device=policy.device).tril()
+    mask = causal & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # [B, T, T]
+    hidden = policy.base.model.language_model(
+        inputs_embeds=pad_sequence([called["inputs_embeds"][0] for called, _, _ in rows], True), attention_mask=mask[:, None],
+        position_ids=pad_sequence([called["position_ids"][:, 0].T for called, _, _ in rows], True).permute(2, 0, 1), use_cache=False,
+    ).last_hidden_state  # [B, T, D]
+    hidden = torch.cat([h.index_select(0, index) for h, (_, index, _) in zip(hidden, rows)])  # [S, D]
+    return chosen_logprobs(policy, hidden, torch.cat([target for _, _, target in rows]), 1.0)[0]
+
+
+def compare_updates(policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
+    """Seconds of a forward and backward, masked and as it is done, with answers of 0.6 to 1.4 times `tokens` tokens."""
+    samples, draw = list(load_data("shapes", "validation", questions)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        prompts = encode(policy, [x.image.resize((size, size)) for x in samples], [x.question for x in samples])
+    lengths = (tokens * (0.6 + 0.8 * torch.rand(questions, group, generator=draw))).long().clamp(min=1)
+    groups = [[torch.randint(300, 400, (n,), generator=draw).to(policy.device) for n in row] for row in lengths.tolist()]
+    policy.model.train()
+    taken = seconds({
+        "as it is": lambda: logprobs(policy, prompts, groups)[0].sum().backward(),
+        "masked row": lambda: masked_rows(policy, prompts, groups).sum().backward(),
+    }, rounds)
+    policy.model.eval()
+    policy.model.zero_grad()
+    return {"size": size, "questions": questions, "group": group, "answer_tokens": tokens, "update": taken}
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that operations read and write: their inputs and outputs. A view moves nothing."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, named = function(*args, **(kwargs or {})), kwargs or {}
+        read = [x for x in tree_leaves((args, {k: v for k, v in named.items() if k != "out"})) if isinstance(x, torch.Tensor)]
+        written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        held = {x.untyped_storage()._cdata for x in read}
+        view = not function._schema.is_mutable and any(x.untyped_storage()._cdata in held for x in written)
+        if not view and "empty" not in function._schema.name:
+            for x in read + written:  # what is expanded lies in memory once
+                self.bytes += x.itemsize * torch.Size(n for n, stride in zip(x.shape, x.stride()) if stride).numel()
+        return out
+
+
+def compare_decoding(tokens: int, rounds: int, device: str, questions: int = 2, group: int = 8, prompt: int = 1100) -> dict:
+    """The attention of one decoded token, the `tokens`th, in one layer of the 7B shape: seconds, and bytes moved over the cache's."""
+    text, dtype = SHAPES["7b"], torch.bfloat16 if device == "cuda" else torch.float32
+    heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
+    d, total = text["hidden_size"] // heads, prompt + group * tokens
+    new = lambda *shape: torch.randn(shape, dtype=dtype, device=device)
+    query, key, read = new(questions, heads, group, d), new(questions, shared, group, d), new(questions, shared, prompt, d)
+    cache = Cache([prompt] * questions, group, device)
+    cache.attend(0, new(questions, heads, prompt, d), read, read, d**-0.5)
+    for _ in range(tokens):
+        cache.grow()
+    cache.own[0].normal_()
+    before, mask = new(2, questions, shared, total - group, d), torch.ones(questions, 1, group, total, dtype=torch.bool, device=device)
+    mask[..., prompt:] = torch.eye(group, dtype=torch.bool, device=device).repeat(1, tokens)
+
+    def repeated():
+        k, v = (torch.cat([x, key], 2).repeat_interleave(heads // shared, 1) for x in before)
+        return scaled_dot_product_attention(query, k, v, attn_mask=mask)
+
+    result = {"answer_tokens": tokens, "cache_bytes": 2 * questions * shared * total * d * dtype.itemsize}
+    ways = {"as it is": lambda: cache.attend(0, query, key, key, d**-0.5), "repeated and concatenated": repeated}
+    with torch.no_grad():
+        result["decoding"] = seconds(ways, rounds)
+        result["traffic"] = {}
+        for name, way in ways.items():
+            with Traffic() as moved:
+                way()
+            result["traffic"][name] = moved.bytes / result["cache_bytes"]
+    return result
+
+
 def make_policy(shape: str, load_in: str, device: str) -> Policy:
     """The tiny policy, or one of a true shape with random weights."""
     return load_policy("tiny", load_in, device=device) if shape == "tiny" else random_policy(shape_config(shape), load_in, 32, device, device == "cuda")
@@ -111,6 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (default 5)")
     parser.add_argument("--tokens", type=int, default=40, help="answer length, tokens (default 40)")
+    parser.add_argument("--lengths", type=int, nargs=2, default=(48, 400), metavar="TOKENS",
+                        help="mean answer lengths of the updates that are compared with masked rows (default 48 400)")
     parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES), help="the policy: the tiny one, or a shape with random weights (default tiny)")
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
@@ -118,6 +207,9 @@ def main() -> None:
     small = args.shape == "tiny"
     policy = make_policy(args.shape, "nf4", device)
     results = [compare(policy, 112, 8, 8, args.tokens, args.rounds), compare(policy, 840, 1, 8, args.tokens, args.rounds)]
+    short, long = args.lengths
+    updates = [compare_updates(policy, *row, args.rounds) for row in ((112, 8, 8, short), (840, 1, 8, short), (840, 1, 8, long))]
+    decoding = [compare_decoding(tokens, args.rounds, device) for tokens in (64, 511)]
     del policy  # a card may not hold it and the ones below
     for r in results:
         print(f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of {r['prompt_tokens']} tokens ({r['size']} px)")
@@ -125,13 +217,23 @@ def main() -> None:
             base = next(iter(taken.values()))
             for name, value in taken.items():
                 print(f"  {phase:<8} {name:<28} {value:7.3f} s   {value / base:5.1f} x")
+    print("\nupdate, against questions in padded rows under a mask")
+    for r in updates:
+        ours, masked = r["update"].values()
+        print(f"  {r['size']:4} px, {r['questions']} x {r['group']} answers of about {r['answer_tokens']:3} tokens: "
+              f"{ours:7.3f} s, masked {masked:7.3f} s   {masked / ours:5.2f} x")
+    print("\nattention of one decoded token, one layer of the 7B shape, 2 questions x 8 answers, prompts of 1,100 tokens")
+    for r in decoding:
+        for name, taken in r["decoding"].items():
+            print(f"  token {r['answer_tokens']:3} {name:<26} {1000 * taken:8.1f} ms, moves {r['traffic'][name]:5.2f} x the cache's bytes")
     formats, size = (("nf4", "bf16", "fp32"), 112) if small else (("nf4", "bf16"), 840)
     weights = compare_weights(args.shape, formats, device, size, 8 if small else 1, 8, args.tokens, args.rounds)
     print(f"\nweights of the frozen base ({size} px)")
     for name, value in weights.items():
         print(f"  {name:<14} {value:7.3f} s")
     if args.out:
-        Path(args.out).write_text(json.dumps({"device": device_name(), "shape": args.shape, "results": results, "weights": weights}, indent=1))
+        Path(args.out).write_text(json.dumps({"device": device_name(), "shape": args.shape, "results": results, "updates": updates,
+                                              "decoding": decoding, "weights": weights}, indent=1))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ class Settings:
     lr: float = _optimisation(5e-4, "learning rate of the adapter")
     beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
     kl_bound: float = _optimisation(5.0, "log(pi_ref / pi) counts at most this in the KL, so that no single token rules an update")
+    skip_flat: bool = _optimisation(False, "leave groups whose answers all got the same reward out of the updates: they carry "
+                                    "nothing but the KL")
     eps_low: float = _optimisation(0.2, "clip: lowest ratio is 1 - eps_low")
     eps_high: float = _optimisation(0.3, "clip: highest ratio is 1 + eps_high (clip-higher: above eps_low)")
     normalise: str = _optimisation("token", "token: eq. (4), one normaliser for all tokens of a group; sequence: eq. (2)",

@@ -25,7 +25,7 @@ from .config import Settings, Terminated, UserError
 from .data import Sample
 from .evaluation import policy_image
 from .loading import load_parts, open_sets
-from .memory import free_memory, peak_memory, side_by_side
+from .memory import free_memory, peak_memory, questions_per_batch
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
 from .processes import add_up_gradients, average, join, together
 from .reports import first_look, score_base, summarise, validate
@@ -130,7 +130,8 @@ def read_questions(policy: Policy, samples: list[Sample], s: Settings) -> list[P
 
 def sample_in_turn(policy: Policy, prompts: list[Prompt], s: Settings, chance: torch.Tensor) -> list[list[Completion]]:
     """policy.sample, with no more questions at a time than fit in memory; what comes out is the same."""
-    step, groups = side_by_side(policy.base, max(len(p.ids) for p in prompts), s, free_memory(s)), []
+    longest, groups = max(len(p.ids) for p in prompts), []
+    step = questions_per_batch(policy.base, len(prompts), longest, s, free_memory(s))
     for i in range(0, len(prompts), step):
         groups += sample(policy, prompts[i : i + step], s.group, s.max_new_tokens, s.temperature, chance[i : i + step])
     return groups
@@ -170,7 +171,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     policy.model.train()
     if s.beta:
-        together(lambda: add_reference(policy, rollouts, s))
+        together(lambda: add_reference(policy, [r for r in rollouts if counts(r, s)], s))
     for k in range(s.updates * s.passes):
         part = k % s.updates
         share = rollouts[part * len(rollouts) // s.updates : (part + 1) * len(rollouts) // s.updates]
@@ -201,11 +202,15 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
 A_TOKEN = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")  # logged as means over tokens
 
 
+def counts(rollout: Rollout, s: Settings) -> bool:
+    """Whether a question takes part in the updates: a group without variance has nothing to say but the KL."""
+    return bool(s.beta and not s.skip_flat) or bool(rollout.advantage.any())
+
+
 def backward(policy: Policy, rollouts: list[Rollout], s: Settings) -> dict:
     """Gradients of one update, `micro` questions a forward; returns sums over its tokens, and extremes."""
     questions = len(rollouts) * PartialState().num_processes  # of this update, in all processes
-    if s.beta == 0:  # a group without variance has nothing to say but the KL: its term of the mean is 0
-        rollouts = [r for r in rollouts if r.advantage.any()]
+    rollouts = [r for r in rollouts if counts(r, s)]  # the term of what is left out is 0 in the mean
     total = defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     for i in range(0, len(rollouts), s.micro):
         loss, sums = batch_loss(policy, rollouts[i : i + s.micro], s)

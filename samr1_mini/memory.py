@@ -5,6 +5,7 @@ import resource
 
 import torch
 
+from .attention import Cache
 from .config import Settings
 
 
@@ -36,11 +37,19 @@ def free_memory(s: Settings) -> float:
     return min(free, s.memory_limit * 2**30 - torch.cuda.memory_allocated()) if s.memory_limit else free
 
 
-def side_by_side(model, prompt_tokens: int, s: Settings, free: float) -> int:
-    """How many questions to sample at a time: as many as half of the `free` bytes hold with answers of full length, and at least one."""
+def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
+    """Bytes that sampling answers of full length to one question takes at its peak: reading the prompt, or the last token."""
     text, size = model.config.text_config, model.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = (prompt_tokens + s.group * s.max_new_tokens) * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size  # keys and values
-    reading = prompt_tokens * 3 * text.intermediate_size * size  # one layer's activations while the prompt is read
-    choice = s.group * text.vocab_size * 24  # logits and log-probabilities in fp32, the heap to draw from in fp64
-    return max(1, int(min(s.questions, free / 2 / (cache + reading + choice))))
+    token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer
+    room = s.group * -(-s.max_new_tokens // Cache.BLOCK) * Cache.BLOCK
+    reading = prompt_tokens * (text.num_hidden_layers * token + 4 * text.intermediate_size * size)
+    choosing = s.group * text.vocab_size * 20  # log-probabilities in fp32, as they add up in fp64
+    return max(reading, (prompt_tokens + room) * text.num_hidden_layers * token + choosing)
+
+
+def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
+    """How many of the questions to sample at a time: in the fewest equal parts that half of the `free` bytes hold."""
+    most = max(1, int(min(questions, free / 2 / bytes_a_question(model, prompt_tokens, s))))
+    parts = -(-questions // most)
+    return -(-questions // parts)

@@ -31,7 +31,7 @@ from samr1_mini.grpo import (
     try_largest_update,
     update,
 )
-from samr1_mini.memory import side_by_side
+from samr1_mini.memory import questions_per_batch
 from samr1_mini.policy import TINY, load_policy, logprobs
 from samr1_mini.reports import first_look
 from samr1_mini.runs import open_run
@@ -479,11 +479,11 @@ def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settin
 
 def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_answers_stay_the_same(policy, segmenter, settings, monkeypatch):
     whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.sample
-    assert side_by_side(policy.base, 160, settings, float("inf")) == settings.questions == 4
-    assert side_by_side(policy.base, 160, settings, 0) == 1
-    enough = next(mib for mib in range(1, 1000) if side_by_side(policy.base, 160, settings, mib * 2**20) == 2)
-    assert side_by_side(policy.base, 1000, settings, enough * 2**20) == 1  # longer prompts take more
-    assert side_by_side(policy.base, 160, replace(settings, max_new_tokens=1000), enough * 2**20) == 1
+    assert questions_per_batch(policy.base, 4, 160, settings, float("inf")) == 4
+    assert questions_per_batch(policy.base, 4, 160, settings, 0) == 1
+    enough = next(mib for mib in range(1, 1000) if questions_per_batch(policy.base, 4, 160, settings, mib * 2**20) == 2)
+    assert questions_per_batch(policy.base, 4, 1000, settings, enough * 2**20) == 1  # longer prompts take more
+    assert questions_per_batch(policy.base, 4, 160, replace(settings, max_new_tokens=1000), enough * 2**20) == 1
     monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
     monkeypatch.setattr(grpo, "sample", lambda *args: sizes.append(len(args[1])) or real(*args))
     parts = rollouts_of(policy, segmenter, settings)
