@@ -141,13 +141,22 @@ def answer_one(policy, segmenter, data, settings, own: dict) -> None:
     print(f"overlay: {path}")
 
 
+def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
+    """Write the policy `name` with `adapter` added into its weights, in bf16, as an ordinary model folder with its
+    processor."""
+    from samr1_mini.policy import load_policy
+
+    policy = load_policy(name, "bf16", adapter=adapter)
+    policy.model.merge_and_unload().save_pretrained(folder)
+    policy.processor.save_pretrained(folder)
+
+
 def main(argv: list[str] | None = None) -> None:
     settings, own, line = parse(argv)
     print(line, flush=True)
     from torch import OutOfMemoryError  # imported late, here and below: --help and mistakes answer at once
 
     from samr1_mini.loading import load_parts
-    from samr1_mini.policy import merge
     from samr1_mini.processes import join
 
     try:

@@ -58,11 +58,13 @@ def draw(items: list, split: str, count: int, seed: int) -> Iterator:
 
 
 class Shapes(Data):
-    """`count` questions about drawn scenes, one a scene, the three kinds in turn; drawn when asked for. Another seed, other scenes."""
+    """`count` questions about drawn scenes, one a scene, the three kinds in turn; drawn when asked for. Another seed,
+    other scenes."""
 
     def __init__(self, split: str, count: int, seed: int = 0):
         first, last = SPLITS[split]
-        # Each training seed owns a million scenes; validation and test are the same for every seed, so that runs compare.
+        # Each training seed owns a million scenes; validation and test are the same for every seed, so that runs
+        # compare.
         self.first = first + (seed % 1000) * 10**6 if split == "train" else first
         self.count = count
         if count > 10**6 or self.first + count > last:
@@ -93,7 +95,8 @@ class Shapes(Data):
 
 
 def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
-    """A mask bool [H, W] from a PNG's path, a COCO RLE {"size", "counts"}, or COCO polygons [[x1, y1, x2, y2, ...], ...]."""
+    """A mask bool [H, W] from a PNG's path, a COCO RLE {"size", "counts"}, or COCO polygons [[x1, y1, x2, y2, ...],
+    ...]."""
     if isinstance(value, str):
         with opened(inside(folder, value)) as image:
             single = image.mode in ("1", "L", "P") or image.mode.startswith("I")
@@ -125,7 +128,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 class Folder(Data):
-    """data.jsonl in a folder: one {"image", "question", "mask"} a line, paths relative to the folder; "id", "kind" and "split" may be given.
+    """data.jsonl in a folder: one {"image", "question", "mask"} a line, paths relative to the folder; "id", "kind" and
+    "split" may be given.
 
     Without "split", a tenth of the lines drawn with a fixed seed is held out for validation and another tenth for test.
     """

@@ -1,11 +1,12 @@
 """GRPO as SAM-R1 trains with it: one readable loop of rollout, reward, advantage, update, log, save.
 
-Equations (1) to (5) are the paper's (arXiv 2505.22596). What differs from textbook GRPO, eq. (2): the clip is asymmetric and one
-normaliser serves all tokens of a group, eq. (4). KL stays: without it the paper saw training collapse.
+Equations (1) to (5) are the paper's (arXiv 2505.22596). What differs from textbook GRPO, eq. (2): the clip is
+asymmetric and one normaliser serves all tokens of a group, eq. (4). KL stays: without it the paper saw training
+collapse.
 
-"The loss stays near 0, is it broken?" No: advantages of a group sum to 0, and in the first update of a batch the ratio is 1 (under eq. (2)
-the loss is then exactly 0; under eq. (4) long answers weigh more). The gradient is not 0. The ratio moves, and the clip begins to matter,
-from the second update of a batch on.
+"The loss stays near 0, is it broken?" No: advantages of a group sum to 0, and in the first update of a batch the ratio
+is 1 (under eq. (2) the loss is then exactly 0; under eq. (4) long answers weigh more). The gradient is not 0. The
+ratio moves, and the clip begins to matter, from the second update of a batch on.
 
 Shapes: B questions, G answers a question, S all answer tokens of a batch, answer after answer.
 """
@@ -28,25 +29,17 @@ from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
 from .processes import add_up_gradients, average, join, together
-from .reports import first_look, score_base, summarise, validate
+from .reports import describe, first_look, score_base, summarise, validate
 from .reward import Reward, Segmenter, score_group
-from .runs import (
-    load_state,
-    open_run,
-    put_state,
-    read_log,
-    resume_command,
-    save_state,
-    stop_on_signals,
-    take_state,
-    write_json,
-)
+from .runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals, take_state,
+                   write_json)
 
 # ---------------------------------------------------------------------------------------------------- the equations
 
 
 def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
-    """Rewards [B, G] -> advantages [B, G]: how much better than its group an answer is. A group without variance gets exactly 0.
+    """Rewards [B, G] -> advantages [B, G]: how much better than its group an answer is. A group without variance gets
+    exactly 0.
 
     >>> advantages(torch.tensor([[6.0, 2.0], [1.0, 1.0]])).tolist()
     [[1.0, -1.0], [0.0, 0.0]]
@@ -73,9 +66,10 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def objective(
-    logp, old, reference, advantage, weight, eps_low: float, eps_high: float, beta: float, kl_bound: float = float("inf")
+    logp, old, reference, advantage, weight, eps_low: float, eps_high: float, beta: float, kl_bound: float = torch.inf
 ) -> tuple[torch.Tensor, dict]:
-    """The loss (minus eq. 4, summed over groups) from five [S] tensors, and sums over tokens to log; `reference` None means beta 0.
+    """The loss (minus eq. 4, summed over groups) from five [S] tensors, and sums over tokens to log; `reference` None
+    means beta 0.
 
     logp: under the policy, with gradient; old: under the policy that sampled; reference: under the frozen base.
     """
@@ -85,8 +79,8 @@ def objective(
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
     kl = gap = torch.zeros_like(logp)
     if reference is not None:
-        # Eq. (3) has no upper bound: one drawn token that the base finds e^16 times likelier would be the whole update. Held tokens pull
-        # no more.
+        # Eq. (3) has no upper bound: one drawn token that the base finds e^16 times likelier would be the whole update.
+        # Held tokens pull no more.
         gap = reference - logp
         held = gap.clamp(max=kl_bound)
         kl = held.exp() - held - 1  # [S] (3)  KL = pi_ref/pi - log(pi_ref/pi) - 1, the k3 estimator
@@ -97,7 +91,8 @@ def objective(
             "kl": kl.sum(), "kl_held": (gap > kl_bound).sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
             "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(),
             "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
-            "gap": (logp - old).abs().sum(), "gap_max": (logp - old).abs().max(), "ratio_min": ratio.min(), "ratio_max": ratio.max(),
+            "gap": (logp - old).abs().sum(), "gap_max": (logp - old).abs().max(),
+            "ratio_min": ratio.min(), "ratio_max": ratio.max(),
         }
         return loss, {name: value.item() for name, value in sums.items()}
 
@@ -119,7 +114,8 @@ class Rollout:
 
 def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
     """AdamW on the adapter's weights; the base is frozen."""
-    return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 @torch.no_grad()
@@ -137,17 +133,21 @@ def sample_in_turn(policy: Policy, prompts: list[Prompt], s: Settings, chance: t
     return groups
 
 
-def roll_out(policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings, chance: torch.Tensor | None = None) -> tuple[list[Rollout], dict]:
-    """Sample G answers to each question, reward them, and compare them within their group. `chance`: see policy.sample."""
+def roll_out(
+    policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings, chance: torch.Tensor | None = None
+) -> tuple[list[Rollout], dict]:
+    """Sample G answers to each question, reward them, compare them within their group. `chance`: see policy.sample."""
     start = time.perf_counter()
     prompts = read_questions(policy, samples, s)
-    groups = sample_in_turn(policy, prompts, s, torch.rand(len(prompts), s.group, s.max_new_tokens) if chance is None else chance)
+    if chance is None:
+        chance = torch.rand(len(prompts), s.group, s.max_new_tokens)  # [B, G, L]
+    groups = sample_in_turn(policy, prompts, s, chance)
     middle = time.perf_counter()
-    weights = (s.accuracy_weight, s.reasoning_weight, s.segmentation_weight)
+    weights, frame = (s.accuracy_weight, s.reasoning_weight, s.segmentation_weight), policy.frame(s.image_size)
     rollouts = []
     for x, prompt, answers in zip(samples, prompts, groups):
         texts = [a.text for a in answers]
-        rewards = score_group(segmenter, x, texts, policy.frame(s.image_size), s.accuracy, weights, s.max_points, s.points)
+        rewards = score_group(segmenter, x, texts, frame, s.accuracy, weights, s.max_points, s.points)
         rollouts.append(Rollout(x, prompt, answers, rewards))
     totals = torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts])  # [B, G]
     for rollout, advantage in zip(rollouts, advantages(totals, s.advantage)):
@@ -160,13 +160,15 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
     for i in range(0, len(rollouts), s.micro):
         part = rollouts[i : i + s.micro]
         with torch.no_grad(), policy.reference():
-            logps, _ = logprobs(policy, [r.prompt for r in part], [[a.ids for a in r.answers] for r in part], s.temperature)  # [S]
+            groups = [[a.ids for a in r.answers] for r in part]
+            logps, _ = logprobs(policy, [r.prompt for r in part], groups, s.temperature)  # [S]
         for rollout, own in zip(part, logps.split([sum(len(a.ids) for a in r.answers) for r in part])):
             rollout.reference = own
 
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
-    """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before. Returns what to log."""
+    """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before.
+    Returns what to log."""
     start, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     policy.model.train()
@@ -182,7 +184,8 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
         log["loss"] += sums["loss"] / len(rollouts) / s.passes
         if k == 0:  # nothing was updated since sampling: what differs is rounding
             log["sampling_gap"], log["sampling_gap_max"] = sums["gap"] / max(1, sums["tokens"]), sums["gap_max"]
-        log["ratio_min"], log["ratio_max"] = min(log["ratio_min"], sums["ratio_min"]), max(log["ratio_max"], sums["ratio_max"])
+        log["ratio_min"] = min(log["ratio_min"], sums["ratio_min"])
+        log["ratio_max"] = max(log["ratio_max"], sums["ratio_max"])
         for name in ("tokens", *A_TOKEN):
             log[name] += sums[name]
         add_up_gradients(trained)
@@ -192,11 +195,12 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
             log["grad_norm"] += norm.item() / (s.updates * s.passes)
         else:
             log["skipped_updates"] += 1
-            tqdm.write(f"update {done + k + 1}: the gradient is not finite, so it is skipped; if this goes on, lower --lr")
+            tqdm.write(f"update {done + k + 1}: gradient not finite, skipped; if this goes on, lower --lr")
     policy.model.eval()
     tokens = max(1, log.pop("tokens"))
     a_token = {name: log[name] / tokens for name in A_TOKEN}
-    return dict(log) | a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
+    log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
+    return dict(log)
 
 
 A_TOKEN = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")  # logged as means over tokens
@@ -227,70 +231,65 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
     lengths = [[len(ids) for ids in group] for group in groups]
     device = policy.device
     logp, entropy = logprobs(policy, prompts, groups, s.temperature)  # [S], [S]
-    old = torch.cat([a.logps for r in rollouts for a in r.answers])  # [S] from sampling: the same distribution, already at hand
+    old = torch.cat([a.logps for r in rollouts for a in r.answers])  # [S] from sampling: the same distribution
     reference = torch.cat([r.reference for r in rollouts]) if s.beta else None  # [S]
     each = torch.cat([r.advantage for r in rollouts])  # [B * G]
     advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(device)  # [S]
-    loss, sums = objective(
-        logp, old, reference, advantage, token_weights(lengths, s.normalise).to(device), s.eps_low, s.eps_high, s.beta, s.kl_bound
-    )
+    weight = token_weights(lengths, s.normalise).to(device)  # [S]
+    loss, sums = objective(logp, old, reference, advantage, weight, s.eps_low, s.eps_high, s.beta, s.kl_bound)
     return loss, sums | {"entropy": entropy.sum().item(), "tokens": len(logp)}
 
 
 def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> None:
-    """One forward and backward with answers of full length, so that memory that is too small shows before the first step."""
+    """One forward and backward with answers of full length: memory that is too small shows before the first step."""
     prompts = read_questions(policy, samples, s)
     ids, even = torch.ones(s.max_new_tokens, dtype=torch.long, device=policy.device), torch.zeros(s.group)
     answers = [Completion(ids, torch.zeros(len(ids), device=policy.device), False, "")] * s.group
     reference = torch.zeros(s.group * len(ids), device=policy.device)
-    moments = [torch.zeros_like(p) for p in policy.model.parameters() if p.requires_grad for _ in range(2)]  # AdamW will hold as many
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    moments = [torch.zeros_like(p) for p in trained for _ in range(2)]  # AdamW will hold as many
     policy.model.train()
-    batch_loss(policy, [Rollout(x, p, answers, [], even, reference) for x, p in zip(samples, prompts)], s)[0].backward()
+    rollouts = [Rollout(x, p, answers, [], even, reference) for x, p in zip(samples, prompts)]
+    batch_loss(policy, rollouts, s)[0].backward()
     del moments
     policy.model.zero_grad()
     policy.model.eval()
 
 
-def describe(rollouts: list[Rollout]) -> dict:
-    """What a batch of rollouts looks like, in numbers to log."""
-    rewards, answers = [r for x in rollouts for r in x.rewards], [a for x in rollouts for a in x.answers]
-    mean = lambda values: float(sum(values)) / len(rewards)
-    return {
-        "reward": mean(r.total for r in rewards), "accuracy": mean(r.accuracy for r in rewards), "iou": mean(r.iou for r in rewards),
-        "reasoning_format": mean(r.answer.reasoning_format for r in rewards),
-        "segmentation_format": mean(r.answer.segmentation_format for r in rewards),
-        "zero_variance": sum(not x.advantage.any() for x in rollouts) / len(rollouts),
-        "truncated": mean(a.truncated for a in answers), "unique": sum(len({a.text for a in x.answers}) for x in rollouts) / len(answers),
-        "points": mean(len(r.answer.points) for r in rewards), "length": mean(len(a.ids) for a in answers),
-    }
+# ---------------------------------------------------------------------------------------------------- the loop
 
 
 def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> dict:
-    """Step number `step`, from 0: rollout, reward, advantage, update; each process on its share. Returns its line of the log."""
+    """Step number `step`, from 0: rollout, reward, advantage, update; each process on its share. Returns what to
+    log."""
     processes = PartialState()
     share = slice(processes.process_index, None, processes.num_processes)
-    torch.manual_seed(s.seed * 10**6 + step)  # the draws of a step depend on its number alone, so a resumed run repeats them
+    torch.manual_seed(s.seed * 10**6 + step)  # a step's draws depend on its number alone: a resumed run repeats them
     chance = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
     batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[share]]
     rollouts, seconds = together(lambda: roll_out(policy, segmenter, batch, s, chance[share]))
     learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
     line = average({**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)})
-    return {"step": step + 1, **line, "tokens_per_second": line["length"] * s.questions * s.group / line["seconds_rollout"]}
+    tokens = line["length"] * s.questions * s.group
+    return {"step": step + 1, **line, "tokens_per_second": tokens / line["seconds_rollout"]}
 
 
 def train(s: Settings) -> dict:
     """Train, evaluate and save in the folder `s.run`; returns what summary.json holds.
 
-    Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add up; the first
-    process writes.
+    Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add
+    up; the first process writes.
     """
     begun, processes = time.perf_counter(), join(s.device)
     first = processes.is_main_process
     if s.questions % (s.updates * processes.num_processes) and processes.num_processes > 1:
-        raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes x --updates {s.updates}")
+        raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes "
+                        f"x --updates {s.updates}")
     folder = broadcast_object_list([open_run(s) if first else None])[0]
     data, validation, test = sets = open_sets(s)
-    policy, segmenter = load_parts(s, sets)
+    missing = folder / "missing.json"  # pictures that could not be had, others in their places: never asked for again
+    known = json.loads(missing.read_text()) if s.resume and missing.exists() else []
+    policy, segmenter = load_parts(s, sets, missing=known)
     optimizer = new_optimizer(policy, s)
     start, earlier = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
     spent = lambda: round(earlier + time.perf_counter() - begun, 1)
@@ -299,8 +298,8 @@ def train(s: Settings) -> dict:
         kept = read_log(folder, start) if start else []
         log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         write_json(folder / "samples.json", data.ids)  # which questions this run drew
-        if missing := sorted({name for one in sets for name in one.missing}):
-            write_json(folder / "missing.json", missing)  # pictures that could not be had: others were drawn in their places
+        if gone := sorted({name for one in sets for name in one.missing}):
+            write_json(missing, gone)
     if s.device == "cuda":
         together(lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s))
     if not start:
@@ -314,7 +313,7 @@ def train(s: Settings) -> dict:
     state, saved = take_state(policy, optimizer, start, spent()), time.perf_counter()
     with stop_on_signals() as stop:
         try:
-            bar = tqdm(range(start, steps), initial=start, total=steps, desc="train", dynamic_ncols=True, disable=not first)
+            bar = tqdm(range(start, steps), "train", steps, initial=start, dynamic_ncols=True, disable=not first)
             for step in bar:
                 line = one_step(policy, segmenter, optimizer, data, s, step)
                 look = s.eval_every and (step + 1) % s.eval_every == 0
@@ -328,11 +327,11 @@ def train(s: Settings) -> dict:
                 if first and (look or stopped or time.perf_counter() - saved > 60 * s.save_minutes):
                     save_state(folder, policy, state)
                     saved = time.perf_counter()
-                bar.set_postfix(reward=f"{line['reward']:.2f}", IoU=f"{line['iou']:.2f}", format=f"{line['segmentation_format']:.2f}")
+                bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", "iou", "segmentation_format")})
                 if stopped:
                     bar.close()
                     if first:
-                        print(f"stopped after step {step + 1}; nothing is lost. Go on with:\n  {resume_command(folder, s)}")
+                        print(f"stopped after step {step + 1}; go on with:\n  {resume_command(folder, s)}")
                     sys.exit(130)
         except (torch.OutOfMemoryError, Terminated, UserError, OSError, KeyboardInterrupt) as error:
             put_state(policy, optimizer, state)  # a step that was cut off is done again by --resume
@@ -342,7 +341,7 @@ def train(s: Settings) -> dict:
                 raise UserError(f"{folder}: {error}") from None
             raise
     if all(not p.any() for n, p in policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
-        raise UserError("the adapter never changed: every group's answers all got the same reward (zero_variance in metrics.jsonl)")
+        raise UserError("the adapter never changed: each group's answers all got the same reward (see zero_variance)")
     if first and not save_state(folder, policy, state):
-        raise UserError(f"--run {folder}: the last steps are not saved; make room there, then {resume_command(folder, s)}")
+        raise UserError(f"{folder}: the last steps are not saved; make room there, then {resume_command(folder, s)}")
     return summarise(policy, segmenter, test, s, folder, base, steps, spent)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -14,28 +15,30 @@ from .config import Settings, UserError
 from .data import open_data
 from .policy import Policy, check_policy, load_policy
 from .public import PICTURES
-from .reward import SAM_FOLDER, Segmenter, check_segmenter, load_segmenter, sam_bytes
+from .reward import SAM_FILES, SAM_FOLDER, Segmenter, check_segmenter, load_segmenter, sam_bytes
 
 
 def open_sets(s: Settings) -> list:
     """The data sets for training, validation and test, checked; no picture is fetched yet."""
-    data, validation, test = (
-        open_data(name or s.data, split, count, s.seed if split == "train" else 0, s.sentences, s.coco_dir, s.ignore)
-        for name, split, count in ((s.data, "train", s.samples), (s.eval_data, "validation", s.eval_samples), (s.eval_data, "test", s.test_samples))
-    )
+    held = s.eval_data or s.data
+    wanted = ((s.data, "train", s.samples), (held, "validation", s.eval_samples), (held, "test", s.test_samples))
+    data, validation, test = (open_data(*one, s.seed, s.sentences, s.coco_dir, s.ignore) for one in wanted)
     if len(data) < s.questions:
-        raise UserError(f"--data {s.data}: {len(data)} questions are less than one rollout batch: lower --questions {s.questions}")
+        raise UserError(f"--data {s.data}: {len(data)} questions are no rollout batch: lower --questions {s.questions}")
     if data.box_only and s.accuracy != "box-iou" and s.accuracy_weight:
-        raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add --accuracy box-iou")
+        raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add "
+                        "--accuracy box-iou")
     return [data, validation, test]
 
 
 def hub_bytes(name: str) -> int:
-    """Bytes of a model that the hub would have to send; 0 for a folder, and where the hub cannot be asked: then loading will tell."""
+    """Bytes of a model that the hub would have to send; 0 for a folder, or if the hub cannot be asked: loading will
+    tell."""
     if name == "tiny" or Path(name).is_dir():
         return 0
     try:
-        files = huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], dry_run=True)
+        kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        files = huggingface_hub.snapshot_download(name, allow_patterns=kinds, dry_run=True)
     except (OSError, ValueError):  # the hub's errors are both
         return 0
     return sum(f.file_size for f in files if f.will_download)
@@ -43,8 +46,12 @@ def hub_bytes(name: str) -> int:
 
 def check_room(s: Settings, sets: list) -> None:
     """Say in GB what will be downloaded, and refuse where a disk lacks the room for it."""
-    wanted = [(f"policy {s.policy}", hub_bytes(s.policy), Path(HF_HUB_CACHE)), ("pictures", sum(x.download_bytes for x in sets), PICTURES),
-              (f"SAM {s.sam}", sam_bytes(s.sam, s.sam_checkpoint) or hub_bytes(s.sam), SAM_FOLDER)]
+    wanted = [
+        (f"policy {s.policy}", hub_bytes(s.policy), Path(HF_HUB_CACHE)),
+        ("pictures", sum(x.download_bytes for x in sets), PICTURES),
+        (f"SAM {s.sam}", sam_bytes(s.sam, s.sam_checkpoint), SAM_FOLDER),
+        (f"SAM {s.sam}", 0 if s.sam in SAM_FILES else hub_bytes(s.sam), Path(HF_HUB_CACHE)),
+    ]
     disks = {}  # device -> bytes wanted there, a folder on it
     for _, size, folder in wanted:
         there = next(p for p in (folder, *folder.parents) if p.exists())
@@ -55,20 +62,24 @@ def check_room(s: Settings, sets: list) -> None:
     for size, folder in disks.values():
         free = shutil.disk_usage(folder).free
         if size > free:
-            raise UserError(f"{size / 1e9:.1f} GB are to be downloaded to {folder}, and {free / 1e9:.1f} GB are free there: make room, or "
-                            "move the caches (HF_HOME for models, --coco-dir for pictures, --sam-checkpoint for SAM)")
+            raise UserError(f"{size / 1e9:.1f} GB are to be downloaded to {folder}, and {free / 1e9:.1f} GB are free "
+                            "there: make room, or move the caches (HF_HOME for models, --coco-dir for pictures, "
+                            "--sam-checkpoint for SAM)")
 
 
-def load_parts(s: Settings, sets: list, adapter: str | None = None) -> tuple[Policy, Segmenter]:
-    """Policy and segmenter, and what the data sets have yet to fetch. Cheap mistakes are found before anything is downloaded."""
+def load_parts(
+    s: Settings, sets: list, adapter: str | None = None, missing: Sequence[str] = ()
+) -> tuple[Policy, Segmenter]:
+    """Policy and segmenter, and what the sets have yet to fetch. Cheap mistakes are found before anything is
+    downloaded."""
     processes = PartialState()
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam)
     if processes.is_main_process:  # what has to be downloaded is downloaded once
         check_room(s, sets)
         for one in sets:
-            one.fetch()
-    missing = broadcast_object_list([[one.missing for one in sets]])[0]
+            one.fetch(missing)
+    missing = broadcast_object_list([[one.missing for one in sets]])[0]  # so that all hold the same samples
     if not processes.is_main_process:
         for one, gone in zip(sets, missing):
             one.fetch(gone)

@@ -1,4 +1,5 @@
-"""The machine: its name, how much of its memory may be taken, how much was, and how many questions to sample at a time."""
+"""The machine: its name, how much of its memory may be taken, how much was, and how many questions to sample at a
+time."""
 
 import platform
 import resource
@@ -6,7 +7,7 @@ import resource
 import torch
 
 from .attention import Cache
-from .config import Settings
+from .config import Settings, emulates_bf16
 
 
 def cap_memory(s: Settings) -> None:
@@ -15,6 +16,17 @@ def cap_memory(s: Settings) -> None:
         for i in range(torch.cuda.device_count()):
             total = torch.cuda.get_device_properties(i).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, s.memory_limit * 2**30 / total), i)
+
+
+def compute_dtype(load_in: str, device: str) -> torch.dtype:
+    """What all that is not in four bits is held and computed in (the adapter is fp32 always).
+
+    bf16 for NF4 on a GPU that computes in it. Before compute capability 8.0 bf16 is emulated, and fp16 overflows in
+    Qwen's vision tower: fp32 there, as on a CPU.
+    """
+    if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
+        return torch.float32
+    return torch.float32 if load_in == "fp32" else torch.bfloat16
 
 
 def device_name() -> str:
@@ -38,7 +50,8 @@ def free_memory(s: Settings) -> float:
 
 
 def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
-    """Bytes that sampling answers of full length to one question takes at its peak: reading the prompt, or the last token."""
+    """Bytes that sampling answers of full length to one question takes at its peak: reading the prompt, or the last
+    token."""
     text, size = model.config.text_config, model.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer

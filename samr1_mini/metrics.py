@@ -1,4 +1,5 @@
-"""IoU, gIoU, cIoU and their intervals. gIoU is the mean over pictures of IoU; cIoU is the sum of intersections over the sum of unions."""
+"""IoU, gIoU, cIoU and their intervals. gIoU is the mean over pictures of IoU; cIoU is the sum of intersections over
+the sum of unions."""
 
 import numpy as np
 

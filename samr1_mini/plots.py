@@ -1,4 +1,5 @@
-"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run. Colours are Okabe and Ito's."""
+"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run. Colours are Okabe and
+Ito's."""
 
 import textwrap
 from pathlib import Path
@@ -58,7 +59,8 @@ def draw_answer(axes, panel, size: int) -> None:
 
 
 def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
-    """A PNG with one panel an answer: picture, masks, box and points, question, what the policy said, IoU and reward."""
+    """A PNG with one panel an answer: picture, masks, box and points, question, what the policy said, IoU and
+    reward."""
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     with plt.rc_context({"font.family": FAMILIES}):
@@ -115,7 +117,8 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
     c.legend(fontsize=8, framealpha=0.6)
 
-    # Eq. (3) has no upper bound: one token that the base finds far likelier than the policy lifts a whole step. Hence a log scale and no mean.
+    # Eq. (3) has no upper bound: one token that the base finds far likelier than the policy lifts a whole step. Hence
+    # a log scale and no mean.
     d.plot(step, column("kl"), color=BLUE, lw=1.2, label="KL to the base")
     d.plot(step, smooth(column("entropy")), color=ORANGE, lw=1.8, label="entropy")
     d.set(title="How far, how sure", ylabel="nats a token", yscale="log")

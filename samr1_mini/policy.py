@@ -1,8 +1,8 @@
 """The policy: a Qwen-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
 
-The prompt (about 150 tokens of text and up to 900 of the picture) is long and the same for all G answers of a group, so it is
-encoded once: `encode` runs the vision tower once a question; in `sample` and `logprobs` the language model reads the prompt once, and
-every answer sees the prompt and itself (attention.py).
+The prompt (about 150 tokens of text and up to 900 of the picture) is long and the same for all G answers of a group,
+so it is encoded once: `encode` runs the vision tower once a question; in `sample` and `logprobs` the language model
+reads the prompt once, and every answer sees the prompt and itself (attention.py).
 
 Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
 """
@@ -25,21 +25,24 @@ from transformers import (
 )
 
 from .attention import IMPLEMENTATION, Cache, Row
-from .config import UserError, check_size, emulates_bf16
+from .config import UserError, check_size
+from .memory import compute_dtype
 from .tokens import banned_ids, draw, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"
 
-PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside <think> </think>, then give \
-the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, and points in the box, each labelled 1 \
-on the object and 0 off it, all in {unit}. Example:
-<think>The left cup is nearer to the plate.</think><answer>{{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}}</answer>
+PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside \
+<think> </think>, then give the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, and points in the \
+box, each labelled 1 on the object and 0 off it, all in {unit}. Example:
+<think>The left cup is nearer to the plate.</think>\
+<answer>{{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}}</answer>
 Question: {question}"""
 
 # The model types that can be the policy, and what their own grounding counts in.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
-# Attention and MLP projections of the language model; the vision tower has projections of the same names and stays as it is.
+# Attention and MLP projections of the language model; the vision tower has projections of the same names and stays as
+# it is.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -79,7 +82,7 @@ class Prompt:
     embeds: torch.Tensor  # [P, D] token embeddings, the picture's features in their places
     positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
     picture: torch.Tensor  # bool [P]: which tokens are the picture's
-    deep: tuple[torch.Tensor, ...] = ()  # Qwen3-VL's deepstack: features [picture tokens, D] to add after each of the first layers
+    deep: tuple[torch.Tensor, ...] = ()  # Qwen3-VL's deepstack: [picture tokens, D] to add after the first layers
 
     @property
     def next_position(self) -> int:
@@ -89,7 +92,8 @@ class Prompt:
 
 @dataclass
 class Completion:
-    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are those of the distribution it was drawn from."""
+    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are those of the distribution it
+    was drawn from."""
 
     ids: torch.Tensor  # [L]
     logps: torch.Tensor  # [L] fp32
@@ -101,29 +105,19 @@ class Completion:
 
 
 def check_policy(name: str, image_size: int | None = None):
-    """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind of model, and
-    where pictures of `image_size` pixels a side do not divide into its cells. Nothing large is loaded."""
+    """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind
+    of model, and where pictures of `image_size` pixels a side do not divide into its cells. Nothing large is
+    loaded."""
     try:
         config = AutoConfig.from_pretrained(str(TINY) if name == "tiny" else name)
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"--policy {name}: no model folder of that name, and the hub does not give one ({why})") from None
+        raise UserError(f"--policy {name}: no model folder of that name, nor does the hub give one ({why})") from None
     if config.model_type not in COORDINATES:
-        raise UserError(f"--policy {name} is a {config.model_type} model; the policy must be one of {', '.join(COORDINATES)}")
+        raise UserError(f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}")
     if image_size is not None:
         check_size(config, image_size)
     return config
-
-
-def compute_dtype(load_in: str, device: str) -> torch.dtype:
-    """What all that is not in four bits is held and computed in (the adapter is fp32 always).
-
-    bf16 for NF4 on a GPU that computes in it. Before compute capability 8.0 bf16 is emulated, and fp16 overflows in Qwen's vision
-    tower: fp32 there, as on a CPU.
-    """
-    if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
-        return torch.float32
-    return torch.float32 if load_in == "fp32" else torch.bfloat16
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -138,8 +132,8 @@ def load_policy(
     name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu",
     checkpointing: bool = False, coordinates: str = "auto", image_size: int | None = None,
 ) -> Policy:
-    """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32), with a trainable
-    LoRA adapter.
+    """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32),
+    with a trainable LoRA adapter.
 
     `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
     "tiny" is the folder in the package. Raises UserError as check_policy does.
@@ -154,31 +148,27 @@ def load_policy(
 
 
 def add_adapter(
-    base, processor, rank: int, adapter: str | Path | None = None, checkpointing: bool = False, coordinates: str = "auto"
+    base, processor, rank: int, adapter: str | Path | None = None, checkpointing: bool = False,
+    coordinates: str = "auto",
 ) -> Policy:
     """Freeze a loaded base and give it a trainable LoRA adapter, a new one or the one in the folder `adapter`."""
     base.requires_grad_(False)
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes 0.50 swaps in a bf16 inference kernel after the first evaluation. It has no
-            # backward, so gradients through the base would silently vanish, and sampling would differ from training.
+            # On CPUs with AVX512-BF16 bitsandbytes 0.50 swaps in a bf16 inference kernel after the first evaluation.
+            # It has no backward, so gradients through the base would silently vanish, and sampling would differ from
+            # training.
             module.support_avx512bf16_for_cpu = False
     if checkpointing:  # keep only each layer's input and recompute the rest in the backward
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is not None:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
-        model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS))
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
+        model = get_peft_model(base, lora)
     coordinates = COORDINATES[base.config.model_type] if coordinates == "auto" else coordinates
     stop = stop_ids(base, processor.tokenizer)
     return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer, stop), stop, coordinates)
-
-
-def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
-    """Write the policy `name` with `adapter` added into its weights, in bf16, as an ordinary model folder with its processor."""
-    policy = load_policy(name, "bf16", adapter=adapter)
-    policy.model.merge_and_unload().save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- prompt
@@ -186,7 +176,9 @@ def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
 
 def instruction(question: str, width: int, height: int, coordinates: str = "pixels") -> str:
     """What the policy is told about one question."""
-    unit = f"pixels of the {width} x {height} picture" if coordinates == "pixels" else "thousandths of the picture's width and height"
+    unit = "thousandths of the picture's width and height"
+    if coordinates == "pixels":
+        unit = f"pixels of the {width} x {height} picture"
     return PROMPT.format(question=question.strip(), unit=unit)
 
 
@@ -203,29 +195,35 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
     All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32) a side.
     """
     base, prompts = policy.base, []
-    step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: at most about 4,096 patches
+    step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: about 4,096 patches
     for i in range(0, len(images), step):
         part = images[i : i + step]
-        texts = [prompt_text(policy.processor, q, im.width, im.height, policy.coordinates) for q, im in zip(questions[i : i + step], part)]
+        asked = zip(questions[i : i + step], part)
+        texts = [prompt_text(policy.processor, q, x.width, x.height, policy.coordinates) for q, x in asked]
         inputs = policy.processor(text=texts, images=part, padding=True, return_tensors="pt").to(policy.device)
         positions, _ = base.model.get_rope_index(
-            inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw, attention_mask=inputs.attention_mask
+            inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw,
+            attention_mask=inputs.attention_mask,
         )  # [3, b, P]
-        seen = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)  # pooler_output: b x [picture tokens, D]
+        # pooler_output: b x [picture tokens, D]
+        seen = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
         embeds = base.get_input_embeddings()(inputs.input_ids)  # [b, P, D]
         picture = inputs.input_ids == base.config.image_token_id  # [b, P]
         embeds = embeds.masked_scatter(picture[..., None], torch.cat(seen.pooler_output).to(embeds.dtype))
         for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
             deep = tuple(layer[b] for layer in getattr(seen, "deepstack_features", ()))
-            prompts.append(Prompt(inputs.input_ids[b, real], embeds[b, real], positions[:, b, real], picture[b, real], deep))
+            ids = inputs.input_ids[b, real]
+            prompts.append(Prompt(ids, embeds[b, real], positions[:, b, real], picture[b, real], deep))
     return prompts
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """What a Qwen3-VL's language model is given beside its embeddings, the picture's tokens being those of `picture`, bool [B, T]."""
+    """What a Qwen3-VL's language model is given beside its embeddings, the picture's tokens being those of `picture`,
+    bool [B, T]."""
     if not prompts[0].deep:
         return {}
-    return {"visual_pos_masks": picture, "deepstack_visual_embeds": [torch.cat(layer) for layer in zip(*(p.deep for p in prompts))]}
+    deep = [torch.cat(layer) for layer in zip(*(p.deep for p in prompts))]
+    return {"visual_pos_masks": picture, "deepstack_visual_embeds": deep}
 
 
 # ---------------------------------------------------------------------------------------------------- sample
@@ -233,13 +231,15 @@ def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def sample(
-    policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: int, temperature: float = 1.0, chance: torch.Tensor | None = None
+    policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: int, temperature: float = 1.0,
+    chance: torch.Tensor | None = None,
 ) -> list[list[Completion]]:
     """Draw `group` answers to each of B prompts -> B lists of `group` completions; temperature 0 is greedy.
 
-    No top-k, no top-p, no repetition penalty, nothing from the model's generation_config: GRPO's ratio needs the distribution
-    that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every token, so that an answer is, up
-    to rounding, the same whatever is sampled beside it; without it they come from torch's global random state.
+    No top-k, no top-p, no repetition penalty, nothing from the model's generation_config: GRPO's ratio needs the
+    distribution that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every
+    token, so that an answer is, up to rounding, the same whatever is sampled beside it; without it they come from
+    torch's global random state.
     """
     language, embed, device = policy.base.model.language_model, policy.base.get_input_embeddings(), policy.device
     tokenizer, stop = policy.processor.tokenizer, policy.stop
@@ -320,7 +320,8 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
 
 
 def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
-    """Log-probabilities [n] of the tokens `target` [n] and the entropy [n] of each choice, from hidden states [n, D], in fp32."""
+    """Log-probabilities [n] of the tokens `target` [n] and the entropy [n] of each choice, from hidden states [n, D],
+    in fp32."""
     logits = token_logits(policy, hidden, temperature)  # [n, V]
     normaliser = logits.logsumexp(-1)  # [n]
     entropy = normaliser.detach() - (logits.detach().softmax(-1) * logits.detach()).sum(-1)
@@ -328,14 +329,16 @@ def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, 
 
 
 def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]], temperature: float = 1.0):
-    """Log-probabilities of B groups of answers (B lists of ids [L]) -> (logps, entropy), both fp32 [sum of all L], answer after answer.
+    """Log-probabilities of B groups of answers (B lists of ids [L]) -> (logps, entropy), both fp32 [sum of all L],
+    answer after answer.
 
-    Logits [tokens, V] are made a chunk at a time, for answer tokens alone, and made again in the backward: 8 answers of 512 tokens
-    over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
+    Logits [tokens, V] are made a chunk at a time, for answer tokens alone, and made again in the backward: 8 answers
+    of 512 tokens over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
     """
     called, index, target = pack(policy, prompts, groups)
     hidden = policy.base.model.language_model(**called, use_cache=False).last_hidden_state  # [1, T, D]
-    # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other last digits
+    # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other
+    # last digits
     hidden = hidden[0].index_select(0, index)  # [sum of L, D]
     step = max(1, 2**26 // policy.banned.numel())  # at most 256 MB of fp32 logits at a time
     parts = [

@@ -1,4 +1,5 @@
-"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each takes its share of a batch's questions; the first one writes."""
+"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each takes its share of the questions; the first
+writes."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,7 +17,8 @@ def join(device: str) -> PartialState:
 
 
 def together(work: Callable):
-    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: the others would wait for it for ever."""
+    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: they would wait for it
+    for ever."""
     result = full = None
     try:
         result = work()

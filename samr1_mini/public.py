@@ -9,7 +9,8 @@
     a folder    parquet files of any of these; REFER's refs(...).p and instances.json; ReasonSeg's .jpg and .json pairs; or JSON lists of
                 {"image", "problem", "solution": [x1, y1, x2, y2]}, as LISA-Grounding comes
 
-Which layout a row has is read from its columns. Nothing that comes with data is run: pickles may hold plain values only.
+Which layout a row has is read from its columns. Nothing that comes with data is run: pickles may hold plain values
+only.
 """
 
 import hashlib
@@ -203,7 +204,8 @@ def picture_id(row: dict, name: str) -> str:
 
 
 def box_of(solution) -> tuple[float, ...]:
-    """A box x1, y1, x2, y2 from four numbers or from Seg-Zero's text "<box>(x1,y1),(x2,y2)</box><points>...</points>"."""
+    """A box x1, y1, x2, y2 from four numbers or from Seg-Zero's text
+    "<box>(x1,y1),(x2,y2)</box><points>...</points>"."""
     if isinstance(solution, str):
         solution = solution.partition("<box>")[2].partition("</box>")[0].replace("(", "").replace(")", "").split(",")
     x1, y1, x2, y2 = map(float, solution)
@@ -231,7 +233,8 @@ def draw_shapes(shapes: list[dict], label: str, size: tuple[int, int]) -> np.nda
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, texts and numbers; a pickle that asks for a class or a function is refused before anything runs."""
+    """Reads lists, dicts, texts and numbers; a pickle that asks for a class or a function is refused before anything
+    runs."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain values are read")
@@ -275,7 +278,8 @@ SPLIT_NAMES = {"train": {"train"}, "validation": {"validation", "val"}, "test": 
 
 
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
-    """Files that name the split in their folder or file name. Those that name none are test files: nothing is trained on what it is tested on."""
+    """Files that name the split in their folder or file name. Those that name none are test files: nothing is trained
+    on what it is tested on."""
     files = sorted(folder.rglob(pattern))
     words = [set(re.split("[^a-z]+", str(f.relative_to(folder)).lower())) for f in files]
     mine = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]

@@ -29,8 +29,8 @@ from .data import Shapes
 from .evaluation import evaluate
 from .forecast import forecast, forecast_lines
 from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
-from .memory import peak_memory
-from .policy import TINY, Completion, Policy, Prompt, add_adapter, compute_dtype, four_bits
+from .memory import compute_dtype, peak_memory
+from .policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
 from .reward import Segmenter, load_segmenter, score_group
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.

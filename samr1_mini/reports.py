@@ -1,4 +1,5 @@
-"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, curves, and the summary."""
+"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, curves, the
+summary."""
 
 import json
 from collections.abc import Callable
@@ -15,21 +16,41 @@ from .reward import Segmenter
 from .runs import read_log, write_json
 
 
+def describe(rollouts: list) -> dict:
+    """What a batch of rollouts looks like, in numbers to log."""
+    rewards, answers = [r for x in rollouts for r in x.rewards], [a for x in rollouts for a in x.answers]
+    mean = lambda values: float(sum(values)) / len(rewards)
+    return {
+        "reward": mean(r.total for r in rewards), "accuracy": mean(r.accuracy for r in rewards),
+        "iou": mean(r.iou for r in rewards),
+        "reasoning_format": mean(r.answer.reasoning_format for r in rewards),
+        "segmentation_format": mean(r.answer.segmentation_format for r in rewards),
+        "zero_variance": sum(not x.advantage.any() for x in rollouts) / len(rollouts),
+        "truncated": mean(a.truncated for a in answers),
+        "unique": sum(len({a.text for a in x.answers}) for x in rollouts) / len(answers),
+        "points": mean(len(r.answer.points) for r in rewards), "length": mean(len(a.ids) for a in answers),
+    }
+
+
 def first_look(rollouts: list, s: Settings) -> str:
-    """One line on a few sampled answers of the base, with a warning where training could learn nothing from such answers."""
+    """One line on a few sampled answers of the base, with a warning where nothing could be learnt from such answers."""
     answers, rewards = [a for x in rollouts for a in x.answers], [r for x in rollouts for r in x.rewards]
     form, cut = np.mean([r.answer.in_format for r in rewards]), np.mean([a.truncated for a in answers])
     line = (f"the base's answers to {len(rollouts)} questions, {s.group} each: in the format {form:.2f}, "
             f"mean IoU {np.mean([r.iou for r in rewards]):.2f}, truncated {cut:.2f}")
     if cut > 0.5:
-        line += f". Warning: most are cut off, and such an answer has no format to be paid for: raise --max-new-tokens {s.max_new_tokens}"
+        line += (". Warning: most are cut off, and such an answer has no format to be paid for: raise "
+                 f"--max-new-tokens {s.max_new_tokens}")
     elif not form:
-        line += (". Warning: none is in the asked format, so nothing can be learnt unless one turns up by chance: try a larger --group or "
-                 f"--temperature, or another policy. The first says: {' '.join(answers[0].text.split())[:120]!r}")
+        line += (". Warning: none is in the asked format, so nothing can be learnt unless one turns up by chance: try "
+                 "a larger --group or --temperature, or another policy. The first says: "
+                 f"{' '.join(answers[0].text.split())[:120]!r}")
     return line
 
 
-def score_base(policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool) -> dict:
+def score_base(
+    policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool
+) -> dict:
     """The base on the test set and what true boxes would reach there, kept in base.json for a run that is resumed."""
     if resumed and (folder / "base.json").exists():
         return json.loads((folder / "base.json").read_text())
@@ -52,23 +73,29 @@ def validate(policy: Policy, segmenter: Segmenter, validation, s: Settings, fold
     return {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
 
 
-def write_sheet(path: Path, policy: Policy, segmenter: Segmenter, data, report: Report, s: Settings, title: str) -> None:
+def write_sheet(
+    path: Path, policy: Policy, segmenter: Segmenter, data, report: Report, s: Settings, title: str
+) -> None:
     """The first answers of a report, drawn on their pictures."""
     frame = policy.frame(s.image_size)
     sample_sheet(path, shown(segmenter, data, report.rows[:12], s, frame), frame, title)
 
 
-def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, steps: int, spent: Callable) -> dict:
-    """The trained policy on the test set, the curves, and the table that is printed; returns what summary.json holds."""
+def summarise(
+    policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, steps: int, spent: Callable
+) -> dict:
+    """The trained policy on the test set, the curves, and the table that is printed; returns summary.json's content."""
     first = PartialState().is_main_process
     report = evaluate(policy, segmenter, test, s, "trained" * first)
     summary = {
-        "samples": steps * s.questions, "seed": s.seed, "seconds": spent(), "base": {k: v for k, v in base.items() if k != "ceiling"},
+        "samples": steps * s.questions, "seed": s.seed, "seconds": spent(),
+        "base": {k: v for k, v in base.items() if k != "ceiling"},
         "trained": report.summary(), "ceiling": base["ceiling"],
     }
     if first:
         write_json(folder / "summary.json", summary)
-        write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, "Held-out test scenes after training")
+        title = "Held-out test scenes after training"
+        write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, title)
         curves(folder / "curves.png", read_log(folder), summary)
         print(before_after(summary))
         print(f"adapter, log, curves and sheets are in {folder}")

@@ -1,9 +1,11 @@
-"""The reward: text -> answer (box, points) -> SAM's mask -> IoU with the true mask -> eq. (5), and two terms for the format.
+"""The reward: text -> answer (box, points) -> SAM's mask -> IoU with the true mask -> eq. (5), and two terms for the
+format.
 
     reward = accuracy (0, 2, 3 or 4) + reasoning format (0 or 1) + segmentation format (0 or 1)
 
-No network is trained here and nothing is learnt from boxes: the policy is paid for what Segment Anything makes of its prompt.
-Frames: answers count pixels of the square picture the policy sees; SAM and the true mask keep the picture's own size [H, W].
+No network is trained here and nothing is learnt from boxes: the policy is paid for what Segment Anything makes of its
+prompt. Frames: answers count pixels of the square picture the policy sees; SAM and the true mask keep the picture's
+own size [H, W].
 """
 
 import json
@@ -32,7 +34,8 @@ MAX_TEXT = 20_000  # characters; nothing that long is an answer
 
 @dataclass
 class Answer:
-    """What a text says. `box` and `points` are in the policy's pixels, and set only where the segmentation format holds."""
+    """What a text says. `box` and `points` are in the policy's pixels, and set only where the segmentation format
+    holds."""
 
     box: tuple[float, float, float, float] | None = None
     points: list[tuple[float, float, int]] = field(default_factory=list)
@@ -163,7 +166,8 @@ class Segmenter:
 
     @torch.no_grad()
     def masks(self, image: np.ndarray, boxes: list[tuple], points: list[list[tuple]]) -> np.ndarray:
-        """Masks bool [n, H, W] for n prompts in the picture's own pixels: a box (x1, y1, x2, y2) and points [(x, y, label), ...].
+        """Masks bool [n, H, W] for n prompts in the picture's own pixels: a box (x1, y1, x2, y2) and points [(x, y,
+        label), ...].
 
         Of SAM's three masks the one with the highest predicted score counts, in training and in evaluation alike. All
         prompts with the same number of points share one decoder pass: padding shorter ones would make a mask depend on
@@ -269,7 +273,8 @@ def check_segmenter(kind: str) -> None:
 
 
 def sam_file(kind: str) -> Path:
-    """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache, with a progress bar and checked against their hash."""
+    """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache, with a progress bar and checked
+    against their hash."""
     name, size, digest = SAM_FILES[kind]
     path = SAM_FOLDER / name
     if sam_bytes(kind):  # a file gets its name only after its hash was checked
@@ -283,8 +288,9 @@ def sam_file(kind: str) -> Path:
 
 
 def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
-    """A frozen Segment Anything: "tiny" (weights in the package), "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else
-    downloaded), or a SAM 2 or 3 by its hub id or folder. Raises UserError where there are no such weights."""
+    """A frozen Segment Anything: "tiny" (weights in the package), "vit_b", "vit_l", "vit_h" (from the file
+    `checkpoint`, else downloaded), or a SAM 2 or 3 by its hub id or folder. Raises UserError where there are no such
+    weights."""
     if kind == "tiny":
         return Segmenter(SamPredictor(sam_model_registry["tiny"](checkpoint or _tiny.SAM).to(device).requires_grad_(False)))
     if kind in SAM_FILES:
@@ -315,7 +321,8 @@ class Reward:
 
 
 def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> float:
-    """Eq. (5), 0 to 4, and what the paper's table 3 and we compare it with; "box-iou" puts the box's IoU through the same tiers."""
+    """Eq. (5), 0 to 4, and what the paper's table 3 and we compare it with; "box-iou" puts the box's IoU through the
+    same tiers."""
     if kind.startswith("threshold:"):
         return 4.0 * (mask_iou > float(kind.split(":")[1]))
     if kind == "iou":
@@ -339,9 +346,9 @@ def score_group(
 ) -> list[Reward]:
     """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.frame).
 
-    `weights` are those of accuracy, reasoning format and segmentation format. Without `points` SAM gets the box alone. `lenient`
-    segments with a box found anywhere in the text where there is no proper answer: for evaluation beside the strict figure, never for
-    training.
+    `weights` are those of accuracy, reasoning format and segmentation format. Without `points` SAM gets the box alone.
+    `lenient` segments with a box found anywhere in the text where there is no proper answer: for evaluation beside the
+    strict figure, never for training.
     """
     answers = [parse(text, size, size, max_points) for text in texts]
     boxes = [a.lenient_box if lenient else a.box for a in answers]

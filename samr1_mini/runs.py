@@ -24,7 +24,8 @@ def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
     known = optimizer.state_dict()
     moments = {i: {n: v.to("cpu", copy=True) for n, v in one.items()} for i, one in known["state"].items()}
     groups = [dict(group) for group in known["param_groups"]]
-    return {"step": step, "seconds": seconds, "adapter": trained, "optimizer": {"state": moments, "param_groups": groups}}
+    optimizer_state = {"state": moments, "param_groups": groups}
+    return {"step": step, "seconds": seconds, "adapter": trained, "optimizer": optimizer_state}
 
 
 def put_state(policy: Policy, optimizer, state: dict) -> None:
@@ -37,8 +38,9 @@ def put_state(policy: Policy, optimizer, state: dict) -> None:
 
 
 def save_state(folder: Path, policy: Policy, state: dict) -> bool:
-    """Write `state`, which the policy is in, and the adapter by itself. All is written beside and moved into place, so that a save that
-    is cut off, or for which the disk has no room, loses nothing; the latter is said, and False comes back."""
+    """Write `state`, which the policy is in, and the adapter by itself. All is written beside and moved into place, so
+    that a save that is cut off, or for which the disk has no room, loses nothing; the latter is said, and False comes
+    back."""
     new = folder / "state.new"
     try:
         with new.open("wb") as file:
@@ -51,12 +53,13 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
     except (OSError, RuntimeError) as error:  # torch's and safetensors' writers make RuntimeErrors of a full disk
         new.unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter.new", ignore_errors=True)
-        tqdm.write(f"step {state['step']} could not be saved in {folder} ({' '.join(str(error).split())}); what was saved before stays. Free some room there")
+        tqdm.write(f"step {state['step']} could not be saved in {folder} ({' '.join(str(error).split())}); what was "
+                   "saved before stays. Free some room there")
         return False
 
 
 def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
-    """Put the saved state back; returns the number of steps done and the seconds they took: none where nothing was saved yet."""
+    """Put the saved state back; returns the number of steps done and their seconds: 0 where nothing was saved yet."""
     if not (folder / "state.pt").exists():
         return 0, 0.0
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -70,7 +73,7 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
 def open_run(s: Settings) -> Path:
     """The run's folder, a new one or the one to go on with, with the settings written down."""
     folder = Path(s.run or next_name(s))
-    if not s.resume and (folder / "metrics.jsonl").exists():  # written once all was loaded: a start that failed leaves the name free
+    if not s.resume and (folder / "metrics.jsonl").exists():  # a start that failed before it leaves the name free
         raise UserError(f"--run {folder} holds a run already: go on with it by --resume, or name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,7 @@ def write_json(path: Path, value) -> None:
 
 
 def read_log(folder: Path, steps: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, or those of the first `steps` steps (a last one that was cut off is beyond them)."""
+    """The lines of metrics.jsonl, or of its first `steps` steps (a line that was cut off is beyond them)."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[:steps]]
 
@@ -108,8 +111,8 @@ def read_log(folder: Path, steps: int | None = None) -> list[dict]:
 
 @contextmanager
 def stop_on_signals():
-    """Within, Ctrl-C sets the event that this yields, so that the step in progress ends first; a second one stops at once. SIGTERM
-    raises Terminated: whoever sends it seldom waits for a step."""
+    """Within, Ctrl-C sets the event that this yields, so that the step in progress ends first; a second one stops at
+    once. SIGTERM raises Terminated: whoever sends it seldom waits for a step."""
     stop = threading.Event()
 
     def asked(*_):
@@ -121,7 +124,8 @@ def stop_on_signals():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: saving must not be cut off by a second one
         raise Terminated
 
-    before = {kind: signal.signal(kind, handler) for kind, handler in ((signal.SIGINT, asked), (signal.SIGTERM, told))}
+    handlers = {signal.SIGINT: asked, signal.SIGTERM: told}
+    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
     try:
         yield stop
     finally:

@@ -1,4 +1,5 @@
-"""From hidden states to tokens: the one distribution that is sampled from and trained on. Which ids it may give, where answers end.
+"""From hidden states to tokens: the one distribution that is sampled from and trained on. Which ids it may give, and
+where answers end.
 
 Shapes: D width, V vocabulary, and any number of dimensions before them.
 """
@@ -7,15 +8,16 @@ import torch
 
 
 def stop_ids(model, tokenizer) -> torch.Tensor:
-    """[k] the ids at which the model's own generation_config stops (Qwen's: <|im_end|> and <|endoftext|>), and the tokenizer's eos."""
+    """[k] the ids at which the model's own generation_config stops (Qwen's: <|im_end|> and <|endoftext|>), and the
+    tokenizer's eos."""
     told = model.generation_config.eos_token_id
     told = [] if told is None else [told] if isinstance(told, int) else told
     return torch.tensor(sorted({*told, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
 
 
 def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
-    """Bool [V]: what no answer may hold. Placeholders of pictures and videos (a sampled one would ask the next forward for a picture),
-    ids without a token, and the padding where it does not end an answer."""
+    """Bool [V]: what no answer may hold. Placeholders of pictures and videos (a sampled one would ask the next forward
+    for a picture), ids without a token, and the padding where it does not end an answer."""
     config = model.config
     banned = torch.zeros(model.lm_head.weight.shape[0], dtype=torch.bool, device=model.lm_head.weight.device)
     banned[len(tokenizer) :] = True
@@ -28,8 +30,9 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
 
 
 class Fp32Head(torch.autograd.Function):
-    """hidden [n, D] @ weight [V, D] -> logits [n, V] that are never rounded to bf16, as the head's own forward would do: at values of 16
-    to 32 a bf16 step is 0.125, so that alone would move every ratio away from 1. The products are bf16's, their sums fp32."""
+    """hidden [n, D] @ weight [V, D] -> logits [n, V] that are never rounded to bf16, as the head's own forward would
+    do: at values of 16 to 32 a bf16 step is 0.125, and that alone would move every ratio away from 1. The products are
+    bf16's, their sums fp32."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -55,6 +58,7 @@ def token_logits(policy, hidden: torch.Tensor, temperature: float) -> torch.Tens
 
 
 def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [..., V] and one uniform number in [0, 1) each [...] -> the tokens that they stand for [...]."""
-    cumulative = logp.double().exp().cumsum(-1)  # token i owns the stretch up to cumulative[i]; a banned one owns nothing
+    """Log-probabilities [..., V] and one uniform number in [0, 1) each [...] -> the tokens that they stand for
+    [...]."""
+    cumulative = logp.double().exp().cumsum(-1)  # token i owns the stretch up to cumulative[i], a banned one nothing
     return torch.searchsorted(cumulative, chance.double()[..., None] * cumulative[..., -1:], right=True)[..., 0]

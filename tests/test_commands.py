@@ -26,7 +26,7 @@ from samr1_mini.config import (
     parse_settings,
 )
 from samr1_mini.data import load_data, open_data, open_picture
-from samr1_mini.policy import compute_dtype
+from samr1_mini.memory import compute_dtype
 from samr1_mini.tiny.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from eval import merge
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
 from samr1_mini.grpo import new_optimizer, roll_out, update
@@ -20,7 +21,6 @@ from samr1_mini.policy import (
     encode,
     load_policy,
     logprobs,
-    merge,
     prompt_text,
     sample,
     token_logits,
