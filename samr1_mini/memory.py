@@ -56,7 +56,8 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer
     room = s.group * -(-s.max_new_tokens // Cache.BLOCK) * Cache.BLOCK
-    reading = prompt_tokens * (text.num_hidden_layers * token + 4 * text.intermediate_size * size)
+    states = (4 * text.intermediate_size + 5 * text.hidden_size) * size  # of one prompt token in a layer, adapter included
+    reading = prompt_tokens * (text.num_hidden_layers * token + states)
     choosing = s.group * text.vocab_size * 20  # log-probabilities in fp32, as they add up in fp64
     return max(reading, (prompt_tokens + room) * text.num_hidden_layers * token + choosing)
 

@@ -198,6 +198,26 @@ def test_groups_without_variance_get_no_policy_gradient(policy, segmenter, setti
     assert grpo.describe(rollouts)["zero_variance"] == 1
 
 
+def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(policy, segmenter, settings):
+    """With beta > 0 a flat group pulls to the base; left out, its forwards go too, and the mean is still over all questions."""
+    rollouts = rollouts_of(policy, segmenter, settings)
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = torch.linspace(-1, 1, settings.group) if i == 1 else torch.zeros(settings.group)
+    one = replace(settings, updates=1, beta=0.1, lr=0.0, max_grad_norm=1e9)
+    parameters, gradients = [p for p in policy.model.parameters() if p.requires_grad], []
+    for s, part in ((one, rollouts), (replace(one, skip_flat=True), rollouts), (one, rollouts[1:2])):
+        for rollout in rollouts:
+            rollout.reference = None
+        update(policy, torch.optim.SGD(parameters, lr=0.0), part, s, 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        assert [r.reference is not None for r in part] == [not s.skip_flat or r is rollouts[1] for r in part]
+    everything, skipped, alone = gradients
+    torch.testing.assert_close(skipped, alone / len(rollouts), atol=1e-6, rtol=1e-4)
+    assert (everything - skipped).norm() > 1e-3 * skipped.norm()
+    assert grpo.describe(rollouts)["zero_variance"] == 3 / 4
+    policy.model.zero_grad()
+
+
 def test_a_non_finite_loss_skips_the_update_loudly(segmenter, settings, capsys):
     policy = load_policy("tiny", "fp32", rank=4)
     rollouts = rollouts_of(policy, segmenter, settings)
