@@ -1,11 +1,11 @@
-"""Memory and time of a preset, known before a GPU is rented: `python train.py --preset 7b --rehearse 1` on any machine.
+"""What a preset needs, known before a GPU is rented: `python train.py --preset 7b --rehearse 1` on any machine.
 
-The code that trains runs here too, at its true shape, on tensors that have a shape, a dtype and a storage of so many bytes, but no
-numbers (torch's FakeTensorMode). What is counted on the way, operation by operation, is exact for the code as it stands: bytes held,
-bytes moved, floating-point operations. What is assumed is how well a card uses its published peaks (CARDS, and the shares below
-it), so memory is good to about 10 % and hours are a forecast, not a measurement: take them as right within a factor of 1.5.
+The code that trains runs here too, at its true shape, on tensors with a shape, a dtype and a storage, but without numbers (torch's
+FakeTensorMode). Counted on the way, operation by operation, for the code as it stands: bytes held, bytes moved, floating-point
+operations. Assumed: how much of its published peaks (CARDS) a card reaches. So memory is good to about 10 %; hours are right within
+a factor of 1.5 or so. Nothing here is measured, and every printed line begins with the word forecast.
 
-Numbers that steer the code (lengths, masks, positions) are whole numbers, and those are real; only floating-point tensors are fake.
+Only floating-point tensors are fake. Whole numbers, which steer the code (lengths, masks, positions), are real.
 """
 
 import copy
@@ -13,7 +13,6 @@ import math
 import re
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,10 +33,38 @@ from .grpo import Rollout, new_optimizer, update
 from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, prompt_text, sample
 from .reward import Segmenter
 
+# The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
+SHAPES = {
+    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+               vocab_size=151936),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+               vocab_size=152064),
+    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                  vocab_size=16384),
+}
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
+              fullatt_block_indexes=[7, 15, 23, 31])
+SMALL_VISION = VISION | dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=4, fullatt_block_indexes=[1, 3])
+
+
+def shape_config(shape: str) -> Qwen2_5_VLConfig:
+    """The configuration of "3b", "7b" or "small", with the special tokens of the tiny tokenizer: Qwen's own would be a download."""
+    text, token = SHAPES[shape], AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids
+    half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies: 1/4 for time, the rest for height, width
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[half // 4, half * 3 // 8, half * 3 // 8])
+    ends = dict(eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
+    return Qwen2_5_VLConfig(
+        text_config=text | dict(max_position_embeddings=32768, rope_parameters=rope, **ends),
+        vision_config=(SMALL_VISION if shape == "small" else VISION) | dict(out_hidden_size=text["hidden_size"]),
+        tie_word_embeddings=shape == "3b", image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+    )
+
+
 GIB = 2**30
 
 # Published peaks: GiB, GB/s, dense TFLOP/s of bf16 tensor cores with fp32 accumulation (half of the figure "with sparsity"), and of
-# fp32. From NVIDIA's white papers of the architectures GA102, Ada and RTX Blackwell, and its data sheets of A10G, L4, A100 SXM, H100 SXM.
+# fp32. From NVIDIA's white papers on GA102, Ada and RTX Blackwell, and its data sheets of A10G, L4, A100 SXM and H100 SXM.
 CARDS = {
     "RTX 3090": (24, 936, 71, 35.6),
     "RTX 4090": (24, 1008, 165, 82.6),
@@ -47,31 +74,31 @@ CARDS = {
     "A100": (80, 2039, 312, 19.5),
     "H100": (80, 3350, 989, 67),
 }
-# Assumed. Large matrix products reach 50 to 80 % of the peak, small and thin ones far less; plain kernels read and write at 70 to 85 %.
+# Assumed: large products reach 50 to 80 % of a card's FLOP/s, thin ones far less; plain kernels 70 to 85 % of its bytes/s.
 FLOP_SHARE, BYTE_SHARE = 0.4, 0.7
-LAUNCH = 8e-6  # seconds that Python needs to start one operation on the GPU: what small ones take, whatever the card
-FUSED_ROWS = 64  # up to about so many rows bitsandbytes multiplies from the 4 bits; above, it writes a bf16 copy of the weight first
+LAUNCH = 8e-6  # assumed: seconds that Python takes to start one operation on any card
+FUSED_ROWS = 64  # up to so many rows (by card: 16 to 256) bitsandbytes multiplies from the 4 bits; above, it writes a bf16 copy first
 
 
 def usable(card: float) -> float:
-    """GiB of a card's that tensors can take: 0.6 go to CUDA's context and libraries, 5 % to gaps between tensors (assumed)."""
+    """GiB of a card's that tensors can take. Assumed: CUDA and its libraries take 0.6, gaps between tensors 5 %."""
     return 0.95 * card - 0.6
 
 
 # ---------------------------------------------------------------------------------------------------- the counter
 
-LOOKUPS = ("embedding", "index", "index_select", "gather", "index_put", "_index_put_impl")  # they touch few rows of a large tensor
+LOOKUPS = ("embedding", "index", "index_select", "gather", "index_put")  # they touch few rows of a large tensor
 
 
-def attention_flops(query, key, value, passes: int, causal: bool) -> int:
-    """Multiplications and additions of `passes` products of [queries, keys] scores: 2 forward, 5 in the backward, which makes them again."""
-    return 2 * passes * query.shape[:3].numel() * key.shape[2] * query.shape[3] // (2 if causal else 1)
+def attention_flops(query, key, products: int, causal: bool) -> int:
+    """Of `products` matrix products between [B, H, queries, d] and [B, KV, keys, d]; causal attention skips half."""
+    return 2 * products * query.numel() * key.shape[2] // (2 if causal else 1)
 
 
 class Counter(TorchDispatchMode):
-    """While entered, counts bytes held and moved, floating-point operations, and for each card the seconds that it would need.
+    """While entered, counts bytes held and moved, floating-point operations, and the seconds that each card would need.
 
-    With `fake`, floating-point tensors that are made have no numbers, and what is made from them neither; without, all is real.
+    With `fake`, floating-point tensors that are made have no numbers, nor has what is made from them; without, all is real.
     """
 
     def __init__(self, fake: FakeTensorMode | None = None):
@@ -81,19 +108,20 @@ class Counter(TorchDispatchMode):
         self.before = dict(self.total)
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Count the storage of a tensor, once, until it is freed."""
+        """Count a tensor's storage, once, until it is freed."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.held:
-            self.held[storage._cdata] = storage.nbytes()
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.drop, storage._cdata)
+            weakref.finalize(storage, self.drop, key)
 
-    def drop(self, storage: int) -> None:
-        self.live -= self.held.pop(storage)
+    def drop(self, key: int) -> None:
+        self.live -= self.held.pop(key)
 
     def lap(self, resident: int | None = None) -> dict:
-        """What was counted since the last lap, and how far the bytes held rose "over" those that stay, `resident` from here on."""
+        """What was counted since the last lap, and how far bytes rose "over" those that stay (`resident`, from here on)."""
         lap = {k: v - self.before[k] for k, v in self.total.items()} | {"over": self.peak - self.resident}
         self.resident = self.resident if resident is None else resident
         self.before, self.peak = dict(self.total), self.live
@@ -109,73 +137,67 @@ class Counter(TorchDispatchMode):
         before = {x.untyped_storage()._cdata for x in tensors}
         for x in made:
             self.hold(x)
-        view = not func._schema.is_mutable and made and all(x.untyped_storage()._cdata in before for x in made)
+        view = not func._schema.is_mutable and all(x.untyped_storage()._cdata in before for x in made)
         if made and not view and "empty" not in func._schema.name:
             self.add(func, tensors, args, kwargs, out, made)
         return out
 
     def run(self, func, tensors, args, kwargs):
         """The operation itself, on fake tensors where one of its tensors is fake or a floating-point one is made from nothing."""
-        fakes = [x for x in tensors if isinstance(x, FakeTensor)]
-        if self.fake is None or (tensors and not fakes):
+        is_fake = lambda x: isinstance(x, FakeTensor)
+        if self.fake is None or (tensors and not any(map(is_fake, tensors))):
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:  # .item(): there is no number to give
             return 1.0 if args[0].is_floating_point() else True if args[0].dtype == torch.bool else 1
-        if func._schema.is_mutable and not isinstance(args[0], FakeTensor):
-            return args[0]  # nothing to write into a real tensor: it keeps what stands in it
-        if func._schema.name in ("aten::index", "aten::index_put_"):  # a mask with numbers says how many places it means
-            real = lambda x: isinstance(x, torch.Tensor) and x.dtype == torch.bool and not isinstance(x, FakeTensor)
-            places = [i for x in args[1] for i in (x.nonzero().unbind(1) if real(x) else [x])]
-            args = (args[0], places, *args[2:])
+        if func._schema.is_mutable and not is_fake(args[0]):
+            return args[0]  # no number to write into a real tensor: it keeps what stands in it
+        if func._schema.name in ("aten::index", "aten::index_put_"):  # a real mask tells how many places it means
+            mask = lambda x: isinstance(x, torch.Tensor) and x.dtype == torch.bool and not is_fake(x)
+            args = (args[0], [i for x in args[1] for i in (x.nonzero().unbind(1) if mask(x) else [x])], *args[2:])
         with self.fake:
             out = func(*args, **kwargs)
-        if tensors or (isinstance(out, FakeTensor) and out.is_floating_point()):
-            return out
-        return func(*args, **kwargs)
+        return out if tensors or (is_fake(out) and out.is_floating_point()) else func(*args, **kwargs)
 
     def add(self, func, tensors, args, kwargs, out, made) -> None:
-        """Count one operation that does something: it takes as long as its arithmetic or its bytes need, whichever is longer."""
-        name, flops = func._schema.name.split("::")[1], 0
+        """Count an operation that does something. It takes as long as its arithmetic or its bytes need, whichever is longer."""
+        name, flops = func._schema.name.split("::")[1].strip("_"), 0
         size = lambda xs: sum(x.numel() * x.element_size() for x in xs)
-        moved = size(tensors) + size(made)
-        if name.rstrip("_") in LOOKUPS:
-            moved = 2 * size(tensors[-1:] if func._schema.is_mutable else made)
+        moved = 2 * size(tensors[-1:] if func._schema.is_mutable else made) if name in LOOKUPS else size(tensors) + size(made)
         if name == "gemm_4bit":
             (x, _, shape), rows = args[:3], args[0].shape[:-1].numel()
-            flops = 2 * rows * math.prod(shape)
+            flops, copied = 2 * rows * math.prod(shape), math.prod(shape) * x.element_size()
             if rows > FUSED_ROWS:
-                copy = math.prod(shape) * x.element_size()
-                moved += 2 * copy
-                self.peak = max(self.peak, self.live + copy)
-        elif name == "_scaled_dot_product_flash_attention_for_cpu":
-            flops = attention_flops(*args[:3], 2, args[4] if len(args) > 4 else False)
-        elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-            flops = attention_flops(*args[1:4], 5, args[7])
+                moved += 2 * copied
+                self.peak = max(self.peak, self.live + copied)
+        elif name == "scaled_dot_product_flash_attention_for_cpu":
+            flops = attention_flops(*args[:2], 2, len(args) > 4 and args[4])
+        elif name == "scaled_dot_product_flash_attention_for_cpu_backward":
+            flops = attention_flops(*args[1:3], 5, args[7])  # two of the forward again, three for the gradients
         elif func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        self.total["flops"] += flops
-        self.total["moved"] += moved
-        self.total["operations"] += 1
+        for key, value in (("flops", flops), ("moved", moved), ("operations", 1)):
+            self.total[key] += value
         for card, (_, bandwidth, half, single) in CARDS.items():
-            rate = (single if made[0].dtype == torch.float32 else half) * 1e12
-            self.total[card] += max(flops / rate / FLOP_SHARE, moved / bandwidth / 1e9 / BYTE_SHARE)
+            rate = single if made[0].dtype == torch.float32 else half
+            self.total[card] += max(flops / (rate * 1e12 * FLOP_SHARE), moved / (bandwidth * 1e9 * BYTE_SHARE))
 
 
 # ---------------------------------------------------------------------------------------------------- what is counted
 
 
 def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, counter: Counter) -> Policy:
-    """The policy as it is loaded, module by module of the real classes, without numbers in its weights.
+    """The policy as it is loaded, of the real classes, without numbers in its weights.
 
-    bitsandbytes' Params4bit cannot hold a fake tensor, so a plain parameter stands in, with the packed weight and the statistics that
-    the library's own quantisation gives a fake weight.
+    bitsandbytes' Params4bit cannot hold a fake tensor: a plain parameter stands in, with the packed weight and the statistics that the
+    library's own quantisation gives for a fake weight. All that reads it is the library's code.
     """
     with init_empty_weights():
         base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
         if s.load_in == "nf4":
-            nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-            replace_with_bnb_linear(base, ["model.visual", "lm_head"], nf4)
-            base.is_loaded_in_4bit = True  # PEFT's question
+            replace_with_bnb_linear(base, ["model.visual", "lm_head"], BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            ))
+            base.is_loaded_in_4bit = True  # what PEFT goes by
         policy = add_adapter(base, AutoProcessor.from_pretrained(TINY), s.rank, checkpointing=s.checkpointing)
     with counter:
         for module in policy.model.modules():
@@ -193,25 +215,40 @@ def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, count
     return policy
 
 
+def sam_kind(s: Settings) -> str:
+    return s.sam if s.sam in sam_model_registry else "vit_h"  # a SAM 2 or 3 cannot be built without its files
+
+
+def build(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype | None = None) -> tuple[Counter, Policy, Segmenter, dict]:
+    """A fake policy and a fake SAM in one process, and the bytes of each."""
+    counter = Counter(FakeTensorMode(allow_non_fake_inputs=True))
+    policy = fake_policy(config, s, dtype or (torch.float32 if s.load_in == "fp32" else torch.bfloat16), counter)
+    weights = counter.live
+    with counter:
+        segmenter = Segmenter(SamPredictor(sam_model_registry[sam_kind(s)]().requires_grad_(False)))
+    return counter, policy, segmenter, {"weights": weights, "sam": counter.live - weights, "load": counter.peak}
+
+
 TEXT = 200  # prompt tokens beside the picture's: 174 of instruction in Qwen's vocabulary, and a question
 
 
 @torch.no_grad()
-def prompts_of(policy: Policy, size: int, tokens: int, number: int) -> list[Prompt]:
-    """`number` encoded questions of `tokens` tokens about pictures of size x size pixels, which is a part of them."""
-    cell = policy.base.config.vision_config.patch_size * policy.base.config.vision_config.spatial_merge_size
-    text = lambda words: prompt_text(policy.processor, " the" * words, size, size)
-    least = len(policy.processor.tokenizer(text(1)).input_ids) - 1 + (size // cell) ** 2  # the placeholder becomes the picture
-    return encode(policy, [Image.new("RGB", (size, size))] * number, [" the" * max(1, 1 + tokens - least)] * number)
+def read_pictures(policy: Policy, s: Settings) -> list[Prompt]:
+    """The questions of a batch, each of TEXT tokens and a picture: one is encoded, the others are copies of it."""
+    text = lambda words: prompt_text(policy.processor, " the" * words, s.image_size, s.image_size)
+    least = len(policy.processor.tokenizer(text(1)).input_ids) - 1  # without the placeholder of the picture
+    question = " the" * max(1, 1 + TEXT - least)
+    prompt = encode(policy, [Image.new("RGB", (s.image_size, s.image_size))], [question])[0]
+    return [replace(prompt, embeds=prompt.embeds.clone()) for _ in range(s.questions)]
 
 
 def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: Counter) -> dict:
     """Laps of policy.sample: "prefill", and one token of every answer, the "first" and the "last".
 
-    Four tokens are sampled. Before the third the cache grows by what the tokens between would have left in it.
+    Without numbers four tokens are sampled: before the third the cache grows by what the tokens between would have left in it.
     """
-    language, laps, between = policy.base.model.language_model, [], max(0, s.max_new_tokens - 4)
-    forward = language.forward
+    language, laps = policy.base.model.language_model, []
+    forward, between = language.forward, max(0, s.max_new_tokens - 4) if counter.fake else 0
 
     def watched(*args, **kwargs):
         laps.append(counter.lap())
@@ -228,17 +265,22 @@ def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: 
 
     language.forward = watched
     try:
-        sample(policy, prompts, s.group, min(4, s.max_new_tokens), s.temperature)
+        sample(policy, prompts, s.group, s.max_new_tokens - between, s.temperature)
     finally:
         del language.forward
     laps.append(counter.lap())
     return {"prefill": laps[1], "first": laps[2], "last": laps[-1] | {"over": max(lap["over"] for lap in laps[3:])}}
 
 
+def together(s: Settings) -> int:
+    """Questions in one forward of an update."""
+    return min(s.micro, max(1, s.questions // s.updates))
+
+
 def count_update(policy: Policy, optimizer, prompts: list[Prompt], s: Settings, counter: Counter) -> dict:
-    """A lap of one update, reference pass included: `s.micro` questions in one forward, G answers of full length to each."""
+    """A lap of one forward and backward of an update, with its reference pass; G answers of full length to each question."""
     answers = [Completion(torch.full((s.max_new_tokens,), 300), torch.zeros(s.max_new_tokens), False, "") for _ in range(s.group)]
-    rollouts = [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group)) for p in prompts[: s.micro]]
+    rollouts = [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group)) for p in prompts[: together(s)]]
     counter.lap()
     update(policy, optimizer, rollouts, replace(s, updates=1, passes=1), 0)
     return counter.lap()
@@ -253,131 +295,166 @@ def count_reward(segmenter: Segmenter, s: Settings, counter: Counter) -> dict:
     return counter.lap()
 
 
-def new_moments(policy: Policy, s: Settings, counter: Counter):
-    """An optimizer as it is from the second update on: with its moments, and between updates the last gradients."""
-    optimizer = new_optimizer(policy, s)
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    counter.lap(resident=counter.live)
-    return optimizer
-
-
-def count(counter: Counter, policy: Policy, segmenter: Segmenter, loaded: dict, s: Settings) -> dict:
+def count(counter: Counter, policy: Policy, segmenter: Segmenter, loaded: dict, s: Settings, sizes: tuple = ()) -> dict:
     """`loaded`, bytes of the optimizer, and laps of the phases of a step, one after the other.
 
-    encode is of one picture, prefill and the tokens of `s.questions` questions at a time, reward of one question, update of `s.micro`.
+    encode is of one picture, prefill and the tokens of `s.questions` questions at a time, reward of one question, update of one
+    forward; "updates" are those of other `sizes` (G, length).
     """
     with counter:
-        before, tokens = counter.live, (s.image_size // 28) ** 2 + TEXT
-        optimizer = new_moments(policy, s, counter)
+        before, optimizer = counter.live, new_optimizer(policy, s)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # from the second update on there are moments, and until the next update the last gradients
         found = loaded | {"optimizer": counter.live - before}
-        found["prompt_tokens"] = len(prompts_of(policy, s.image_size, tokens, 1)[0].ids)
-        found |= {"encode": counter.lap(), "reward": count_reward(segmenter, s, counter)}
-        prompts = prompts_of(policy, 56, tokens, s.questions)  # a small picture and more text: as many tokens, sooner
-        counter.lap()
+        counter.lap(resident=counter.live)
+        prompts = read_pictures(policy, s)
+        found |= {"prompt_tokens": len(prompts[0].ids), "encode": counter.lap(), "reward": count_reward(segmenter, s, counter)}
         found |= count_sampling(policy, prompts, s, counter)
-        return found | {"update": count_update(policy, optimizer, prompts, s, counter)}
+        one = lambda g, n: count_update(policy, optimizer, prompts, replace(s, group=g, max_new_tokens=n), counter)
+        return found | {"update": one(s.group, s.max_new_tokens), "updates": {size: one(*size) for size in sizes}}
 
 
-def count_updates(config: Qwen2_5_VLConfig, s: Settings, sizes: list[tuple[int, int]]) -> dict:
-    """Laps of updates of other sizes (G, length), from models of one and of two layers: all layers hold, move and compute the same."""
-    laps, layers = [], config.text_config.num_hidden_layers
-    for depth in (1, 2):
-        small = copy.deepcopy(config)
-        small.text_config.num_hidden_layers = small.vision_config.depth = depth
-        counter, policy, *_ = build(small, replace(s, sam="tiny"))
-        with counter:
-            optimizer = new_moments(policy, s, counter)
-            prompts = prompts_of(policy, 56, (s.image_size // 28) ** 2 + TEXT, s.questions)
-            laps.append([count_update(policy, optimizer, prompts, replace(s, group=g, max_new_tokens=n), counter) for g, n in sizes])
-    return {size: {k: v + (layers - 1) * (two[k] - v) for k, v in one.items()} for size, one, two in zip(sizes, *laps)}
+def grow(found, one, two, layers: int):
+    """`found` and what `layers` more layers add: all hold, move and compute what the second of two does."""
+    if isinstance(found, dict):
+        return {k: grow(v, one[k], two[k], layers) for k, v in found.items()}
+    return found + layers * (two - one)
+
+
+def counts(config: Qwen2_5_VLConfig, s: Settings, sizes: tuple, whole: bool) -> dict:
+    """As `count`; updates of other sizes, and without `whole` everything, from models of one and of two layers."""
+    def cut(layers: int, blocks: int) -> Qwen2_5_VLConfig:
+        part = copy.deepcopy(config)
+        part.text_config.num_hidden_layers, part.vision_config.depth = layers, blocks
+        return part
+
+    layers, blocks, tiny = config.text_config.num_hidden_layers, config.vision_config.depth, replace(s, sam="tiny")
+    one, two = (count(*build(cut(n, 1), tiny), tiny, sizes) for n in (1, 2))
+    found = count(*build(cut(layers if whole else 1, blocks), s), s)
+    updates = grow(one["updates"], one["updates"], two["updates"], layers - 1)
+    return grow(found | {"updates": {}}, one, two, 0 if whole else layers - 1) | {"updates": updates}
 
 
 # ---------------------------------------------------------------------------------------------------- the forecast
 
-
-def sam_kind(s: Settings) -> str:
-    return s.sam if s.sam in sam_model_registry else "vit_h"  # a SAM 2 or 3 cannot be built without its files
-
-
-def build(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype = torch.bfloat16) -> tuple[Counter, Policy, Segmenter, dict]:
-    """A fake policy and a fake SAM in one process, and the bytes of each."""
-    counter = Counter(FakeTensorMode(allow_non_fake_inputs=True))
-    policy = fake_policy(config, s, dtype, counter)
-    weights = counter.live
-    with counter:
-        segmenter = Segmenter(SamPredictor(sam_model_registry[sam_kind(s)]().requires_grad_(False)))
-    return counter, policy, segmenter, {"weights": weights, "sam": counter.live - weights, "load": counter.peak}
-
-
-def seconds(lap: dict, card: str) -> float:
-    """Of a lap on a card: what the card needs, or what Python needs to start its operations, whichever is longer."""
-    return max(lap[card], lap["operations"] * LAUNCH)
-
-
-def step_seconds(found: dict, update: dict, s: Settings, card: str, length: int) -> dict:
-    """Seconds of a step by phase with answers of `length` tokens."""
-    memory, bandwidth, *_ = CARDS[card]
-    room = usable(memory) * GIB - found["weights"] - found["sam"] - found["optimizer"]
-    rounds = min(s.questions, max(1, math.ceil(max(found["prefill"]["over"], found["last"]["over"]) / max(room, 1))))
-    share = (length / 2) / max(1, s.max_new_tokens)  # a token costs more the longer its answer is: on average as one in the middle
-    token = {k: v + share * (found["last"][k] - v) for k, v in found["first"].items()}
-    again = (rounds - 1) * found["weights"] / bandwidth / 1e9 / BYTE_SHARE  # each round of sampling reads the weights once more
-    reading = s.questions * seconds(found["encode"], card) + seconds(found["prefill"], card)
-    sampling = length * max(token[card] + again, rounds * token["operations"] * LAUNCH)
-    updating = s.passes * s.questions / s.micro * seconds(update, card)
-    return {"rollout": reading + sampling, "reward": s.questions * seconds(found["reward"], card), "update": updating}
-
-
-LENGTHS = (128, 512)
 GRID = tuple((g, n) for g in (4, 8, 16) for n in (256, 512, 1024))
 
 
 def peaks(found: dict) -> dict:
     """GiB of what stays, and the peak of the whole process in each phase."""
     resident = found["weights"] + found["optimizer"] + found["sam"]
-    parts = {"weights": found["weights"], "optimizer": found["optimizer"], "sam": found["sam"], "load_peak": found["load"]}
-    phases = {"encode": "encode", "prefill": "prefill", "decode": "last", "reward": "reward", "update": "update"}
-    parts |= {f"{phase}_peak": resident + found[lap]["over"] for phase, lap in phases.items()}
-    return {f"{name}_gib": size / GIB for name, size in parts.items()}
+    size = {name: found[name] for name in ("weights", "optimizer", "sam")} | {"load_peak": found["load"]}
+    for phase, lap in dict(encode="encode", prefill="prefill", decode="last", reward="reward", update="update").items():
+        size[f"{phase}_peak"] = resident + found[lap]["over"]
+    return {f"{name}_gib": value / GIB for name, value in size.items()}
+
+
+def seconds(lap: dict, card: str) -> float:
+    """Of a lap: what the card needs, or what Python needs to start its operations, whichever is longer."""
+    return max(lap[card], lap["operations"] * LAUNCH)
+
+
+def step_seconds(found: dict, s: Settings, card: str, length: int) -> dict:
+    """Seconds of a step by phase with answers of `length` tokens."""
+    memory, bandwidth, *_ = CARDS[card]
+    room = max(1, usable(memory) * GIB - found["weights"] - found["sam"] - found["optimizer"])
+    rounds = min(s.questions, math.ceil(max(found["prefill"]["over"], found["last"]["over"]) / room))
+    again = (rounds - 1) * found["weights"] / (bandwidth * 1e9 * BYTE_SHARE)  # each round reads the weights once more
+    middle = length / 2 / s.max_new_tokens  # a token costs more the more stand before it: on average as much as the middle one
+    token = {k: v + middle * (found["last"][k] - v) for k, v in found["first"].items()}
+    sampling = length * max(token[card] + again, rounds * token["operations"] * LAUNCH)
+    return {
+        "rollout": s.questions * seconds(found["encode"], card) + seconds(found["prefill"], card) + sampling,
+        "reward": s.questions * seconds(found["reward"], card),
+        "update": s.passes * s.questions / together(s) * seconds(found["updates"][s.group, length], card),
+    }
+
+
+def hours(step: dict, samples: int, s: Settings) -> float:
+    return sum(step.values()) * (samples // s.questions) / 3600
 
 
 def forecast(config: Qwen2_5_VLConfig, s: Settings) -> dict:
-    """Peaks of the whole process, in GiB, and hours by card, of the preset's shape `config`; what each key means is printed."""
-    found = count(*build(config, s), s)
-    updates = count_updates(config, s, [*GRID, *((s.group, n) for n in LENGTHS)])
-    times = {card: {str(n): step_seconds(found, updates[s.group, n], s, card, n) for n in LENGTHS} for card in CARDS}
+    """GiB at the peaks, and hours by card, of a model of the shape `config`; forecast_lines tells what is what."""
+    lengths = sorted({128, 512, s.max_new_tokens})
+    found = counts(config, s, (*GRID, *((s.group, n) for n in lengths)), whole=True)
+    step = {card: {str(n): step_seconds(found, s, card, n) for n in lengths} for card in CARDS}
+    by_size = {size: peaks(found | {"update": lap})["update_peak_gib"] for size, lap in found["updates"].items()}
     return peaks(found) | {
-        "update_peak_gib_by_size": {f"{g} x {n}": peaks(found | {"update": updates[g, n]})["update_peak_gib"] for g, n in GRID},
-        "prompt_tokens": found["prompt_tokens"],
+        "update_peak_gib_by_size": {f"{g} x {n}": by_size[g, n] for g, n in GRID}, "prompt_tokens": found["prompt_tokens"],
         "decode_bytes_per_token": (found["first"]["moved"] + found["last"]["moved"]) // 2,
-        "update_flops": found["update"]["flops"] // s.micro,
-        "seconds_per_step": times,
-        "hours": {card: {n: sum(x.values()) * (3000 // s.questions) / 3600 for n, x in by_length.items()} for card, by_length in times.items()},
+        "update_flops": found["update"]["flops"] // together(s), "seconds_per_step": step,
+        "hours": {card: {n: hours(times[n], 3000, s) for n in ("128", "512")} for card, times in step.items()},
     }
 
 
 def forecast_lines(expected: dict, s: Settings) -> list[str]:
     """What is printed of a forecast: every line says that it is one, and how its figures come about."""
-    e = expected
-    phases = ("load", "encode", "prefill", "decode", "reward", "update")
+    e, gib = expected, lambda *names: ", ".join(f"{n} {expected[f'{n}_peak_gib']:.1f}" for n in names)
+    fits = lambda peak: [f"{card} GB" for card in (24, 16, 12) if max(peak, e["reward_peak_gib"]) < usable(card)]
     lines = [
         f"{s.preset} in {s.load_in}, {s.questions} questions x {s.group} answers of {s.max_new_tokens} tokens, prompts of "
-        f"{e['prompt_tokens']} tokens, SAM {sam_kind(s)}: counted on tensors without numbers; nothing here is measured",
-        f"GiB that stay: weights with adapter {e['weights_gib']:.2f}, moments and gradients {e['optimizer_gib']:.2f}, SAM {e['sam_gib']:.2f}",
-        "GiB of the whole process at its peak: " + ", ".join(f"{p} {e[f'{p}_peak_gib']:.1f}" for p in phases)
-        + f" (prefill and decode of all {s.questions} questions at once: with less memory fewer are taken at a time)",
+        f"{e['prompt_tokens']} tokens, SAM {sam_kind(s)}; counted on tensors without numbers, nothing is measured",
+        f"GiB that stay: weights with adapter {e['weights_gib']:.2f}, moments and gradients {e['optimizer_gib']:.2f}, "
+        f"SAM {e['sam_gib']:.2f}",
+        "GiB of the whole process at the peak of a phase: " + gib("load", "encode", "prefill", "decode", "reward", "update"),
+        f"prefill and decode are of all {s.questions} questions at once; where memory is short, fewer are taken at a time",
+        "updates of other sizes, and cards that hold them (usable: 95 % less 0.6 GiB):",
+        *(f"  {size} tokens: {peak:.1f} GiB, {', '.join(fits(peak)) or 'none of 24, 16 and 12 GB'}"
+          for size, peak in e["update_peak_gib_by_size"].items()),
+        f"one token of {s.questions} x {s.group} answers moves {e['decode_bytes_per_token'] / 1e9:.1f} GB, the mean of the first and the "
+        f"last; the update of one question takes {e['update_flops'] / 1e12:.1f} TFLOP, with the reference and all that is made twice",
+        "hours for 3,000 samples with answers of 128 and of 512 tokens (seconds of a step: rollout + reward + update):",
     ]
-    fits = lambda gib: ", ".join(f"{card} GB" for card in (24, 16, 12) if max(gib, e["reward_peak_gib"]) < usable(card)) or "none of 24, 16, 12 GB"
-    for size, gib in e["update_peak_gib_by_size"].items():
-        lines.append(f"update with {size} tokens: {gib:.1f} GiB at its peak, fits {fits(gib)} (usable: 95 % less 0.6 GiB)")
-    lines.append(f"one token of {s.questions} x {s.group} answers moves {e['decode_bytes_per_token'] / 1e9:.0f} GB; "
-                 f"the update of one question takes {e['update_flops'] / 1e12:.0f} TFLOP, with the reference and what is computed twice")
-    for card, hours in e["hours"].items():
-        times = e["seconds_per_step"][card]
-        lines.append(f"{card}: 3,000 samples in {hours['128']:.1f} hours with answers of 128 tokens, {hours['512']:.1f} with 512 (step: "
-                     + ", ".join(f"{p} {times['128'][p]:.0f} and {times['512'][p]:.0f}" for p in times["128"]) + " s)")
-    lines.append(f"hours assume {FLOP_SHARE:.0%} of a card's published FLOP/s, {BYTE_SHARE:.0%} of its bytes/s and {LAUNCH * 1e6:.0f} us to start an "
-                 "operation, whichever takes longest; evaluation is not in them. Right within a factor of 1.5 or so")
+    for card, times in e["hours"].items():
+        step = (" + ".join(f"{x:.1f}" for x in e["seconds_per_step"][card][n].values()) for n in ("128", "512"))
+        lines.append(f"  {card}: " + ", ".join(f"{h:.1f} ({x})" for h, x in zip(times.values(), step)))
+    lines.append(f"assumed: {FLOP_SHARE:.0%} of a card's published FLOP/s, {BYTE_SHARE:.0%} of its bytes/s, {LAUNCH * 1e6:.0f} us to start an "
+                 "operation, whichever takes longest; without evaluation; right within a factor of 1.5 or so")
     return [f"forecast: {line}" for line in lines]
+
+
+def known_card(name: str) -> str | None:
+    """The row of CARDS for a device's name, such as "NVIDIA GeForce RTX 4090" or "NVIDIA A100-SXM4-80GB"; None for others."""
+    words = re.split("[ -]", name)
+    return next((card for card in CARDS if set(card.split()) <= set(words) and "Laptop" not in words), None)
+
+
+def forecast_line(s: Settings) -> str:
+    """One line for the start of a training on a GPU's preset, "" for others: the peak of this card's memory, and hours.
+
+    Takes seconds, because one and two layers are counted and multiplied; the run's random numbers stay as they are.
+    """
+    if s.preset not in ("3b", "7b"):
+        return ""
+    with torch.random.fork_rng(devices=[]):
+        found = counts(shape_config(s.preset), s, ((s.group, 128),), whole=False)
+    gib, name, memory, of = peaks(found), "a machine without a GPU", math.inf, ""
+    if torch.cuda.is_available():
+        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / GIB
+        memory = min(memory, s.memory_limit or memory)
+        of = f" of this card's {memory:.1f}"
+    sampling = min(memory, max(gib["prefill_peak_gib"], gib["decode_peak_gib"]))  # it takes fewer questions where memory is short
+    peak, card = max(sampling, *(gib[f"{p}_peak_gib"] for p in ("load", "encode", "reward", "update"))), known_card(name)
+    time = f"no hours: {name} is none of {', '.join(CARDS)}"
+    if card:
+        time = f"about {hours(step_seconds(found, s, card, 128), s.samples, s):.1f} hours at answers of 128 tokens"
+    return f"forecast: peak {peak:.1f} GiB{of}, {time}"
+
+
+def time_left(seconds: list[float], steps: int) -> str:
+    """A line about a run of `steps` steps from the measured `seconds` of those done, at least two: the first warms up."""
+    step = sum(seconds[1:]) / (len(seconds) - 1)
+    return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
+
+
+def beside(seconds: dict, gib: dict, expected: dict, times: dict) -> list[str]:
+    """Lines of a table: measured seconds and peak GiB by phase, and beside each the forecast, where there is one."""
+    phases = dict(load=("load",), rollout=("encode", "prefill", "decode"), reward=("reward",), update=("update",))
+    show = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    lines = [f"{'phase':<12}{'seconds':>10}{'forecast':>10}{'peak GiB':>12}{'forecast':>10}"]
+    for phase, value in seconds.items():
+        peak = max((expected[f"{p}_peak_gib"] for p in phases.get(phase, ())), default=None)
+        lines.append(f"{phase:<12}{value:>10.1f}{show(times.get(phase), 1):>10}{gib[phase]:>12.3f}{show(peak, 3):>10}")
+    return lines

@@ -8,6 +8,7 @@ What an answer says matters neither for memory nor for time, so SAM gets well-fo
 import gc
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,34 +28,11 @@ from .attention import IMPLEMENTATION
 from .config import Settings, UserError, check_size
 from .data import Shapes
 from .evaluation import evaluate
-from .forecast import forecast, forecast_lines
+from .forecast import GIB, SHAPES, Counter, beside, build, count, forecast, forecast_lines, known_card, peaks, shape_config
 from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
 from .memory import compute_dtype, peak_memory
 from .policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
 from .reward import Segmenter, load_segmenter, score_group
-
-# The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
-SHAPES = {
-    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064),
-    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=16384),
-}
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
-              fullatt_block_indexes=[7, 15, 23, 31])
-SMALL_VISION = VISION | dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=4, fullatt_block_indexes=[1, 3])
-
-
-def shape_config(shape: str) -> Qwen2_5_VLConfig:
-    """The configuration of "3b", "7b" or "small", with the special tokens of the tiny tokenizer: Qwen's own would have to be downloaded."""
-    text, token = SHAPES[shape], AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids
-    half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies: a quarter for time, the rest for height and width
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[half // 4, half * 3 // 8, half * 3 // 8])
-    return Qwen2_5_VLConfig(
-        text_config=text | dict(max_position_embeddings=32768, rope_parameters=rope, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
-        vision_config=(SMALL_VISION if shape == "small" else VISION) | dict(out_hidden_size=text["hidden_size"]),
-        tie_word_embeddings=shape == "3b", image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-    )
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
@@ -80,21 +58,24 @@ def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str
 
 
 class Meter:
-    """Seconds and peak memory by phase: of that phase on a GPU, of the process so far on a CPU."""
+    """Seconds by phase, and peak GiB of tensors in it: as CUDA counts them on a GPU, else by the counter of the forecast."""
 
     def __init__(self, device: str):
-        self.cuda, self.seconds, self.peak, self.phase = device == "cuda", {}, {}, ""
+        self.cuda, self.seconds, self.peak, self.phase, self.counter = device == "cuda", {}, {}, "", Counter()
 
     def __call__(self, phase: str, work):
         self.phase = phase
         if self.cuda:
             torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
+        self.counter.lap()
         start = time.perf_counter()
-        result = work()
+        with nullcontext() if self.cuda else self.counter:
+            result = work()
         if self.cuda:
             torch.cuda.synchronize()
         self.seconds.setdefault(phase, []).append(time.perf_counter() - start)
-        self.peak[phase] = max(self.peak.get(phase, 0.0), peak_memory("cuda" if self.cuda else "cpu"))
+        peak = peak_memory("cuda") if self.cuda else self.counter.lap()["over"] / GIB
+        self.peak[phase] = max(self.peak.get(phase, 0.0), peak)
         return result
 
 
@@ -144,9 +125,13 @@ def rehearse(s: Settings) -> dict:
     if cuda and shape == "small":
         raise UserError(f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes")
     check_size(shape_config(shape), s.image_size)
-    expected = forecast(shape_config(shape), s)
-    print(*forecast_lines(expected, s), sep="\n", flush=True)
-    if not cuda:
+    expected, times = {}, {}
+    if shape != "small":
+        expected = forecast(shape_config(shape), s)
+        print(*forecast_lines(expected, s), sep="\n", flush=True)
+    if cuda:
+        times = expected["seconds_per_step"].get(known_card(torch.cuda.get_device_name()), {}).get(str(s.max_new_tokens), {})
+    else:
         shape, s = "small", replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
         print(f"no GPU, so nothing above was measured. Measured below: a small policy, the tiny SAM, 2 questions and {s.max_new_tokens} tokens. "
               "These figures say nothing about a GPU")
@@ -172,11 +157,11 @@ def rehearse(s: Settings) -> dict:
         **{k: getattr(s, k) for k in ("load_in", "questions", "group", "max_new_tokens", "image_size", "sam", "memory_limit", "rehearse")},
         "prompt_tokens": len(prompt.ids), "seconds": mean, "peak_gib": meter.peak, "tokens_per_second": tokens / mean["rollout"], "seconds_per_step": step,
     }
+    if not cuda:  # the same phases of the same small model, counted as above
+        table["forecast_of_small"] = peaks(count(*build(shape_config(shape), s, torch.float32), s))
     print(f"\n{table['device']}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of {s.max_new_tokens} tokens, "
           f"prompts of {len(prompt.ids)} tokens")
-    print(f"{'phase':<12}{'seconds':>10}{'peak GiB':>10}")
-    for phase, seconds in mean.items():
-        print(f"{phase:<12}{seconds:>10.1f}{meter.peak[phase]:>10.2f}")
+    print(*beside(mean, meter.peak, table["forecast" if cuda else "forecast_of_small"], times), sep="\n")
     print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
     if cuda:
         table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600

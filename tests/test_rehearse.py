@@ -57,14 +57,14 @@ def test_a_random_policy_is_made_of_the_classes_and_dtypes_of_a_real_load(load_i
 
 
 def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_its_table(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--preset", "7b", "--rehearse", "2", "--device", "cpu", "--max-new-tokens", "8", "--image-size", "224",
+    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--rehearse", "2", "--device", "cpu", "--max-new-tokens", "8", "--image-size", "224",
                "--group", "2", "--run", "rehearsal"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert "say nothing about a GPU" in out.stdout and not (tmp_path / "rehearsal/metrics.jsonl").exists()
     table = json.loads((tmp_path / "rehearsal/rehearsal.json").read_text())
     assert set(table["seconds"]) == set(table["peak_gib"]) == {"load", "rollout", "reward", "update", "evaluation"}
-    assert table["shape"] == "small" and table["prompt_tokens"] > 64 and "hours_for_3000_samples" not in table
+    assert table["shape"] == "small" and table["prompt_tokens"] > 64 and "hours_for_3000_samples" not in table and not table["forecast"]
     for phase in table["seconds"]:
         assert phase in out.stdout
 
@@ -80,7 +80,7 @@ def test_memory_that_runs_out_is_told_with_its_phase(step, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(rehearse_module, "update", full)
-    settings, _ = make_settings(preset="3b", device="cpu", rehearse=2, max_new_tokens=8, image_size=112, group=2)
+    settings, _ = make_settings(preset="tiny", device="cpu", rehearse=2, max_new_tokens=8, image_size=112, group=2)
     with pytest.raises(UserError, match="in the phase update; lower --group.*2.00 GiB"):
         rehearse_module.rehearse(settings)
 

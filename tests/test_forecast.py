@@ -1,0 +1,205 @@
+"""The forecast: what is counted on tensors without numbers is held to real tensors and to formulas, what is printed to what it says."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+
+from samr1_mini import forecast as forecast_module
+from samr1_mini.config import make_settings
+from samr1_mini.forecast import (
+    CARDS,
+    GIB,
+    Counter,
+    beside,
+    build,
+    count,
+    counts,
+    forecast,
+    forecast_line,
+    forecast_lines,
+    known_card,
+    shape_config,
+    time_left,
+    usable,
+)
+from samr1_mini.policy import load_policy
+from samr1_mini.rehearse import random_policy
+from samr1_mini.reward import load_segmenter
+
+
+def short(**given):
+    """Settings of steps that a test can afford to run for real."""
+    return make_settings(**dict(preset="tiny", device="cpu", image_size=112, questions=2, group=4, updates=2, max_new_tokens=16) | given)[0]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Counts of the small shape in bf16 without numbers, with its config."""
+    config = shape_config("small")
+    return config, count(*build(config, short()), short())
+
+
+def real_count(policy, segmenter, s):
+    """The same phases on real tensors, counted by the same counter."""
+    counter = Counter()
+    tensors = [*policy.model.parameters(), *policy.model.buffers(), policy.banned]
+    for p in policy.base.parameters():
+        if isinstance(p, Params4bit):
+            state = p.quant_state
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    for tensor in tensors:
+        counter.hold(tensor)
+    weights = counter.live
+    for tensor in (*segmenter.predictor.model.parameters(), *segmenter.predictor.model.buffers()):
+        counter.hold(tensor)
+    return count(counter, policy, segmenter, {"weights": weights, "sam": counter.live - weights, "load": counter.live}, s)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "small"])
+def test_memory_without_numbers_is_that_of_real_tensors_in_real_nf4(shape):
+    s = short()
+    tiny = shape == "tiny"
+    policy = load_policy("tiny", "nf4", s.rank) if tiny else random_policy(shape_config(shape), "nf4", s.rank, "cpu", False)
+    assert any(isinstance(m, Linear4bit) for m in policy.base.modules())
+    policy.banned[policy.processor.tokenizer.eos_token_id] = True  # answers of full length, as in the forecast
+    real = real_count(policy, load_segmenter("tiny"), s)
+    fake = count(*build(policy.base.config, s, torch.float32), s)
+    for part in ("weights", "optimizer", "sam"):
+        assert fake[part] == pytest.approx(real[part], rel=0.01), part
+    stays = real["weights"] + real["optimizer"] + real["sam"]
+    for phase in ("encode", "prefill", "last", "reward", "update"):
+        assert stays + fake[phase]["over"] == pytest.approx(stays + real[phase]["over"], rel=0.1), phase
+        assert fake[phase]["flops"] == pytest.approx(real[phase]["flops"], rel=0.01), phase
+
+
+def test_operations_are_those_of_a_formula(small):
+    """Per token and layer 2 for each weight, and attention's products of queries, keys and values; the head at answer tokens alone."""
+    config, found = small
+    s, t = short(), config.text_config
+    width, kv = t.hidden_size, t.num_key_value_heads * t.hidden_size // t.num_attention_heads
+    shapes = [(width, width), (width, kv), (width, kv), (width, width), *[(width, t.intermediate_size)] * 3]
+    weights, adapter = (t.num_hidden_layers * sum(f(a, b) for a, b in shapes) for f in (lambda a, b: a * b, lambda a, b: s.rank * (a + b)))
+    head, prompt, answers = width * t.vocab_size, found["prompt_tokens"], s.group * s.max_new_tokens
+
+    rows = s.questions * s.group
+    keys = prompt + s.max_new_tokens
+    decode = 2 * rows * (weights + adapter + head) + 4 * rows * keys * width * t.num_hidden_layers
+    assert found["last"]["flops"] == pytest.approx(decode, rel=0.1)
+
+    tokens = prompt + answers - s.group
+    pairs = prompt**2 / 2 + answers * (prompt + s.max_new_tokens / 2)
+    forward = 2 * tokens * weights + 4 * pairs * width * t.num_hidden_layers
+    # the reference, the forward, and in the backward the gradient of what came in: the base's weights get none; adapters get both
+    update = 3 * 2 * tokens * weights + 3 * 2 * tokens * adapter + (2 + 2.5) * (forward - 2 * tokens * weights)
+    update += 4 * 2 * answers * head  # reference, forward, forward again, backward: the head is always computed twice
+    assert found["update"]["flops"] == pytest.approx(update, rel=0.1)
+
+
+def test_memory_of_a_whole_model_is_that_of_one_and_two_layers_multiplied(small):
+    config, found = small
+    quick = counts(config, short(), (), whole=False)
+    for part in ("weights", "optimizer", "sam"):
+        assert quick[part] == found[part]
+    stays = found["weights"] + found["optimizer"] + found["sam"]
+    for phase in ("encode", "prefill", "last", "reward", "update"):
+        assert stays + quick[phase]["over"] == pytest.approx(stays + found[phase]["over"], rel=0.02), phase
+        assert quick[phase]["flops"] == pytest.approx(found[phase]["flops"], rel=0.001), phase
+
+
+def test_the_7b_weighs_what_its_published_parameters_weigh_in_nf4():
+    """4 bits a weight and 8.127/64 bits of statistics in the language model's projections, 16 bits for all else, 32 for the adapter."""
+    config = shape_config("7b")
+    four = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    adapter = 28 * 32 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    expected = four * (0.5 + (1 + 4 / 256) / 64) + 2 * (8_292_166_656 - four) + 4 * adapter
+    assert build(config, short(preset="7b", sam="tiny"))[3]["weights"] == pytest.approx(expected, rel=0.002)
+
+
+def test_longer_answers_take_more_memory_and_time_and_each_line_says_that_it_is_a_forecast(monkeypatch):
+    monkeypatch.setattr(forecast_module, "GRID", ((4, 128), (8, 64), (8, 256)))
+    s = short()
+    table = forecast(shape_config("small"), s)
+    sizes = table["update_peak_gib_by_size"]
+    assert sizes["4 x 128"] < sizes["8 x 256"] and sizes["4 x 128"] == pytest.approx(sizes["8 x 64"], rel=0.1)
+    assert set(table["hours"]) == set(CARDS) and all(0 < h["128"] < h["512"] for h in table["hours"].values())
+    assert table["hours"]["L4"]["512"] >= table["hours"]["H100"]["512"]
+    stays = table["weights_gib"] + table["optimizer_gib"] + table["sam_gib"]
+    assert all(table[f"{phase}_peak_gib"] > stays for phase in ("encode", "prefill", "decode", "reward", "update"))
+    lines = forecast_lines(json.loads(json.dumps(table)), s)
+    assert all(line.startswith("forecast: ") and "\n" not in line for line in lines)
+    text = "\n".join(lines)
+    assert f"{table['hours']['L4']['512']:.1f}" in text and f"8 x 256 tokens: {sizes['8 x 256']:.1f} GiB" in text
+    assert "40% of a card's published FLOP/s, 70% of its bytes/s" in text
+
+
+def test_a_card_holds_what_is_less_than_its_usable_memory():
+    s = short(preset="7b")
+    phases = ("load", "encode", "prefill", "decode", "reward", "update")
+    table = {f"{p}_peak_gib": 9.0 for p in phases} | dict(weights_gib=6.7, optimizer_gib=0.9, sam_gib=2.4, prompt_tokens=1100, hours={})
+    sizes = {"a": usable(12) - 0.01, "b": usable(12) + 0.01, "c": 30.0}
+    table |= dict(decode_bytes_per_token=1, update_flops=1, update_peak_gib_by_size=sizes)
+    lines = forecast_lines(table, s)
+    assert [next(x for x in lines if f"  {size} tokens" in x).split("GiB, ")[1] for size in "abc"] == [
+        "24 GB, 16 GB, 12 GB", "24 GB, 16 GB", "none of 24, 16 and 12 GB"
+    ]
+
+
+@pytest.mark.parametrize("name, card", [
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L4", "L4"),
+    ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A10", None),
+])
+def test_a_card_is_known_by_its_name(name, card):
+    assert known_card(name) == card
+
+
+def test_training_starts_with_a_line_about_its_card_and_keeps_its_random_numbers(monkeypatch):
+    found, config = [], shape_config("small")
+    monkeypatch.setattr(forecast_module, "shape_config", lambda preset: config)
+    s = short(preset="7b", sam="tiny")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    real = forecast_module.counts
+    monkeypatch.setattr(forecast_module, "counts", lambda *a, **k: found.append(real(*a, **k)) or found[0])
+    assert re.fullmatch(r"forecast: peak 0.\d GiB, no hours: a machine without a GPU is none of RTX 3090, .*", forecast_line(s))
+    assert torch.equal(before, torch.get_rng_state())
+
+    monkeypatch.setattr(forecast_module, "counts", lambda *a, **k: found[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=23.6 * GIB))
+    line = r"forecast: peak 0.\d GiB of this card's 23.6, about \d.\d hours at answers of 128 tokens"
+    assert re.fullmatch(line, forecast_line(s))
+    assert "of this card's 20.0, about" in forecast_line(replace(s, memory_limit=20.0))
+
+
+def test_a_preset_of_the_cpu_gets_no_line_and_the_time_left_comes_from_measured_steps():
+    assert forecast_line(short()) == ""
+    assert time_left([50.0, 10.0, 14.0], 303) == "measured: 12.0 s a step, 1.0 hours left, without evaluation"
+
+
+def test_measured_figures_stand_beside_the_forecast_of_their_phase():
+    phases = {"load": 9.0, "encode": 10.0, "prefill": 15.5, "decode": 14.0, "reward": 13.0, "update": 12.5}
+    expected = {f"{phase}_peak_gib": gib for phase, gib in phases.items()}
+    measured = dict(rollout=30.0, reward=8.0, update=84.0, evaluation=2.0)
+    lines = beside(measured, dict.fromkeys(measured, 11.0), expected, {"rollout": 31.5, "update": 80.25})
+    assert [line.split() for line in lines[1:]] == [
+        ["rollout", "30.0", "31.5", "11.000", "15.500"], ["reward", "8.0", "-", "11.000", "13.000"],
+        ["update", "84.0", "80.2", "11.000", "12.500"], ["evaluation", "2.0", "-", "11.000", "-"],
+    ]
+    assert lines[0].split() == ["phase", "seconds", "forecast", "peak", "GiB", "forecast"]
+
+
+def test_a_write_without_numbers_leaves_real_whole_numbers_alone_and_frees_what_is_gone():
+    counter = Counter(forecast_module.FakeTensorMode(allow_non_fake_inputs=True))
+    with counter:
+        whole, real = torch.empty(1024, 256), torch.arange(6)
+        assert counter.live == 4 * 1024 * 256 + 48 and whole.sum().item() == 1.0
+        real[2:4] = whole[0, :2].long()
+        assert real.tolist() == [0, 1, 2, 3, 4, 5] and whole[torch.arange(1024) < 7].shape == (7, 256)
+        del whole
+    assert counter.live < 4 * 1024 and counter.peak > 4 * 1024 * 256
