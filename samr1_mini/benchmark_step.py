@@ -23,7 +23,8 @@ from .evaluation import policy_image
 from .grpo import new_optimizer, roll_out, update
 from .memory import device_name, peak_memory
 from .policy import instruction, load_policy
-from .reward import load_segmenter, score_group
+from .reward import score_group
+from .segmenter import load_segmenter
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
 LONG = dict(image_size=840, questions=1, updates=1, group=8, max_new_tokens=48)

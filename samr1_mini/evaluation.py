@@ -20,7 +20,8 @@ from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
 from .processes import join, together
-from .reward import Reward, Segmenter, score_group
+from .reward import Reward, score_group
+from .segmenter import Segmenter
 
 
 @dataclass

@@ -20,7 +20,7 @@ from accelerate import init_empty_weights
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Params4bit
 from PIL import Image
-from segment_anything import SamPredictor, sam_model_registry
+from segment_anything import SamPredictor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +31,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from .config import Settings
 from .grpo import Rollout, new_optimizer, update
 from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, prompt_text, sample
-from .reward import Segmenter
+from .segmenter import SAM_FILES, Segmenter, is_small, random_sam
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
 SHAPES = {
@@ -216,7 +216,7 @@ def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, count
 
 
 def sam_kind(s: Settings) -> str:
-    return s.sam if s.sam in sam_model_registry else "vit_h"  # a SAM 2 or 3 cannot be built without its files
+    return s.sam if is_small(s.sam) or s.sam in SAM_FILES else "vit_h"  # a SAM 2 or 3 cannot be built without its files
 
 
 def build(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype | None = None) -> tuple[Counter, Policy, Segmenter, dict]:
@@ -225,7 +225,7 @@ def build(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype | None = Non
     policy = fake_policy(config, s, dtype or (torch.float32 if s.load_in == "fp32" else torch.bfloat16), counter)
     weights = counter.live
     with counter:
-        segmenter = Segmenter(SamPredictor(sam_model_registry[sam_kind(s)]().requires_grad_(False)))
+        segmenter = Segmenter(SamPredictor(random_sam(sam_kind(s)).requires_grad_(False)))
     return counter, policy, segmenter, {"weights": weights, "sam": counter.live - weights, "load": counter.peak}
 
 

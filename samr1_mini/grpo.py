@@ -30,7 +30,8 @@ from .memory import free_memory, peak_memory, questions_per_batch
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
 from .processes import add_up_gradients, average, join, together
 from .reports import describe, first_look, score_base, summarise, validate
-from .reward import Reward, Segmenter, score_group
+from .reward import Reward, score_group
+from .segmenter import Segmenter
 from .runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals, take_state,
                    write_json)
 

@@ -15,7 +15,7 @@ from .config import Settings, UserError
 from .data import open_data
 from .policy import Policy, check_policy, load_policy
 from .public import PICTURES
-from .reward import SAM_FILES, SAM_FOLDER, Segmenter, check_segmenter, load_segmenter, sam_bytes
+from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
 
 
 def open_sets(s: Settings) -> list:

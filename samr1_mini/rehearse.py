@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
-from segment_anything import SamPredictor, sam_model_registry
+from segment_anything import SamPredictor
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
@@ -32,7 +32,8 @@ from .forecast import GIB, SHAPES, Counter, beside, build, count, forecast, fore
 from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
 from .memory import compute_dtype, peak_memory
 from .policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
-from .reward import Segmenter, load_segmenter, score_group
+from .reward import score_group
+from .segmenter import Segmenter, load_segmenter, random_sam
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
@@ -139,7 +140,7 @@ def rehearse(s: Settings) -> dict:
     meter, data = Meter(s.device), Shapes("train", s.questions)
 
     def load():
-        sam = load_segmenter("tiny") if s.sam == "tiny" else Segmenter(SamPredictor(sam_model_registry[s.sam]().to(s.device).requires_grad_(False)))
+        sam = load_segmenter("tiny") if s.sam == "tiny" else Segmenter(SamPredictor(random_sam(s.sam).to(s.device).requires_grad_(False)))
         return random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing), sam
 
     try:

@@ -12,7 +12,7 @@ from .config import Settings
 from .evaluation import Report, before_after, evaluate, shown
 from .plots import curves, sample_sheet
 from .policy import Policy
-from .reward import Segmenter
+from .segmenter import Segmenter
 from .runs import read_log, write_json
 
 

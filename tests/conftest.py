@@ -9,10 +9,11 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and eval.py stand there
 
+from samr1_mini import public
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
 from samr1_mini.policy import load_policy
-from samr1_mini.reward import load_segmenter
+from samr1_mini.segmenter import load_segmenter
 
 
 def pytest_collection_modifyitems(items):
@@ -29,6 +30,12 @@ def with_live_adapter(policy, seed: int = 0):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.02)
     return policy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables(tmp_path_factory):
+    """Tables that tests make of small data sets go away with them."""
+    public.TABLES = tmp_path_factory.mktemp("tables")
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,7 @@ from samr1_mini import evaluation
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
 from samr1_mini.policy import Completion, load_policy
-from samr1_mini.reward import load_segmenter
+from samr1_mini.segmenter import load_segmenter
 
 class Watched(Sequence):
     def __init__(self): self.data, self.asked = load_data("shapes", "validation", 7), []

@@ -29,7 +29,7 @@ from samr1_mini.forecast import (
 )
 from samr1_mini.policy import load_policy
 from samr1_mini.rehearse import random_policy
-from samr1_mini.reward import load_segmenter
+from samr1_mini.segmenter import load_segmenter
 
 
 def short(**given):

@@ -19,7 +19,8 @@ from huggingface_hub import DryRunFileInfo
 from peft import PeftModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from samr1_mini import grpo, loading, reward
+from samr1_mini import grpo, loading
+from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import Terminated, UserError, make_settings, parse_settings
 from samr1_mini.data import Shapes
 from samr1_mini.grpo import (
@@ -471,7 +472,7 @@ def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_
     file = lambda size, wanted: DryRunFileInfo("", size, "model.safetensors", "", not wanted, wanted)
     monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda name, **_: [file(5 * 10**9, True), file(11 * 10**9, True), file(10**9, False)])
     monkeypatch.setattr(loading, "SAM_FOLDER", tmp_path)
-    monkeypatch.setattr(reward, "SAM_FOLDER", tmp_path)
+    monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path)
     sets = [SimpleNamespace(download_bytes=500_000_000), SimpleNamespace(download_bytes=0)]
     full = replace(settings, policy="Qwen/Qwen2.5-VL-7B-Instruct", sam="vit_h")
     loading.check_room(full, sets) if shutil.disk_usage("/").free > 2e10 else None

@@ -17,7 +17,7 @@ from samr1_mini.evaluation import evaluate, policy_image, shown
 from samr1_mini.grpo import train
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.policy import encode, load_policy
-from samr1_mini.reward import Segmenter
+from samr1_mini.segmenter import Segmenter
 
 PHOTOS = Path(__file__).parent.parent.parent / "shared" / "photos"
 pytestmark = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not at hand")

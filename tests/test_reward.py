@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
-from segment_anything import SamPredictor, sam_model_registry
+from segment_anything import sam_model_registry
 from transformers import (
     Sam2Config,
     Sam2ImageProcessor,
@@ -28,19 +28,12 @@ from transformers import (
 )
 
 from samr1_mini import reward
+from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import UserError
 from samr1_mini.data import Sample
 from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, vote
-from samr1_mini.reward import (
-    Segmenter,
-    accuracy_term,
-    load_segmenter,
-    parse,
-    score_group,
-    tight_box,
-    to_picture,
-)
-from samr1_mini.tiny.build import SAM, build_sam_tiny
+from samr1_mini.reward import accuracy_term, parse, score_group, tight_box, to_picture
+from samr1_mini.segmenter import load_segmenter, random_sam, Segmenter
 from samr1_mini.tiny.scenes import make_scene
 
 
@@ -223,7 +216,7 @@ def test_the_mask_is_the_best_of_the_three_that_sam_itself_brings_to_the_picture
     image = np.asarray(Image.fromarray(make_scene(3).image).resize((301, 187)))
     corners = np.random.default_rng(0).uniform((0, 0, 0, 0), (200, 120, 100, 67), (40, 4))
     boxes = [(x, y, x + w, y + h) for x, y, w, h in corners]
-    predictor = SamPredictor(build_sam_tiny(SAM))
+    predictor = load_segmenter("tiny").predictor
     predictor.set_image(image)
     prompts = predictor.transform.apply_boxes_torch(torch.tensor(boxes, dtype=torch.float32), image.shape[:2])
     _, scores, _ = predictor.predict_torch(None, None, prompts)
@@ -237,10 +230,10 @@ def test_the_mask_is_the_best_of_the_three_that_sam_itself_brings_to_the_picture
 
 
 BIG = """
-import resource, sys
+import sys
 import numpy as np
-from samr1_mini.reward import load_segmenter
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+from samr1_mini.segmenter import load_segmenter
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024  # MiB, of this program alone
 boxes = [(100.0 * i, 50.0, 1500.0 + 100 * i, 2500.0) for i in range(8)]
 segmenters = [load_segmenter(name) for name in ("tiny", sys.argv[1])]
 for segmenter in segmenters:
@@ -270,7 +263,7 @@ def test_a_mask_does_not_depend_on_its_neighbours_in_the_group(segmenter):
 
 
 def test_the_encoder_runs_once_a_picture(monkeypatch):
-    fresh = Segmenter(SamPredictor(build_sam_tiny(SAM)), remember=2)
+    fresh = Segmenter(load_segmenter("tiny").predictor, remember=2)
     calls, encode = [], fresh.predictor.model.image_encoder.forward
     monkeypatch.setattr(fresh.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
     a, b, c = (make_scene(i) for i in range(3))
@@ -292,7 +285,7 @@ def test_remembered_pictures_are_told_apart(segmenter):
     first = segmenter.masks(a.image, [a.things[0].box], [[]])
     segmenter.masks(b.image, [b.things[0].box], [[]])
     assert (segmenter.masks(a.image, [a.things[0].box], [[]]) == first).all()
-    assert (Segmenter(SamPredictor(build_sam_tiny(SAM))).masks(a.image, [a.things[0].box], [[]]) == first).all()
+    assert (Segmenter(load_segmenter("tiny").predictor).masks(a.image, [a.things[0].box], [[]]) == first).all()
 
 
 def sam_folder(tmp_path_factory, config, model, processor, size: int, patch: int, vision: dict):
@@ -379,13 +372,13 @@ def test_sam_weights_are_fetched_once_and_only_whole(damage, tmp_path, monkeypat
     """The download is real, from a file:// address that stands for the server; only the table's entry is a smaller file's."""
     weights = tmp_path / "server" / "sam_vit_b.pth"
     weights.parent.mkdir()
-    sam = build_sam_tiny()
+    sam = random_sam("tiny")
     torch.save(sam.state_dict(), weights)
     data = weights.read_bytes()
-    monkeypatch.setitem(reward.SAM_FILES, "vit_b", (weights.name, len(data), hashlib.sha256(data).hexdigest()))
-    monkeypatch.setattr(reward, "SAM_URL", f"{weights.parent.as_uri()}/")
-    monkeypatch.setattr(reward.Path, "home", lambda: tmp_path)
-    monkeypatch.setitem(sam_model_registry, "vit_b", lambda: build_sam_tiny())
+    monkeypatch.setitem(segmenter_module.SAM_FILES, "vit_b", (weights.name, len(data), hashlib.sha256(data).hexdigest()))
+    monkeypatch.setattr(segmenter_module, "SAM_URL", f"{weights.parent.as_uri()}/")
+    monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path / ".cache/samr1_mini")
+    monkeypatch.setitem(sam_model_registry, "vit_b", lambda: random_sam("tiny"))
     if damage:
         weights.write_bytes(data[:-100] if damage == "cut" else data[:-100] + bytes(100))
         with pytest.raises(UserError, match="--sam vit_b.*could not be fetched"):

@@ -1,18 +1,7 @@
-"""The shapes of the two tiny networks: Qwen2.5-VL and Segment Anything, each the public class with small numbers in it."""
+"""The shape of the tiny policy, the public class with small numbers in it (the tiny SAM's stand in sam/sam.json), and its tokenizer."""
 
-from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from segment_anything import sam_model_registry
-from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -27,36 +16,6 @@ from .scenes import SIZE
 
 HERE = Path(__file__).parent
 POLICY = HERE / "policy"  # an ordinary model folder: from_pretrained reads it
-SAM = HERE / "sam.safetensors"
-
-
-def build_sam_tiny(checkpoint: str | Path | None = None) -> Sam:
-    """segment_anything's Sam for 112 x 112 pictures: patch 8, four ViT blocks of width 96, a decoder of width 64.
-
-    Same signature as the package's build_sam_vit_b, and registered beside it under "tiny"; `checkpoint` is a safetensors file.
-    """
-    width, patch, grid = 64, 8, SIZE // 8
-    sam = Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=SIZE, patch_size=patch, embed_dim=96, depth=4, num_heads=4, mlp_ratio=4, out_chans=width, qkv_bias=True,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=0, global_attn_indexes=(),
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=width, image_embedding_size=(grid, grid), input_image_size=(SIZE, SIZE), mask_in_chans=16
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=width, num_multimask_outputs=3, iou_head_depth=3, iou_head_hidden_dim=width,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=256, num_heads=4),
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-    )
-    if checkpoint is not None:
-        sam.load_state_dict({k: v.float() for k, v in load_file(str(checkpoint)).items()})
-    return sam.eval()
-
-
-sam_model_registry["tiny"] = build_sam_tiny
 
 
 # ---------------------------------------------------------------------------------------------------- the policy

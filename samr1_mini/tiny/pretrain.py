@@ -29,9 +29,10 @@ from ..policy import (
     logprobs,
     sample,
 )
-from ..reward import load_segmenter, parse
+from ..reward import parse
+from ..segmenter import TINY_SAM, load_segmenter, random_sam
 from ..tokens import banned_ids, stop_ids
-from .build import POLICY, SAM, build_policy, build_processor, build_sam_tiny
+from .build import POLICY, build_policy, build_processor
 from .scenes import (
     COLOUR_OF,
     COLOURS,
@@ -114,7 +115,7 @@ def sam_masks(sam, embedding: torch.Tensor, boxes: torch.Tensor, points: torch.T
 def train_sam(steps: int, out: Path, pictures: int = 16) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    sam = build_sam_tiny().train().to(DEVICE)
+    sam = random_sam("tiny").train().to(DEVICE)
     optimizer = torch.optim.AdamW(sam.parameters(), lr=1e-3, weight_decay=0.01)
     schedule, bar = one_cycle(optimizer, steps), tqdm(range(steps), desc="sam")
     running = 0.0
@@ -309,7 +310,8 @@ def fact_row(policy: Policy, rng: np.random.Generator, count: int) -> tuple[Prom
         rows.append(torch.tensor(tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n").input_ids + tail, device=DEVICE))
         sizes.append(len(tail))
     positions = torch.arange(len(head), device=DEVICE).expand(3, -1)
-    return Prompt(head, policy.base.get_input_embeddings()(head), positions), rows, sizes
+    no_picture = torch.zeros(len(head), dtype=torch.bool, device=DEVICE)
+    return Prompt(head, policy.base.get_input_embeddings()(head), positions, no_picture), rows, sizes
 
 
 def align_words(policy: Policy, prompts: list[Prompt], scenes: list[Scene]) -> torch.Tensor:
@@ -353,7 +355,7 @@ def train_language(policy: Policy, steps: int, slack: float = 0.25, pictures: in
             hints = [STYLES[style][1] if rng.random() < 0.5 else "" for style in styles]
             tails = [tokenizer(f" {q}{hint}<|im_end|>\n<|im_start|>assistant\n").input_ids for (q, _), hint in zip(chosen, hints)]
             prompt, shared = prompts[b], len(prompts[b].ids) - len(tokenizer(f" {chosen[0][0]}<|im_end|>\n<|im_start|>assistant\n").input_ids)
-            prompts[b] = Prompt(prompt.ids[:shared], prompt.embeds[:shared], prompt.positions[:, :shared])
+            prompts[b] = Prompt(prompt.ids[:shared], prompt.embeds[:shared], prompt.positions[:, :shared], prompt.picture[:shared])
             answers = [
                 tokenizer(f"{answer_text(thing, scenes[b], rng, slack, style)}<|im_end|>").input_ids for (_, thing), style in zip(chosen, styles)
             ]
@@ -438,7 +440,7 @@ def main() -> None:
         parser.error(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}")
     work.mkdir(parents=True, exist_ok=True)
     if "sam" in stages:
-        train_sam(1600, SAM)
+        train_sam(1600, TINY_SAM / "model.safetensors")
     if "vision" in stages:
         train_vision(2400, work / "vision.safetensors")
     if "language" in stages:
@@ -451,7 +453,7 @@ def main() -> None:
         model.to(torch.bfloat16).save_pretrained(POLICY), processor.save_pretrained(POLICY)
     if "measure" in stages:
         measured = {"sam": measure_sam(), "policy": measure_policy()}
-        (SAM.parent / "measured.json").write_text(json.dumps(measured, indent=1))
+        (POLICY.parent / "measured.json").write_text(json.dumps(measured, indent=1))
         print(json.dumps(measured, indent=1))
 
 

@@ -1,0 +1,221 @@
+"""The segmenter: a frozen Segment Anything (SAM, SAM 2, SAM 3), which draws the mask that the policy is paid for.
+
+Shapes: n prompts to one picture of H x W pixels, h x w low-resolution logits.
+"""
+
+import json
+import pickle
+from collections import OrderedDict
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from segment_anything import SamPredictor, sam_model_registry
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
+
+from .config import UserError
+
+
+class Segmenter:
+    """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are
+    kept.
+
+    A group is scored at once, so training and evaluation need no more than one."""
+
+    def __init__(self, predictor, remember: int = 1):
+        self.predictor, self.remember, self.encoded = predictor, remember, OrderedDict()
+
+    def look_at(self, image: np.ndarray) -> None:
+        """Encode a picture, uint8 RGB [H, W, 3], unless it is remembered."""
+        key = blake2b(np.ascontiguousarray(image), digest_size=16).digest() + str(image.shape).encode()
+        if key not in self.encoded:
+            self.predictor.set_image(image, image_format="RGB")
+            self.encoded[key] = (self.predictor.features, self.predictor.original_size, self.predictor.input_size)
+            while len(self.encoded) > self.remember:
+                self.encoded.popitem(last=False)
+        self.encoded.move_to_end(key)
+        self.predictor.features, self.predictor.original_size, self.predictor.input_size = self.encoded[key]
+        self.predictor.is_image_set = True
+
+    @torch.no_grad()
+    def masks(self, image: np.ndarray, boxes: list[tuple], points: list[list[tuple]]) -> np.ndarray:
+        """Masks bool [n, H, W] for n prompts in the picture's own pixels: a box (x1, y1, x2, y2) and points [(x, y,
+        label), ...].
+
+        Of SAM's three masks the one with the highest predicted score counts, in training and in evaluation alike. All
+        prompts with the same number of points share one decoder pass: padding shorter ones would make a mask depend on
+        its neighbours. Only the chosen masks are brought to the picture's size, one at a time: all of 8 prompts would
+        be 1.1 GB for 12 megapixels.
+        """
+        self.look_at(image)
+        predictor, found = self.predictor, np.zeros((len(boxes), *image.shape[:2]), bool)
+        for count in sorted({len(p) for p in points}):
+            rows = [i for i, p in enumerate(points) if len(p) == count]
+            box = torch.tensor([boxes[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, 4]
+            box = predictor.transform.apply_boxes_torch(box, predictor.original_size)
+            place = label = None
+            if count:
+                mark = torch.tensor([points[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, count, 3]
+                place = predictor.transform.apply_coords_torch(mark[..., :2], predictor.original_size)
+                label = mark[..., 2]
+            logits, scores = self.decode(place, label, box)  # [n, 3, h, w], [n, 3]
+            model = predictor if isinstance(predictor, Sam2Predictor) else predictor.model
+            for row, three, best in zip(rows, logits, scores.argmax(1)):
+                logit = three[None, best, None]  # [1, 1, h, w]
+                logit = model.postprocess_masks(logit, predictor.input_size, predictor.original_size)  # [1, 1, H, W]
+                found[row] = (logit[0, 0] > model.mask_threshold).cpu().numpy()
+        return found
+
+    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
+        """n prompts in SAM's own pixels -> low-resolution logits [n, 3, h, w], predicted IoU [n, 3]: predict_torch,
+        not upscaled."""
+        if isinstance(self.predictor, Sam2Predictor):
+            return self.predictor.decode(points, labels, boxes)
+        sam, points = self.predictor.model, None if points is None else (points, labels)
+        sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
+        return sam.mask_decoder(
+            image_embeddings=self.predictor.features, image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
+        )
+
+
+class Sam2Predictor:
+    """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of SamPredictor and its model."""
+
+    mask_threshold = 0.0
+
+    def __init__(self, name: str, device: str = "cpu"):
+        self.model = AutoModelForMaskGeneration.from_pretrained(name).to(device).eval().requires_grad_(False)
+        self.read, self.transform, self.device = AutoImageProcessor.from_pretrained(name), self, device
+
+    @torch.no_grad()
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        pixels = self.read(images=image, return_tensors="pt").pixel_values.to(self.device)  # [1, 3, S, S]: squeezed square
+        self.features, self.original_size, self.input_size = self.model.get_image_embeddings(pixels), image.shape[:2], pixels.shape[-2:]
+
+    def apply_coords_torch(self, coords: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+        """Pixels [..., 2] of the picture -> pixels of the square that the encoder saw."""
+        return coords * torch.tensor([self.input_size[1] / original_size[1], self.input_size[0] / original_size[0]], device=coords.device)
+
+    def apply_boxes_torch(self, boxes: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+        return self.apply_coords_torch(boxes.view(-1, 2, 2), original_size).view(-1, 4)
+
+    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
+        """See Segmenter.decode."""
+        marks = {} if points is None else {"input_points": points[None], "input_labels": labels[None].long()}
+        out = self.model(image_embeddings=self.features, multimask_output=True, input_boxes=boxes[None], **marks)
+        return out.pred_masks[0], out.iou_scores[0]
+
+    def postprocess_masks(self, masks: torch.Tensor, input_size: tuple, original_size: tuple) -> torch.Tensor:
+        """Logits [n, c, h, w] -> logits [n, c, H, W] of the picture's size."""
+        return torch.nn.functional.interpolate(masks.float(), original_size, mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------- load
+
+SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
+TINY_SAM = Path(__file__).parent / "tiny" / "sam"
+
+# segment_anything's files: bytes and SHA-256, checked before they are read.
+SAM_FOLDER = Path.home() / ".cache" / "samr1_mini"
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_FILES = {
+    "vit_b": ("sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": ("sam_vit_l_0b3195.pth", 1_249_524_607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": ("sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+}
+
+
+def sam_bytes(kind: str, checkpoint: str = "") -> int:
+    """Bytes of segment_anything's file for `kind` that are still to be downloaded."""
+    if checkpoint or kind not in SAM_FILES:
+        return 0
+    name, size, _ = SAM_FILES[kind]
+    return 0 if (SAM_FOLDER / name).exists() and (SAM_FOLDER / name).stat().st_size == size else size
+
+
+def is_small(kind: str) -> bool:
+    """Whether it names a small Segment Anything: a folder with its dimensions in sam.json beside its weights."""
+    return kind == "tiny" or (Path(kind) / "sam.json").is_file()
+
+
+def build_sam(size: dict) -> Sam:
+    """segment_anything's Sam of other dimensions than the published ones, with random weights; see tiny/sam/sam.json."""
+    side, width = size["image_size"], size["decoder_width"]
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=side, patch_size=size["patch_size"], embed_dim=size["encoder_width"], depth=size["encoder_depth"],
+            num_heads=size["encoder_heads"], mlp_ratio=4, out_chans=width, qkv_bias=True, use_rel_pos=True,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), window_size=0, global_attn_indexes=(),
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=width, image_embedding_size=(side // size["patch_size"],) * 2, input_image_size=(side, side),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=width, num_multimask_outputs=3, iou_head_depth=3, iou_head_hidden_dim=width,
+            transformer=TwoWayTransformer(
+                depth=size["decoder_depth"], embedding_dim=width, mlp_dim=4 * width, num_heads=size["decoder_heads"]
+            ),
+        ),
+        pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375],
+    ).eval()
+
+
+def random_sam(kind: str) -> Sam:
+    """segment_anything's Sam of this kind, a small one's folder or "vit_b", "vit_l", "vit_h", with random weights."""
+    if not is_small(kind):
+        return sam_model_registry[kind]()
+    return build_sam(json.loads(((TINY_SAM if kind == "tiny" else Path(kind)) / "sam.json").read_text()))
+
+
+def check_segmenter(kind: str) -> None:
+    """Raises UserError where `kind` is no Segment Anything. Nothing large is loaded."""
+    if is_small(kind) or kind in SAM_FILES:
+        return
+    try:
+        found = AutoConfig.from_pretrained(kind).model_type
+        if found not in SAM2_KINDS:
+            raise ValueError(f"it is a {found} model")
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        names = f"none of tiny, {', '.join(SAM_FILES)}, nor the folder or hub id of a SAM 2 or 3"
+        raise UserError(f"--sam {kind}: {names} ({why})") from None
+
+
+def sam_file(kind: str) -> Path:
+    """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache, with a progress bar and checked
+    against their hash."""
+    name, size, digest = SAM_FILES[kind]
+    path = SAM_FOLDER / name
+    if sam_bytes(kind):  # a file gets its name only after its hash was checked
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")
+        try:
+            torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
+            raise UserError(f"--sam {kind}: {SAM_URL}{name} could not be fetched ({error}); fetch it yourself and name it "
+                            "as --sam-checkpoint") from None
+    return path
+
+
+def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
+    """A frozen Segment Anything: "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else downloaded), a SAM 2 or 3 by its
+    hub id or folder, or a small one, such as the package's own "tiny". Raises UserError where there are no such weights."""
+    check_segmenter(kind)
+    small = is_small(kind)
+    if not small and kind not in SAM_FILES:
+        return Segmenter(Sam2Predictor(kind, device))
+    folder, sam = TINY_SAM if kind == "tiny" else Path(kind), random_sam(kind)
+    path = folder / "model.safetensors" if small else checkpoint or sam_file(kind)
+    try:
+        sam.load_state_dict(load_file(path) if small else torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{'' if small else '--sam-checkpoint '}{path}: not the weights of {kind} ({why})") from None
+    return Segmenter(SamPredictor(sam.to(device).requires_grad_(False)))
