@@ -101,9 +101,10 @@ def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]])
     segment = pad_sequence([torch.arange(len(n), device=n.device).repeat_interleave(n) for n in sizes], True, -1)  # [B, T]
     causal = torch.ones(2 * segment.shape[1:], dtype=torch.bool, device=policy.device).tril()
     mask = causal & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # [B, T, T]
+    embeds = pad_sequence([called["inputs_embeds"][0] for called, _, _ in rows], True)  # [B, T, D]
+    positions = pad_sequence([called["position_ids"][:, 0].T for called, _, _ in rows], True).permute(2, 0, 1)  # [3, B, T]
     hidden = policy.base.model.language_model(
-        inputs_embeds=pad_sequence([called["inputs_embeds"][0] for called, _, _ in rows], True), attention_mask=mask[:, None],
-        position_ids=pad_sequence([called["position_ids"][:, 0].T for called, _, _ in rows], True).permute(2, 0, 1), use_cache=False,
+        inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
     ).last_hidden_state  # [B, T, D]
     hidden = torch.cat([h.index_select(0, index) for h, (_, index, _) in zip(hidden, rows)])  # [S, D]
     return chosen_logprobs(policy, hidden, torch.cat([target for _, _, target in rows]), 1.0)[0]
@@ -132,9 +133,9 @@ class Traffic(TorchDispatchMode):
     bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out, named = function(*args, **(kwargs or {})), kwargs or {}
-        read = [x for x in tree_leaves((args, {k: v for k, v in named.items() if k != "out"})) if isinstance(x, torch.Tensor)]
-        written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        out, named = function(*args, **(kwargs or {})), dict(kwargs or {})
+        named.pop("out", None)  # is written, not read
+        read, written = ([x for x in tree_leaves(some) if isinstance(x, torch.Tensor)] for some in ((args, named), out))
         held = {x.untyped_storage()._cdata for x in read}
         view = not function._schema.is_mutable and any(x.untyped_storage()._cdata in held for x in written)
         if not view and "empty" not in function._schema.name:
@@ -144,18 +145,20 @@ class Traffic(TorchDispatchMode):
 
 
 def compare_decoding(tokens: int, rounds: int, device: str, questions: int = 2, group: int = 8, prompt: int = 1100) -> dict:
-    """The attention of one decoded token, the `tokens`th, in one layer of the 7B shape: seconds, and bytes moved over the cache's."""
+    """Attention of the `tokens`th decoded token, in one layer of the 7B shape: seconds, and bytes moved over the cache's."""
     text, dtype = SHAPES["7b"], torch.bfloat16 if device == "cuda" else torch.float32
     heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
     d, total = text["hidden_size"] // heads, prompt + group * tokens
     new = lambda *shape: torch.randn(shape, dtype=dtype, device=device)
-    query, key, read = new(questions, heads, group, d), new(questions, shared, group, d), new(questions, shared, prompt, d)
+    query, key = new(questions, heads, group, d), new(questions, shared, group, d)
+    read = new(questions, shared, prompt, d)
     cache = Cache([prompt] * questions, group, device)
     cache.attend(0, new(questions, heads, prompt, d), read, read, d**-0.5)
     for _ in range(tokens):
         cache.grow()
     cache.own[0].normal_()
-    before, mask = new(2, questions, shared, total - group, d), torch.ones(questions, 1, group, total, dtype=torch.bool, device=device)
+    before = new(2, questions, shared, total - group, d)
+    mask = torch.ones(questions, 1, group, total, dtype=torch.bool, device=device)
     mask[..., prompt:] = torch.eye(group, dtype=torch.bool, device=device).repeat(1, tokens)
 
     def repeated():
@@ -208,7 +211,8 @@ def main() -> None:
     policy = make_policy(args.shape, "nf4", device)
     results = [compare(policy, 112, 8, 8, args.tokens, args.rounds), compare(policy, 840, 1, 8, args.tokens, args.rounds)]
     short, long = args.lengths
-    updates = [compare_updates(policy, *row, args.rounds) for row in ((112, 8, 8, short), (840, 1, 8, short), (840, 1, 8, long))]
+    rows = ((112, 8, 8, short), (840, 1, 8, short), (840, 1, 8, long))
+    updates = [compare_updates(policy, *row, args.rounds) for row in rows]
     decoding = [compare_decoding(tokens, args.rounds, device) for tokens in (64, 511)]
     del policy  # a card may not hold it and the ones below
     for r in results:
@@ -222,10 +226,11 @@ def main() -> None:
         ours, masked = r["update"].values()
         print(f"  {r['size']:4} px, {r['questions']} x {r['group']} answers of about {r['answer_tokens']:3} tokens: "
               f"{ours:7.3f} s, masked {masked:7.3f} s   {masked / ours:5.2f} x")
-    print("\nattention of one decoded token, one layer of the 7B shape, 2 questions x 8 answers, prompts of 1,100 tokens")
+    print("\nattention of one decoded token, one layer of the 7B shape, 2 x 8 answers, prompts of 1,100 tokens")
     for r in decoding:
         for name, taken in r["decoding"].items():
-            print(f"  token {r['answer_tokens']:3} {name:<26} {1000 * taken:8.1f} ms, moves {r['traffic'][name]:5.2f} x the cache's bytes")
+            print(f"  token {r['answer_tokens']:3} {name:<26} {1000 * taken:8.1f} ms, "
+                  f"moves {r['traffic'][name]:5.2f} x the cache's bytes")
     formats, size = (("nf4", "bf16", "fp32"), 112) if small else (("nf4", "bf16"), 840)
     weights = compare_weights(args.shape, formats, device, size, 8 if small else 1, 8, args.tokens, args.rounds)
     print(f"\nweights of the frozen base ({size} px)")
