@@ -297,7 +297,7 @@ def test_validation_and_test_are_drawn_with_one_seed_and_not_the_first_rows(tmp_
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import datasets
