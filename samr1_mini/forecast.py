@@ -1,9 +1,10 @@
 """What a preset needs, known before a GPU is rented: `python train.py --preset 7b --rehearse 1` on any machine.
 
-The code that trains runs here too, at its true shape, on tensors with a shape, a dtype and a storage, but without numbers (torch's
-FakeTensorMode). Counted on the way, operation by operation, for the code as it stands: bytes held, bytes moved, floating-point
-operations. Assumed: how much of its published peaks (CARDS) a card reaches. So memory is good to about 10 %; hours are right within
-a factor of 1.5 or so. Nothing here is measured, and every printed line begins with the word forecast.
+The code that trains runs here too, at its true shape, on tensors with a shape, a dtype and a storage but no numbers
+(torch's FakeTensorMode). Counted on the way, operation by operation, for the code as it stands: bytes held, bytes
+moved, floating-point operations. Assumed: how much of its published peaks (CARDS) a card reaches. So memory is good to
+about 10 %, hours are right within a factor of 1.5 or so. Nothing is measured: every printed line begins with the word
+forecast.
 
 Only floating-point tensors are fake. Whole numbers, which steer the code (lengths, masks, positions), are real.
 """
@@ -33,24 +34,24 @@ from .grpo import Rollout, new_optimizer, update
 from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, prompt_text, sample
 from .segmenter import SAM_FILES, Segmenter, is_small, random_sam
 
-# The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores can run.
+# The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores run.
 SHAPES = {
-    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-               vocab_size=151936),
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-               vocab_size=152064),
-    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                  vocab_size=16384),
+    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+               num_key_value_heads=2, vocab_size=151936),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, vocab_size=152064),
+    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, vocab_size=16384),
 }
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
-              fullatt_block_indexes=[7, 15, 23, 31])
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
+              window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
 SMALL_VISION = VISION | dict(depth=4, hidden_size=160, intermediate_size=428, num_heads=4, fullatt_block_indexes=[1, 3])
 
 
 def shape_config(shape: str) -> Qwen2_5_VLConfig:
-    """The configuration of "3b", "7b" or "small", with the special tokens of the tiny tokenizer: Qwen's own would be a download."""
+    """The configuration of "3b", "7b" or "small", with special tokens of the tiny tokenizer: Qwen's is a download."""
     text, token = SHAPES[shape], AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids
-    half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies: 1/4 for time, the rest for height, width
+    half = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary frequencies: 1/4 time, then height, width
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[half // 4, half * 3 // 8, half * 3 // 8])
     ends = dict(eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
     return Qwen2_5_VLConfig(
@@ -63,8 +64,9 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
 
 GIB = 2**30
 
-# Published peaks: GiB, GB/s, dense TFLOP/s of bf16 tensor cores with fp32 accumulation (half of the figure "with sparsity"), and of
-# fp32. From NVIDIA's white papers on GA102, Ada and RTX Blackwell, and its data sheets of A10G, L4, A100 SXM and H100 SXM.
+# Published peaks: GiB, GB/s, TFLOP/s of bf16 tensor cores, dense (half of the figure "with sparsity") with fp32
+# accumulation, and TFLOP/s of fp32. From NVIDIA's white papers on GA102, Ada and RTX Blackwell, and its data sheets of
+# A10G, L4, A100 SXM (80 GB) and H100 SXM.
 CARDS = {
     "RTX 3090": (24, 936, 71, 35.6),
     "RTX 4090": (24, 1008, 165, 82.6),
@@ -74,10 +76,10 @@ CARDS = {
     "A100": (80, 2039, 312, 19.5),
     "H100": (80, 3350, 989, 67),
 }
-# Assumed: large products reach 50 to 80 % of a card's FLOP/s, thin ones far less; plain kernels 70 to 85 % of its bytes/s.
+# Assumed: large products reach 50 to 80 % of a card's FLOP/s, thin ones far less; plain kernels 70 to 85 % of bytes/s.
 FLOP_SHARE, BYTE_SHARE = 0.4, 0.7
 LAUNCH = 8e-6  # assumed: seconds that Python takes to start one operation on any card
-FUSED_ROWS = 64  # up to so many rows (by card: 16 to 256) bitsandbytes multiplies from the 4 bits; above, it writes a bf16 copy first
+FUSED_ROWS = 64  # to so many rows (by card: 16 to 256) bitsandbytes multiplies from the 4 bits, beyond from a bf16 copy
 
 
 def usable(card: float) -> float:
@@ -98,7 +100,7 @@ def attention_flops(query, key, products: int, causal: bool) -> int:
 class Counter(TorchDispatchMode):
     """While entered, counts bytes held and moved, floating-point operations, and the seconds that each card would need.
 
-    With `fake`, floating-point tensors that are made have no numbers, nor has what is made from them; without, all is real.
+    With `fake`, new floating-point tensors have no numbers, nor has what is made from them; without, all is real.
     """
 
     def __init__(self, fake: FakeTensorMode | None = None):
@@ -121,7 +123,7 @@ class Counter(TorchDispatchMode):
         self.live -= self.held.pop(key)
 
     def lap(self, resident: int | None = None) -> dict:
-        """What was counted since the last lap, and how far bytes rose "over" those that stay (`resident`, from here on)."""
+        """What was counted since the last lap, and how far bytes rose "over" those that stay, `resident` from now."""
         lap = {k: v - self.before[k] for k, v in self.total.items()} | {"over": self.peak - self.resident}
         self.resident = self.resident if resident is None else resident
         self.before, self.peak = dict(self.total), self.live
@@ -143,7 +145,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def run(self, func, tensors, args, kwargs):
-        """The operation itself, on fake tensors where one of its tensors is fake or a floating-point one is made from nothing."""
+        """The operation itself, fake where one of its tensors is, or where it makes a floating-point one from none."""
         is_fake = lambda x: isinstance(x, FakeTensor)
         if self.fake is None or (tensors and not any(map(is_fake, tensors))):
             return func(*args, **kwargs)
@@ -159,10 +161,12 @@ class Counter(TorchDispatchMode):
         return out if tensors or (is_fake(out) and out.is_floating_point()) else func(*args, **kwargs)
 
     def add(self, func, tensors, args, kwargs, out, made) -> None:
-        """Count an operation that does something. It takes as long as its arithmetic or its bytes need, whichever is longer."""
+        """Count an operation that does something; it takes what its arithmetic or its bytes need, the longer."""
         name, flops = func._schema.name.split("::")[1].strip("_"), 0
         size = lambda xs: sum(x.numel() * x.element_size() for x in xs)
-        moved = 2 * size(tensors[-1:] if func._schema.is_mutable else made) if name in LOOKUPS else size(tensors) + size(made)
+        moved = size(tensors) + size(made)
+        if name in LOOKUPS:
+            moved = 2 * size(tensors[-1:] if func._schema.is_mutable else made)
         if name == "gemm_4bit":
             (x, _, shape), rows = args[:3], args[0].shape[:-1].numel()
             flops, copied = 2 * rows * math.prod(shape), math.prod(shape) * x.element_size()
@@ -185,18 +189,20 @@ class Counter(TorchDispatchMode):
 # ---------------------------------------------------------------------------------------------------- what is counted
 
 
+LOADED = {"nf4": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}  # on a GPU, what is not in 4 bits
+
+
 def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, counter: Counter) -> Policy:
     """The policy as it is loaded, of the real classes, without numbers in its weights.
 
-    bitsandbytes' Params4bit cannot hold a fake tensor: a plain parameter stands in, with the packed weight and the statistics that the
-    library's own quantisation gives for a fake weight. All that reads it is the library's code.
+    bitsandbytes' Params4bit cannot hold a fake tensor: a plain parameter stands in, with the packed weight and the
+    statistics that the library's own quantisation gives for a fake weight. All that reads it is the library's code.
     """
     with init_empty_weights():
         base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
         if s.load_in == "nf4":
-            replace_with_bnb_linear(base, ["model.visual", "lm_head"], BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-            ))
+            nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+            replace_with_bnb_linear(base, ["model.visual", "lm_head"], BitsAndBytesConfig(load_in_4bit=True, **nf4))
             base.is_loaded_in_4bit = True  # what PEFT goes by
         policy = add_adapter(base, AutoProcessor.from_pretrained(TINY), s.rank, checkpointing=s.checkpointing)
     with counter:
@@ -219,10 +225,10 @@ def sam_kind(s: Settings) -> str:
     return s.sam if is_small(s.sam) or s.sam in SAM_FILES else "vit_h"  # a SAM 2 or 3 cannot be built without its files
 
 
-def build(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype | None = None) -> tuple[Counter, Policy, Segmenter, dict]:
+def build(config: Qwen2_5_VLConfig, s: Settings, dtype=None) -> tuple[Counter, Policy, Segmenter, dict]:
     """A fake policy and a fake SAM in one process, and the bytes of each."""
-    counter = Counter(FakeTensorMode(allow_non_fake_inputs=True))
-    policy = fake_policy(config, s, dtype or (torch.float32 if s.load_in == "fp32" else torch.bfloat16), counter)
+    counter, dtype = Counter(FakeTensorMode(allow_non_fake_inputs=True)), dtype or LOADED[s.load_in]
+    policy = fake_policy(config, s, dtype, counter)
     weights = counter.live
     with counter:
         segmenter = Segmenter(SamPredictor(random_sam(sam_kind(s)).requires_grad_(False)))
@@ -245,7 +251,7 @@ def read_pictures(policy: Policy, s: Settings) -> list[Prompt]:
 def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: Counter) -> dict:
     """Laps of policy.sample: "prefill", and one token of every answer, the "first" and the "last".
 
-    Without numbers four tokens are sampled: before the third the cache grows by what the tokens between would have left in it.
+    Without numbers four tokens are sampled: before the third the cache grows as the tokens between would grow it.
     """
     language, laps = policy.base.model.language_model, []
     forward, between = language.forward, max(0, s.max_new_tokens - 4) if counter.fake else 0
@@ -278,8 +284,9 @@ def together(s: Settings) -> int:
 
 
 def count_update(policy: Policy, optimizer, prompts: list[Prompt], s: Settings, counter: Counter) -> dict:
-    """A lap of one forward and backward of an update, with its reference pass; G answers of full length to each question."""
-    answers = [Completion(torch.full((s.max_new_tokens,), 300), torch.zeros(s.max_new_tokens), False, "") for _ in range(s.group)]
+    """A lap of one forward and backward of an update, with its reference pass; G answers of full length a question."""
+    ids, logps = torch.full((s.max_new_tokens,), 300), torch.zeros(s.max_new_tokens)
+    answers = [Completion(ids, logps, False, "") for _ in range(s.group)]
     rollouts = [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group)) for p in prompts[: together(s)]]
     counter.lap()
     update(policy, optimizer, rollouts, replace(s, updates=1, passes=1), 0)
@@ -298,8 +305,8 @@ def count_reward(segmenter: Segmenter, s: Settings, counter: Counter) -> dict:
 def count(counter: Counter, policy: Policy, segmenter: Segmenter, loaded: dict, s: Settings, sizes: tuple = ()) -> dict:
     """`loaded`, bytes of the optimizer, and laps of the phases of a step, one after the other.
 
-    encode is of one picture, prefill and the tokens of `s.questions` questions at a time, reward of one question, update of one
-    forward; "updates" are those of other `sizes` (G, length).
+    encode is of one picture, prefill and the tokens of `s.questions` questions at a time, reward of one question,
+    update of one forward; "updates" are those of other `sizes` (G, length).
     """
     with counter:
         before, optimizer = counter.live, new_optimizer(policy, s)
@@ -309,7 +316,8 @@ def count(counter: Counter, policy: Policy, segmenter: Segmenter, loaded: dict, 
         found = loaded | {"optimizer": counter.live - before}
         counter.lap(resident=counter.live)
         prompts = read_pictures(policy, s)
-        found |= {"prompt_tokens": len(prompts[0].ids), "encode": counter.lap(), "reward": count_reward(segmenter, s, counter)}
+        found |= {"prompt_tokens": len(prompts[0].ids), "encode": counter.lap()}
+        found["reward"] = count_reward(segmenter, s, counter)
         found |= count_sampling(policy, prompts, s, counter)
         one = lambda g, n: count_update(policy, optimizer, prompts, replace(s, group=g, max_new_tokens=n), counter)
         return found | {"update": one(s.group, s.max_new_tokens), "updates": {size: one(*size) for size in sizes}}
@@ -361,7 +369,7 @@ def step_seconds(found: dict, s: Settings, card: str, length: int) -> dict:
     room = max(1, usable(memory) * GIB - found["weights"] - found["sam"] - found["optimizer"])
     rounds = min(s.questions, math.ceil(max(found["prefill"]["over"], found["last"]["over"]) / room))
     again = (rounds - 1) * found["weights"] / (bandwidth * 1e9 * BYTE_SHARE)  # each round reads the weights once more
-    middle = length / 2 / s.max_new_tokens  # a token costs more the more stand before it: on average as much as the middle one
+    middle = length / 2 / s.max_new_tokens  # a token costs more the more stand before it: on average as the middle one
     token = {k: v + middle * (found["last"][k] - v) for k, v in found["first"].items()}
     sampling = length * max(token[card] + again, rounds * token["operations"] * LAUNCH)
     return {
@@ -382,7 +390,8 @@ def forecast(config: Qwen2_5_VLConfig, s: Settings) -> dict:
     step = {card: {str(n): step_seconds(found, s, card, n) for n in lengths} for card in CARDS}
     by_size = {size: peaks(found | {"update": lap})["update_peak_gib"] for size, lap in found["updates"].items()}
     return peaks(found) | {
-        "update_peak_gib_by_size": {f"{g} x {n}": by_size[g, n] for g, n in GRID}, "prompt_tokens": found["prompt_tokens"],
+        "update_peak_gib_by_size": {f"{g} x {n}": by_size[g, n] for g, n in GRID},
+        "prompt_tokens": found["prompt_tokens"],
         "decode_bytes_per_token": (found["first"]["moved"] + found["last"]["moved"]) // 2,
         "update_flops": found["update"]["flops"] // together(s), "seconds_per_step": step,
         "hours": {card: {n: hours(times[n], 3000, s) for n in ("128", "512")} for card, times in step.items()},
@@ -394,29 +403,31 @@ def forecast_lines(expected: dict, s: Settings) -> list[str]:
     e, gib = expected, lambda *names: ", ".join(f"{n} {expected[f'{n}_peak_gib']:.1f}" for n in names)
     fits = lambda peak: [f"{card} GB" for card in (24, 16, 12) if max(peak, e["reward_peak_gib"]) < usable(card)]
     lines = [
-        f"{s.preset} in {s.load_in}, {s.questions} questions x {s.group} answers of {s.max_new_tokens} tokens, prompts of "
-        f"{e['prompt_tokens']} tokens, SAM {sam_kind(s)}; counted on tensors without numbers, nothing is measured",
+        f"{s.preset} in {s.load_in}, {s.questions} questions x {s.group} answers of {s.max_new_tokens} tokens, prompts "
+        f"of {e['prompt_tokens']} tokens, SAM {sam_kind(s)}; counted on tensors without numbers, nothing is measured",
         f"GiB that stay: weights with adapter {e['weights_gib']:.2f}, moments and gradients {e['optimizer_gib']:.2f}, "
         f"SAM {e['sam_gib']:.2f}",
-        "GiB of the whole process at the peak of a phase: " + gib("load", "encode", "prefill", "decode", "reward", "update"),
-        f"prefill and decode are of all {s.questions} questions at once; where memory is short, fewer are taken at a time",
+        "GiB of the whole process at the peak of a phase: "
+        + gib("load", "encode", "prefill", "decode", "reward", "update"),
+        f"prefill and decode are of all {s.questions} questions at once; where memory is short, fewer are taken",
         "updates of other sizes, and cards that hold them (usable: 95 % less 0.6 GiB):",
         *(f"  {size} tokens: {peak:.1f} GiB, {', '.join(fits(peak)) or 'none of 24, 16 and 12 GB'}"
           for size, peak in e["update_peak_gib_by_size"].items()),
-        f"one token of {s.questions} x {s.group} answers moves {e['decode_bytes_per_token'] / 1e9:.1f} GB, the mean of the first and the "
-        f"last; the update of one question takes {e['update_flops'] / 1e12:.1f} TFLOP, with the reference and all that is made twice",
+        f"a token of {s.questions} x {s.group} answers moves {e['decode_bytes_per_token'] / 1e9:.1f} GB, the mean of "
+        f"first and last; the update of a question takes {e['update_flops'] / 1e12:.1f} TFLOP, with reference and recompute",
         "hours for 3,000 samples with answers of 128 and of 512 tokens (seconds of a step: rollout + reward + update):",
     ]
     for card, times in e["hours"].items():
         step = (" + ".join(f"{x:.1f}" for x in e["seconds_per_step"][card][n].values()) for n in ("128", "512"))
         lines.append(f"  {card}: " + ", ".join(f"{h:.1f} ({x})" for h, x in zip(times.values(), step)))
-    lines.append(f"assumed: {FLOP_SHARE:.0%} of a card's published FLOP/s, {BYTE_SHARE:.0%} of its bytes/s, {LAUNCH * 1e6:.0f} us to start an "
-                 "operation, whichever takes longest; without evaluation; right within a factor of 1.5 or so")
+    lines.append(f"assumed: {FLOP_SHARE:.0%} of a card's published FLOP/s, {BYTE_SHARE:.0%} of its bytes/s, "
+                 f"{LAUNCH * 1e6:.0f} us to start an operation, whichever takes longest; evaluation is left out; right "
+                 "within a factor of 1.5 or so")
     return [f"forecast: {line}" for line in lines]
 
 
 def known_card(name: str) -> str | None:
-    """The row of CARDS for a device's name, such as "NVIDIA GeForce RTX 4090" or "NVIDIA A100-SXM4-80GB"; None for others."""
+    """The row of CARDS for a device such as "NVIDIA GeForce RTX 4090" or "NVIDIA A100-SXM4-80GB"; None for others."""
     words = re.split("[ -]", name)
     return next((card for card in CARDS if set(card.split()) <= set(words) and "Laptop" not in words), None)
 
@@ -435,8 +446,9 @@ def forecast_line(s: Settings) -> str:
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / GIB
         memory = min(memory, s.memory_limit or memory)
         of = f" of this card's {memory:.1f}"
-    sampling = min(memory, max(gib["prefill_peak_gib"], gib["decode_peak_gib"]))  # it takes fewer questions where memory is short
-    peak, card = max(sampling, *(gib[f"{p}_peak_gib"] for p in ("load", "encode", "reward", "update"))), known_card(name)
+    sampling = min(memory, max(gib["prefill_peak_gib"], gib["decode_peak_gib"]))  # fewer questions where it is short
+    peak = max(sampling, *(gib[f"{p}_peak_gib"] for p in ("load", "encode", "reward", "update")))
+    card = known_card(name)
     time = f"no hours: {name} is none of {', '.join(CARDS)}"
     if card:
         time = f"about {hours(step_seconds(found, s, card, 128), s.samples, s):.1f} hours at answers of 128 tokens"
@@ -444,7 +456,7 @@ def forecast_line(s: Settings) -> str:
 
 
 def time_left(seconds: list[float], steps: int) -> str:
-    """A line about a run of `steps` steps from the measured `seconds` of those done, at least two: the first warms up."""
+    """A line about a run of `steps` steps from the `seconds` of those done, two at least: the first warms up."""
     step = sum(seconds[1:]) / (len(seconds) - 1)
     return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
 

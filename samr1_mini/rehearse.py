@@ -1,8 +1,11 @@
 """Will it fit, and how long will it take? `python train.py --preset 7b --rehearse 3` finds out before anything is downloaded.
 
-The policy gets its true shape with random weights (quantised layer by layer, so the whole model is never held in bf16), SAM too; then full
-steps run on drawn pictures of the preset's size with the longest allowed answers: rollout, reward, updates, evaluation of one picture.
-What an answer says matters neither for memory nor for time, so SAM gets well-formed answers with the most points, and rewards are drawn.
+First the forecast, on any machine: memory and hours counted at the true shape, on tensors without numbers (forecast.py). Then the
+measurement. On a GPU: the true shape with random weights, full steps on drawn pictures of the preset's size with the longest allowed
+answers (rollout, reward, updates, evaluation of one picture), with the forecast beside each figure. Without a GPU: a small shape, to
+see the same table; its memory is held against its own forecast, its seconds say nothing about a GPU.
+What an answer says matters neither for memory nor for time, so SAM gets well-formed answers with the most points, and rewards are
+drawn.
 """
 
 import gc
@@ -28,7 +31,19 @@ from .attention import IMPLEMENTATION
 from .config import Settings, UserError, check_size
 from .data import Shapes
 from .evaluation import evaluate
-from .forecast import GIB, SHAPES, Counter, beside, build, count, forecast, forecast_lines, known_card, peaks, shape_config
+from .forecast import (
+    GIB,
+    SHAPES,
+    Counter,
+    beside,
+    build,
+    count,
+    forecast,
+    forecast_lines,
+    known_card,
+    peaks,
+    shape_config,
+)
 from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
 from .memory import compute_dtype, peak_memory
 from .policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
@@ -131,11 +146,12 @@ def rehearse(s: Settings) -> dict:
         expected = forecast(shape_config(shape), s)
         print(*forecast_lines(expected, s), sep="\n", flush=True)
     if cuda:
-        times = expected["seconds_per_step"].get(known_card(torch.cuda.get_device_name()), {}).get(str(s.max_new_tokens), {})
+        card = known_card(torch.cuda.get_device_name())
+        times = expected["seconds_per_step"][card][str(s.max_new_tokens)] if card else {}
     else:
         shape, s = "small", replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
-        print(f"no GPU, so nothing above was measured. Measured below: a small policy, the tiny SAM, 2 questions and {s.max_new_tokens} tokens. "
-              "These figures say nothing about a GPU")
+        print(f"no GPU, so nothing above is measured. Measured below: a small policy, the tiny SAM, 2 questions, {s.max_new_tokens} "
+              "tokens. These figures say nothing about a GPU")
     torch.manual_seed(s.seed)
     meter, data = Meter(s.device), Shapes("train", s.questions)
 
@@ -154,7 +170,8 @@ def rehearse(s: Settings) -> dict:
     mean = {phase: sum(values) / len(values) for phase, values in meter.seconds.items()}
     step = mean["rollout"] + mean["reward"] + mean["update"]
     table = {
-        "forecast": expected, "shape": shape, "device": torch.cuda.get_device_name() if cuda else "cpu", "parameters": sum(p.numel() for p in policy.base.parameters()),
+        "forecast": expected, "shape": shape, "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "parameters": sum(p.numel() for p in policy.base.parameters()),
         **{k: getattr(s, k) for k in ("load_in", "questions", "group", "max_new_tokens", "image_size", "sam", "memory_limit", "rehearse")},
         "prompt_tokens": len(prompt.ids), "seconds": mean, "peak_gib": meter.peak, "tokens_per_second": tokens / mean["rollout"], "seconds_per_step": step,
     }

@@ -1,4 +1,4 @@
-"""The forecast: what is counted on tensors without numbers is held to real tensors and to formulas, what is printed to what it says."""
+"""The forecast: counts on tensors without numbers are held to real tensors and to formulas."""
 
 import json
 import re
@@ -34,7 +34,8 @@ from samr1_mini.segmenter import load_segmenter
 
 def short(**given):
     """Settings of steps that a test can afford to run for real."""
-    return make_settings(**dict(preset="tiny", device="cpu", image_size=112, questions=2, group=4, updates=2, max_new_tokens=16) | given)[0]
+    tiny = dict(preset="tiny", device="cpu", image_size=112, questions=2, group=4, updates=2, max_new_tokens=16)
+    return make_settings(**tiny | given)[0]
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,16 @@ def real_count(policy, segmenter, s):
     weights = counter.live
     for tensor in (*segmenter.predictor.model.parameters(), *segmenter.predictor.model.buffers()):
         counter.hold(tensor)
-    return count(counter, policy, segmenter, {"weights": weights, "sam": counter.live - weights, "load": counter.live}, s)
+    loaded = {"weights": weights, "sam": counter.live - weights, "load": counter.live}
+    return count(counter, policy, segmenter, loaded, s)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "small"])
 def test_memory_without_numbers_is_that_of_real_tensors_in_real_nf4(shape):
     s = short()
     tiny = shape == "tiny"
-    policy = load_policy("tiny", "nf4", s.rank) if tiny else random_policy(shape_config(shape), "nf4", s.rank, "cpu", False)
+    made = lambda: random_policy(shape_config(shape), "nf4", s.rank, "cpu", False)
+    policy = load_policy("tiny", "nf4", s.rank) if tiny else made()
     assert any(isinstance(m, Linear4bit) for m in policy.base.modules())
     policy.banned[policy.processor.tokenizer.eos_token_id] = True  # answers of full length, as in the forecast
     real = real_count(policy, load_segmenter("tiny"), s)
@@ -74,16 +77,17 @@ def test_memory_without_numbers_is_that_of_real_tensors_in_real_nf4(shape):
     stays = real["weights"] + real["optimizer"] + real["sam"]
     for phase in ("encode", "prefill", "last", "reward", "update"):
         assert stays + fake[phase]["over"] == pytest.approx(stays + real[phase]["over"], rel=0.1), phase
-        assert fake[phase]["flops"] == pytest.approx(real[phase]["flops"], rel=0.01), phase
+        assert fake[phase]["flops"] == real[phase]["flops"], phase
 
 
 def test_operations_are_those_of_a_formula(small):
-    """Per token and layer 2 for each weight, and attention's products of queries, keys and values; the head at answer tokens alone."""
+    """Two for each weight and token, attention's products of queries, keys and values; the head at answer tokens."""
     config, found = small
     s, t = short(), config.text_config
     width, kv = t.hidden_size, t.num_key_value_heads * t.hidden_size // t.num_attention_heads
     shapes = [(width, width), (width, kv), (width, kv), (width, width), *[(width, t.intermediate_size)] * 3]
-    weights, adapter = (t.num_hidden_layers * sum(f(a, b) for a, b in shapes) for f in (lambda a, b: a * b, lambda a, b: s.rank * (a + b)))
+    weights = t.num_hidden_layers * sum(a * b for a, b in shapes)
+    adapter = t.num_hidden_layers * sum(s.rank * (a + b) for a, b in shapes)
     head, prompt, answers = width * t.vocab_size, found["prompt_tokens"], s.group * s.max_new_tokens
 
     rows = s.questions * s.group
@@ -94,7 +98,7 @@ def test_operations_are_those_of_a_formula(small):
     tokens = prompt + answers - s.group
     pairs = prompt**2 / 2 + answers * (prompt + s.max_new_tokens / 2)
     forward = 2 * tokens * weights + 4 * pairs * width * t.num_hidden_layers
-    # the reference, the forward, and in the backward the gradient of what came in: the base's weights get none; adapters get both
+    # the reference, the forward, the gradient of what came in: the base's own weights get none, the adapter's do
     update = 3 * 2 * tokens * weights + 3 * 2 * tokens * adapter + (2 + 2.5) * (forward - 2 * tokens * weights)
     update += 4 * 2 * answers * head  # reference, forward, forward again, backward: the head is always computed twice
     assert found["update"]["flops"] == pytest.approx(update, rel=0.1)
@@ -112,7 +116,7 @@ def test_memory_of_a_whole_model_is_that_of_one_and_two_layers_multiplied(small)
 
 
 def test_the_7b_weighs_what_its_published_parameters_weigh_in_nf4():
-    """4 bits a weight and 8.127/64 bits of statistics in the language model's projections, 16 bits for all else, 32 for the adapter."""
+    """4 bits a weight of the projections, (8 + 32/256)/64 of statistics, 16 bits for all else, 32 for the adapter."""
     config = shape_config("7b")
     four = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     adapter = 28 * 32 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
@@ -140,7 +144,8 @@ def test_longer_answers_take_more_memory_and_time_and_each_line_says_that_it_is_
 def test_a_card_holds_what_is_less_than_its_usable_memory():
     s = short(preset="7b")
     phases = ("load", "encode", "prefill", "decode", "reward", "update")
-    table = {f"{p}_peak_gib": 9.0 for p in phases} | dict(weights_gib=6.7, optimizer_gib=0.9, sam_gib=2.4, prompt_tokens=1100, hours={})
+    table = {f"{p}_peak_gib": 9.0 for p in phases} | dict(weights_gib=6.7, optimizer_gib=0.9, sam_gib=2.4)
+    table |= dict(prompt_tokens=1100, hours={})
     sizes = {"a": usable(12) - 0.01, "b": usable(12) + 0.01, "c": 30.0}
     table |= dict(decode_bytes_per_token=1, update_flops=1, update_peak_gib_by_size=sizes)
     lines = forecast_lines(table, s)
@@ -150,7 +155,8 @@ def test_a_card_holds_what_is_less_than_its_usable_memory():
 
 
 @pytest.mark.parametrize("name, card", [
-    ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L4", "L4"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"),
+    ("NVIDIA L4", "L4"),
     ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A10", None),
 ])
 def test_a_card_is_known_by_its_name(name, card):
@@ -165,7 +171,8 @@ def test_training_starts_with_a_line_about_its_card_and_keeps_its_random_numbers
     before = torch.get_rng_state()
     real = forecast_module.counts
     monkeypatch.setattr(forecast_module, "counts", lambda *a, **k: found.append(real(*a, **k)) or found[0])
-    assert re.fullmatch(r"forecast: peak 0.\d GiB, no hours: a machine without a GPU is none of RTX 3090, .*", forecast_line(s))
+    line = r"forecast: peak 0.\d GiB, no hours: a machine without a GPU is none of RTX 3090, .*"
+    assert re.fullmatch(line, forecast_line(s))
     assert torch.equal(before, torch.get_rng_state())
 
     monkeypatch.setattr(forecast_module, "counts", lambda *a, **k: found[0])
