@@ -19,8 +19,11 @@ def main(argv: list[str] | None = None) -> None:
 
             rehearse(settings)
         else:
+            from samr1_mini.forecast import forecast_line
             from samr1_mini.grpo import train
 
+            if settings.device == "cuda" and os.environ.get("RANK", "0") == "0":
+                print(forecast_line(settings), flush=True)
             train(settings)
     except UserError as error:
         exit_with(error, "train.py")

@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .tokens import FP32_SUMS
+
 IMPLEMENTATION = {"": "sdpa", "text_config": "shared_prompt", "vision_config": "sdpa"}  # by part of the model
 
 
@@ -115,6 +117,6 @@ class Cache:
 
 def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """[..., n, d] x [..., m, d] -> fp32 [..., n, m]: in bf16 large scores would be rounded, as in no fused kernel."""
-    if q.is_cpu or q.dtype == torch.float32:
+    if q.dtype == torch.float32 or q.device.type not in FP32_SUMS:
         return q.float() @ k.float().mT
     return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])

@@ -26,13 +26,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoProcessor, BitsAndBytesConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from .attention import IMPLEMENTATION
 from .config import Settings
 from .grpo import Rollout, new_optimizer, update
-from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, prompt_text, sample
+from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
 from .segmenter import SAM_FILES, Segmenter, is_small, random_sam
+from .tokens import FP32_SUMS
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores run.
 SHAPES = {
@@ -108,6 +110,15 @@ class Counter(TorchDispatchMode):
         self.fake, self.held, self.live, self.peak, self.resident = fake, {}, 0, 0, 0
         self.total = dict.fromkeys(("flops", "moved", "operations", *CARDS), 0)
         self.before = dict(self.total)
+
+    def __enter__(self):
+        if self.fake:
+            FP32_SUMS.add("cpu")  # tensors without numbers stand for a GPU's
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        FP32_SUMS.discard("cpu")
+        return super().__exit__(*error)
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, once, until it is freed."""
@@ -199,10 +210,10 @@ def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, count
     statistics that the library's own quantisation gives for a fake weight. All that reads it is the library's code.
     """
     with init_empty_weights():
-        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
+        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION, dtype=dtype)
         if s.load_in == "nf4":
-            nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-            replace_with_bnb_linear(base, ["model.visual", "lm_head"], BitsAndBytesConfig(load_in_4bit=True, **nf4))
+            plan = four_bits(dtype)
+            replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
             base.is_loaded_in_4bit = True  # what PEFT goes by
         policy = add_adapter(base, AutoProcessor.from_pretrained(TINY), s.rank, checkpointing=s.checkpointing)
     with counter:
@@ -258,15 +269,8 @@ def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: 
 
     def watched(*args, **kwargs):
         laps.append(counter.lap())
-        if "layout" in kwargs:
-            for _ in range(between if len(laps) == 3 else 0):
-                kwargs["layout"].grow()
-        elif len(laps) >= 3 and between:
-            cache = kwargs["past_key_values"]
-            for layer in range(len(cache.layers) if len(laps) == 3 else 0):
-                b, heads, _, d = cache.layers[layer].keys.shape
-                cache.update(*kwargs["inputs_embeds"].new_empty(2, b, heads, s.group * between, d), layer)
-            kwargs["attention_mask"] = torch.nn.functional.pad(kwargs["attention_mask"], (s.group * between, 0))
+        for _ in range(between if len(laps) == 3 else 0):
+            kwargs["layout"].grow()
         return forward(*args, **kwargs)
 
     language.forward = watched
@@ -298,7 +302,10 @@ def count_reward(segmenter: Segmenter, s: Settings, counter: Counter) -> dict:
     predictor, points = segmenter.predictor, torch.tensor([[[100.0, 100.0, 1.0]] * s.max_points] * s.group)  # [G, n, 3]
     counter.lap()
     predictor.set_image(np.zeros((480, 640, 3), np.uint8))  # as large as COCO's
-    predictor.predict_torch(points[..., :2], points[..., 2], torch.tensor([[50.0, 50.0, 200.0, 200.0]] * s.group))
+    boxes = torch.tensor([[50.0, 50.0, 200.0, 200.0]] * s.group)
+    logits, _ = segmenter.decode(points[..., :2], points[..., 2], boxes)  # [G, 3, h, w]
+    for logit in logits[:, :1]:  # [1, h, w] the best of three, one answer after the other
+        predictor.model.postprocess_masks(logit[None], predictor.input_size, predictor.original_size)
     return counter.lap()
 
 
@@ -453,12 +460,6 @@ def forecast_line(s: Settings) -> str:
     if card:
         time = f"about {hours(step_seconds(found, s, card, 128), s.samples, s):.1f} hours at answers of 128 tokens"
     return f"forecast: peak {peak:.1f} GiB{of}, {time}"
-
-
-def time_left(seconds: list[float], steps: int) -> str:
-    """A line about a run of `steps` steps from the `seconds` of those done, two at least: the first warms up."""
-    step = sum(seconds[1:]) / (len(seconds) - 1)
-    return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
 
 
 def beside(seconds: dict, gib: dict, expected: dict, times: dict) -> list[str]:

@@ -29,7 +29,7 @@ from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
 from .processes import add_up_gradients, average, join, together
-from .reports import describe, first_look, score_base, summarise, validate
+from .reports import describe, first_look, score_base, summarise, time_left, validate
 from .reward import Reward, score_group
 from .segmenter import Segmenter
 from .runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals, take_state,
@@ -311,7 +311,7 @@ def train(s: Settings) -> dict:
             print(first_look(rollouts, s), flush=True)
     base = score_base(policy, segmenter, validation, test, s, folder, resumed=start > 0)
 
-    state, saved = take_state(policy, optimizer, start, spent()), time.perf_counter()
+    state, saved, taken = take_state(policy, optimizer, start, spent()), time.perf_counter(), []
     with stop_on_signals() as stop:
         try:
             bar = tqdm(range(start, steps), "train", steps, initial=start, dynamic_ncols=True, disable=not first)
@@ -328,6 +328,9 @@ def train(s: Settings) -> dict:
                 if first and (look or stopped or time.perf_counter() - saved > 60 * s.save_minutes):
                     save_state(folder, policy, state)
                     saved = time.perf_counter()
+                taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
+                if first and len(taken) == 10:
+                    tqdm.write(time_left(taken, steps - start))
                 bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", "iou", "segmentation_format")})
                 if stopped:
                     bar.close()

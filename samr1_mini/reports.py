@@ -48,6 +48,12 @@ def first_look(rollouts: list, s: Settings) -> str:
     return line
 
 
+def time_left(seconds: list[float], steps: int) -> str:
+    """A line about a run of `steps` steps from the `seconds` of those done, two at least: the first warms up."""
+    step = sum(seconds[1:]) / (len(seconds) - 1)
+    return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
+
+
 def score_base(
     policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool
 ) -> dict:

@@ -29,6 +29,9 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
     return banned
 
 
+FP32_SUMS = {"cuda"}  # kinds of device whose product of bf16 matrices can give its fp32 sums as they are
+
+
 class Fp32Head(torch.autograd.Function):
     """hidden [n, D] @ weight [V, D] -> logits [n, V] that are never rounded to bf16, as the head's own forward would
     do: at values of 16 to 32 a bf16 step is 0.125, and that alone would move every ratio away from 1. The products are
@@ -37,9 +40,9 @@ class Fp32Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        if hidden.is_cuda:
+        if hidden.device.type in FP32_SUMS:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        return hidden.float() @ weight.float().T  # a CPU has no such kernel
+        return hidden.float() @ weight.float().T
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
