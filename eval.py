@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     print(line, flush=True)
     from torch import OutOfMemoryError  # imported late, here and below: --help and mistakes answer at once
 
-    from samr1_mini.loading import load_parts
-    from samr1_mini.processes import join
+    from samr1_mini.running.loading import load_parts
+    from samr1_mini.running.processes import join
 
     try:
         if own["merge"] is not None:

@@ -6,7 +6,7 @@ import sys
 from torch import OutOfMemoryError
 
 from samr1_mini.config import Terminated, UserError, exit_with, parse_settings
-from samr1_mini.memory import cap_memory
+from samr1_mini.running.memory import cap_memory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,11 +15,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cap_memory(settings)
         if settings.rehearse:  # imported late, here and below: --help and mistakes answer at once
-            from samr1_mini.rehearse import rehearse
+            from samr1_mini.measuring.rehearse import rehearse
 
             rehearse(settings)
         else:
-            from samr1_mini.forecast import forecast_line
+            from samr1_mini.measuring.forecast import forecast_line
             from samr1_mini.grpo import train
 
             if settings.device == "cuda" and os.environ.get("RANK", "0") == "0":

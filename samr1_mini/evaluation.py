@@ -19,7 +19,7 @@ from .config import Settings, UserError
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
-from .processes import join, together
+from .running.processes import join, together
 from .reward import Reward, score_group
 from .segmenter import Segmenter
 

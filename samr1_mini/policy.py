@@ -26,7 +26,7 @@ from transformers import (
 
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size
-from .memory import compute_dtype
+from .running.memory import compute_dtype
 from .tokens import banned_ids, draw, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"

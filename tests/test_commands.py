@@ -26,7 +26,7 @@ from samr1_mini.config import (
     parse_settings,
 )
 from samr1_mini.data import load_data, open_data, open_picture
-from samr1_mini.memory import compute_dtype
+from samr1_mini.running.memory import compute_dtype
 from samr1_mini.tiny.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def run(*command, cwd=ROOT):
     return subprocess.run([sys.executable, *command], cwd=cwd, env=ONLY_CPU | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "samr1_mini.tiny.pretrain"], ["-m", "samr1_mini.benchmark"]])
+@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "samr1_mini.tiny.pretrain"], ["-m", "samr1_mini.measuring.benchmark"]])
 def test_help_of_every_command(command):
     out = run(*command, "--help")
     assert out.returncode == 0 and "usage" in out.stdout

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from test_public import coco_info, coco_rows, parquet, picture, png
 
-from samr1_mini import fetch, public
+from samr1_mini.data import fetch
+from samr1_mini.data import public
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data, open_data
-from samr1_mini.fetch import fetch_pictures
+from samr1_mini.data.fetch import fetch_pictures
 
 NAME = coco_info(1)["file_name"]
 ANOTHER_SIZE = io.BytesIO()

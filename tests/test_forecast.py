@@ -9,9 +9,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from samr1_mini import forecast as forecast_module
+from samr1_mini.measuring import forecast as forecast_module
 from samr1_mini.config import make_settings
-from samr1_mini.forecast import (
+from samr1_mini.measuring.forecast import (
     CARDS,
     GIB,
     Counter,
@@ -28,7 +28,7 @@ from samr1_mini.forecast import (
     usable,
 )
 from samr1_mini.policy import load_policy
-from samr1_mini.rehearse import random_policy
+from samr1_mini.measuring.rehearse import random_policy
 from samr1_mini.segmenter import load_segmenter
 
 

@@ -19,10 +19,11 @@ from huggingface_hub import DryRunFileInfo
 from peft import PeftModel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from samr1_mini import grpo, loading
+from samr1_mini import grpo
+from samr1_mini.running import loading
 from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import Terminated, UserError, make_settings, parse_settings
-from samr1_mini.data import Shapes
+from samr1_mini.tiny.shapes import Shapes
 from samr1_mini.grpo import (
     advantages,
     objective,
@@ -32,10 +33,10 @@ from samr1_mini.grpo import (
     try_largest_update,
     update,
 )
-from samr1_mini.memory import questions_per_batch
+from samr1_mini.running.memory import questions_per_batch
 from samr1_mini.policy import TINY, load_policy, logprobs
-from samr1_mini.reports import first_look
-from samr1_mini.runs import open_run
+from samr1_mini.running.reports import first_look
+from samr1_mini.running.runs import open_run
 
 ROOT = Path(__file__).parent.parent
 GOOD = '<think>Left.</think><answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>'

@@ -25,7 +25,7 @@ from samr1_mini.policy import (
     sample,
     token_logits,
 )
-from samr1_mini.rehearse import random_policy, shape_config
+from samr1_mini.measuring.rehearse import random_policy, shape_config
 
 
 def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):

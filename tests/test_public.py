@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from samr1_mini import public
+from samr1_mini.data import public
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data, open_data
 from samr1_mini.metrics import intersection_union
@@ -301,7 +301,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import datasets
-from samr1_mini import public
+from samr1_mini.data import public
 from samr1_mini.data import load_data
 
 public.TABLES = Path({folder!r}) / "tables"

@@ -13,11 +13,11 @@ from peft.tuners import lora
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from samr1_mini import policy as policy_module
-from samr1_mini import rehearse as rehearse_module
+from samr1_mini.measuring import rehearse as rehearse_module
 from samr1_mini.config import UserError, make_settings
-from samr1_mini.memory import cap_memory
+from samr1_mini.running.memory import cap_memory
 from samr1_mini.policy import TINY, load_policy
-from samr1_mini.rehearse import random_policy, shape_config
+from samr1_mini.measuring.rehearse import random_policy, shape_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,7 +92,7 @@ def test_a_size_that_the_shape_cannot_cut_is_refused_in_one_line():
 
 
 def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path):
-    out = subprocess.run([sys.executable, "-m", "samr1_mini.benchmark", "--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5", "--out", str(tmp_path / "b.json")],
+    out = subprocess.run([sys.executable, "-m", "samr1_mini.measuring.benchmark", "--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5", "--out", str(tmp_path / "b.json")],
                          cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     rows = json.loads((tmp_path / "b.json").read_text())

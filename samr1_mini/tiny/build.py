@@ -12,8 +12,6 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from .scenes import SIZE
-
 HERE = Path(__file__).parent
 POLICY = HERE / "policy"  # an ordinary model folder: from_pretrained reads it
 

@@ -22,7 +22,6 @@ from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import (
     Policy,
     Prompt,
-    banned_ids,
     encode,
     instruction,
     load_policy,

@@ -29,12 +29,12 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from .attention import IMPLEMENTATION
-from .config import Settings
-from .grpo import Rollout, new_optimizer, update
-from .policy import TINY, Completion, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
-from .segmenter import SAM_FILES, Segmenter, is_small, random_sam
-from .tokens import FP32_SUMS
+from ..attention import IMPLEMENTATION
+from ..config import Settings
+from ..grpo import Rollout, new_optimizer, update
+from ..policy import TINY, Completion, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
+from ..segmenter import SAM_FILES, Segmenter, is_small, random_sam
+from ..tokens import FP32_SUMS
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores run.
 SHAPES = {

@@ -31,10 +31,10 @@ import pyarrow.parquet
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from .config import UserError
-from .data import Data, Sample, draw, inside, open_picture, read_mask
+from ..config import UserError
+from .samples import Data, Sample, draw, inside, open_picture, read_mask
 from .fetch import fetch_pictures, first_line, is_there, picture_name
-from .metrics import filled
+from ..metrics import filled
 
 # Name on the command line: for each split, the hub's id and what that split is called there.
 HUB = {

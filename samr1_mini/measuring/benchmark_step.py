@@ -1,4 +1,4 @@
-"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python -m samr1_mini.benchmark_step` (`pip install trl` for its rows).
+"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python -m samr1_mini.measuring.benchmark_step` (`pip install trl` for its rows).
 
 Same policy, pictures, questions, reward (SAM included), G, number of updates and answer length (nobody may stop early). Each row is a
 process of its own, so that its peak memory is its own too; seconds are the median of the steps after the first.
@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from .config import Settings, make_settings
-from .data import load_data
-from .evaluation import policy_image
-from .grpo import new_optimizer, roll_out, update
-from .memory import device_name, peak_memory
-from .policy import instruction, load_policy
-from .reward import score_group
-from .segmenter import load_segmenter
+from ..config import Settings, make_settings
+from ..data import load_data
+from ..evaluation import policy_image
+from ..grpo import new_optimizer, roll_out, update
+from ..running.memory import device_name, peak_memory
+from ..policy import instruction, load_policy
+from ..reward import score_group
+from ..segmenter import load_segmenter
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
 LONG = dict(image_size=840, questions=1, updates=1, group=8, max_new_tokens=48)
@@ -99,7 +99,7 @@ def main() -> None:
     print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*TINY, "seconds", "peak GiB"]))
     for sizes in ROWS:
         for way in ways:
-            command = [sys.executable, "-m", "samr1_mini.benchmark_step", "--steps", str(args.steps), "--row", json.dumps([way, sizes])]
+            command = [sys.executable, "-m", "samr1_mini.measuring.benchmark_step", "--steps", str(args.steps), "--row", json.dumps([way, sizes])]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{way} {sizes}: {done.stderr[-2000:]}")

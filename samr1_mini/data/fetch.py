@@ -14,8 +14,8 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from .config import UserError
-from .data import open_picture
+from ..config import UserError
+from .samples import open_picture
 
 WORKERS = 16  # pictures on their way at a time
 PAUSES = (1.0, 5.0)  # seconds before the second and before the third try

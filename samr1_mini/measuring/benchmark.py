@@ -1,4 +1,4 @@
-"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.benchmark`; on a GPU, `--shape 3b` or `7b`
+"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.measuring.benchmark`; on a GPU, `--shape 3b` or `7b`
 takes a policy of that true shape with random weights.
 
 Rollouts: `policy.sample` against transformers' generate, (a) with num_return_sequences=G, which encodes a picture once and reads the
@@ -22,10 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .attention import Cache
-from .data import load_data
-from .memory import device_name
-from .policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
+from ..attention import Cache
+from ..data import load_data
+from ..running.memory import device_name
+from ..policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
 from .rehearse import SHAPES, random_policy, shape_config
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .config import Settings, Terminated, UserError
-from .policy import Policy
+from ..config import Settings, Terminated, UserError
+from ..policy import Policy
 
 
 # ---------------------------------------------------------------------------------------------------- state

@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from .attention import IMPLEMENTATION
-from .config import Settings, UserError, check_size
-from .data import Shapes
-from .evaluation import evaluate
+from ..attention import IMPLEMENTATION
+from ..config import Settings, UserError, check_size
+from ..tiny.shapes import Shapes
+from ..evaluation import evaluate
 from .forecast import (
     GIB,
     SHAPES,
@@ -44,11 +44,11 @@ from .forecast import (
     peaks,
     shape_config,
 )
-from .grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
-from .memory import compute_dtype, peak_memory
-from .policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
-from .reward import score_group
-from .segmenter import Segmenter, load_segmenter, random_sam
+from ..grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
+from ..running.memory import compute_dtype, peak_memory
+from ..policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
+from ..reward import score_group
+from ..segmenter import Segmenter, load_segmenter, random_sam
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:

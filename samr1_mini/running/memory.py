@@ -6,8 +6,8 @@ import resource
 
 import torch
 
-from .attention import Cache
-from .config import Settings, emulates_bf16
+from ..attention import Cache
+from ..config import Settings, emulates_bf16
 
 
 def cap_memory(s: Settings) -> None:

@@ -11,11 +11,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .config import Settings, UserError
-from .data import open_data
-from .policy import Policy, check_policy, load_policy
-from .public import PICTURES
-from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
+from ..config import Settings, UserError
+from ..data import open_data
+from ..policy import Policy, check_policy, load_policy
+from ..data.public import PICTURES
+from ..segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
 
 
 def open_sets(s: Settings) -> list:

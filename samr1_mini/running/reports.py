@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from .config import Settings
-from .evaluation import Report, before_after, evaluate, shown
-from .plots import curves, sample_sheet
-from .policy import Policy
-from .segmenter import Segmenter
+from ..config import Settings
+from ..evaluation import Report, before_after, evaluate, shown
+from ..plots import curves, sample_sheet
+from ..policy import Policy
+from ..segmenter import Segmenter
 from .runs import read_log, write_json
 
 

@@ -1,4 +1,4 @@
-"""Data: a sequence of `Sample`s, from drawn scenes, a folder of your own, or a public data set (public.py)."""
+"""A sample, what every data set can tell, and a folder of your own."""
 
 import json
 import random
@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco
 
-from .config import UserError
-from .tiny.scenes import KINDS, SPLITS, ask, make_scene
+from ..config import UserError
 
 
 @dataclass
@@ -52,43 +51,6 @@ def draw(items: list, split: str, count: int, seed: int) -> Iterator:
     rng = random.Random(seed)
     while True:
         yield from rng.sample(items, len(items))
-
-
-# ---------------------------------------------------------------------------------------------------- drawn scenes
-
-
-class Shapes(Data):
-    """`count` questions about drawn scenes, one a scene, the three kinds in turn; drawn when asked for. Another seed,
-    other scenes."""
-
-    def __init__(self, split: str, count: int, seed: int = 0):
-        first, last = SPLITS[split]
-        # Each training seed owns a million scenes; validation and test are the same for every seed, so that runs
-        # compare.
-        self.first = first + (seed % 1000) * 10**6 if split == "train" else first
-        self.count = count
-        if count > 10**6 or self.first + count > last:
-            raise UserError(f"the {split} split of the drawn scenes has a million questions, not {count}")
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def ids(self) -> list[str]:
-        return [f"shapes-{self.first + i}" for i in range(self.count)]
-
-    def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < self.count:
-            raise IndexError(i)
-        seed = self.first + i
-        scene, rng = make_scene(seed), np.random.default_rng([seed, 1])
-        for turn in range(len(KINDS)):  # a scene with no fair question of its kind gives one of the next kind
-            kind = KINDS[(i + turn) % len(KINDS)]
-            found = ask(scene, rng, kind)
-            if found:
-                name = f"shapes-{seed}"
-                return Sample(Image.fromarray(scene.image), found[0], found[1].mask, name, kind, picture=name)
-        raise RuntimeError(f"scene {seed} allows no question")
 
 
 # ---------------------------------------------------------------------------------------------------- a folder of your own
@@ -218,31 +180,3 @@ def open_picture(file) -> Image.Image:
         if image.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion makes all above 255 white
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
-
-
-def open_data(
-    name: str, split: str, count: int, seed: int = 0, sentences: str = "first", coco_dir: str = "", ignore: str = "foreground"
-) -> Data:
-    """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
-
-    For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder with COCO's train2014 pictures;
-    `ignore`, undecided pixels count as "foreground", or are "excluded".
-
-    What can be checked cheaply is checked here; a mistake is a UserError. What is large is downloaded by `fetch`.
-    """
-    if name == "shapes":
-        return Shapes(split, count, seed)
-    if (Path(name) / "data.jsonl").is_file():
-        return Folder(name, split, count, seed)
-    from .public import HUB, Public  # imported late: it brings a library that takes a second to load
-
-    if name in HUB or Path(name).is_dir():
-        return Public(name, split, count, seed, sentences, coco_dir, ignore)
-    raise UserError(f"--data {name}: neither 'shapes', nor a public data set ({', '.join(HUB)}), nor a folder")
-
-
-def load_data(*arguments, **options) -> Data:
-    """`open_data`, with all that has to be downloaded."""
-    data = open_data(*arguments, **options)
-    data.fetch()
-    return data

@@ -1,0 +1,42 @@
+"""Drawn scenes as a data set: `--data shapes`."""
+
+import numpy as np
+from PIL import Image
+
+from ..config import UserError
+from ..data.samples import Data, Sample
+from .scenes import KINDS, SPLITS, ask, make_scene
+
+
+class Shapes(Data):
+    """`count` questions about drawn scenes, one a scene, the three kinds in turn; drawn when asked for. Another seed,
+    other scenes."""
+
+    def __init__(self, split: str, count: int, seed: int = 0):
+        first, last = SPLITS[split]
+        # Each training seed owns a million scenes; validation and test are the same for every seed, so that runs
+        # compare.
+        self.first = first + (seed % 1000) * 10**6 if split == "train" else first
+        self.count = count
+        if count > 10**6 or self.first + count > last:
+            raise UserError(f"the {split} split of the drawn scenes has a million questions, not {count}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"shapes-{self.first + i}" for i in range(self.count)]
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        seed = self.first + i
+        scene, rng = make_scene(seed), np.random.default_rng([seed, 1])
+        for turn in range(len(KINDS)):  # a scene with no fair question of its kind gives one of the next kind
+            kind = KINDS[(i + turn) % len(KINDS)]
+            found = ask(scene, rng, kind)
+            if found:
+                name = f"shapes-{seed}"
+                return Sample(Image.fromarray(scene.image), found[0], found[1].mask, name, kind, picture=name)
+        raise RuntimeError(f"scene {seed} allows no question")
