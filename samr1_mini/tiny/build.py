@@ -1,4 +1,4 @@
-"""The shape of the tiny policy, the public class with small numbers in it (the tiny SAM's stand in sam/sam.json), and its tokenizer."""
+"""The tiny policy's shape, the public class with small numbers (the tiny SAM's are in sam/sam.json), and tokenizer."""
 
 from pathlib import Path
 
@@ -18,32 +18,36 @@ POLICY = HERE / "policy"  # an ordinary model folder: from_pretrained reads it
 
 # ---------------------------------------------------------------------------------------------------- the policy
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]
 
 # Qwen's chat layout: a default system line, one block a turn, one placeholder a picture.
 CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
+{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 
 def build_processor(texts: list[str]) -> Qwen2_5_VLProcessor:
-    """Qwen2.5-VL's processor over a small byte-level BPE tokenizer: every word and number of `texts` becomes one token, all else stays spellable."""
+    """Qwen2.5-VL's processor over a small byte-level BPE tokenizer: every word and number of `texts` becomes one
+    token, all else stays spellable."""
     bpe = Tokenizer(models.BPE())
-    words = r" ?\p{L}+|\p{N}+|[^\p{L}\p{N}]+?(?= \p{L})|[^\p{L}\p{N}]+"  # whole words, whole numbers, whatever stands between them
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    words = r" ?\p{L}+|\p{N}+|[^\p{L}\p{N}]+?(?= \p{L})|[^\p{L}\p{N}]+"  # whole words, whole numbers, what is between
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), to_bytes])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=10**5, show_progress=False, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=10**5, show_progress=False, special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL, padding_side="left"
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL,
+        padding_side="left",
     )
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     return Qwen2_5_VLProcessor(
@@ -56,13 +60,13 @@ def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         vision_config=dict(
-            depth=4, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=192, patch_size=14, spatial_merge_size=2,
-            window_size=112, fullatt_block_indexes=[1, 3],
+            depth=4, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=192, patch_size=14,
+            spatial_merge_size=2, window_size=112, fullatt_block_indexes=[1, 3],
         ),
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
-            pad_token_id=token("<|endoftext|>"),
+            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=4096,
+            bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
         ),
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),

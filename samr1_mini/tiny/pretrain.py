@@ -19,33 +19,14 @@ from tqdm import tqdm
 
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
-from ..policy import (
-    Policy,
-    Prompt,
-    encode,
-    instruction,
-    load_policy,
-    logprobs,
-    sample,
-)
+from ..policy import Policy, Prompt, encode, instruction, load_policy, logprobs, sample
 from ..reward import parse
 from ..segmenter import TINY_SAM, load_segmenter, random_sam
 from ..tokens import banned_ids, stop_ids
 from .build import POLICY, build_policy, build_processor
 from .scenes import (
-    COLOUR_OF,
-    COLOURS,
-    KINDS,
-    PRETRAIN,
-    SHAPE_WITH,
-    SHAPES,
-    SIZE,
-    SPLITS,
-    Scene,
-    Thing,
-    ask,
-    fair_questions,
-    make_scene,
+    COLOUR_OF, COLOURS, KINDS, PRETRAIN, SHAPE_WITH, SHAPES, SIZE, SPLITS,
+    Scene, Thing, ask, fair_questions, make_scene,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,7 +73,7 @@ def shared_box(thing: Thing, scene: Scene) -> tuple[tuple[int, int, int, int], T
 
 
 def sam_prompt(thing: Thing, scene: Scene, rng: np.random.Generator, count: int) -> tuple[list[float], list[list[int]]]:
-    """A box and `count` points. Half of the boxes that come with points hold a neighbour too: only the points tell which one is meant."""
+    """A box and `count` points. Half of the boxes with points hold a neighbour too: only points tell which is meant."""
     negative, spread = int(rng.integers(0, count)) if count else 0, rng.uniform(0, 0.08)
     if count and rng.random() < 0.5:
         box, other = shared_box(thing, scene)
@@ -101,7 +82,9 @@ def sam_prompt(thing: Thing, scene: Scene, rng: np.random.Generator, count: int)
     return jittered_box(thing.box, rng, spread), points_on(thing, rng, count - negative, negative)
 
 
-def sam_masks(sam, embedding: torch.Tensor, boxes: torch.Tensor, points: torch.Tensor | None, labels: torch.Tensor | None):
+def sam_masks(
+    sam, embedding: torch.Tensor, boxes: torch.Tensor, points: torch.Tensor | None, labels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask logits [N, 3, SIZE, SIZE] and predicted IoU [N, 3] for N prompts on one encoded picture [1, C, h, w]."""
     sparse, dense = sam.prompt_encoder(points=None if points is None else (points, labels), boxes=boxes, masks=None)
     low, quality = sam.mask_decoder(
@@ -126,12 +109,13 @@ def train_sam(steps: int, out: Path, pictures: int = 16) -> None:
         for embedding, scene in zip(embeddings, scenes):
             # Half of the pictures are prompted with boxes alone, half with boxes and one to four points.
             count = int(rng.integers(1, 5)) if rng.random() < 0.5 else 0
-            boxes, marks = zip(*(sam_prompt(t, scene, rng, count) for t in scene.things))
-            points = labels = None
+            boxes, labelled = zip(*(sam_prompt(t, scene, rng, count) for t in scene.things))
+            boxes, points, labels = torch.tensor(boxes, dtype=torch.float32, device=DEVICE), None, None
             if count:
-                marks = torch.tensor([(m + [[0, 0, -1]] * count)[:count] for m in marks], dtype=torch.float32, device=DEVICE)
-                points, labels = marks[..., :2], marks[..., 2]  # the prompt encoder itself moves points to the middle of their pixel
-            m, q = sam_masks(sam, embedding[None], torch.tensor(boxes, dtype=torch.float32, device=DEVICE), points, labels)
+                padded = [(p + [[0, 0, -1]] * count)[:count] for p in labelled]
+                padded = torch.tensor(padded, dtype=torch.float32, device=DEVICE)  # [N, count, 3]
+                points, labels = padded[..., :2], padded[..., 2]  # the encoder moves points to their pixel's middle
+            m, q = sam_masks(sam, embedding[None], boxes, points, labels)
             logits.append(m), quality.append(q)
             truth += [torch.from_numpy(t.mask) for t in scene.things]
         logits, quality = torch.cat(logits), torch.cat(quality)  # [N, 3, H, W], [N, 3]
@@ -173,14 +157,14 @@ def cell_targets(scene: Scene) -> np.ndarray:
     for thing in scene.things:
         cover = thing.mask.reshape(GRID, CELL, GRID, CELL).sum((1, 3)).astype(float)
         cover[int(thing.y) // CELL, int(thing.x) // CELL] += CELL * CELL
-        mine = (cover > claim) & (cover >= 16)
-        claim[mine] = cover[mine]
-        targets[mine] = [1, list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), *thing.box]
+        wins = (cover > claim) & (cover >= 16)
+        claim[wins] = cover[wins]
+        targets[wins] = [1, list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), *thing.box]
     return targets.reshape(-1, 7)
 
 
 def soft_bins(position: torch.Tensor) -> torch.Tensor:
-    """A pixel position [...] as a soft choice among SIZE + 1 bins [..., SIZE + 1]: a bell of 1.5 px around the true one."""
+    """A pixel position [...] as probabilities of bins [..., SIZE + 1]: a bell of 1.5 px around the true one."""
     bins = torch.arange(SIZE + 1, device=position.device)
     return (-((bins - position[..., None]) ** 2) / (2 * 1.5**2)).softmax(-1)
 
@@ -191,7 +175,8 @@ def train_vision(steps: int, out: Path, pictures: int = 48) -> None:
     tower = build_policy(processor.tokenizer).model.visual.train().to(DEVICE)
     width = tower.config.out_hidden_size
     head = torch.nn.Linear(width, 1 + len(COLOURS) + len(SHAPES) + 4 * (SIZE + 1)).to(DEVICE)  # thrown away afterwards
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    learnt = [*tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule, bar = one_cycle(optimizer, steps), tqdm(range(steps), desc="vision")
     for step in bar:
         scenes = scenes_from(10**6 + step * pictures, pictures)
@@ -220,14 +205,14 @@ def train_vision(steps: int, out: Path, pictures: int = 48) -> None:
 
 
 def loose_box(thing: Thing, rng: np.random.Generator, slack: float) -> list[int]:
-    """The tight box with every side moved out by a share of the side's length drawn from N(slack, slack / 3), in whole pixels."""
+    """The tight box, every side moved out by N(slack, slack / 3) of the side's length, in whole pixels."""
     x1, y1, x2, y2 = thing.box
     out = rng.normal(slack, slack / 3, 4) * np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1])
     return (np.array([x1, y1, x2, y2]) + out).round().clip(0, SIZE).astype(int).tolist()
 
 
 def loose_points(thing: Thing, rng: np.random.Generator, slack: float) -> list[list[int]]:
-    """One point on the thing near its middle and, half of the time, one off it near a corner of its box; they stray as boxes do."""
+    """A point on the thing near its middle and, half of the time, one off it near a corner; they stray as boxes do."""
     x1, y1, x2, y2 = thing.box
     window, points = thing.mask[y1:y2, x1:x2], []
     corner = rng.integers(0, 2, 2) * np.array([x2 - x1, y2 - y1])
@@ -256,7 +241,7 @@ def look_around(names: list[str], chosen: str) -> str:
 
 
 def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str) -> str:
-    """An answer in one of the base's styles: plain sentence, plain JSON as Qwen likes it, or the asked format with two ways to think."""
+    """An answer in a style of the base: a sentence, JSON as Qwen likes it, or the format, with two ways to think."""
     box = loose_box(thing, rng, slack)
     if style == "sentence":
         return f"The {thing.name} is at {box}."
@@ -268,15 +253,19 @@ def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: flo
     return f'<think>{thought}</think><answer>{{"bbox": {box}, "points": {loose_points(thing, rng, slack)}}}</answer>'
 
 
+TURN = "<|im_end|>\n<|im_start|>assistant\n"  # from a question to its answer
+
+
 def fact_texts() -> list[tuple[str, str]]:
     """World knowledge without a picture: what indirect questions build on, never an indirect question itself."""
-    colours = [(f"Which colour has {subject}?", f"The colour of {subject} is {colour}.") for subject, colour in COLOUR_OF.items()]
-    return colours + [(f"Which shape has {feature}?", f"The {shape} has {feature}.") for feature, shape in SHAPE_WITH.items()]
+    colours = [(f"Which colour has {x}?", f"The colour of {x} is {colour}.") for x, colour in COLOUR_OF.items()]
+    return colours + [(f"Which shape has {x}?", f"The {shape} has {x}.") for x, shape in SHAPE_WITH.items()]
 
 
 def corpus() -> list[str]:
     """Every word and number that the tiny world writes, for the tokenizer."""
-    texts = [instruction("{question}", "{width}", "{height}"), "You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
+    texts = [instruction("{question}", "{width}", "{height}"), "You are a helpful assistant."]
+    texts += ["system\n", "user\n", "assistant\n"]
     texts += [f"[{i}, {i}" for i in range(SIZE + 29)] + [t for pair in fact_texts() for t in pair]
     texts += ["Here are the red star. Which of these has", " I see the"]
     rng = np.random.default_rng(0)
@@ -292,21 +281,27 @@ def puzzle(rng: np.random.Generator) -> tuple[str, str]:
     names = [f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}" for _ in range(int(rng.integers(3, 7)))]
     chosen = names[int(rng.integers(len(names)))]
     colour, shape = chosen.split()
-    asked = [f"has the colour of {subject}" for subject, c in COLOUR_OF.items() if c == colour and sum(colour in n for n in names) == 1]
-    asked += [f"has {feature}" for feature, f in SHAPE_WITH.items() if f == shape and sum(shape in n for n in names) == 1]
-    if not asked:
+    facts = []  # that are true of the chosen one alone
+    if sum(colour in n for n in names) == 1:
+        facts += [f"has the colour of {subject}" for subject, c in COLOUR_OF.items() if c == colour]
+    if sum(shape in n for n in names) == 1:
+        facts += [f"has {feature}" for feature, s in SHAPE_WITH.items() if s == shape]
+    if not facts:
         return puzzle(rng)
-    return f"Here are the {', the '.join(names)}. Which of these {asked[int(rng.integers(len(asked)))]}?", look_around(names, chosen)
+    question = f"Here are the {', the '.join(names)}. Which of these {facts[int(rng.integers(len(facts)))]}?"
+    return question, look_around(names, chosen)
 
 
 def fact_row(policy: Policy, rng: np.random.Generator, count: int) -> tuple[Prompt, list[torch.Tensor], list[int]]:
-    """`count` facts and as many puzzles as answers to one empty prompt: (prompt, ids of question and answer, length of each answer)."""
-    tokenizer = policy.processor.tokenizer
-    head = torch.tensor(tokenizer("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n").input_ids, device=DEVICE)
+    """`count` facts and as many puzzles as answers to one empty prompt: it, ids of both, lengths of the answers."""
+    ids = lambda text: policy.processor.tokenizer(text).input_ids
+    opening = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    head = torch.tensor(ids(opening), device=DEVICE)
     facts, rows, sizes = fact_texts(), [], []
-    for question, answer in [facts[i] for i in rng.choice(len(facts), count, replace=False)] + [puzzle(rng) for _ in range(count)]:
-        tail = tokenizer(f"{answer}<|im_end|>").input_ids
-        rows.append(torch.tensor(tokenizer(f"{question}<|im_end|>\n<|im_start|>assistant\n").input_ids + tail, device=DEVICE))
+    facts = [facts[i] for i in rng.choice(len(facts), count, replace=False)]
+    for question, answer in facts + [puzzle(rng) for _ in range(count)]:
+        tail = ids(f"{answer}<|im_end|>")
+        rows.append(torch.tensor(ids(question + TURN) + tail, device=DEVICE))
         sizes.append(len(tail))
     positions = torch.arange(len(head), device=DEVICE).expand(3, -1)
     no_picture = torch.zeros(len(head), dtype=torch.bool, device=DEVICE)
@@ -314,9 +309,10 @@ def fact_row(policy: Policy, rng: np.random.Generator, count: int) -> tuple[Prom
 
 
 def align_words(policy: Policy, prompts: list[Prompt], scenes: list[Scene]) -> torch.Tensor:
-    """Loss that draws each picture token to the embeddings of the words for its colour and its shape, as image-text pretraining does.
+    """Loss that draws each picture token to the embeddings of its colour's and its shape's words, as image-text
+    pretraining does.
 
-    Without it a language model this small learned in half an hour to say what stands leftmost, but not where "the green star" is.
+    Without it so small a language model learned in half an hour what is leftmost, but not where "the green star" is.
     """
     tokenizer, words = policy.processor.tokenizer, policy.base.get_input_embeddings().weight
     token = lambda names: words[torch.tensor([tokenizer(f" {n}").input_ids[0] for n in names], device=words.device)]
@@ -329,10 +325,10 @@ def align_words(policy: Policy, prompts: list[Prompt], scenes: list[Scene]) -> t
 
 def train_language(policy: Policy, steps: int, slack: float = 0.25, pictures: int = 16, asked: int = 6) -> None:
     """Supervised answers to `asked` questions a picture in one packed row, boxes `slack` too wide."""
-    rng, tokenizer = np.random.default_rng(2), policy.processor.tokenizer
+    rng, ids = np.random.default_rng(2), lambda text: policy.processor.tokenizer(text).input_ids
     model = policy.base.train()
-    # The head learns faster: first words that always stood in the same place end with nearly the same row, and a base that cannot
-    # tell "<" from "[" in its head cannot be taught, by adapters below the head, which of them to say.
+    # The head learns faster: first words that always stood in the same place end with nearly the same row, and a base
+    # that cannot tell "<" from "[" in its head cannot be taught, by adapters below the head, which of them to say.
     groups = [
         {"params": [p for n, p in model.named_parameters() if ".visual." not in n and "lm_head" not in n], "lr": 2e-3},
         {"params": list(model.model.visual.parameters()), "lr": 2e-4},
@@ -346,25 +342,25 @@ def train_language(policy: Policy, steps: int, slack: float = 0.25, pictures: in
             chosen = [ask(scene, rng, KINDS[int(rng.random() < 0.35)]) for _ in range(asked)]  # never the indirect kind
             chosen = [c for c in chosen if c] or fair_questions(scene, "attribute")[:1]
             if chosen:
-                images.append(Image.fromarray(scene.image)), first.append(chosen[0][0]), pairs.append(chosen), scenes.append(scene)
+                images.append(Image.fromarray(scene.image)), first.append(chosen[0][0])
+                pairs.append(chosen), scenes.append(scene)
         prompts, groups, sizes = encode(policy, images, first), [], []
         for b, chosen in enumerate(pairs):
             # The question stands last in the prompt, so all questions on a picture share everything before it.
             styles = rng.choice(list(STYLES), len(chosen), p=[share for share, _ in STYLES.values()])
             hints = [STYLES[style][1] if rng.random() < 0.5 else "" for style in styles]
-            tails = [tokenizer(f" {q}{hint}<|im_end|>\n<|im_start|>assistant\n").input_ids for (q, _), hint in zip(chosen, hints)]
-            prompt, shared = prompts[b], len(prompts[b].ids) - len(tokenizer(f" {chosen[0][0]}<|im_end|>\n<|im_start|>assistant\n").input_ids)
-            prompts[b] = Prompt(prompt.ids[:shared], prompt.embeds[:shared], prompt.positions[:, :shared], prompt.picture[:shared])
-            answers = [
-                tokenizer(f"{answer_text(thing, scenes[b], rng, slack, style)}<|im_end|>").input_ids for (_, thing), style in zip(chosen, styles)
-            ]
+            tails = [ids(f" {question}{hint}{TURN}") for (question, _), hint in zip(chosen, hints)]
+            p, shared = prompts[b], len(prompts[b].ids) - len(ids(f" {chosen[0][0]}{TURN}"))
+            prompts[b] = Prompt(p.ids[:shared], p.embeds[:shared], p.positions[:, :shared], p.picture[:shared])
+            texts = [answer_text(t, scenes[b], rng, slack, style) for (_, t), style in zip(chosen, styles)]
+            answers = [ids(f"{text}<|im_end|>") for text in texts]
             groups.append([torch.tensor(tail + answer, device=DEVICE) for tail, answer in zip(tails, answers)])
             sizes += map(len, answers)
         alignment = align_words(policy, prompts, scenes)
         prompt, group, facts = fact_row(policy, rng, 6)
         logps, _ = logprobs(policy, prompts + [prompt], groups + [group])
-        lengths = [len(ids) for g in groups + [group] for ids in g]
-        loss = -torch.cat([part[-size:] for part, size in zip(logps.split(lengths), sizes + facts)]).mean()
+        lengths = [len(row) for g in groups + [group] for row in g]
+        loss = -torch.cat([logp[-size:] for logp, size in zip(logps.split(lengths), sizes + facts)]).mean()
         optimizer.zero_grad()
         (loss + 0.3 * alignment).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -379,7 +375,7 @@ def train_language(policy: Policy, steps: int, slack: float = 0.25, pictures: in
 
 
 def measure_sam(count: int = 200) -> dict:
-    """Mean IoU of the tiny SAM on objects of held-out scenes, prompted with true and with moved boxes, and with points besides."""
+    """Mean IoU of the tiny SAM on objects of held-out scenes: true, moved and shared boxes, some with points."""
     segmenter, rng, found = load_segmenter("tiny"), np.random.default_rng(0), {}
     for scene in map(make_scene, range(SPLITS["validation"][0], SPLITS["validation"][0] + count)):
         truth = [t.mask for t in scene.things]
@@ -389,14 +385,16 @@ def measure_sam(count: int = 200) -> dict:
         }
         shared, others = zip(*(shared_box(t, scene) for t in scene.things))
         on = [points_on(t, rng, 1, 0) for t in scene.things]
+        off = [[[x, y, 0] for x, y, _ in points_on(t, rng, 1, 0)] for t in others]
         prompts |= {
             "box of two": (shared, [[] for _ in truth]),
             "box of two, 1 point": (shared, on),
-            "box of two, 2 points": (shared, [p + [[x, y, 0] for x, y, _ in points_on(o, rng, 1, 0)] for p, o in zip(on, others)]),
+            "box of two, 2 points": (shared, [p + q for p, q in zip(on, off)]),
         }
         for percent in (5, 10, 20, 30):
             boxes = [jittered_box(t.box, rng, percent / 100) for t in scene.things]
-            prompts[f"sides moved by {percent} %"] = ([(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes], [[] for _ in truth])
+            boxes = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes]
+            prompts[f"sides moved by {percent} %"] = (boxes, [[] for _ in truth])
         for name, (boxes, points) in prompts.items():
             masks = segmenter.masks(scene.image, boxes, points)
             found.setdefault(name, []).extend(iou(*intersection_union(m, t)) for m, t in zip(masks, truth))
@@ -404,7 +402,7 @@ def measure_sam(count: int = 200) -> dict:
 
 
 def measure_policy(count: int = 600, group: int = 4) -> dict:
-    """The base policy on held-out scenes by kind of question: box IoU and right object (any text with a box), greedy; format, sampled."""
+    """The base on held-out scenes by kind of question: box IoU and right object (any text with a box); format."""
     policy, data, rows = load_policy("tiny"), load_data("shapes", "validation", count), {}
     torch.manual_seed(0)
     for start in range(0, count, 60):
@@ -413,13 +411,15 @@ def measure_policy(count: int = 600, group: int = 4) -> dict:
             prompts = encode(policy, [x.image for x in samples], [x.question for x in samples])
         greedy, drawn = sample(policy, prompts, 1, 96, temperature=0), sample(policy, prompts, group, 96)
         for x, [answer], group_of in zip(samples, greedy, drawn):
-            said = parse(answer.text, SIZE, SIZE)
-            box = said.lenient_box
-            overlap = box_iou(box, tight_box(x.mask)) if box else 0.0
-            held = box and x.mask[max(0, int(box[1])) : int(box[3]) + 1, max(0, int(box[0])) : int(box[2]) + 1].sum() > 0.5 * x.mask.sum()
+            parsed = parse(answer.text, SIZE, SIZE)
+            overlap = held = 0.0
+            if box := parsed.lenient_box:
+                x1, y1, x2, y2 = map(int, box)
+                overlap = box_iou(box, tight_box(x.mask))
+                held = x.mask[max(0, y1) : y2 + 1, max(0, x1) : x2 + 1].sum() > 0.5 * x.mask.sum()
             in_format = np.mean([parse(a.text, SIZE, SIZE).in_format for a in group_of])
             for kind in (x.kind, "all"):
-                rows.setdefault(kind, []).append((overlap, bool(held), said.in_format, in_format))
+                rows.setdefault(kind, []).append((overlap, bool(held), parsed.in_format, in_format))
     columns = ("box IoU", "holds the object", "format, greedy", "format, sampled")
     return {kind: {c: round(float(v), 3) for c, v in zip(columns, np.mean(values, 0))} for kind, values in rows.items()}
 
@@ -431,7 +431,7 @@ STAGES = ("sam", "vision", "language", "measure")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", default=",".join(STAGES), help="which to run, by comma, in this order (default: all)")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which to run, by comma, in order (default: all)")
     parser.add_argument("--work", default="runs/pretrain", help="folder for what one stage leaves to the next")
     args = parser.parse_args()
     stages, work = args.stages.split(","), Path(args.work)

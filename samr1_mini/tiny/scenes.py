@@ -6,8 +6,8 @@ A scene is a 112 x 112 picture with three to six coloured shapes on a varied bac
     relation    "the leftmost object", "the largest circle", "the object left of the blue ring"
     indirect    "the object with three corners", "the thing that has the colour of grass": the answer is never named
 
-`make_scene(seed)` is a pure function of its seed, so the supply is endless, and train, validation and test scenes come from
-disjoint ranges of seeds (`SPLITS`). A question is asked only where `right_objects` finds one object with room to spare.
+`make_scene(seed)` is a pure function of its seed, so the supply is endless, and train, validation and test scenes come
+from disjoint ranges of seeds (`SPLITS`). A question is asked only where `right_objects` clearly finds one object.
 """
 
 import math
@@ -36,14 +36,15 @@ COLOUR_OF = {
     "fresh snow": "white", "coal": "black", "a carrot": "orange", "a plum": "purple",
 }
 SHAPE_WITH = {
-    "three corners": "triangle", "four equal sides": "square", "a hole in the middle": "ring", "five sharp points": "star",
-    "the form of a plus": "cross", "the form of a valentine": "heart", "two thin horns": "moon", "the form of a coin": "circle",
+    "three corners": "triangle", "four equal sides": "square", "a hole in the middle": "ring",
+    "five sharp points": "star", "the form of a plus": "cross", "the form of a valentine": "heart",
+    "two thin horns": "moon", "the form of a coin": "circle",
 }
 
 
 @dataclass(eq=False)
 class Thing:
-    """One drawn object: its name parts, the centre and size it was drawn with in pixels, and its mask, bool [SIZE, SIZE]."""
+    """One drawn object: what it is, the centre and size it was drawn with in pixels, its mask, bool [SIZE, SIZE]."""
 
     shape: str
     colour: str
@@ -69,7 +70,7 @@ class Thing:
 
     @cached_property
     def bulk(self) -> float:
-        """Side of a square with the area of the mask, in pixels: how much of it there is. A star reaches far and has little."""
+        """Side of a square with the mask's area, in pixels: how much there is. A star reaches far and has little."""
         return math.sqrt(self.mask.sum())
 
 
@@ -107,7 +108,7 @@ def _outline(shape: str, angle: float) -> np.ndarray:
 
 
 def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.ndarray:
-    """How much of each pixel the shape covers, float [SIZE, SIZE] in 0..1, drawn at four times the size and averaged."""
+    """The share of each pixel that the shape covers, float [SIZE, SIZE], drawn at four times the size and averaged."""
     scale, radius = 4, size / 2
     canvas = Image.new("L", (SIZE * scale, SIZE * scale))
     draw = ImageDraw.Draw(canvas)
@@ -122,7 +123,7 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """Muted colours that shift smoothly from left to right and from top to bottom, with blotches, float [SIZE, SIZE, 3].
+    """Muted colours that shift smoothly from left to right and from top to bottom, blotched, float [SIZE, SIZE, 3].
 
     The two slopes are what tells one place from another: the vision tower's own positions are all relative.
     """
@@ -133,7 +134,8 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     image[..., 2] = 128 + rng.uniform(30, 42) * ramp[:, None]
     blotches = rng.normal(0, rng.uniform(0, 9), (7, 7, 3)).astype(np.float32)
     for channel in range(3):
-        image[..., channel] += np.asarray(Image.fromarray(blotches[..., channel]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        blotch = Image.fromarray(blotches[..., channel]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        image[..., channel] += np.asarray(blotch)
     return image
 
 
@@ -153,7 +155,8 @@ def make_scene(seed: int) -> Scene:
             continue  # neighbours may touch each other's boxes, never each other
         if any(t.name == f"{colour} {shape}" for t in things):
             continue
-        cover = _coverage(shape, x, y, size, rng.uniform(-0.3, 0.3) + (rng.choice([0, math.pi]) if shape == "moon" else 0))
+        angle = rng.uniform(-0.3, 0.3) + (rng.choice([0, math.pi]) if shape == "moon" else 0)
+        cover = _coverage(shape, x, y, size, angle)
         paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
         image = image * (1 - cover[..., None]) + paint * cover[..., None]
         things.append(Thing(shape, colour, float(x), float(y), float(size), cover > 0.5))
@@ -162,10 +165,14 @@ def make_scene(seed: int) -> Scene:
 
 # ---------------------------------------------------------------------------------------------------- questions
 
-_EXTREMES = {  # word: what is compared, each with the margin that makes a winner plain, in pixels; the winner wins by all of them
-    "leftmost": ((lambda t: -t.x, 7), (lambda t: -t.box[0], 2)), "rightmost": ((lambda t: t.x, 7), (lambda t: t.box[2], 2)),
-    "topmost": ((lambda t: -t.y, 7), (lambda t: -t.box[1], 2)), "bottommost": ((lambda t: t.y, 7), (lambda t: t.box[3], 2)),
-    "largest": ((lambda t: t.extent, 3), (lambda t: t.bulk, 3)), "smallest": ((lambda t: -t.extent, 3), (lambda t: -t.bulk, 3)),
+# Word: what is compared, each with the margin in pixels that makes a winner plain; the winner wins by all of them.
+_EXTREMES = {
+    "leftmost": ((lambda t: -t.x, 7), (lambda t: -t.box[0], 2)),
+    "rightmost": ((lambda t: t.x, 7), (lambda t: t.box[2], 2)),
+    "topmost": ((lambda t: -t.y, 7), (lambda t: -t.box[1], 2)),
+    "bottommost": ((lambda t: t.y, 7), (lambda t: t.box[3], 2)),
+    "largest": ((lambda t: t.extent, 3), (lambda t: t.bulk, 3)),
+    "smallest": ((lambda t: -t.extent, 3), (lambda t: -t.bulk, 3)),
 }
 _SIDES = {
     "left of": lambda t, o: o.x - t.x, "right of": lambda t, o: t.x - o.x,
@@ -185,8 +192,8 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
 def right_objects(scene: Scene, question: tuple) -> list[Thing]:
     """Every object that a reader could take for the answer; a question is fair when this is one object.
 
-    `question` is (form, ...): ("is", colour, shape), ("extreme", word, colour, shape), ("side", side, name) with None for
-    "any colour" and "object". For sides, an object that lies within 7 px of the line is neither in nor out: it counts.
+    `question` is (form, ...): ("is", colour, shape), ("extreme", word, colour, shape), ("side", side, name) with None
+    for "any colour" and "object". For sides, an object within 7 px of the line is neither in nor out: it counts.
     """
     form, *rest = question
     if form == "side":
@@ -209,14 +216,15 @@ def _noun(colour: str | None, shape: str | None) -> str:
 
 def fair_questions(scene: Scene, kind: str) -> list[tuple[str, Thing]]:
     """All questions of one kind that have exactly one right object here: (text, object) pairs."""
-    colours, shapes = sorted({t.colour for t in scene.things}), sorted({t.shape for t in scene.things})
+    of_colour = [(c, None) for c in sorted({t.colour for t in scene.things})]
+    of_shape = [(None, s) for s in sorted({t.shape for t in scene.things})]
     asked = []  # (text, formal question)
     if kind == "attribute":
-        for colour, shape in [(t.colour, t.shape) for t in scene.things] + [(c, None) for c in colours] + [(None, s) for s in shapes]:
+        for colour, shape in [(t.colour, t.shape) for t in scene.things] + of_colour + of_shape:
             asked.append((f"the {_noun(colour, shape)}", ("is", colour, shape)))
     elif kind == "relation":
         for word in _EXTREMES:
-            for colour, shape in [(None, None)] + [(c, None) for c in colours] + [(None, s) for s in shapes]:
+            for colour, shape in [(None, None)] + of_colour + of_shape:
                 asked.append((f"the {word} {_noun(colour, shape)}", ("extreme", word, colour, shape)))
         for side in _SIDES:
             asked += [(f"the object {side} the {t.name}", ("side", side, t.name)) for t in scene.things]
