@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
             sys.exit(2)
         exit_with(UserError(
-            "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower --max-new-tokens or "
-            "--micro. Before it: start again with these, --checkpointing, a lower --group, or --load-in nf4; --rehearse 1 forecasts what fits "
-            f"({error})"), "train.py")
+            "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower "
+            "--max-new-tokens or --micro. Before it: start again with these, --checkpointing, a lower --group, or "
+            f"--load-in nf4; --rehearse 1 forecasts what fits ({error})"), "train.py")
     except Terminated:
         print("train.py: terminated", file=sys.stderr)
         sys.exit(143)

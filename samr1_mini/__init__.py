@@ -1,4 +1,4 @@
-"""SAM-R1 in miniature: a vision-language model learns to reason and segment, with Segment Anything's IoU as the reward."""
+"""SAM-R1 in miniature: a vision-language model learns to reason and segment; Segment Anything's IoU is the reward."""
 
 import logging
 import warnings

@@ -36,61 +36,61 @@ class Settings:
     samples: int = _run(3000, "training questions; each is seen once")
     run: str = _run("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
     resume: bool = _run(False, "go on with the run in that folder where it stopped")
-    seed: int = _run(0, "seed of everything: on a CPU the same seed gives the same numbers; on a GPU the same questions and "
-                     "draws, while sums are rounded in another order each time")
-    rehearse: int = _run(0, "do not train: run this many full steps with random weights of the preset's shape; nothing is "
-                         "downloaded")
+    seed: int = _run(0, "seed of everything: on a CPU the same seed gives the same numbers; on a GPU the same "
+                     "questions and draws, while sums are rounded in another order each time")
+    rehearse: int = _run(0, "do not train: run this many full steps with random weights of the preset's shape; nothing "
+                         "is downloaded")
     device: str = _run("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     save_minutes: float = _run(10.0, "minutes between saved states, beside those at evaluations and at the end")
-    memory_limit: float = _run(0.0, "GiB of GPU memory this process may take; lets a larger card stand in for a smaller one "
-                                 "(0: all)")
+    memory_limit: float = _run(0.0, "GiB of GPU memory this process may take; lets a larger card stand in for a "
+                                 "smaller one (0: all)")
 
-    policy: str = _model("tiny", "a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) by folder or hub id; tiny is the one in the package")
+    policy: str = _model("tiny", "a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) by folder or hub id; tiny is in the package")
     sam: str = _model("tiny", "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 or SAM 3 by hub id or folder "
                       "(facebook/sam2-hiera-large)")
     sam_checkpoint: str = _model("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
     load_in: str = _model("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
     rank: int = _model(32, "rank of the LoRA adapter")
     image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: of 32)")
-    coordinates: str = _model("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, as that kind of "
-                              "model is used to", ("auto", "pixels", "thousandths"))
+    coordinates: str = _model("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, "
+                              "as that kind of model is used to", ("auto", "pixels", "thousandths"))
 
-    data: str = _data("shapes", "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours with "
-                      "data.jsonl, or a set's files)")
+    data: str = _data("shapes", "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours "
+                      "with data.jsonl, or a set's files)")
     eval_data: str = _data("", "the set for validation and test, such as reasonseg (default: that of --data)")
-    coco_dir: str = _data("", "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are drawn are "
-                         "fetched")
+    coco_dir: str = _data("", "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are "
+                         "drawn are fetched")
     sentences: str = _data("first", "RefCOCO's sets: the first expression of each object, or all", ("first", "all"))
     ignore: str = _data("foreground", "ReasonSeg's undecided pixels: foreground, as in the hub's copies, or excluded",
                         ("foreground", "excluded"))
-    empty_truth: str = _data("correct", "test questions whose true mask is empty: an empty mask is correct (LISA's way), or they "
-                             "are excluded", ("correct", "excluded"))
+    empty_truth: str = _data("correct", "test questions whose true mask is empty: an empty mask is correct (LISA's "
+                             "way), or they are excluded", ("correct", "excluded"))
 
     questions: int = _rollout(16, "questions a rollout batch")
     group: int = _rollout(8, "G, answers a question")
     max_new_tokens: int = _rollout(96, "longest answer, tokens")
     temperature: float = _rollout(1.0, "sampling temperature, applied in the loss too")
 
-    accuracy: str = _reward("tiered", "accuracy term: eq. (5), one threshold, IoU itself, or the tiers on the box's IoU",
+    accuracy: str = _reward("tiered", "accuracy term: eq. (5), one threshold, IoU, or the tiers on the box's IoU",
                             ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"))
     accuracy_weight: float = _reward(1.0, "weight of the accuracy term (0 to 4)")
     reasoning_weight: float = _reward(1.0, "weight of the reasoning-format term (0 or 1)")
     segmentation_weight: float = _reward(1.0, "weight of the segmentation-format term (0 or 1)")
-    points: bool = _reward(True, "prompt SAM with the answer's points beside its box, or (--no-points) with the box alone")
+    points: bool = _reward(True, "prompt SAM with the answer's box and points, or (--no-points) with the box alone")
     max_points: int = _reward(8, "most points an answer may give; beyond, the segmentation format is lost")
 
     lr: float = _optimisation(5e-4, "learning rate of the adapter")
     beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
-    kl_bound: float = _optimisation(5.0, "log(pi_ref / pi) counts at most this in the KL, so that no single token rules an update")
-    skip_flat: bool = _optimisation(False, "leave groups whose answers all got the same reward out of the updates: they carry "
-                                    "nothing but the KL")
+    kl_bound: float = _optimisation(5.0, "log(pi_ref / pi) counts at most this in the KL, so no token rules an update")
+    skip_flat: bool = _optimisation(False, "leave groups whose answers all got the same reward out of the updates: "
+                                    "they carry nothing but the KL")
     eps_low: float = _optimisation(0.2, "clip: lowest ratio is 1 - eps_low")
     eps_high: float = _optimisation(0.3, "clip: highest ratio is 1 + eps_high (clip-higher: above eps_low)")
-    normalise: str = _optimisation("token", "token: eq. (4), one normaliser for all tokens of a group; sequence: eq. (2)",
+    normalise: str = _optimisation("token", "token: eq. (4), one normaliser for a group's tokens; sequence: eq. (2)",
                                    ("token", "sequence"))
-    advantage: str = _optimisation("std", "std: eq. (1); mean: without the division by the standard deviation", ("std", "mean"))
-    updates: int = _optimisation(4, "optimizer updates a rollout batch, each on its share of the questions; with 1 the ratio is "
-                                 "always 1")
+    advantage: str = _optimisation("std", "std: eq. (1); mean: no division by the standard deviation", ("std", "mean"))
+    updates: int = _optimisation(4, "optimizer updates a rollout batch, each on its share of the questions; with 1 "
+                                 "the ratio is always 1")
     passes: int = _optimisation(1, "passes over each rollout batch, each of that many updates")
     micro: int = _optimisation(8, "questions a forward of the update; lower it when memory runs out")
     checkpointing: bool = _optimisation(False, "recompute activations in the backward: less memory, more time")
@@ -100,16 +100,16 @@ class Settings:
     eval_every: int = _evaluation(40, "steps between evaluations on the validation set; 0 for none")
     eval_samples: int = _evaluation(64, "validation questions each time")
     test_samples: int = _evaluation(500, "held-out test questions before and after training")
-    eval_batch: int = _evaluation(0, "questions that are answered side by side; padding can move greedy answers (0: about 16,000 "
-                                  "prompt tokens)")
+    eval_batch: int = _evaluation(0, "questions that are answered side by side; padding can move greedy answers "
+                                  "(0: about 16,000 prompt tokens)")
 
 
+_FULL_SIZE = dict(sam="vit_h", data="refcocog", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
+                  checkpointing=True, eval_samples=32, test_samples=500)
 PRESETS = {
     "tiny": {},
-    "3b": dict(policy="Qwen/Qwen2.5-VL-3B-Instruct", sam="vit_h", data="refcocog", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
-               checkpointing=True, eval_samples=32, test_samples=500),
-    "7b": dict(policy="Qwen/Qwen2.5-VL-7B-Instruct", sam="vit_h", data="refcocog", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
-               checkpointing=True, eval_samples=32, test_samples=500),
+    "3b": dict(policy="Qwen/Qwen2.5-VL-3B-Instruct", **_FULL_SIZE),
+    "7b": dict(policy="Qwen/Qwen2.5-VL-7B-Instruct", **_FULL_SIZE),
 }
 
 
@@ -120,8 +120,8 @@ def choose_preset() -> tuple[str, str]:
         return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package train on the CPU"
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
     if emulates_bf16():
-        return "tiny", (f"the GPU {name} ({memory:.1f} GiB) is older than compute capability 8.0 and emulates bf16; --preset 3b would "
-                        "keep all but the 4-bit weights in fp32 there, which is slow and which nobody has measured")
+        return "tiny", (f"the GPU {name} ({memory:.1f} GiB) is older than compute capability 8.0 and emulates bf16; "
+                        "--preset 3b would keep all but the 4-bit weights in fp32: slow, and nobody has measured it")
     preset = "7b" if memory > 21 else "3b" if memory > 11 else "tiny"
     return preset, f"the GPU {name} has {memory:.1f} GiB"
 
@@ -187,13 +187,14 @@ def make_settings(**given) -> tuple[Settings, str]:
     if settings.device == "auto":
         settings = replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
     if preset != "tiny" and settings.device == "cuda" and emulates_bf16():
-        why += "; this GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
+        why += "; the GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
     changed = ", ".join(f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume"))
     return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
 
 
 # What a resumed run may do otherwise: be longer, or take less memory (with shorter answers if nothing else helps).
-MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit", "max_new_tokens", "save_minutes")
+MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit", "max_new_tokens",
+              "save_minutes")
 
 
 def resumed_settings(given: dict) -> tuple[Settings, str]:
@@ -206,7 +207,8 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     saved = asdict(Settings()) | json.loads(file.read_text())  # what an older version did not know takes its default
     for name, value in given.items():
         if name not in MAY_CHANGE and saved[name] != value:
-            raise UserError(f"--resume: this run was started with --{name.replace('_', '-')} {saved[name]}, not {value}")
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"--resume: this run was started with {option} {saved[name]}, not {value}")
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE and name != "preset"}
     settings = Settings(**saved | changed)
     return settings, f"going on with {settings.run}, preset {settings.preset}"
@@ -214,19 +216,19 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 def check(s: Settings) -> None:
     """Refuse values that cannot work, each with one line that names the option."""
-    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points", "eval_samples",
-                 "test_samples"):
+    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points",
+                 "eval_samples", "test_samples"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
     for name in ("lr", "temperature", "max_grad_norm", "kl_bound", "save_minutes"):
         if not 0 < getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "eval_batch", "seed", "eps_low", "eps_high", "accuracy_weight",
-                 "reasoning_weight", "segmentation_weight"):
+    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "eval_batch", "seed", "eps_low",
+                 "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(s, name)}")
     if s.group < 2:
-        raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the others of its group")
+        raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the rest of its group")
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
     if s.image_size < 56:  # which multiple it must be depends on the policy: load_policy looks
@@ -245,9 +247,11 @@ def check(s: Settings) -> None:
 
 def check_size(model, image_size: int) -> None:
     """Refuse pictures of a size that a model of the configuration `model` cannot cut into whole tokens."""
-    cell = model.vision_config.patch_size * model.vision_config.spatial_merge_size  # pixels a side that become one token
+    cell = model.vision_config.patch_size * model.vision_config.spatial_merge_size  # pixels a side of one token
     if image_size % cell:
-        raise UserError(f"--image-size must be a multiple of {cell} for a {model.model_type}, not {image_size}: try {round(image_size / cell) * cell}")
+        nearest = round(image_size / cell) * cell
+        raise UserError(f"--image-size must be a multiple of {cell} for a {model.model_type}, not {image_size}: "
+                        f"try {nearest}")
 
 
 def exit_with(error: Exception, prog: str) -> None:

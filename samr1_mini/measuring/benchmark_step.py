@@ -1,7 +1,9 @@
-"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python -m samr1_mini.measuring.benchmark_step` (`pip install trl` for its rows).
+"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python -m samr1_mini.measuring.benchmark_step`
+(`pip install trl` for its rows).
 
-Same policy, pictures, questions, reward (SAM included), G, number of updates and answer length (nobody may stop early). Each row is a
-process of its own, so that its peak memory is its own too; seconds are the median of the steps after the first.
+Same policy, pictures, questions, reward (SAM included), G, number of updates and answer length (nobody may stop
+early). Each row is a process of its own, so that its peak memory is its own too; seconds are the median of the steps
+after the first.
 """
 
 import argparse
@@ -34,7 +36,8 @@ ROWS = [TINY, LONG, *(LONG | dict(group=g) for g in (4, 16)), *(LONG | dict(max_
 
 def ours(s: Settings, steps: int) -> list[dict]:
     """Seconds of each step, and of its phases."""
-    policy, segmenter = load_policy(s.policy, s.load_in, s.rank, device=s.device), load_segmenter(s.sam, device=s.device)
+    policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
+    segmenter = load_segmenter(s.sam, device=s.device)
     policy.banned[policy.stop] = True
     optimizer, data, taken = new_optimizer(policy, s), load_data("shapes", "train", steps * s.questions), []
     for step in range(steps):
@@ -53,31 +56,41 @@ def trl(s: Settings, steps: int) -> list[dict]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    policy, segmenter = load_policy(s.policy, s.load_in, s.rank, device=s.device), load_segmenter(s.sam, device=s.device)
-    data, marks = list(load_data("shapes", "train", steps * s.questions)), []
+    policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
+    segmenter = load_segmenter(s.sam, device=s.device)
+    data, times = list(load_data("shapes", "train", steps * s.questions)), []
 
     def reward(completions, number, **_):
-        texts, groups = [c[0]["content"] for c in completions], range(0, len(number), s.group)
-        return [r.total for i in groups for r in score_group(segmenter, data[number[i]], texts[i : i + s.group], s.image_size)]
+        texts, rewards = [c[0]["content"] for c in completions], []
+        for i in range(0, len(number), s.group):
+            rewards += score_group(segmenter, data[number[i]], texts[i : i + s.group], s.image_size)
+        return [r.total for r in rewards]
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            marks.append(time.perf_counter())
+            times.append(time.perf_counter())
 
         def on_step_end(self, *_, **__):
-            marks.append(time.perf_counter())
+            times.append(time.perf_counter())
 
     asked = [[{"role": "user", "content": instruction(x.question, s.image_size, s.image_size)}] for x in data]
-    table = Dataset.from_list([{"prompt": p, "image": policy_image(x, s.image_size), "number": i} for i, (p, x) in enumerate(zip(asked, data))])
+    images = [policy_image(x, s.image_size) for x in data]
+    rows = [{"prompt": p, "image": image, "number": i} for i, (p, image) in enumerate(zip(asked, images))]
     with tempfile.TemporaryDirectory() as folder:
-        GRPOTrainer(model=policy.model, processing_class=policy.processor, reward_funcs=reward, train_dataset=table, callbacks=[Clock()], args=GRPOConfig(
-            output_dir=folder, use_cpu=s.device == "cpu", bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, max_steps=steps * s.updates, learning_rate=s.lr, max_grad_norm=s.max_grad_norm,
-            per_device_train_batch_size=s.questions * s.group // s.updates, gradient_accumulation_steps=1, steps_per_generation=s.updates,
-            num_generations=s.group, max_completion_length=s.max_new_tokens, generation_kwargs={"min_new_tokens": s.max_new_tokens},
-            temperature=s.temperature, top_k=0, beta=s.beta, epsilon=s.eps_low, epsilon_high=s.eps_high,
-        )).train()
-    return [{"seconds": marks[i + s.updates] - marks[i]} for i in range(0, len(marks) - 1, s.updates)]
+        config = GRPOConfig(
+            output_dir=folder, use_cpu=s.device == "cpu", bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
+            max_steps=steps * s.updates, learning_rate=s.lr, max_grad_norm=s.max_grad_norm,
+            per_device_train_batch_size=s.questions * s.group // s.updates, gradient_accumulation_steps=1,
+            steps_per_generation=s.updates, num_generations=s.group, max_completion_length=s.max_new_tokens,
+            generation_kwargs={"min_new_tokens": s.max_new_tokens}, temperature=s.temperature, top_k=0,
+            beta=s.beta, epsilon=s.eps_low, epsilon_high=s.eps_high,
+        )
+        GRPOTrainer(
+            model=policy.model, processing_class=policy.processor, reward_funcs=reward, args=config,
+            train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+        ).train()
+    return [{"seconds": times[i + s.updates] - times[i]} for i in range(0, len(times) - 1, s.updates)]
 
 
 def main() -> None:
@@ -94,18 +107,20 @@ def main() -> None:
         print(json.dumps(medians | {"peak_gib": peak_memory(settings.device)}))
         return
     ways = ["ours"] + ["trl"] * bool(importlib.util.find_spec("trl"))
-    result = {"versions": {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)},
-              "device": device_name(), "rows": []}
+    installed = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
+    result = {"versions": {name: version(name) for name in installed}, "device": device_name(), "rows": []}
     print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*TINY, "seconds", "peak GiB"]))
     for sizes in ROWS:
         for way in ways:
-            command = [sys.executable, "-m", "samr1_mini.measuring.benchmark_step", "--steps", str(args.steps), "--row", json.dumps([way, sizes])]
+            command = [sys.executable, "-m", "samr1_mini.measuring.benchmark_step", "--steps", str(args.steps)]
+            command += ["--row", json.dumps([way, sizes])]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{way} {sizes}: {done.stderr[-2000:]}")
             row = {"way": way, **sizes, **json.loads(done.stdout.splitlines()[-1])}
             result["rows"].append(row)
-            print(f"{way:<8}" + "".join(f"{row[name]:>16}" for name in TINY) + f"{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True)
+            cells = "".join(f"{row[name]:>16}" for name in TINY)
+            print(f"{way:<8}{cells}{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
 

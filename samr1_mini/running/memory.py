@@ -1,5 +1,4 @@
-"""The machine: its name, how much of its memory may be taken, how much was, and how many questions to sample at a
-time."""
+"""The machine: its name, how much of its memory may be taken and how much was, how many questions to sample at once."""
 
 import platform
 import resource
@@ -31,7 +30,9 @@ def compute_dtype(load_in: str, device: str) -> torch.dtype:
 
 def device_name() -> str:
     """What a measured figure was measured on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads, {platform.machine()}"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {platform.machine()}"
 
 
 def peak_memory(device: str) -> float:
@@ -56,7 +57,7 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer
     room = s.group * -(-s.max_new_tokens // Cache.BLOCK) * Cache.BLOCK
-    states = (4 * text.intermediate_size + 5 * text.hidden_size) * size  # of one prompt token in a layer, adapter included
+    states = (4 * text.intermediate_size + 5 * text.hidden_size) * size  # of a prompt token in a layer, with adapter
     reading = prompt_tokens * (text.num_hidden_layers * token + states)
     choosing = s.group * text.vocab_size * 20  # log-probabilities in fp32, as they add up in fp64
     return max(reading, (prompt_tokens + room) * text.num_hidden_layers * token + choosing)
