@@ -151,7 +151,8 @@ def evaluate(
 
 
 def answer(
-    policy: Policy, segmenter: Segmenter, data, share: range, s: Settings, name: str, blank: bool, with_ceiling: bool, votes: int
+    policy: Policy, segmenter: Segmenter, data, share: range, s: Settings, name: str, blank: bool, with_ceiling: bool,
+    votes: int,
 ) -> list[Row]:
     """The questions of `share`, answered and scored; see evaluate."""
     step, rows = batch_size(s, votes), []

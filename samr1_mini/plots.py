@@ -74,8 +74,8 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
             axes.set_title(legible(panel.sample.question, 40), fontsize=9, parse_math=False)
             verdict = f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.0f}   " if truth else ""
             verdict += "" if panel.reward.answer.in_format else "outside the format"
-            said = f"{verdict}\n{legible(panel.text, 46, 6)}".strip()
-            axes.set_xlabel(said, fontsize=7.5, loc="left", parse_math=False)
+            caption = f"{verdict}\n{legible(panel.text, 46, 6)}".strip()
+            axes.set_xlabel(caption, fontsize=7.5, loc="left", parse_math=False)
         key = "orange: SAM's mask, blue: the policy's box, dot and cross: its points"
         figure.suptitle(f"{title}\n{'dashed: truth, ' if truth else ''}{key}", fontsize=11)
         figure.savefig(path, dpi=90)
@@ -92,7 +92,7 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     """A PNG with a run's curves from the lines of metrics.jsonl; `summary` adds base, trained and ceiling as lines."""
     step = np.array([line["step"] for line in log])
     column = lambda name: np.array([line.get(name, np.nan) for line in log], float)
-    looks = [(line["step"], line) for line in log if "validation_gIoU" in line]
+    evaluated = [line for line in log if "validation_gIoU" in line]
     figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(12, 6.6))
 
     for name, colour, label in (("reward", BLUE, "total, 0 to 6"), ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4")):
@@ -101,18 +101,25 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     a.set(title="Reward of the sampled answers", ylabel="mean reward")
     a.legend(fontsize=8)
 
-    for name, colour, label, wide in (("gIoU", BLUE, "gIoU", 2), ("gIoU_lenient", ORANGE, "lenient gIoU", 1)):  # one on the other once all is in the format
-        if looks:
-            b.plot([x for x, _ in looks], [line[f"validation_{name}"] for _, line in looks], "o-", color=colour, lw=2 * wide, ms=4 * wide, label=f"{label}, validation")
+    # The two lines lie one on the other once all is in the format: hence two widths.
+    for name, colour, label, wide in (("gIoU", BLUE, "gIoU", 2), ("gIoU_lenient", ORANGE, "lenient gIoU", 1)):
+        if evaluated:
+            values = [line[f"validation_{name}"] for line in evaluated]
+            b.plot([line["step"] for line in evaluated], values, "o-", color=colour, lw=2 * wide, ms=4 * wide,
+                   label=f"{label}, validation")
         if summary:
-            b.plot([0, step[-1]], [summary["base"][name], summary["trained"][name]], "s", color=colour, ms=6 * wide, mfc="none", label=f"{label}, test")
+            values = [summary[run][name] for run in ("base", "trained")]
+            b.plot([0, step[-1]], values, "s", color=colour, ms=6 * wide, mfc="none", label=f"{label}, test")
     if summary:
         b.axhline(summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM")
     b.set(title="Held-out scenes, greedy", ylabel="gIoU", ylim=(0, 1))
     b.legend(fontsize=8, loc="lower right")
 
-    for name, colour, label, width in (("reasoning_format", BLUE, "reasoning format", 4.5), ("segmentation_format", ORANGE, "segmentation format", 1.8),
-                                       ("zero_variance", GREEN, "groups without variance", 1.8), ("unique", PINK, "unique answers", 1.8)):
+    for name, colour, label, width in (
+        ("reasoning_format", BLUE, "reasoning format", 4.5),
+        ("segmentation_format", ORANGE, "segmentation format", 1.8),
+        ("zero_variance", GREEN, "groups without variance", 1.8), ("unique", PINK, "unique answers", 1.8),
+    ):
         c.plot(step, smooth(column(name)), color=colour, lw=width, label=label)
     c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
     c.legend(fontsize=8, framealpha=0.6)

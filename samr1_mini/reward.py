@@ -121,11 +121,11 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
             raise ValueError("not exactly one <answer>...</answer>")
         inside = text[places[2] + len(tags[2]) : places[3]].strip()
         inside = inside.removeprefix("```json").removeprefix("```").removesuffix("```")
-        said = json.loads(inside)
-        if not isinstance(said, dict):
+        content = json.loads(inside)
+        if not isinstance(content, dict):
             raise ValueError("the answer is not a JSON object")
-        box = _box(said.get("bbox"), width, height)
-        points = _points(said.get("points"), width, height, max_points)
+        box = _box(content.get("bbox"), width, height)
+        points = _points(content.get("points"), width, height, max_points)
         answer.box, answer.points, answer.segmentation_format, answer.lenient_box = box, points, True, box
     except (ValueError, RecursionError) as error:  # JSON errors are ValueErrors; deep nesting is a RecursionError
         answer.why = "; ".join(filter(None, [answer.why, str(error) or "nested too deep"]))
@@ -169,8 +169,8 @@ def to_picture(answer_box: tuple, points: list[tuple], sample: Sample, size: int
 
 
 def score_group(
-    segmenter: Segmenter, sample: Sample, texts: list[str], size: int, accuracy: str = "tiered", weights=(1.0, 1.0, 1.0),
-    max_points: int = 8, points: bool = True, lenient: bool = False,
+    segmenter: Segmenter, sample: Sample, texts: list[str], size: int, accuracy: str = "tiered",
+    weights=(1.0, 1.0, 1.0), max_points: int = 8, points: bool = True, lenient: bool = False,
 ) -> list[Reward]:
     """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.frame).
 
@@ -189,9 +189,10 @@ def score_group(
     prompted, rewards = dict(zip(read, prompts)), []
     for i, answer in enumerate(answers):
         pair = intersection_union(masks.get(i), sample.mask, sample.ignore)
-        value = iou(*pair)
-        close = box_iou(prompted[i][0], tight_box(sample.mask)) if i in masks else 0.0
-        terms = (accuracy_term(accuracy, value, close), float(answer.reasoning_format), float(answer.segmentation_format))
+        mask_iou = iou(*pair)
+        answer_box_iou = box_iou(prompted[i][0], tight_box(sample.mask)) if i in masks else 0.0
+        earned = accuracy_term(accuracy, mask_iou, answer_box_iou)
+        terms = (earned, float(answer.reasoning_format), float(answer.segmentation_format))
         total = sum(w * t for w, t in zip(weights, terms))
-        rewards.append(Reward(total, terms[0], answer, value, close, pair, masks.get(i)))
+        rewards.append(Reward(total, earned, answer, mask_iou, answer_box_iou, pair, masks.get(i)))
     return rewards

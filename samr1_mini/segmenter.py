@@ -58,12 +58,12 @@ class Segmenter:
             rows = [i for i, p in enumerate(points) if len(p) == count]
             box = torch.tensor([boxes[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, 4]
             box = predictor.transform.apply_boxes_torch(box, predictor.original_size)
-            place = label = None
+            xy = label = None
             if count:
-                mark = torch.tensor([points[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, count, 3]
-                place = predictor.transform.apply_coords_torch(mark[..., :2], predictor.original_size)
-                label = mark[..., 2]
-            logits, scores = self.decode(place, label, box)  # [n, 3, h, w], [n, 3]
+                labelled = torch.tensor([points[i] for i in rows], dtype=torch.float32, device=predictor.device)
+                xy, label = labelled[..., :2], labelled[..., 2]  # [n, count, 2], [n, count]
+                xy = predictor.transform.apply_coords_torch(xy, predictor.original_size)
+            logits, scores = self.decode(xy, label, box)  # [n, 3, h, w], [n, 3]
             model = predictor if isinstance(predictor, Sam2Predictor) else predictor.model
             for row, three, best in zip(rows, logits, scores.argmax(1)):
                 logit = three[None, best, None]  # [1, 1, h, w]
@@ -95,20 +95,24 @@ class Sam2Predictor:
 
     @torch.no_grad()
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
-        pixels = self.read(images=image, return_tensors="pt").pixel_values.to(self.device)  # [1, 3, S, S]: squeezed square
-        self.features, self.original_size, self.input_size = self.model.get_image_embeddings(pixels), image.shape[:2], pixels.shape[-2:]
+        pixels = self.read(images=image, return_tensors="pt").pixel_values.to(self.device)  # [1, 3, S, S], squeezed
+        self.features = self.model.get_image_embeddings(pixels)
+        self.original_size, self.input_size = image.shape[:2], pixels.shape[-2:]
 
     def apply_coords_torch(self, coords: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
         """Pixels [..., 2] of the picture -> pixels of the square that the encoder saw."""
-        return coords * torch.tensor([self.input_size[1] / original_size[1], self.input_size[0] / original_size[0]], device=coords.device)
+        (h, w), (height, width) = self.input_size, original_size
+        return coords * torch.tensor([w / width, h / height], device=coords.device)
 
     def apply_boxes_torch(self, boxes: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
         return self.apply_coords_torch(boxes.view(-1, 2, 2), original_size).view(-1, 4)
 
     def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
         """See Segmenter.decode."""
-        marks = {} if points is None else {"input_points": points[None], "input_labels": labels[None].long()}
-        out = self.model(image_embeddings=self.features, multimask_output=True, input_boxes=boxes[None], **marks)
+        prompts = {"input_boxes": boxes[None]}
+        if points is not None:
+            prompts |= {"input_points": points[None], "input_labels": labels[None].long()}
+        out = self.model(image_embeddings=self.features, multimask_output=True, **prompts)
         return out.pred_masks[0], out.iou_scores[0]
 
     def postprocess_masks(self, masks: torch.Tensor, input_size: tuple, original_size: tuple) -> torch.Tensor:
@@ -125,9 +129,9 @@ TINY_SAM = Path(__file__).parent / "tiny" / "sam"
 SAM_FOLDER = Path.home() / ".cache" / "samr1_mini"
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {
-    "vit_b": ("sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
-    "vit_l": ("sam_vit_l_0b3195.pth", 1_249_524_607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
-    "vit_h": ("sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+    "vit_b": ("sam_vit_b_01ec64.pth", 375042383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": ("sam_vit_l_0b3195.pth", 1249524607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": ("sam_vit_h_4b8939.pth", 2564550879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
 }
 
 
@@ -145,7 +149,7 @@ def is_small(kind: str) -> bool:
 
 
 def build_sam(size: dict) -> Sam:
-    """segment_anything's Sam of other dimensions than the published ones, with random weights; see tiny/sam/sam.json."""
+    """segment_anything's Sam of the dimensions in `size`, such as tiny/sam/sam.json, with random weights."""
     side, width = size["image_size"], size["decoder_width"]
     return Sam(
         image_encoder=ImageEncoderViT(
@@ -199,14 +203,14 @@ def sam_file(kind: str) -> Path:
         try:
             torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"--sam {kind}: {SAM_URL}{name} could not be fetched ({error}); fetch it yourself and name it "
-                            "as --sam-checkpoint") from None
+            raise UserError(f"--sam {kind}: {SAM_URL}{name} could not be fetched ({error}); fetch it yourself and "
+                            "name it as --sam-checkpoint") from None
     return path
 
 
 def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
-    """A frozen Segment Anything: "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else downloaded), a SAM 2 or 3 by its
-    hub id or folder, or a small one, such as the package's own "tiny". Raises UserError where there are no such weights."""
+    """A frozen Segment Anything: "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else downloaded), a SAM 2 or 3
+    by its hub id or folder, or a small one, such as the package's "tiny". UserError where there are no such weights."""
     check_segmenter(kind)
     small = is_small(kind)
     if not small and kind not in SAM_FILES:

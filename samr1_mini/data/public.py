@@ -1,13 +1,13 @@
 """Public data sets, by name from the hub or from a folder with their files, in the layouts in which they are published.
 
-    refcocog, refcoco, refcocoplus    jxu124/*: expressions and masks; the pictures are COCO train2014's, fetched one by one
+    refcocog, refcoco, refcocoplus    jxu124/*: expressions and masks; pictures are COCO train2014's, fetched one by one
     lmms-lab/RefCOCOg                 validation and test, pictures and polygons
     reasonseg                         Ricky06662/ReasonSeg_val and ReasonSeg_test
     reasonseg-r, reasonseg-x          sj9909/*: ReasonSeg with corrected masks; a harder one, with the kind of reasoning
     refcoco_testA, refcocoplus_testA, refcocog_test    Ricky06662/*, one row an object with its first expression
     refCOCOg_2k_840, refCOCOg_9k_840  Ricky06662/*, boxes and no masks
-    a folder    parquet files of any of these; REFER's refs(...).p and instances.json; ReasonSeg's .jpg and .json pairs; or JSON lists of
-                {"image", "problem", "solution": [x1, y1, x2, y2]}, as LISA-Grounding comes
+    a folder    parquet files of any of these; REFER's refs(...).p and instances.json; ReasonSeg's .jpg and .json pairs;
+                or JSON lists of {"image", "problem", "solution": [x1, y1, x2, y2]}, as LISA-Grounding comes
 
 Which layout a row has is read from its columns. Nothing that comes with data is run: pickles may hold plain values
 only.
@@ -38,13 +38,15 @@ from ..metrics import filled
 
 # Name on the command line: for each split, the hub's id and what that split is called there.
 HUB = {
-    **{name: {split: (f"jxu124/{name}", split) for split in ("train", "validation", "test")} for name in ("refcocog", "refcoco", "refcocoplus")},
+    **{name: {split: (f"jxu124/{name}", split) for split in ("train", "validation", "test")}
+       for name in ("refcocog", "refcoco", "refcocoplus")},
     "lmms-lab/RefCOCOg": {"validation": ("lmms-lab/RefCOCOg", "val"), "test": ("lmms-lab/RefCOCOg", "test")},
     "reasonseg": {"validation": ("Ricky06662/ReasonSeg_val", "test"), "test": ("Ricky06662/ReasonSeg_test", "test")},
     "reasonseg-r": {"test": ("sj9909/ReasonSeg_refine", "test")},
     "reasonseg-x": {"train": ("sj9909/ReasonSegX_train", "train"), "validation": ("sj9909/ReasonSegX_val", "test"),
                     "test": ("sj9909/ReasonSegX_test", "test")},
-    **{name: {"test": (f"Ricky06662/{name}", "test")} for name in ("refcoco_testA", "refcocoplus_testA", "refcocog_test")},
+    **{name: {"test": (f"Ricky06662/{name}", "test")}
+       for name in ("refcoco_testA", "refcocoplus_testA", "refcocog_test")},
     **{name: {"train": (f"Ricky06662/{name}", "train")} for name in ("refCOCOg_2k_840", "refCOCOg_9k_840")},
 }
 CACHE = Path.home() / ".cache" / "samr1_mini"
@@ -260,12 +262,12 @@ def json_rows(files: list[Path]) -> list[dict]:
     rows = []
     for file in files:
         try:
-            said = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-            if isinstance(said, dict):
+            content = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+            if isinstance(content, dict):
                 image = file.with_suffix(".jpg")
-                new = [{"id": file.stem, "image": image, "text": said["text"], "shapes": said["shapes"]}]
+                new = [{"id": file.stem, "image": image, "text": content["text"], "shapes": content["shapes"]}]
             else:
-                new = [row | {"image": inside(file.parent, row["image"])} for row in said]
+                new = [row | {"image": inside(file.parent, row["image"])} for row in content]
             if lost := [row["image"] for row in new if not row["image"].is_file()]:
                 raise ValueError(f"{lost[0]} is not there")
             rows += new
@@ -282,8 +284,8 @@ def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
     on what it is tested on."""
     files = sorted(folder.rglob(pattern))
     words = [set(re.split("[^a-z]+", str(f.relative_to(folder)).lower())) for f in files]
-    mine = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]
-    return mine or [f for f, w in zip(files, words) if split == "test" and not w & set.union(*SPLIT_NAMES.values())]
+    named = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]
+    return named or [f for f, w in zip(files, words) if split == "test" and not w & set.union(*SPLIT_NAMES.values())]
 
 
 class Table(Sequence):

@@ -24,7 +24,7 @@ class Sample:
     id: str
     kind: str = ""  # kind of question, where the data set says one
     ignore: np.ndarray | None = None  # bool [H, W]: pixels that the data set leaves undecided
-    box_only: bool = False  # the data set has a box and no mask: `mask` is that box, filled, and only the box's IoU means something
+    box_only: bool = False  # the data set has boxes, no masks: `mask` is a filled box, and only the box's IoU counts
     picture: str = ""  # which picture it is: questions that share one are not independent
 
 
@@ -53,7 +53,7 @@ def draw(items: list, split: str, count: int, seed: int) -> Iterator:
         yield from rng.sample(items, len(items))
 
 
-# ---------------------------------------------------------------------------------------------------- a folder of your own
+# ---------------------------------------------------------------------------------------------------- your own folder
 
 
 def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
@@ -71,7 +71,8 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
         mask = coco.decode(rle).astype(bool)
     elif isinstance(value, list) and value:
         polygons = value if isinstance(value[0], list) else [value]
-        if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(isinstance(v, (int, float)) for v in p) for p in polygons):
+        pairs = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
+        if not (pairs and all(isinstance(v, (int, float)) for p in polygons for v in p)):
             raise ValueError("a polygon of the mask is not a list of at least three x, y pairs")
         mask = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
     else:
@@ -108,10 +109,10 @@ class Folder(Data):
         random.Random(0).shuffle(order)
         tenth = max(1, len(lines) // 10)
         held = {**{i: "validation" for i in order[:tenth]}, **{i: "test" for i in order[tenth : 2 * tenth]}}
-        mine = [x for i, x in enumerate(lines) if self.checked(*x).get("split", held.get(i, "train")) == split]
-        if not mine:
+        chosen = [x for i, x in enumerate(lines) if self.checked(*x).get("split", held.get(i, "train")) == split]
+        if not chosen:
             raise UserError(f"{self.file} has no line for the {split} split")
-        self.lines = list(islice(draw(mine, split, count, seed), count))  # (number, text): parsed when asked for
+        self.lines = list(islice(draw(chosen, split, count, seed), count))  # (number, text): parsed when asked for
 
     def checked(self, number: int, line: str) -> dict:
         """One line parsed, and all found wrong that can be found without opening its files."""
