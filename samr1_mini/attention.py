@@ -6,12 +6,10 @@
     answer 1   ■    ◣          an answer on [prompt, answer]: causal at the lower right (causal_lower_right)
     answer 2   ■        ◣      the rest, which a mask would compute and throw away, is not computed
 
-PyTorch has fused kernels for both. A prompt lends its keys and values to its answers, and query heads share their key
-head (enable_gqa). A layout knows what stands where: `Row`, whole answers in one row (scoring), or `Cache`, answers that
-grow (sampling). The model passes it on to each layer; without `layout=...` it is an ordinary model.
-
-Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, of which t are there so far; H query
-heads, R of them to each of KV key heads; d numbers a head.
+PyTorch has fused kernels for both. A prompt lends its keys and values to its answers, and query heads share a key head
+(enable_gqa). A layout knows what stands where: `Row`, whole answers in one row (scoring), or `Cache`, answers that grow
+(sampling). The model passes it on to each layer; without `layout=...` it is an ordinary model.
+Shapes: B questions, G answers, P prompt tokens, L answer tokens, t so far; H query heads, R to each of KV key heads; d.
 """
 
 import torch

@@ -32,8 +32,8 @@ from .running.processes import add_up_gradients, average, join, together
 from .running.reports import describe, first_look, score_base, summarise, time_left, validate
 from .reward import Reward, score_group
 from .segmenter import Segmenter
-from .running.runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals, take_state,
-                   write_json)
+from .running.runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals,
+                           take_state, write_json)
 
 # ---------------------------------------------------------------------------------------------------- the equations
 

@@ -9,7 +9,8 @@ __all__ = ["Data", "Folder", "Sample", "load_data", "open_data", "open_picture",
 
 
 def open_data(
-    name: str, split: str, count: int, seed: int = 0, sentences: str = "first", coco_dir: str = "", ignore: str = "foreground"
+    name: str, split: str, count: int, seed: int = 0, sentences: str = "first", coco_dir: str = "",
+    ignore: str = "foreground",
 ) -> Data:
     """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
 

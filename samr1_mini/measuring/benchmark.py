@@ -1,13 +1,14 @@
-"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.measuring.benchmark`; on a GPU, `--shape 3b` or `7b`
-takes a policy of that true shape with random weights.
+"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.measuring.benchmark`;
+on a GPU, `--shape 3b` or `7b` takes a policy of that true shape with random weights.
 
-Rollouts: `policy.sample` against transformers' generate, (a) with num_return_sequences=G, which encodes a picture once and reads the
-prompt G times, and (b) with the prompt given G times, as trainers do that treat every answer as a row. Both start from pictures and
-questions. Update: `policy.logprobs` on packed rows against a padded batch in which every answer carries its own copy of the prompt,
-(a) through the model's own forward, pictures and all, and (b) with the pictures' features at hand as ours are.
-Attention (attention.py): updates against each question in a padded row under a mask [B, 1, T, T], answers of uneven length; and one
-decoded token in one layer of the 7B shape against keys that grow by concatenation and are repeated for every query head.
-Same policy, prompts and numbers of tokens; the median of several rounds in turn.
+Rollouts: `policy.sample` against transformers' generate, (a) with num_return_sequences=G, which encodes a picture once
+and reads the prompt G times, and (b) with the prompt given G times, as trainers do that treat every answer as a row.
+Both start from pictures and questions. Update: `policy.logprobs` on packed rows against a padded batch in which every
+answer carries its own copy of the prompt, (a) through the model's own forward, pictures and all, and (b) with the
+pictures' features at hand as ours are. Attention (attention.py): updates against each question in a padded row under a
+mask [B, 1, T, T], answers of uneven length; and one decoded token in one layer of the 7B shape against keys that grow
+by concatenation and are repeated for every query head. Same policy, prompts and numbers of tokens; the median of
+several rounds in turn.
 """
 
 import argparse
@@ -59,8 +60,9 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     def generate(copies: int):
         policy.base.model.rope_deltas = None
         inputs = read([q for q in asked for _ in range(copies)], [x for x in images for _ in range(copies)])
-        policy.base.generate(**inputs, num_return_sequences=group // copies, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                             max_new_tokens=tokens, min_new_tokens=tokens)
+        plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        policy.base.generate(**inputs, **plain, num_return_sequences=group // copies, max_new_tokens=tokens,
+                             min_new_tokens=tokens)
 
     result = {"rollout": seconds({
         "shared prompt": lambda: sample(policy, encoded(), group, tokens), "  of it, encoding the picture": encoded,
@@ -85,24 +87,30 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
         logits.log_softmax(-1).gather(-1, answers[..., None]).sum().backward()
 
     def padded_features():
-        logprobs(policy, [p for p in prompts for _ in range(group)], [[ids] for g in groups for ids in g])[0].sum().backward()
+        alone = [p for p in prompts for _ in range(group)], [[ids] for g in groups for ids in g]
+        logprobs(policy, *alone)[0].sum().backward()
 
     policy.model.train()
-    result["update"] = seconds({"packed": packed, "padded": padded, "padded, features at hand": padded_features}, rounds)
+    ways = {"packed": packed, "padded": padded, "padded, features at hand": padded_features}
+    result["update"] = seconds(ways, rounds)
     policy.model.eval()
     policy.model.zero_grad()
-    return {"size": size, "questions": questions, "group": group, "prompt_tokens": len(prompts[0].ids), "answer_tokens": tokens, **result}
+    sizes = {"size": size, "questions": questions, "group": group, "answer_tokens": tokens}
+    return sizes | {"prompt_tokens": len(prompts[0].ids), **result}
 
 
 def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]]) -> torch.Tensor:
-    """What `logprobs` gives [S], each question in a padded row [B, T] under a mask: the baseline without attention.py."""
+    """What `logprobs` gives [S], each question in a padded row [B, T] under a mask: the baseline without
+    attention.py."""
     rows = [pack(policy, [prompt], [group]) for prompt, group in zip(prompts, groups)]
     sizes = [torch.tensor(called["layout"].sizes, device=policy.device) for called, _, _ in rows]
-    segment = pad_sequence([torch.arange(len(n), device=n.device).repeat_interleave(n) for n in sizes], True, -1)  # [B, T]
+    parts = [torch.arange(len(n), device=n.device).repeat_interleave(n) for n in sizes]
+    segment = pad_sequence(parts, True, -1)  # [B, T]
     causal = torch.ones(2 * segment.shape[1:], dtype=torch.bool, device=policy.device).tril()
     mask = causal & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # [B, T, T]
     embeds = pad_sequence([called["inputs_embeds"][0] for called, _, _ in rows], True)  # [B, T, D]
-    positions = pad_sequence([called["position_ids"][:, 0].T for called, _, _ in rows], True).permute(2, 0, 1)  # [3, B, T]
+    places = [called["position_ids"][:, 0].T for called, _, _ in rows]
+    positions = pad_sequence(places, True).permute(2, 0, 1)  # [3, B, T]
     hidden = policy.base.model.language_model(
         inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
     ).last_hidden_state  # [B, T, D]
@@ -116,7 +124,8 @@ def compare_updates(policy: Policy, size: int, questions: int, group: int, token
     with torch.no_grad():
         prompts = encode(policy, [x.image.resize((size, size)) for x in samples], [x.question for x in samples])
     lengths = (tokens * (0.6 + 0.8 * torch.rand(questions, group, generator=draw))).long().clamp(min=1)
-    groups = [[torch.randint(300, 400, (n,), generator=draw).to(policy.device) for n in row] for row in lengths.tolist()]
+    answer = lambda n: torch.randint(300, 400, (n,), generator=draw).to(policy.device)
+    groups = [[answer(n) for n in row] for row in lengths.tolist()]
     policy.model.train()
     taken = seconds({
         "as it is": lambda: logprobs(policy, prompts, groups)[0].sum().backward(),
@@ -144,8 +153,11 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def compare_decoding(tokens: int, rounds: int, device: str, questions: int = 2, group: int = 8, prompt: int = 1100) -> dict:
-    """Attention of the `tokens`th decoded token, in one layer of the 7B shape: seconds, and bytes moved over the cache's."""
+def compare_decoding(
+    tokens: int, rounds: int, device: str, questions: int = 2, group: int = 8, prompt: int = 1100
+) -> dict:
+    """Attention of the `tokens`th decoded token, in one layer of the 7B shape: seconds, and bytes moved over the
+    cache's."""
     text, dtype = SHAPES["7b"], torch.bfloat16 if device == "cuda" else torch.float32
     heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
     d, total = text["hidden_size"] // heads, prompt + group * tokens
@@ -179,10 +191,14 @@ def compare_decoding(tokens: int, rounds: int, device: str, questions: int = 2, 
 
 def make_policy(shape: str, load_in: str, device: str) -> Policy:
     """The tiny policy, or one of a true shape with random weights."""
-    return load_policy("tiny", load_in, device=device) if shape == "tiny" else random_policy(shape_config(shape), load_in, 32, device, device == "cuda")
+    if shape == "tiny":
+        return load_policy("tiny", load_in, device=device)
+    return random_policy(shape_config(shape), load_in, 32, device, device == "cuda")
 
 
-def compare_weights(shape: str, formats: tuple, device: str, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
+def compare_weights(
+    shape: str, formats: tuple, device: str, size: int, questions: int, group: int, tokens: int, rounds: int
+) -> dict:
     """Seconds of a rollout and of an update with the base's weights in each format."""
     samples, functions = list(load_data("shapes", "validation", questions)), {}
     images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
@@ -203,20 +219,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="answer length, tokens (default 40)")
     parser.add_argument("--lengths", type=int, nargs=2, default=(48, 400), metavar="TOKENS",
                         help="mean answer lengths of the updates that are compared with masked rows (default 48 400)")
-    parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES), help="the policy: the tiny one, or a shape with random weights (default tiny)")
+    parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES),
+                        help="the policy: the tiny one, or a shape with random weights (default tiny)")
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = args.shape == "tiny"
     policy = make_policy(args.shape, "nf4", device)
-    results = [compare(policy, 112, 8, 8, args.tokens, args.rounds), compare(policy, 840, 1, 8, args.tokens, args.rounds)]
+    results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in ((112, 8), (840, 1))]
     short, long = args.lengths
     rows = ((112, 8, 8, short), (840, 1, 8, short), (840, 1, 8, long))
     updates = [compare_updates(policy, *row, args.rounds) for row in rows]
     decoding = [compare_decoding(tokens, args.rounds, device) for tokens in (64, 511)]
     del policy  # a card may not hold it and the ones below
     for r in results:
-        print(f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of {r['prompt_tokens']} tokens ({r['size']} px)")
+        print(f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of "
+              f"{r['prompt_tokens']} tokens ({r['size']} px)")
         for phase, taken in (("rollout", r["rollout"]), ("update", r["update"])):
             base = next(iter(taken.values()))
             for name, value in taken.items():
@@ -237,8 +255,8 @@ def main() -> None:
     for name, value in weights.items():
         print(f"  {name:<14} {value:7.3f} s")
     if args.out:
-        Path(args.out).write_text(json.dumps({"device": device_name(), "shape": args.shape, "results": results, "updates": updates,
-                                              "decoding": decoding, "weights": weights}, indent=1))
+        figures = dict(results=results, updates=updates, decoding=decoding, weights=weights)
+        Path(args.out).write_text(json.dumps({"device": device_name(), "shape": args.shape} | figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -421,7 +421,8 @@ def forecast_lines(expected: dict, s: Settings) -> list[str]:
         *(f"  {size} tokens: {peak:.1f} GiB, {', '.join(fits(peak)) or 'none of 24, 16 and 12 GB'}"
           for size, peak in e["update_peak_gib_by_size"].items()),
         f"a token of {s.questions} x {s.group} answers moves {e['decode_bytes_per_token'] / 1e9:.1f} GB, the mean of "
-        f"first and last; the update of a question takes {e['update_flops'] / 1e12:.1f} TFLOP, with reference and recompute",
+        f"first and last; the update of a question takes {e['update_flops'] / 1e12:.1f} TFLOP, reference and recompute "
+        "included",
         "hours for 3,000 samples with answers of 128 and of 512 tokens (seconds of a step: rollout + reward + update):",
     ]
     for card, times in e["hours"].items():

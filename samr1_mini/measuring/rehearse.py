@@ -1,11 +1,12 @@
-"""Will it fit, and how long will it take? `python train.py --preset 7b --rehearse 3` finds out before anything is downloaded.
+"""Will it fit, and how long will it take? `python train.py --preset 7b --rehearse 3` finds out before anything is
+downloaded.
 
-First the forecast, on any machine: memory and hours counted at the true shape, on tensors without numbers (forecast.py). Then the
-measurement. On a GPU: the true shape with random weights, full steps on drawn pictures of the preset's size with the longest allowed
-answers (rollout, reward, updates, evaluation of one picture), with the forecast beside each figure. Without a GPU: a small shape, to
-see the same table; its memory is held against its own forecast, its seconds say nothing about a GPU.
-What an answer says matters neither for memory nor for time, so SAM gets well-formed answers with the most points, and rewards are
-drawn.
+First the forecast, on any machine: memory and hours counted at the true shape, on tensors without numbers
+(forecast.py). Then the measurement. On a GPU: the true shape with random weights, full steps on drawn pictures of the
+preset's size with the longest allowed answers (rollout, reward, updates, evaluation of one picture), with the forecast
+beside each figure. Without a GPU: a small shape, to see the same table; its memory is held against its own forecast,
+its seconds say nothing about a GPU. What an answer says matters neither for memory nor for time, so SAM gets
+well-formed answers with the most points, and rewards are drawn.
 """
 
 import gc
@@ -33,6 +34,7 @@ from ..tiny.shapes import Shapes
 from ..evaluation import evaluate
 from .forecast import (
     GIB,
+    GRID,
     SHAPES,
     Counter,
     beside,
@@ -52,7 +54,8 @@ from ..segmenter import Segmenter, load_segmenter, random_sam
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
-    """A policy of this shape with random weights, each made, and quantised, by itself on `device`, in the classes of a real load."""
+    """A policy of this shape with random weights, each made, and quantised, by itself on `device`, in the classes of a
+    real load."""
     dtype = compute_dtype(load_in, device)
     with init_empty_weights():
         base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION)
@@ -66,7 +69,8 @@ def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str
             norm = name == "weight" and parameter.ndim == 1
             value = torch.ones(parameter.shape, dtype=dtype, device=device) if norm else make(parameter.shape)
             if isinstance(parameter, Params4bit):
-                setattr(module, name, Params4bit(value, requires_grad=False, **parameter.__dict__).to(device))  # this quantises
+                four = Params4bit(value, requires_grad=False, **parameter.__dict__)
+                setattr(module, name, four.to(device))  # this quantises
             else:
                 setattr(module, name, torch.nn.Parameter(value))
     base.tie_weights()
@@ -74,7 +78,8 @@ def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str
 
 
 class Meter:
-    """Seconds by phase, and peak GiB of tensors in it: as CUDA counts them on a GPU, else by the counter of the forecast."""
+    """Seconds by phase, and peak GiB of tensors in it: as CUDA counts them on a GPU, else by the counter of the
+    forecast."""
 
     def __init__(self, device: str):
         self.cuda, self.seconds, self.peak, self.phase, self.counter = device == "cuda", {}, {}, "", Counter()
@@ -95,7 +100,9 @@ class Meter:
         return result
 
 
-def one_step(policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: Settings, meter: Meter) -> tuple[Prompt, int]:
+def one_step(
+    policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: Settings, meter: Meter
+) -> tuple[Prompt, int]:
     """A whole step with answers of full length; returns a prompt and the number of sampled tokens."""
     samples = [data[i] for i in range(s.questions)]
 
@@ -120,12 +127,14 @@ def one_step(policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: S
 
 
 def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: int, length: int) -> float | None:
-    """Peak GiB of an update with one question at a time, `group` answers of `length` tokens; None where memory runs out."""
+    """Peak GiB of an update with one question at a time, `group` answers of `length` tokens; None where memory runs
+    out."""
     ids = [torch.randint(300, 1000, (length,), device=policy.device) for _ in range(group)]
     answers = [Completion(i, torch.full((length,), -5.0, device=policy.device), False, "") for i in ids]
     try:
         torch.cuda.reset_peak_memory_stats()
-        update(policy, optimizer, [Rollout(None, prompt, answers, [], torch.linspace(-1, 1, group))], replace(s, updates=1, passes=1, micro=1), 0)
+        rollout = Rollout(None, prompt, answers, [], torch.linspace(-1, 1, group))
+        update(policy, optimizer, [rollout], replace(s, updates=1, passes=1, micro=1), 0)
         return peak_memory("cuda")
     except torch.OutOfMemoryError:
         return None
@@ -135,7 +144,8 @@ def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: i
 
 
 def rehearse(s: Settings) -> dict:
-    """Run `s.rehearse` full steps, print the table and write it to rehearsal.json in the run's folder, if one was named; returns it."""
+    """Run `s.rehearse` full steps, print the table and write it to rehearsal.json in the run's folder, if one was
+    named; returns it."""
     cuda = s.device == "cuda"
     shape = s.preset if s.preset in SHAPES else "small"
     if cuda and shape == "small":
@@ -150,13 +160,14 @@ def rehearse(s: Settings) -> dict:
         times = expected["seconds_per_step"][card][str(s.max_new_tokens)] if card else {}
     else:
         shape, s = "small", replace(s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny")
-        print(f"no GPU, so nothing above is measured. Measured below: a small policy, the tiny SAM, 2 questions, {s.max_new_tokens} "
-              "tokens. These figures say nothing about a GPU")
+        print("no GPU, so nothing above is measured. Measured below: a small policy, the tiny SAM, 2 questions, "
+              f"{s.max_new_tokens} tokens. These figures say nothing about a GPU")
     torch.manual_seed(s.seed)
     meter, data = Meter(s.device), Shapes("train", s.questions)
 
     def load():
-        sam = load_segmenter("tiny") if s.sam == "tiny" else Segmenter(SamPredictor(random_sam(s.sam).to(s.device).requires_grad_(False)))
+        random = lambda: Segmenter(SamPredictor(random_sam(s.sam).to(s.device).requires_grad_(False)))
+        sam = load_segmenter("tiny") if s.sam == "tiny" else random()
         return random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing), sam
 
     try:
@@ -166,25 +177,30 @@ def rehearse(s: Settings) -> dict:
         for _ in tqdm(range(s.rehearse), desc="rehearse"):
             prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"memory ran out in the phase {meter.phase}; lower --group, --max-new-tokens or --image-size, or take --load-in nf4 ({error})") from None
+        raise UserError(f"memory ran out in the phase {meter.phase}; lower --group, --max-new-tokens or --image-size, "
+                        f"or take --load-in nf4 ({error})") from None
     mean = {phase: sum(values) / len(values) for phase, values in meter.seconds.items()}
     step = mean["rollout"] + mean["reward"] + mean["update"]
     table = {
         "forecast": expected, "shape": shape, "device": torch.cuda.get_device_name() if cuda else "cpu",
         "parameters": sum(p.numel() for p in policy.base.parameters()),
-        **{k: getattr(s, k) for k in ("load_in", "questions", "group", "max_new_tokens", "image_size", "sam", "memory_limit", "rehearse")},
-        "prompt_tokens": len(prompt.ids), "seconds": mean, "peak_gib": meter.peak, "tokens_per_second": tokens / mean["rollout"], "seconds_per_step": step,
+        **{k: getattr(s, k) for k in ("load_in", "questions", "group", "max_new_tokens", "image_size", "sam",
+                                      "memory_limit", "rehearse")},
+        "prompt_tokens": len(prompt.ids), "seconds": mean, "peak_gib": meter.peak,
+        "tokens_per_second": tokens / mean["rollout"], "seconds_per_step": step,
     }
     if not cuda:  # the same phases of the same small model, counted as above
         table["forecast_of_small"] = peaks(count(*build(shape_config(shape), s, torch.float32), s))
-    print(f"\n{table['device']}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of {s.max_new_tokens} tokens, "
+    print(f"\n{table['device']}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of "
+          f"{s.max_new_tokens} tokens, "
           f"prompts of {len(prompt.ids)} tokens")
     print(*beside(mean, meter.peak, table["forecast" if cuda else "forecast_of_small"], times), sep="\n")
     print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
     if cuda:
         table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600
-        table["update_peak_gib"] = {f"{g} x {n}": update_peak(policy, optimizer, prompt, s, g, n) for g in (4, 8, 16) for n in (256, 512, 1024)}
-        print(f"training on 3,000 samples: about {table['hours_for_3000_samples']:.1f} hours with answers of this length")
+        table["update_peak_gib"] = {f"{g} x {n}": update_peak(policy, optimizer, prompt, s, g, n) for g, n in GRID}
+        hours = table["hours_for_3000_samples"]
+        print(f"training on 3,000 samples: about {hours:.1f} hours with answers of this length")
         for what, peak in table["update_peak_gib"].items():
             print(f"update with {what} tokens: " + (f"{peak:.1f} GiB" if peak else "does not fit"))
     if s.run:
