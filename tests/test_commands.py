@@ -82,7 +82,7 @@ def test_a_mistake_gets_one_line_that_names_the_option(argv, words, capsys):
     [
         (["train.py", "--data", "no-such-folder"], "--data no-such-folder"),
         (["train.py", "--policy", "no-such/policy"], "--policy no-such/policy"),
-        (["train.py", "--preset", "3b"], "--policy Qwen/Qwen2.5-VL-3B-Instruct"),
+        (["train.py", "--preset", "3b"], "--data refcocog: the hub"),
         (["train.py", "--sam", "no-such/sam"], "--sam no-such/sam"),
         (["train.py", "--image-size", "100"], "--image-size must be a multiple of 28"),
         (["eval.py", "--adapter", "no-such-folder"], "--adapter no-such-folder"),

@@ -30,13 +30,14 @@ from test_public import (
 )
 
 import eval as command
-from samr1_mini import evaluation, plots, policy as policy_module
+from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.data import Sample, load_data
 from samr1_mini.evaluation import Panel, batch_size, evaluate, shown
 from samr1_mini.policy import Completion
 from samr1_mini.metrics import tight_box
 from samr1_mini.reward import score_group
+from samr1_mini.running import loading
 
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
 # Boxes that miss the object by more and more, in the policy's 112 x 112 square.
@@ -193,6 +194,7 @@ from samr1_mini import evaluation
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
 from samr1_mini.policy import Completion, load_policy
+from samr1_mini.running import loading
 from samr1_mini.segmenter import load_segmenter
 
 class Watched(Sequence):
@@ -273,7 +275,8 @@ def no_model(monkeypatch):
     """Whoever loads a model here has not looked at the user's mistake before."""
     def loaded(*a, **k):
         raise AssertionError("a model was loaded")
-    monkeypatch.setattr(policy_module, "load_policy", loaded)
+    monkeypatch.setattr(loading, "load_policy", loaded)
+    monkeypatch.setattr(loading, "load_segmenter", loaded)
 
 
 def mistakes(folder):

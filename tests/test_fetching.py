@@ -222,7 +222,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(s
     for name, fault in zip(names, ("500", "broken off", "short", "page", "another size", "503", "silent")):
         server.faults[name] = [fault]
     server.always[names[50]] = "404"
-    options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 4,
+    options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 8,
                "updates": 2, "eval-every": 0, "eval-samples": 101, "test-samples": 4, "run": tmp_path / "run"}
     train.main([f"--{name}={value}" for name, value in options.items()])
     said = capsys.readouterr().out
