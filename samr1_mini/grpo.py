@@ -310,22 +310,21 @@ def train(s: Settings) -> dict:
         if first:
             print(first_look(rollouts, s), flush=True)
     base = score_base(policy, segmenter, validation, test, s, folder, resumed=start > 0)
-
     state, saved, taken = take_state(policy, optimizer, start, spent()), time.perf_counter(), []
     with stop_on_signals() as stop:
         try:
             bar = tqdm(range(start, steps), "train", steps, initial=start, dynamic_ncols=True, disable=not first)
             for step in bar:
                 line = one_step(policy, segmenter, optimizer, data, s, step)
-                look = s.eval_every and (step + 1) % s.eval_every == 0
-                if look:
+                due = s.eval_every and (step + 1) % s.eval_every == 0
+                if due:
                     line |= validate(policy, segmenter, validation, s, folder, step + 1)
                 stopped = any(gather_object([stop.is_set()]))
                 if first:
                     with log_file.open("a") as out:
                         out.write(json.dumps(line) + "\n")
                 state = take_state(policy, optimizer, step + 1, spent())
-                if first and (look or stopped or time.perf_counter() - saved > 60 * s.save_minutes):
+                if first and (due or stopped or time.perf_counter() - saved > 60 * s.save_minutes):
                     save_state(folder, policy, state)
                     saved = time.perf_counter()
                 taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
