@@ -32,8 +32,8 @@ from .tokens import banned_ids, draw, stop_ids, token_logits
 TINY = Path(__file__).parent / "tiny" / "policy"
 
 PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside \
-<think> </think>, then give the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, and \
-points in the box, each labelled 1 on the object and 0 off it, all in {unit}. Example:
+<think> </think>, then give the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, \
+and points in the box, each labelled 1 on the object and 0 off it, all in {unit}. Example:
 <think>The left cup is nearer to the plate.</think>\
 <answer>{{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}}</answer>
 Question: {question}"""
