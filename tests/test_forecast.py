@@ -24,9 +24,9 @@ from samr1_mini.measuring.forecast import (
     forecast_lines,
     known_card,
     shape_config,
-    time_left,
     usable,
 )
+from samr1_mini.running.reports import time_left
 from samr1_mini.policy import load_policy
 from samr1_mini.measuring.rehearse import random_policy
 from samr1_mini.segmenter import load_segmenter

@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub import DryRunFileInfo
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from samr1_mini import grpo
@@ -386,7 +387,9 @@ def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before
     with pytest.raises(kind):
         train(replace(s, run=str(tmp_path / "cut")))
     restore()
-    assert torch.load(tmp_path / "cut/state.pt", weights_only=True)["step"] == 2
+    state, adapter = torch.load(tmp_path / "cut/state.pt", weights_only=True), load_file(tmp_path / "cut/adapter/adapter_model.safetensors")
+    assert state["step"] == 2 and len(adapter) == len(state["adapter"])
+    assert all((adapter[name.replace(".default", "")] == value).all() for name, value in state["adapter"].items())
     assert "step 2 is saved" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(replace(s, run=str(tmp_path / "cut"), resume=True))
     same_runs(tmp_path / "whole", tmp_path / "cut")
