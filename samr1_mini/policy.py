@@ -54,6 +54,9 @@ class Policy:
     stop: torch.Tensor  # [k] ids that end an answer
     coordinates: str = "pixels"  # what its answers count in: pixels of the square picture, or thousandths of its sides
 
+    def __post_init__(self):  # any other attention would let answers see each other, and say nothing
+        assert self.base.config.text_config._attn_implementation == IMPLEMENTATION["text_config"]
+
     @property
     def base(self):
         """The transformers model under the adapter, such as a Qwen2_5_VLForConditionalGeneration."""

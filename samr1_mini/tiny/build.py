@@ -12,6 +12,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from ..attention import IMPLEMENTATION
+
 HERE = Path(__file__).parent
 POLICY = HERE / "policy"  # an ordinary model folder: from_pretrained reads it
 
@@ -72,4 +74,4 @@ def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION)
