@@ -92,7 +92,7 @@ def objective(
             "kl": kl.sum(), "kl_held": (gap > kl_bound).sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
             "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(),
             "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
-            "gap": (logp - old).abs().sum(), "gap_max": (logp - old).abs().max(),
+            "sampling_gap": (logp - old).abs().sum(), "sampling_gap_max": (logp - old).abs().max(),
             "ratio_min": ratio.min(), "ratio_max": ratio.max(),
         }
         return loss, {name: value.item() for name, value in sums.items()}
@@ -184,7 +184,8 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
         sums = together(lambda: backward(policy, share, s))
         log["loss"] += sums["loss"] / len(rollouts) / s.passes
         if k == 0:  # nothing was updated since sampling: what differs is rounding
-            log["sampling_gap"], log["sampling_gap_max"] = sums["gap"] / max(1, sums["tokens"]), sums["gap_max"]
+            log["sampling_gap"] = sums["sampling_gap"] / max(1, sums["tokens"])
+            log["sampling_gap_max"] = sums["sampling_gap_max"]
         log["ratio_min"] = min(log["ratio_min"], sums["ratio_min"])
         log["ratio_max"] = max(log["ratio_max"], sums["ratio_max"])
         for name in ("tokens", *A_TOKEN):
@@ -221,7 +222,7 @@ def backward(policy: Policy, rollouts: list[Rollout], s: Settings) -> dict:
         loss, sums = batch_loss(policy, rollouts[i : i + s.micro], s)
         (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
         for name, value in (sums | {"loss": loss.item()}).items():
-            extreme = {"ratio_min": min, "ratio_max": max, "gap_max": max}.get(name)
+            extreme = {"_min": min, "_max": max}.get(name[-4:])
             total[name] = extreme(total[name], value) if extreme else total[name] + value
     return total
 
@@ -230,13 +231,12 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
     """The loss of eq. (4) summed over some questions, and sums over their answer tokens to log."""
     prompts, groups = [r.prompt for r in rollouts], [[a.ids for a in r.answers] for r in rollouts]
     lengths = [[len(ids) for ids in group] for group in groups]
-    device = policy.device
     logp, entropy = logprobs(policy, prompts, groups, s.temperature)  # [S], [S]
     old = torch.cat([a.logps for r in rollouts for a in r.answers])  # [S] from sampling: the same distribution
     reference = torch.cat([r.reference for r in rollouts]) if s.beta else None  # [S]
     each = torch.cat([r.advantage for r in rollouts])  # [B * G]
-    advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(device)  # [S]
-    weight = token_weights(lengths, s.normalise).to(device)  # [S]
+    advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(policy.device)  # [S]
+    weight = token_weights(lengths, s.normalise).to(policy.device)  # [S]
     loss, sums = objective(logp, old, reference, advantage, weight, s.eps_low, s.eps_high, s.beta, s.kl_bound)
     return loss, sums | {"entropy": entropy.sum().item(), "tokens": len(logp)}
 
