@@ -19,7 +19,7 @@ from .config import Settings, UserError
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
-from .running.processes import join, together
+from .running.processes import is_first, join, together
 from .reward import Reward, score_group
 from .segmenter import Segmenter
 
@@ -143,7 +143,8 @@ def evaluate(
     """
     processes = join(s.device)
     share = range(len(data))[processes.process_index :: processes.num_processes]
-    rows = together(lambda: answer(policy, segmenter, data, share, s, name, blank, with_ceiling, votes))
+    title = name if is_first() else ""
+    rows = together(lambda: answer(policy, segmenter, data, share, s, title, blank, with_ceiling, votes))
     rows = sorted(gather_object(rows), key=lambda row: row.index)
     if not rows:
         raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")

@@ -28,7 +28,7 @@ from .evaluation import policy_image
 from .running.loading import load_parts, open_sets
 from .running.memory import free_memory, peak_memory, questions_per_batch
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
-from .running.processes import add_up_gradients, average, join, together
+from .running.processes import add_up_gradients, average, is_first, join, together
 from .running.reports import describe, first_look, score_base, summarise, time_left, validate
 from .reward import Reward, score_group
 from .segmenter import Segmenter
@@ -281,11 +281,10 @@ def train(s: Settings) -> dict:
     Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add
     up; the first process writes.
     """
-    begun, processes = time.perf_counter(), join(s.device)
-    first = processes.is_main_process
-    if s.questions % (s.updates * processes.num_processes) and processes.num_processes > 1:
-        raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes "
-                        f"x --updates {s.updates}")
+    begun, count = time.perf_counter(), join(s.device).num_processes
+    first = is_first()
+    if count > 1 and s.questions % (s.updates * count):
+        raise UserError(f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}")
     folder = broadcast_object_list([open_run(s) if first else None])[0]
     data, validation, test = sets = open_sets(s)
     missing = folder / "missing.json"  # pictures that could not be had, others in their places: never asked for again

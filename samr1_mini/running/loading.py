@@ -16,6 +16,7 @@ from ..data import open_data
 from ..policy import Policy, check_policy, load_policy
 from ..data.public import PICTURES
 from ..segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
+from .processes import is_first
 
 
 def open_sets(s: Settings) -> list:
@@ -72,18 +73,17 @@ def load_parts(
 ) -> tuple[Policy, Segmenter]:
     """Policy and segmenter, and what the sets have yet to fetch. Cheap mistakes are found before anything is
     downloaded."""
-    processes = PartialState()
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam)
-    if processes.is_main_process:  # what has to be downloaded is downloaded once
+    if is_first():  # what has to be downloaded is downloaded once
         check_room(s, sets)
         for one in sets:
             one.fetch(missing)
     missing = broadcast_object_list([[one.missing for one in sets]])[0]  # so that all hold the same samples
-    if not processes.is_main_process:
+    if not is_first():
         for one, gone in zip(sets, missing):
             one.fetch(gone)
-    with processes.main_process_first():
+    with PartialState().main_process_first():
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         torch.manual_seed(s.seed)  # a new adapter is drawn
         policy = load_policy(s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates)

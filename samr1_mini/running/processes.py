@@ -16,6 +16,11 @@ def join(device: str) -> PartialState:
     return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return PartialState().is_main_process
+
+
 def together(work: Callable):
     """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: they would wait for it
     for ever."""
