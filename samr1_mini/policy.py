@@ -17,12 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size

@@ -64,6 +64,17 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
     )
 
 
+def empty_base(config: Qwen2_5_VLConfig, load_in: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """A model of that shape in the classes of a real load in `load_in`, its weights on the meta device."""
+    with init_empty_weights():
+        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION, dtype=dtype)
+    if load_in == "nf4":
+        plan = four_bits(dtype)
+        replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
+        base.is_loaded_in_4bit = True  # so PEFT wraps these layers as it does after from_pretrained
+    return base
+
+
 GIB = 2**30
 
 # Published peaks: GiB, GB/s, TFLOP/s of bf16 tensor cores, dense (half of the figure "with sparsity") with fp32
@@ -209,12 +220,8 @@ def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, count
     bitsandbytes' Params4bit cannot hold a fake tensor: a plain parameter stands in, with the packed weight and the
     statistics that the library's own quantisation gives for a fake weight. All that reads it is the library's code.
     """
+    base = empty_base(config, s.load_in, dtype)
     with init_empty_weights():
-        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION, dtype=dtype)
-        if s.load_in == "nf4":
-            plan = four_bits(dtype)
-            replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
-            base.is_loaded_in_4bit = True  # what PEFT goes by
         policy = add_adapter(base, AutoProcessor.from_pretrained(TINY), s.rank, checkpointing=s.checkpointing)
     with counter:
         for module in policy.model.modules():

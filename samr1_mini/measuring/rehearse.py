@@ -17,52 +17,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
 from segment_anything import SamPredictor
 from tqdm import tqdm
-from transformers import (
-    AutoProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers import AutoProcessor, Qwen2_5_VLConfig
 
-from ..attention import IMPLEMENTATION
 from ..config import Settings, UserError, check_size
-from ..tiny.shapes import Shapes
 from ..evaluation import evaluate
-from .forecast import (
-    GIB,
-    GRID,
-    SHAPES,
-    Counter,
-    beside,
-    build,
-    count,
-    forecast,
-    forecast_lines,
-    known_card,
-    peaks,
-    shape_config,
-)
 from ..grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
-from ..running.memory import compute_dtype, peak_memory
-from ..policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
+from ..policy import TINY, Completion, Policy, Prompt, add_adapter
 from ..reward import score_group
+from ..running.memory import compute_dtype, peak_memory
 from ..segmenter import Segmenter, load_segmenter, random_sam
+from ..tiny.shapes import Shapes
+from .forecast import (GIB, GRID, SHAPES, Counter, beside, build, count, empty_base, forecast, forecast_lines,
+                       known_card, peaks, shape_config)
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
     """A policy of this shape with random weights, each made, and quantised, by itself on `device`, in the classes of a
     real load."""
     dtype = compute_dtype(load_in, device)
-    with init_empty_weights():
-        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION)
-    if load_in == "nf4":
-        plan = four_bits(dtype)
-        replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
-        base.is_loaded_in_4bit = True  # so PEFT wraps these layers as it does after from_pretrained
+    base = empty_base(config, load_in, dtype)
     make = lambda shape: torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
     for module in list(base.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
