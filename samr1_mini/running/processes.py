@@ -48,8 +48,9 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def average(line: dict) -> dict:
-    """What each process logged of a step -> one line: means, and the extremes of what ends in _min or _max."""
+    """What each process logged of a step -> one line: means, and the extremes of what ends in _min or _max. What one
+    did not log is a sum that it never began: 0 there."""
     lines = gather_object([line])
-    every = {name: [one[name] for one in lines] for name in line}
-    whole = {"_min": min, "_max": max}
-    return {name: whole.get(name[-4:], lambda v: sum(v) / len(v))(values) for name, values in every.items()}
+    values = {name: [one[name] for one in lines if name in one] for one in lines for name in one}
+    mean = lambda numbers: sum(numbers) / len(lines)
+    return {name: {"_min": min, "_max": max}.get(name[-4:], mean)(numbers) for name, numbers in values.items()}
