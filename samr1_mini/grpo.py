@@ -115,8 +115,7 @@ class Rollout:
 
 def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
     """AdamW on the adapter's weights; the base is frozen."""
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return torch.optim.AdamW(policy.trained, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 @torch.no_grad()
@@ -163,18 +162,17 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
         with torch.no_grad(), policy.reference():
             groups = [[a.ids for a in r.answers] for r in part]
             logps, _ = logprobs(policy, [r.prompt for r in part], groups, s.temperature)  # [S]
-        for rollout, own in zip(part, logps.split([sum(len(a.ids) for a in r.answers) for r in part])):
-            rollout.reference = own
+        for rollout, reference in zip(part, logps.split([sum(len(a.ids) for a in r.answers) for r in part])):
+            rollout.reference = reference
 
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
     """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before.
     Returns what to log."""
     start, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
     policy.model.train()
     if s.beta:
-        together(lambda: add_reference(policy, [r for r in rollouts if counts(r, s)], s))
+        together(lambda: add_reference(policy, [r for r in rollouts if takes_part(r, s)], s))
     for k in range(s.updates * s.passes):
         part = k % s.updates
         share = rollouts[part * len(rollouts) // s.updates : (part + 1) * len(rollouts) // s.updates]
@@ -190,8 +188,8 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
         log["ratio_max"] = max(log["ratio_max"], sums["ratio_max"])
         for name in ("tokens", *A_TOKEN):
             log[name] += sums[name]
-        add_up_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
+        add_up_gradients(policy.trained)
+        norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
         if norm.isfinite():
             optimizer.step()
             log["grad_norm"] += norm.item() / (s.updates * s.passes)
@@ -208,7 +206,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
 A_TOKEN = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")  # logged as means over tokens
 
 
-def counts(rollout: Rollout, s: Settings) -> bool:
+def takes_part(rollout: Rollout, s: Settings) -> bool:
     """Whether a question takes part in the updates: a group without variance has nothing to say but the KL."""
     return bool(s.beta and not s.skip_flat) or bool(rollout.advantage.any())
 
@@ -216,7 +214,7 @@ def counts(rollout: Rollout, s: Settings) -> bool:
 def backward(policy: Policy, rollouts: list[Rollout], s: Settings) -> dict:
     """Gradients of one update, `micro` questions a forward; returns sums over its tokens, and extremes."""
     questions = len(rollouts) * PartialState().num_processes  # of this update, in all processes
-    rollouts = [r for r in rollouts if counts(r, s)]  # the term of what is left out is 0 in the mean
+    rollouts = [r for r in rollouts if takes_part(r, s)]  # the term of what is left out is 0 in the mean
     total = defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     for i in range(0, len(rollouts), s.micro):
         loss, sums = batch_loss(policy, rollouts[i : i + s.micro], s)
@@ -241,16 +239,19 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
     return loss, sums | {"entropy": entropy.sum().item(), "tokens": len(logp)}
 
 
+def full_rollouts(policy: Policy, prompts: list[Prompt], s: Settings) -> list[Rollout]:
+    """Rollouts as large as they can be, every answer of full length: for what an update takes, not for what it does."""
+    ids = torch.full((s.max_new_tokens,), 300, device=policy.device)
+    logps = torch.zeros(s.group, len(ids), device=policy.device)
+    answers = [Completion(ids, row, False, "") for row in logps]
+    return [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group), logps.flatten()) for p in prompts]
+
+
 def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> None:
     """One forward and backward with answers of full length: memory that is too small shows before the first step."""
-    prompts = read_questions(policy, samples, s)
-    ids, even = torch.ones(s.max_new_tokens, dtype=torch.long, device=policy.device), torch.zeros(s.group)
-    answers = [Completion(ids, torch.zeros(len(ids), device=policy.device), False, "")] * s.group
-    reference = torch.zeros(s.group * len(ids), device=policy.device)
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    moments = [torch.zeros_like(p) for p in trained for _ in range(2)]  # AdamW will hold as many
+    rollouts = full_rollouts(policy, read_questions(policy, samples, s), s)
+    moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # AdamW will hold as many
     policy.model.train()
-    rollouts = [Rollout(x, p, answers, [], even, reference) for x, p in zip(samples, prompts)]
     batch_loss(policy, rollouts, s)[0].backward()
     del moments
     policy.model.zero_grad()

@@ -58,6 +58,11 @@ class Policy:
     def device(self) -> torch.device:
         return self.base.lm_head.weight.device
 
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The adapter's weights; all others are frozen."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def frame(self, size: int) -> int:
         """The side of a size x size picture as the answers count it."""
         return 1000 if self.coordinates == "thousandths" else size

@@ -31,8 +31,8 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from ..attention import IMPLEMENTATION
 from ..config import Settings
-from ..grpo import Rollout, new_optimizer, update
-from ..policy import TINY, Completion, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
+from ..grpo import full_rollouts, new_optimizer, update
+from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
 from ..segmenter import SAM_FILES, Segmenter, is_small, random_sam
 from ..tokens import FP32_SUMS
 
@@ -289,16 +289,14 @@ def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: 
     return {"prefill": laps[1], "first": laps[2], "last": laps[-1] | {"over": max(lap["over"] for lap in laps[3:])}}
 
 
-def together(s: Settings) -> int:
+def questions_per_forward(s: Settings) -> int:
     """Questions in one forward of an update."""
     return min(s.micro, max(1, s.questions // s.updates))
 
 
 def count_update(policy: Policy, optimizer, prompts: list[Prompt], s: Settings, counter: Counter) -> dict:
     """A lap of one forward and backward of an update, with its reference pass; G answers of full length a question."""
-    ids, logps = torch.full((s.max_new_tokens,), 300), torch.zeros(s.max_new_tokens)
-    answers = [Completion(ids, logps, False, "") for _ in range(s.group)]
-    rollouts = [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group)) for p in prompts[: together(s)]]
+    rollouts = full_rollouts(policy, prompts[: questions_per_forward(s)], s)
     counter.lap()
     update(policy, optimizer, rollouts, replace(s, updates=1, passes=1), 0)
     return counter.lap()
@@ -389,7 +387,7 @@ def step_seconds(found: dict, s: Settings, card: str, length: int) -> dict:
     return {
         "rollout": s.questions * seconds(found["encode"], card) + seconds(found["prefill"], card) + sampling,
         "reward": s.questions * seconds(found["reward"], card),
-        "update": s.passes * s.questions / together(s) * seconds(found["updates"][s.group, length], card),
+        "update": s.passes * s.questions / questions_per_forward(s) * seconds(found["updates"][s.group, length], card),
     }
 
 
@@ -407,7 +405,7 @@ def forecast(config: Qwen2_5_VLConfig, s: Settings) -> dict:
         "update_peak_gib_by_size": {f"{g} x {n}": by_size[g, n] for g, n in GRID},
         "prompt_tokens": found["prompt_tokens"],
         "decode_bytes_per_token": (found["first"]["moved"] + found["last"]["moved"]) // 2,
-        "update_flops": found["update"]["flops"] // together(s), "seconds_per_step": step,
+        "update_flops": found["update"]["flops"] // questions_per_forward(s), "seconds_per_step": step,
         "hours": {card: {n: hours(times[n], 3000, s) for n in ("128", "512")} for card, times in step.items()},
     }
 

@@ -24,8 +24,8 @@ from transformers import AutoProcessor, Qwen2_5_VLConfig
 
 from ..config import Settings, UserError, check_size
 from ..evaluation import evaluate
-from ..grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
-from ..policy import TINY, Completion, Policy, Prompt, add_adapter
+from ..grpo import Rollout, advantages, full_rollouts, new_optimizer, read_questions, sample_in_turn, update
+from ..policy import TINY, Policy, Prompt, add_adapter
 from ..reward import score_group
 from ..running.memory import compute_dtype, peak_memory
 from ..segmenter import Segmenter, load_segmenter, random_sam
@@ -103,14 +103,11 @@ def one_step(
 
 
 def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: int, length: int) -> float | None:
-    """Peak GiB of an update with one question at a time, `group` answers of `length` tokens; None where memory runs
-    out."""
-    ids = [torch.randint(300, 1000, (length,), device=policy.device) for _ in range(group)]
-    answers = [Completion(i, torch.full((length,), -5.0, device=policy.device), False, "") for i in ids]
+    """Peak GiB of an update of one question with `group` answers of `length` tokens; None where memory runs out."""
+    one = replace(s, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
     try:
         torch.cuda.reset_peak_memory_stats()
-        rollout = Rollout(None, prompt, answers, [], torch.linspace(-1, 1, group))
-        update(policy, optimizer, [rollout], replace(s, updates=1, passes=1, micro=1), 0)
+        update(policy, optimizer, full_rollouts(policy, [prompt], one), one, 0)
         return peak_memory("cuda")
     except torch.OutOfMemoryError:
         return None
