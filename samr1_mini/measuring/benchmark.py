@@ -157,7 +157,7 @@ class Traffic(TorchDispatchMode):
 def compare_decoding(
     tokens: int, rounds: int, device: str, questions: int = 2, group: int = 8, prompt: int = 1100
 ) -> dict:
-    """Attention of the `tokens`th decoded token, in one layer of the 7B shape: seconds, bytes moved over the cache's."""
+    """Attention of the `tokens`th decoded token, a layer of the 7B shape: seconds, and bytes moved over the cache's."""
     text, dtype = SHAPES["7b"], torch.bfloat16 if device == "cuda" else torch.float32
     heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
     d, total = text["hidden_size"] // heads, prompt + group * tokens
