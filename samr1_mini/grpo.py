@@ -158,28 +158,27 @@ def roll_out(
 def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
     """Log-probabilities of all answers under the frozen base: it never changes, so once a rollout batch is enough."""
     for i in range(0, len(rollouts), s.micro):
-        part = rollouts[i : i + s.micro]
+        batch = rollouts[i : i + s.micro]
         with torch.no_grad(), policy.reference():
-            groups = [[a.ids for a in r.answers] for r in part]
-            logps, _ = logprobs(policy, [r.prompt for r in part], groups, s.temperature)  # [S]
-        for rollout, reference in zip(part, logps.split([sum(len(a.ids) for a in r.answers) for r in part])):
+            groups = [[a.ids for a in r.answers] for r in batch]
+            logps, _ = logprobs(policy, [r.prompt for r in batch], groups, s.temperature)  # [S]
+        for rollout, reference in zip(batch, logps.split([sum(len(a.ids) for a in r.answers) for r in batch])):
             rollout.reference = reference
 
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
     """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before.
     Returns what to log."""
-    start, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
+    begun, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     policy.model.train()
     if s.beta:
         together(lambda: add_reference(policy, [r for r in rollouts if takes_part(r, s)], s))
     for k in range(s.updates * s.passes):
-        part = k % s.updates
-        share = rollouts[part * len(rollouts) // s.updates : (part + 1) * len(rollouts) // s.updates]
+        start, end = (i * len(rollouts) // s.updates for i in (k % s.updates, k % s.updates + 1))
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (done + k + 1) / max(1, s.warmup))  # warm-up, then constant
         optimizer.zero_grad()
-        sums = together(lambda: backward(policy, share, s))
+        sums = together(lambda: backward(policy, rollouts[start:end], s))
         log["loss"] += sums["loss"] / len(rollouts) / s.passes
         if k == 0:  # nothing was updated since sampling: what differs is rounding
             log["sampling_gap"] = sums["sampling_gap"] / max(1, sums["tokens"])
@@ -199,7 +198,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     policy.model.eval()
     tokens = max(1, log.pop("tokens"))
     a_token = {name: log[name] / tokens for name in A_TOKEN}
-    log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
+    log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - begun}
     return dict(log)
 
 

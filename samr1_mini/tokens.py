@@ -10,9 +10,9 @@ import torch
 def stop_ids(model, tokenizer) -> torch.Tensor:
     """[k] the ids at which the model's own generation_config stops (Qwen's: <|im_end|> and <|endoftext|>), and the
     tokenizer's eos."""
-    told = model.generation_config.eos_token_id
-    told = [] if told is None else [told] if isinstance(told, int) else told
-    return torch.tensor(sorted({*told, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
+    eos = model.generation_config.eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    return torch.tensor(sorted({*eos, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
 
 
 def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:

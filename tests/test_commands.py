@@ -73,8 +73,8 @@ def test_help_of_every_command(command):
 def test_a_mistake_gets_one_line_that_names_the_option(argv, words, capsys):
     with pytest.raises(SystemExit) as left:
         parse_settings(argv, "train.py", "")
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and words in said and len(said.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and words in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,8 @@ def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(serv
     server.always |= dict.fromkeys(gone, "404")
     plan.fetch()
     assert plan.ids == [x for x in follow if x != follow[5]][:120] and plan.missing == gone and len(plan) == 120
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and gone[0] in said[0] and "404" in said[0] and "1 of 120 pictures" in said[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and gone[0] in lines[0] and "404" in lines[0] and "1 of 120 pictures" in lines[0]
     assert all(sample.picture not in gone and sample.image.size == picture().size for sample in plan)
     asked = len(server.asked)
     plan.fetch()
@@ -237,8 +237,8 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(s
     options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 4,
                "updates": 2, "eval-every": 0, "eval-samples": 101, "test-samples": 4, "run": tmp_path / "run"}
     train.main([f"--{name}={value}" for name, value in options.items()])
-    said = capsys.readouterr().out
-    assert "held-out test, greedy" in said and f"{names[50]} (HTTP Error 404" in said
+    printed = capsys.readouterr().out
+    assert "held-out test, greedy" in printed and f"{names[50]} (HTTP Error 404" in printed
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["samples"] == 8 and summary["trained"]["count"] == 4
     assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8

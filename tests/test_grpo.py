@@ -350,8 +350,8 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_p
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stdout.read()
     last = start("--resume")
-    said, _ = last.communicate()
-    assert last.returncode == 0 and "held-out test, greedy" in said, said
+    printed, _ = last.communicate()
+    assert last.returncode == 0 and "held-out test, greedy" in printed, printed
     whole = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "whole"), samples=20, questions=4, group=3, updates=2, eval_every=0, test_samples=2,
                           warmup=1, max_new_tokens=40)[0]
     threads = torch.get_num_threads()
@@ -535,8 +535,8 @@ def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings,
     monkeypatch.setattr(grpo, "train", full)
     with pytest.raises(SystemExit) as left:
         command.main(["--device", "cpu"])
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and len(said.splitlines()) == 1 and "--micro" in said and "--resume" in said and "2.00 GiB" in said
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and len(error.splitlines()) == 1 and "--micro" in error and "--resume" in error and "2.00 GiB" in error
 
 
 def test_a_run_is_not_overwritten(settings, tmp_path):

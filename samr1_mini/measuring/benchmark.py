@@ -108,13 +108,13 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
 def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]]) -> torch.Tensor:
     """What `logprobs` gives [S], each question in a padded row [B, T] under a mask, without attention.py."""
     rows = [pack(policy, [prompt], [group]) for prompt, group in zip(prompts, groups)]
-    sizes = [torch.tensor(called["layout"].sizes, device=policy.device) for called, _, _ in rows]
+    sizes = [torch.tensor(inputs["layout"].sizes, device=policy.device) for inputs, _, _ in rows]
     parts = [torch.arange(len(n), device=n.device).repeat_interleave(n) for n in sizes]
     segment = pad_sequence(parts, True, -1)  # [B, T]
     causal = torch.ones(2 * segment.shape[1:], dtype=torch.bool, device=policy.device).tril()
     mask = causal & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # [B, T, T]
-    embeds = pad_sequence([called["inputs_embeds"][0] for called, _, _ in rows], True)  # [B, T, D]
-    places = [called["position_ids"][:, 0].T for called, _, _ in rows]
+    embeds = pad_sequence([inputs["inputs_embeds"][0] for inputs, _, _ in rows], True)  # [B, T, D]
+    places = [inputs["position_ids"][:, 0].T for inputs, _, _ in rows]
     positions = pad_sequence(places, True).permute(2, 0, 1)  # [3, B, T]
     hidden = policy.base.model.language_model(
         inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
@@ -168,7 +168,7 @@ def compare_decoding(
     cache.attend(0, new(questions, heads, prompt, d), read, read, d**-0.5)
     for _ in range(tokens):
         cache.grow()
-    cache.own[0].normal_()
+    cache.answers[0].normal_()
     before = new(2, questions, shared, total - group, d)
     mask = torch.ones(questions, 1, group, total, dtype=torch.bool, device=device)
     mask[..., prompt:] = torch.eye(group, dtype=torch.bool, device=device).repeat(1, tokens)

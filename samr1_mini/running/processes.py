@@ -43,8 +43,8 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     if PartialState().num_processes > 1:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
-        for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
+        for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
+            p.grad = gradient.view_as(p)
 
 
 def average(line: dict) -> dict:
