@@ -1,5 +1,4 @@
-"""All settings of a run: one dataclass, one line of help a field, three presets. `train.py` makes each field an
-option."""
+"""All settings of a run: a dataclass, a line of help a field, three presets. `train.py` makes each field an option."""
 
 import argparse
 import difflib
@@ -115,8 +114,7 @@ PRESETS = {
 
 
 def choose_preset() -> tuple[str, str]:
-    """The preset that suits this machine, and why. Cards sold as 24 GB report 21.9 (A10G) to 24.0 GiB, those of 12 GB
-    11.6 to 12."""
+    """The preset for this machine, and why. Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12."""
     if not torch.cuda.is_available():
         return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package train on the CPU"
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -153,8 +151,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) -> None:
-    """One --option for each field of Settings (or those in `names`), by group; what is not given stays out of the
-    namespace."""
+    """An option for each field of Settings (or those in `names`), by group; the namespace holds only what is given."""
     groups = {}
     for f in fields(Settings):
         if names is not None and f.name not in names:

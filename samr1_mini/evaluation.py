@@ -193,8 +193,7 @@ def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
 
 
 def shown(segmenter: Segmenter, data, rows: Iterable[Row], s: Settings, frame: int) -> list[Panel]:
-    """The pictures, answers and masks of a few rows, scored again from their texts; `frame` is
-    policy.frame(s.image_size)."""
+    """The pictures, answers and masks of a few rows, scored again from their texts; for `frame` see Policy.frame."""
     pairs = ((row, data[row.index]) for row in rows)
     return [Panel(x, row.text, judge(segmenter, x, row.texts, s, frame)[1]) for row, x in pairs]
 

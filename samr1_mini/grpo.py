@@ -167,8 +167,7 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
 
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
-    """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before.
-    Returns what to log."""
+    """`passes` x `updates` optimizer steps, each on its share of the questions, after `done` steps; what to log."""
     begun, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     policy.model.train()
     if s.beta:
@@ -261,8 +260,7 @@ def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> No
 
 
 def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> dict:
-    """Step number `step`, from 0: rollout, reward, advantage, update; each process on its share. Returns what to
-    log."""
+    """Step number `step`, from 0, each process on its share of the questions. Returns what to log."""
     processes = PartialState()
     share = slice(processes.process_index, None, processes.num_processes)
     torch.manual_seed(s.seed * 10**6 + step)  # a step's draws depend on its number alone: a resumed run repeats them

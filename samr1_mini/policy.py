@@ -92,8 +92,7 @@ class Prompt:
 
 @dataclass
 class Completion:
-    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are those of the distribution it
-    was drawn from."""
+    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are of what it was drawn from."""
 
     ids: torch.Tensor  # [L]
     logps: torch.Tensor  # [L] fp32
@@ -218,8 +217,7 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """What a Qwen3-VL's language model is given beside its embeddings, the picture's tokens being those of `picture`,
-    bool [B, T]."""
+    """What Qwen3-VL's language model takes beside its embeddings; `picture`, bool [B, T]: the picture's tokens."""
     if not prompts[0].deep:
         return {}
     deep = [torch.cat(layer) for layer in zip(*(p.deep for p in prompts))]
@@ -320,8 +318,7 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
 
 
 def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
-    """Log-probabilities [n] of the tokens `target` [n] and the entropy [n] of each choice, from hidden states [n, D],
-    in fp32."""
+    """Hidden states [n, D] -> log-probabilities [n] of the tokens `target` [n] and the entropy [n] there, in fp32."""
     logits = token_logits(policy, hidden, temperature)  # [n, V]
     normaliser = logits.logsumexp(-1)  # [n]
     entropy = normaliser.detach() - (logits.detach().softmax(-1) * logits.detach()).sum(-1)

@@ -226,8 +226,7 @@ def draw_shapes(shapes: list[dict], label: str, size: tuple[int, int]) -> np.nda
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, texts and numbers; a pickle that asks for a class or a function is refused before anything
-    runs."""
+    """Reads plain values; a pickle that asks for a class or a function is refused before anything runs."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain values are read")
@@ -271,8 +270,7 @@ SPLIT_NAMES = {"train": {"train"}, "validation": {"validation", "val"}, "test": 
 
 
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
-    """Files that name the split in their folder or file name. Those that name none are test files: nothing is trained
-    on what it is tested on."""
+    """Files that name the split, in their own name or a folder's. Those that name none are for testing alone."""
     files = sorted(folder.rglob(pattern))
     words = [set(re.split("[^a-z]+", str(f.relative_to(folder)).lower())) for f in files]
     named = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]

@@ -345,9 +345,9 @@ def grow(found, one, two, layers: int):
 def counts(config: Qwen2_5_VLConfig, s: Settings, sizes: tuple, whole: bool) -> dict:
     """As `count`; updates of other sizes, and without `whole` everything, from models of one and of two layers."""
     def cut(layers: int, blocks: int) -> Qwen2_5_VLConfig:
-        part = copy.deepcopy(config)
-        part.text_config.num_hidden_layers, part.vision_config.depth = layers, blocks
-        return part
+        shallow = copy.deepcopy(config)
+        shallow.text_config.num_hidden_layers, shallow.vision_config.depth = layers, blocks
+        return shallow
 
     layers, blocks, tiny = config.text_config.num_hidden_layers, config.vision_config.depth, replace(s, sam="tiny")
     one, two = (count(*build(cut(n, 1), tiny), tiny, sizes) for n in (1, 2))

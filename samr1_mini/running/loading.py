@@ -33,8 +33,7 @@ def open_sets(s: Settings) -> list:
 
 
 def hub_bytes(name: str) -> int:
-    """Bytes of a model that the hub would have to send; 0 for a folder, or if the hub cannot be asked: loading will
-    tell."""
+    """Bytes of a model that the hub would have to send; 0 for a folder, or where the hub cannot be asked."""
     if name == "tiny" or Path(name).is_dir():
         return 0
     try:
@@ -71,8 +70,7 @@ def check_room(s: Settings, sets: list) -> None:
 def load_parts(
     s: Settings, sets: list, adapter: str | None = None, missing: Sequence[str] = ()
 ) -> tuple[Policy, Segmenter]:
-    """Policy and segmenter, and what the sets have yet to fetch. Cheap mistakes are found before anything is
-    downloaded."""
+    """Policy and segmenter, the sets fetched. Cheap mistakes are found before anything is downloaded."""
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam)
     if is_first():  # what has to be downloaded is downloaded once

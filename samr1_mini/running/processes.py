@@ -1,5 +1,4 @@
-"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each takes its share of the questions; the first
-writes."""
+"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each has its share of questions; the first writes."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,8 +21,7 @@ def is_first() -> bool:
 
 
 def together(work: Callable):
-    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: they would wait for it
-    for ever."""
+    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: they would wait for it."""
     result = full = None
     try:
         result = work()

@@ -1,5 +1,4 @@
-"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, curves, the
-summary."""
+"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, the summary."""
 
 import json
 from collections.abc import Callable
