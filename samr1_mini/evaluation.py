@@ -19,8 +19,8 @@ from .config import Settings, UserError
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
-from .running.processes import is_first, join, together
 from .reward import Reward, score_group
+from .running.processes import is_first, join, together
 from .segmenter import Segmenter
 
 

@@ -25,15 +25,15 @@ from tqdm import tqdm
 from .config import Settings, Terminated, UserError
 from .data import Sample
 from .evaluation import policy_image
+from .policy import Completion, Policy, Prompt, encode, logprobs, sample
+from .reward import Reward, score_group
 from .running.loading import load_parts, open_sets
 from .running.memory import free_memory, peak_memory, questions_per_batch
-from .policy import Completion, Policy, Prompt, encode, logprobs, sample
 from .running.processes import add_up_gradients, average, is_first, join, together
 from .running.reports import describe, first_look, score_base, summarise, time_left, validate
-from .reward import Reward, score_group
-from .segmenter import Segmenter
 from .running.runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals,
                            take_state, write_json)
+from .segmenter import Segmenter
 
 # ---------------------------------------------------------------------------------------------------- the equations
 

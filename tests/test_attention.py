@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from samr1_mini.attention import Cache, Row, products
 from samr1_mini.measuring.benchmark import compare_decoding, masked_rows
-from samr1_mini.running.memory import bytes_a_question, questions_per_batch
-from samr1_mini.policy import encode, logprobs, prompt_text, sample
 from samr1_mini.measuring.rehearse import random_policy, shape_config
+from samr1_mini.policy import encode, logprobs, prompt_text, sample
+from samr1_mini.running.memory import bytes_a_question, questions_per_batch
 
 H, KV, D = 6, 2, 8
 

@@ -34,8 +34,8 @@ from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.data import Sample, load_data
 from samr1_mini.evaluation import Panel, batch_size, evaluate, shown
-from samr1_mini.policy import Completion
 from samr1_mini.metrics import tight_box
+from samr1_mini.policy import Completion
 from samr1_mini.reward import score_group
 from samr1_mini.running import loading
 

@@ -5,11 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from samr1_mini import grpo
+from samr1_mini.config import UserError
 from samr1_mini.running import processes
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +58,10 @@ def test_two_processes_end_with_the_adapter_of_one(both):
     assert moved > 0 and (apart / moved).sqrt() < 1e-2
 
 
-def test_questions_that_cannot_be_shared_are_refused(tmp_path):
-    out = launch(2, tmp_path / "run", "--questions", "7")
-    assert out.returncode != 0 and "--questions 7 is no multiple of 2 processes x --updates 2" in out.stderr
+def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):
+    monkeypatch.setattr(grpo, "join", lambda device: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match="--questions 7 is no multiple of 2 processes x --updates 2"):
+        grpo.train(replace(settings, questions=7))
 
 
 def test_what_only_one_process_counted_is_averaged_over_all_and_extremes_are_those_of_whoever_has_them(monkeypatch):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from samr1_mini.data import fetch
 from samr1_mini.config import Settings
+from samr1_mini.data import fetch
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

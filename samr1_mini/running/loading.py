@@ -13,8 +13,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..config import Settings, UserError
 from ..data import open_data
-from ..policy import Policy, check_policy, load_policy
 from ..data.public import PICTURES
+from ..policy import Policy, check_policy, load_policy
 from ..segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
 from .processes import is_first
 
