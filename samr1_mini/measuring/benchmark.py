@@ -30,6 +30,9 @@ from ..running.memory import device_name
 from .rehearse import SHAPES, random_policy, shape_config
 
 
+SIZES = ((112, 8), (840, 1))  # pixels a side of the pictures, and how many questions
+
+
 def seconds(functions: dict, rounds: int) -> dict:
     """Median seconds of each function, run in turn so that a busy moment hits all alike; the first round warms up."""
     taken = {name: [] for name in functions}
@@ -223,11 +226,10 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    small = args.shape == "tiny"
     policy = make_policy(args.shape, "nf4", device)
-    results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in ((112, 8), (840, 1))]
-    short, long = args.lengths
-    rows = ((112, 8, 8, short), (840, 1, 8, short), (840, 1, 8, long))
+    results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in SIZES]
+    (small, large), (short, long) = SIZES, args.lengths
+    rows = ((*small, 8, short), (*large, 8, short), (*large, 8, long))
     updates = [compare_updates(policy, *row, args.rounds) for row in rows]
     decoding = [compare_decoding(tokens, args.rounds, device) for tokens in (64, 511)]
     del policy  # a card may not hold it and the ones below
@@ -248,9 +250,9 @@ def main() -> None:
         for name, taken in r["decoding"].items():
             print(f"  token {r['answer_tokens']:3} {name:<26} {1000 * taken:8.1f} ms, "
                   f"moves {r['traffic'][name]:5.2f} x the cache's bytes")
-    formats, size = (("nf4", "bf16", "fp32"), 112) if small else (("nf4", "bf16"), 840)
-    weights = compare_weights(args.shape, formats, device, size, 8 if small else 1, 8, args.tokens, args.rounds)
-    print(f"\nweights of the frozen base ({size} px)")
+    formats, sizes = (("nf4", "bf16", "fp32"), small) if args.shape == "tiny" else (("nf4", "bf16"), large)
+    weights = compare_weights(args.shape, formats, device, *sizes, 8, args.tokens, args.rounds)
+    print(f"\nweights of the frozen base ({sizes[0]} px)")
     for name, value in weights.items():
         print(f"  {name:<14} {value:7.3f} s")
     if args.out:
