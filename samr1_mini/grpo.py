@@ -167,7 +167,7 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
 
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
-    """`passes` x `updates` optimizer steps, each on its share of the questions, after `done` steps; what to log."""
+    """`passes` x `updates` optimizer steps after `done` earlier ones, each on its share of questions -> what to log."""
     begun, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     policy.model.train()
     if s.beta:
