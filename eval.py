@@ -82,15 +82,13 @@ def open_input(settings, options: dict):
 
 def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     """A data set -> a table, results.json, and a sheet of the best, the middling and the worst answers."""
-    from accelerate import PartialState
-
     from samr1_mini.evaluation import batch_size, evaluate, shown
     from samr1_mini.plots import sample_sheet
+    from samr1_mini.running.processes import is_first
 
-    out, first = Path(options["out"]), PartialState().is_main_process
-    name = options["split"] * first
-    report = evaluate(policy, segmenter, data, settings, name, options["blank"], votes=options["votes"])
-    if not first:
+    out, votes = Path(options["out"]), options["votes"]
+    report = evaluate(policy, segmenter, data, settings, options["split"], options["blank"], votes=votes)
+    if not is_first():
         return
     summary = report.summary()
     print(f"{'':<12}{'count':>6}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}")
@@ -105,8 +103,8 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     expressions = f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object"
     empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
     print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
-    how = "greedy" if options["votes"] == 1 else f"the majority of {options['votes']} answers at temperature 1"
-    print(f"{how}, {batch_size(settings, options['votes'])} questions side by side; SAM's highest-scored mask counts")
+    how = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
+    print(f"{how}, {batch_size(settings, votes)} questions side by side; SAM's highest-scored mask counts")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
     print("an answer that cannot be read counts 0 whatever the truth is")
     answers = [

@@ -74,13 +74,13 @@ class Cache:
         """Lengths of the b prompts, and G."""
         self.group, self.tokens, self.shortest = group, 0, min(prompts)  # before column `shortest` nothing is padding
         self.padding = (torch.arange(self.shortest, max(prompts)) >= torch.tensor(prompts)[:, None]).to(device)
-        self.prompt, self.own = [], []  # keys and values of each layer: [2, b, KV, P, d] and [2, b, KV, G, room, d]
+        self.prompt, self.answers = [], []  # keys and values of each layer: [2, b, KV, P, d] and [2, b, KV, G, room, d]
 
     def grow(self) -> None:
         """Make room for one more token of each answer."""
         if self.tokens % self.BLOCK == 0:
-            for i, own in enumerate(self.own):
-                self.own[i] = torch.cat([own, own.new_empty(*own.shape[:4], self.BLOCK, own.shape[5])], 4)
+            for i, x in enumerate(self.answers):
+                self.answers[i] = torch.cat([x, x.new_empty(*x.shape[:4], self.BLOCK, x.shape[5])], 4)
         self.tokens += 1
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor:
@@ -88,9 +88,9 @@ class Cache:
         place = (~ended).nonzero()[:, 0]  # [n]
         gaps = ended[: len(place)].nonzero()[:, 0]
         place = torch.arange(len(place), device=ended.device).index_copy(0, gaps, place[len(place) - len(gaps) :])
-        for x in self.prompt + self.own:
+        for x in self.prompt + self.answers:
             x[:, gaps] = x[:, place[gaps]]
-        self.prompt, self.own = ([x[:, : len(place)] for x in kind] for kind in (self.prompt, self.own))
+        self.prompt, self.answers = ([x[:, : len(place)] for x in kind] for kind in (self.prompt, self.answers))
         self.padding = self.padding[place]
         return place
 
@@ -98,18 +98,18 @@ class Cache:
         """Of prompts [b, heads, P, d] -> [b, P, H, d]; then of next tokens [b, heads, G, d] -> [b, G, H, d]."""
         if layer == len(self.prompt):
             self.prompt.append(torch.stack([key, value]))
-            self.own.append(key.new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
+            self.answers.append(key.new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
             return sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-        own = self.own[layer][..., : self.tokens, :]
-        own[..., -1, :] = torch.stack([key, value])
-        (k, v), (own_k, own_v), size = self.prompt[layer], own, self.prompt[layer].shape[3]  # [b, KV, (G,) P or t, d]
-        q = query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # [b, KV, G, R, d]
+        answers = self.answers[layer][..., : self.tokens, :]
+        answers[..., -1, :] = torch.stack([key, value])
+        (k, v), (answer_k, answer_v) = self.prompt[layer], answers  # [b, KV, P, d] and [b, KV, G, t, d]
+        size, q = k.shape[2], query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # P, [b, KV, G, R, d]
         score = q.new_empty(*q.shape[:4], size + self.tokens, dtype=torch.float32)  # [b, KV, G, R, P + t]
         torch.mul(products(q.flatten(2, 3), k).view(*q.shape[:4], size), scale, out=score[..., :size])
-        torch.mul(products(q, own_k), scale, out=score[..., size:])
+        torch.mul(products(q, answer_k), scale, out=score[..., size:])
         score[..., self.shortest : size].masked_fill_(self.padding[:, None, None, None], -torch.inf)
         weight = score.softmax(-1).to(v.dtype)  # over prompt and answer in one
-        seen = (weight[..., :size].flatten(2, 3) @ v).view_as(q) + weight[..., size:] @ own_v  # [b, KV, G, R, d]
+        seen = (weight[..., :size].flatten(2, 3) @ v).view_as(q) + weight[..., size:] @ answer_v  # [b, KV, G, R, d]
         return seen.transpose(1, 2).flatten(2, 3)
 
 

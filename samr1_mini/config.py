@@ -1,5 +1,4 @@
-"""All settings of a run: one dataclass, one line of help a field, three presets. `train.py` makes each field an
-option."""
+"""All settings of a run: a dataclass, a line of help a field, three presets. `train.py` makes each field an option."""
 
 import argparse
 import difflib
@@ -19,10 +18,11 @@ class Terminated(Exception):
     """SIGTERM came: the machine wants to be free, so the state is saved at once and the step in progress is lost."""
 
 
-def _group(name: str):
+def _group(heading: str):
     """A maker of options that `--help` shows under one heading."""
-    told = lambda help, choices: {"help": help, "choices": choices, "group": name}
-    return lambda default, help, choices=(): field(default=default, metadata=told(help, choices))
+    return lambda default, help, choices=None: field(
+        default=default, metadata=dict(help=help, choices=choices, group=heading)
+    )
 
 
 _run, _model, _data, _rollout, _reward, _optimisation, _evaluation = map(
@@ -114,8 +114,7 @@ PRESETS = {
 
 
 def choose_preset() -> tuple[str, str]:
-    """The preset that suits this machine, and why. Cards sold as 24 GB report 21.9 (A10G) to 24.0 GiB, those of 12 GB
-    11.6 to 12."""
+    """The preset for this machine, and why. Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12."""
     if not torch.cuda.is_available():
         return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package train on the CPU"
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -129,6 +128,11 @@ def choose_preset() -> tuple[str, str]:
 def emulates_bf16() -> bool:
     """Whether this GPU is older than compute capability 8.0 (T4, V100): it has no bf16 of its own."""
     return torch.cuda.get_device_capability() < (8, 0)
+
+
+def option(name: str) -> str:
+    """A field's name as it is typed: max_new_tokens -> --max-new-tokens."""
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -147,22 +151,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) -> None:
-    """One --option for each field of Settings (or those in `names`), by group; what is not given stays out of the
-    namespace."""
+    """An option for each field of Settings (or those in `names`), by group; the namespace holds only what is given."""
     groups = {}
     for f in fields(Settings):
         if names is not None and f.name not in names:
             continue
-        option, choices = "--" + f.name.replace("_", "-"), f.metadata["choices"] or None
-        shown = "" if f.default == "" else f" (default {f.default})"
-        help = (f.metadata["help"] + shown).replace("%", "%%")
-        if f.type in (bool, "bool"):
+        heading, help = f.metadata["group"], f.metadata["help"].replace("%", "%%")
+        if f.default != "":
+            help += f" (default {f.default})"
+        kind = dict(type=f.type, choices=f.metadata["choices"])
+        if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        else:
-            kind = dict(type=type(f.default), choices=choices)
-        name = f.metadata["group"]
-        group = groups[name] = groups.get(name) or parser.add_argument_group(name)
-        group.add_argument(option, default=argparse.SUPPRESS, help=help, **kind)
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups[heading].add_argument(option(f.name), default=argparse.SUPPRESS, help=help, **kind)
 
 
 def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple[Settings, str]:
@@ -183,7 +185,7 @@ def make_settings(**given) -> tuple[Settings, str]:
     preset, why = given.get("preset", "auto"), "asked for"
     if preset == "auto":
         preset, why = choose_preset()
-    settings = replace(Settings(**PRESETS[preset]), **given | {"preset": preset})
+    settings = Settings(**PRESETS[preset] | given | {"preset": preset})
     if settings.device == "auto":
         settings = replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
     if preset != "tiny" and settings.device == "cuda" and emulates_bf16():
@@ -207,8 +209,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     saved = asdict(Settings()) | json.loads(file.read_text())  # what an older version did not know takes its default
     for name, value in given.items():
         if name not in MAY_CHANGE and saved[name] != value:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"--resume: this run was started with {option} {saved[name]}, not {value}")
+            raise UserError(f"--resume: this run was started with {option(name)} {saved[name]}, not {value}")
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE and name != "preset"}
     settings = Settings(**saved | changed)
     return settings, f"going on with {settings.run}, preset {settings.preset}"
@@ -219,14 +220,14 @@ def check(s: Settings) -> None:
     for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points",
                  "eval_samples", "test_samples"):
         if getattr(s, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+            raise UserError(f"{option(name)} must be at least 1, not {getattr(s, name)}")
     for name in ("lr", "temperature", "max_grad_norm", "kl_bound", "save_minutes"):
         if not 0 < getattr(s, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+            raise UserError(f"{option(name)} must be above 0, not {getattr(s, name)}")
     for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "eval_batch", "seed", "eps_low",
                  "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
         if not 0 <= getattr(s, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must not be below 0, not {getattr(s, name)}")
+            raise UserError(f"{option(name)} must not be below 0, not {getattr(s, name)}")
     if s.group < 2:
         raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the rest of its group")
     if s.eps_low >= 1:
@@ -250,8 +251,8 @@ def check_size(model, image_size: int) -> None:
     cell = model.vision_config.patch_size * model.vision_config.spatial_merge_size  # pixels a side of one token
     if image_size % cell:
         nearest = round(image_size / cell) * cell
-        raise UserError(f"--image-size must be a multiple of {cell} for a {model.model_type}, not {image_size}: "
-                        f"try {nearest}")
+        need = f"must be a multiple of {cell} for a {model.model_type}"
+        raise UserError(f"--image-size {need}, not {image_size}: try {nearest}")
 
 
 def exit_with(error: Exception, prog: str) -> None:

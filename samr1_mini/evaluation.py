@@ -7,7 +7,7 @@ metrics.intersection_union.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from .config import Settings, UserError
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
-from .running.processes import join, together
 from .reward import Reward, score_group
+from .running.processes import is_first, join, together
 from .segmenter import Segmenter
 
 
@@ -59,33 +59,30 @@ class Panel:
     reward: Reward
 
 
+def scores(rows: list[Row]) -> dict:
+    """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate; and the count."""
+    strict, lenient = [r.strict for r in rows], [r.pair for r in rows]
+    return {"gIoU": giou(strict), "gIoU_lenient": giou(lenient), "cIoU": ciou(strict),
+            "format": float(np.mean([r.in_format for r in rows])), "count": len(rows)}
+
+
 @dataclass
 class Report:
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
 
     def summary(self) -> dict:
-        """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate, share of boxes with IoU above 0.5 (REC
-        accuracy), 95 % intervals (over pictures), the count, and gIoU by kind of question."""
-        strict, lenient = [r.strict for r in self.rows], [r.pair for r in self.rows]
-        pictures = [r.picture for r in self.rows]
-        summary = {
-            "gIoU": giou(strict), "gIoU_lenient": giou(lenient), "cIoU": ciou(strict),
-            "format": float(np.mean([r.in_format for r in self.rows])),
-            "box_accuracy": float(np.mean([r.in_format and r.box_iou > 0.5 for r in self.rows])),
-            "truncated": float(np.mean([r.truncated for r in self.rows])),
+        """The scores; share of boxes with IoU above 0.5 (REC accuracy) and of answers that were cut off; 95 % intervals
+        (over pictures); the scores by kind of question."""
+        rows, kinds = self.rows, dict.fromkeys(r.kind for r in self.rows)
+        strict, lenient, pictures = zip(*((r.strict, r.pair, r.picture) for r in rows))
+        return scores(rows) | {
+            "box_accuracy": float(np.mean([r.in_format and r.box_iou > 0.5 for r in rows])),
+            "truncated": float(np.mean([r.truncated for r in rows])),
             "gIoU_interval": bootstrap_interval(giou, strict, pictures),
             "gIoU_lenient_interval": bootstrap_interval(giou, lenient, pictures),
-            "cIoU_interval": bootstrap_interval(ciou, strict, pictures), "count": len(self.rows),
+            "cIoU_interval": bootstrap_interval(ciou, strict, pictures),
+            "by_kind": {kind: scores([r for r in rows if r.kind == kind]) for kind in kinds},
         }
-        summary["by_kind"] = {}
-        for kind in dict.fromkeys(r.kind for r in self.rows):
-            some = [r for r in self.rows if r.kind == kind]
-            summary["by_kind"][kind] = {
-                "gIoU": giou([r.strict for r in some]), "gIoU_lenient": giou([r.pair for r in some]),
-                "cIoU": ciou([r.strict for r in some]), "format": float(np.mean([r.in_format for r in some])),
-                "count": len(some),
-            }
-        return summary
 
     @property
     def ceiling(self) -> dict:
@@ -95,9 +92,9 @@ class Report:
         return {"gIoU": float(np.mean(values)), "count": len(values)}
 
 
-def policy_image(sample: Sample, size: int):
+def policy_image(sample: Sample, size: int) -> Image.Image:
     """The square picture the policy sees, RGB [size, size]."""
-    return sample.image if sample.image.size == (size, size) else sample.image.resize((size, size))
+    return sample.image.resize((size, size))  # a copy where it has that size
 
 
 def batch_size(s: Settings, votes: int = 1) -> int:
@@ -143,7 +140,8 @@ def evaluate(
     """
     processes = join(s.device)
     share = range(len(data))[processes.process_index :: processes.num_processes]
-    rows = together(lambda: answer(policy, segmenter, data, share, s, name, blank, with_ceiling, votes))
+    title = name if is_first() else ""
+    rows = together(lambda: answer(policy, segmenter, data, share, s, title, blank, with_ceiling, votes))
     rows = sorted(gather_object(rows), key=lambda row: row.index)
     if not rows:
         raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")
@@ -195,8 +193,7 @@ def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
 
 
 def shown(segmenter: Segmenter, data, rows: Iterable[Row], s: Settings, frame: int) -> list[Panel]:
-    """The pictures, answers and masks of a few rows, scored again from their texts; `frame` is
-    policy.frame(s.image_size)."""
+    """The pictures, answers and masks of a few rows, scored again from their texts; for `frame` see Policy.frame."""
     pairs = ((row, data[row.index]) for row in rows)
     return [Panel(x, row.text, judge(segmenter, x, row.texts, s, frame)[1]) for row, x in pairs]
 

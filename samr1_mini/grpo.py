@@ -25,15 +25,15 @@ from tqdm import tqdm
 from .config import Settings, Terminated, UserError
 from .data import Sample
 from .evaluation import policy_image
+from .policy import Completion, Policy, Prompt, encode, logprobs, sample
+from .reward import Reward, score_group
 from .running.loading import load_parts, open_sets
 from .running.memory import free_memory, peak_memory, questions_per_batch
-from .policy import Completion, Policy, Prompt, encode, logprobs, sample
-from .running.processes import add_up_gradients, average, join, together
+from .running.processes import add_up_gradients, average, is_first, join, together
 from .running.reports import describe, first_look, score_base, summarise, time_left, validate
-from .reward import Reward, score_group
-from .segmenter import Segmenter
 from .running.runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals,
                            take_state, write_json)
+from .segmenter import Segmenter
 
 # ---------------------------------------------------------------------------------------------------- the equations
 
@@ -92,7 +92,7 @@ def objective(
             "kl": kl.sum(), "kl_held": (gap > kl_bound).sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
             "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(),
             "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
-            "gap": (logp - old).abs().sum(), "gap_max": (logp - old).abs().max(),
+            "sampling_gap": (logp - old).abs().sum(), "sampling_gap_max": (logp - old).abs().max(),
             "ratio_min": ratio.min(), "ratio_max": ratio.max(),
         }
         return loss, {name: value.item() for name, value in sums.items()}
@@ -115,8 +115,7 @@ class Rollout:
 
 def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
     """AdamW on the adapter's weights; the base is frozen."""
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return torch.optim.AdamW(policy.trained, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 @torch.no_grad()
@@ -159,38 +158,36 @@ def roll_out(
 def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
     """Log-probabilities of all answers under the frozen base: it never changes, so once a rollout batch is enough."""
     for i in range(0, len(rollouts), s.micro):
-        part = rollouts[i : i + s.micro]
+        batch = rollouts[i : i + s.micro]
         with torch.no_grad(), policy.reference():
-            groups = [[a.ids for a in r.answers] for r in part]
-            logps, _ = logprobs(policy, [r.prompt for r in part], groups, s.temperature)  # [S]
-        for rollout, own in zip(part, logps.split([sum(len(a.ids) for a in r.answers) for r in part])):
-            rollout.reference = own
+            groups = [[a.ids for a in r.answers] for r in batch]
+            logps, _ = logprobs(policy, [r.prompt for r in batch], groups, s.temperature)  # [S]
+        for rollout, reference in zip(batch, logps.split([sum(len(a.ids) for a in r.answers) for r in batch])):
+            rollout.reference = reference
 
 
 def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done: int) -> dict:
-    """`passes` times `updates` optimizer steps, each on its share of the questions; `done` counts the steps before.
-    Returns what to log."""
-    start, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    """`passes` x `updates` optimizer steps after `done` earlier ones, each on its share of questions -> what to log."""
+    begun, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     policy.model.train()
     if s.beta:
-        together(lambda: add_reference(policy, [r for r in rollouts if counts(r, s)], s))
+        together(lambda: add_reference(policy, [r for r in rollouts if takes_part(r, s)], s))
     for k in range(s.updates * s.passes):
-        part = k % s.updates
-        share = rollouts[part * len(rollouts) // s.updates : (part + 1) * len(rollouts) // s.updates]
+        start, end = (i * len(rollouts) // s.updates for i in (k % s.updates, k % s.updates + 1))
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (done + k + 1) / max(1, s.warmup))  # warm-up, then constant
         optimizer.zero_grad()
-        sums = together(lambda: backward(policy, share, s))
+        sums = together(lambda: backward(policy, rollouts[start:end], s))
         log["loss"] += sums["loss"] / len(rollouts) / s.passes
         if k == 0:  # nothing was updated since sampling: what differs is rounding
-            log["sampling_gap"], log["sampling_gap_max"] = sums["gap"] / max(1, sums["tokens"]), sums["gap_max"]
+            log["sampling_gap"] = sums["sampling_gap"] / max(1, sums["tokens"])
+            log["sampling_gap_max"] = sums["sampling_gap_max"]
         log["ratio_min"] = min(log["ratio_min"], sums["ratio_min"])
         log["ratio_max"] = max(log["ratio_max"], sums["ratio_max"])
         for name in ("tokens", *A_TOKEN):
             log[name] += sums[name]
-        add_up_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
+        add_up_gradients(policy.trained)
+        norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
         if norm.isfinite():
             optimizer.step()
             log["grad_norm"] += norm.item() / (s.updates * s.passes)
@@ -200,14 +197,14 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     policy.model.eval()
     tokens = max(1, log.pop("tokens"))
     a_token = {name: log[name] / tokens for name in A_TOKEN}
-    log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - start}
+    log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - begun}
     return dict(log)
 
 
 A_TOKEN = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")  # logged as means over tokens
 
 
-def counts(rollout: Rollout, s: Settings) -> bool:
+def takes_part(rollout: Rollout, s: Settings) -> bool:
     """Whether a question takes part in the updates: a group without variance has nothing to say but the KL."""
     return bool(s.beta and not s.skip_flat) or bool(rollout.advantage.any())
 
@@ -215,13 +212,13 @@ def counts(rollout: Rollout, s: Settings) -> bool:
 def backward(policy: Policy, rollouts: list[Rollout], s: Settings) -> dict:
     """Gradients of one update, `micro` questions a forward; returns sums over its tokens, and extremes."""
     questions = len(rollouts) * PartialState().num_processes  # of this update, in all processes
-    rollouts = [r for r in rollouts if counts(r, s)]  # the term of what is left out is 0 in the mean
+    rollouts = [r for r in rollouts if takes_part(r, s)]  # the term of what is left out is 0 in the mean
     total = defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     for i in range(0, len(rollouts), s.micro):
         loss, sums = batch_loss(policy, rollouts[i : i + s.micro], s)
         (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
         for name, value in (sums | {"loss": loss.item()}).items():
-            extreme = {"ratio_min": min, "ratio_max": max, "gap_max": max}.get(name)
+            extreme = {"_min": min, "_max": max}.get(name[-4:])
             total[name] = extreme(total[name], value) if extreme else total[name] + value
     return total
 
@@ -230,27 +227,29 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
     """The loss of eq. (4) summed over some questions, and sums over their answer tokens to log."""
     prompts, groups = [r.prompt for r in rollouts], [[a.ids for a in r.answers] for r in rollouts]
     lengths = [[len(ids) for ids in group] for group in groups]
-    device = policy.device
     logp, entropy = logprobs(policy, prompts, groups, s.temperature)  # [S], [S]
     old = torch.cat([a.logps for r in rollouts for a in r.answers])  # [S] from sampling: the same distribution
     reference = torch.cat([r.reference for r in rollouts]) if s.beta else None  # [S]
     each = torch.cat([r.advantage for r in rollouts])  # [B * G]
-    advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(device)  # [S]
-    weight = token_weights(lengths, s.normalise).to(device)  # [S]
+    advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(policy.device)  # [S]
+    weight = token_weights(lengths, s.normalise).to(policy.device)  # [S]
     loss, sums = objective(logp, old, reference, advantage, weight, s.eps_low, s.eps_high, s.beta, s.kl_bound)
     return loss, sums | {"entropy": entropy.sum().item(), "tokens": len(logp)}
 
 
+def full_rollouts(policy: Policy, prompts: list[Prompt], s: Settings) -> list[Rollout]:
+    """Rollouts as large as they can be, every answer of full length: for what an update takes, not for what it does."""
+    ids = torch.full((s.max_new_tokens,), 300, device=policy.device)
+    logps = torch.zeros(s.group, len(ids), device=policy.device)
+    answers = [Completion(ids, row, False, "") for row in logps]
+    return [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group), logps.flatten()) for p in prompts]
+
+
 def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> None:
     """One forward and backward with answers of full length: memory that is too small shows before the first step."""
-    prompts = read_questions(policy, samples, s)
-    ids, even = torch.ones(s.max_new_tokens, dtype=torch.long, device=policy.device), torch.zeros(s.group)
-    answers = [Completion(ids, torch.zeros(len(ids), device=policy.device), False, "")] * s.group
-    reference = torch.zeros(s.group * len(ids), device=policy.device)
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    moments = [torch.zeros_like(p) for p in trained for _ in range(2)]  # AdamW will hold as many
+    rollouts = full_rollouts(policy, read_questions(policy, samples, s), s)
+    moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # AdamW will hold as many
     policy.model.train()
-    rollouts = [Rollout(x, p, answers, [], even, reference) for x, p in zip(samples, prompts)]
     batch_loss(policy, rollouts, s)[0].backward()
     del moments
     policy.model.zero_grad()
@@ -261,8 +260,7 @@ def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> No
 
 
 def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> dict:
-    """Step number `step`, from 0: rollout, reward, advantage, update; each process on its share. Returns what to
-    log."""
+    """Step number `step`, from 0, each process on its share of the questions. Returns what to log."""
     processes = PartialState()
     share = slice(processes.process_index, None, processes.num_processes)
     torch.manual_seed(s.seed * 10**6 + step)  # a step's draws depend on its number alone: a resumed run repeats them
@@ -281,11 +279,10 @@ def train(s: Settings) -> dict:
     Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add
     up; the first process writes.
     """
-    begun, processes = time.perf_counter(), join(s.device)
-    first = processes.is_main_process
-    if s.questions % (s.updates * processes.num_processes) and processes.num_processes > 1:
-        raise UserError(f"--questions {s.questions} is no multiple of {processes.num_processes} processes "
-                        f"x --updates {s.updates}")
+    begun, count = time.perf_counter(), join(s.device).num_processes
+    first = is_first()
+    if count > 1 and s.questions % (s.updates * count):
+        raise UserError(f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}")
     folder = broadcast_object_list([open_run(s) if first else None])[0]
     data, validation, test = sets = open_sets(s)
     missing = folder / "missing.json"  # pictures that could not be had, others in their places: never asked for again

@@ -1,5 +1,4 @@
-"""IoU, gIoU, cIoU and their intervals. gIoU is the mean over pictures of IoU; cIoU is the sum of intersections over
-the sum of unions."""
+"""gIoU, the mean over pictures of IoU; cIoU, the sum of intersections over the sum of unions; and their intervals."""
 
 import numpy as np
 

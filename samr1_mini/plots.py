@@ -1,5 +1,4 @@
-"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run. Colours are Okabe and
-Ito's."""
+"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run."""
 
 import textwrap
 from pathlib import Path
@@ -19,12 +18,11 @@ FAMILIES = [name for name in (
     "Arial Unicode MS", "Noto Sans", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola",
 ) if name in font_manager.get_font_names()]
 
-BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
+BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"  # Okabe and Ito's
 
 
 def legible(text: str, width: int, lines: int = 99) -> str:
-    """At most so many lines of `width` characters; one that no font here has is written as its number, like
-    ⟨U+5DE6⟩."""
+    """At most so many lines of `width` characters; a character that no font here has is written as ⟨U+5DE6⟩."""
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
     known = lambda c: c.isspace() or (c.isprintable() and any(font.get_char_index(ord(c)) for font in fonts))
     text = "".join(c if known(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
@@ -59,8 +57,7 @@ def draw_answer(axes, panel, size: int) -> None:
 
 
 def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
-    """A PNG with one panel an answer: picture, masks, box and points, question, what the policy said, IoU and
-    reward."""
+    """A PNG with one panel an answer: picture, masks, box, points, question, the policy's text, IoU and reward."""
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     with plt.rc_context({"font.family": FAMILIES}):
@@ -95,11 +92,13 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     evaluated = [line for line in log if "validation_gIoU" in line]
     figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(12, 6.6))
 
+    def mean(axes, name: str, colour: str, label: str, factor: float = 1, width: float = 1.8):
+        axes.plot(step, factor * smooth(column(name)), color=colour, lw=width, label=label)
+
     for name, colour, label in (("reward", BLUE, "total, 0 to 6"), ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4")):
         a.plot(step, column(name), color=colour, alpha=0.25, lw=1)
-        a.plot(step, smooth(column(name)), color=colour, lw=2, label=label)
+        mean(a, name, colour, label)
     a.set(title="Reward of the sampled answers", ylabel="mean reward")
-    a.legend(fontsize=8)
 
     # The two lines lie one on the other once all is in the format: hence two widths.
     for name, colour, label, wide in (("gIoU", BLUE, "gIoU", 2), ("gIoU_lenient", ORANGE, "lenient gIoU", 1)):
@@ -113,35 +112,29 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     if summary:
         b.axhline(summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM")
     b.set(title="Held-out scenes, greedy", ylabel="gIoU", ylim=(0, 1))
-    b.legend(fontsize=8, loc="lower right")
 
-    for name, colour, label, width in (
-        ("reasoning_format", BLUE, "reasoning format", 4.5),
-        ("segmentation_format", ORANGE, "segmentation format", 1.8),
-        ("zero_variance", GREEN, "groups without variance", 1.8), ("unique", PINK, "unique answers", 1.8),
-    ):
-        c.plot(step, smooth(column(name)), color=colour, lw=width, label=label)
+    mean(c, "reasoning_format", BLUE, "reasoning format", width=4.5)
+    mean(c, "segmentation_format", ORANGE, "segmentation format")
+    mean(c, "zero_variance", GREEN, "groups without variance")
+    mean(c, "unique", PINK, "unique answers")
     c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
-    c.legend(fontsize=8, framealpha=0.6)
 
-    # Eq. (3) has no upper bound: one token that the base finds far likelier than the policy lifts a whole step. Hence
-    # a log scale and no mean.
+    # Without --kl-bound one token that the base finds far likelier than the policy lifts a whole step: hence a log
+    # scale and no mean.
     d.plot(step, column("kl"), color=BLUE, lw=1.2, label="KL to the base")
-    d.plot(step, smooth(column("entropy")), color=ORANGE, lw=1.8, label="entropy")
+    mean(d, "entropy", ORANGE, "entropy")
     d.set(title="How far, how sure", ylabel="nats a token", yscale="log")
-    d.legend(fontsize=8)
 
-    e.plot(step, 100 * smooth(column("clip_low")), color=BLUE, lw=1.8, label="lower side, 1 - eps_low")
-    e.plot(step, 100 * smooth(column("clip_high")), color=ORANGE, lw=1.8, label="upper side, 1 + eps_high")
+    mean(e, "clip_low", BLUE, "lower side, 1 - eps_low", 100)
+    mean(e, "clip_high", ORANGE, "upper side, 1 + eps_high", 100)
     e.set(title="Tokens held by the clip", ylabel="percent of tokens")
-    e.legend(fontsize=8, framealpha=0.6)
 
-    f.plot(step, smooth(column("length")), color=BLUE, lw=1.8, label="answer length, tokens")
-    f.plot(step, 10 * smooth(column("points")), color=ORANGE, lw=1.8, label="points an answer, x 10")
+    mean(f, "length", BLUE, "answer length, tokens")
+    mean(f, "points", ORANGE, "points an answer, x 10", 10)
     f.set(title="Answers", ylabel="tokens", ylim=(0, None))
-    f.legend(fontsize=8)
 
     for axes in (a, b, c, d, e, f):
+        axes.legend(fontsize=8, framealpha=0.6, loc="lower right" if axes is b else "best")
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
     figure.tight_layout()

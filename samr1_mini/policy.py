@@ -17,12 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size
@@ -66,6 +61,11 @@ class Policy:
     def device(self) -> torch.device:
         return self.base.lm_head.weight.device
 
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The adapter's weights; all others are frozen."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def frame(self, size: int) -> int:
         """The side of a size x size picture as the answers count it."""
         return 1000 if self.coordinates == "thousandths" else size
@@ -95,8 +95,7 @@ class Prompt:
 
 @dataclass
 class Completion:
-    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are those of the distribution it
-    was drawn from."""
+    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are of what it was drawn from."""
 
     ids: torch.Tensor  # [L]
     logps: torch.Tensor  # [L] fp32
@@ -200,10 +199,10 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
     base, prompts = policy.base, []
     step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: about 4,096 patches
     for i in range(0, len(images), step):
-        part = images[i : i + step]
-        asked = zip(questions[i : i + step], part)
-        texts = [prompt_text(policy.processor, q, x.width, x.height, policy.coordinates) for q, x in asked]
-        inputs = policy.processor(text=texts, images=part, padding=True, return_tensors="pt").to(policy.device)
+        batch = images[i : i + step]
+        pairs = zip(questions[i : i + step], batch)
+        texts = [prompt_text(policy.processor, q, x.width, x.height, policy.coordinates) for q, x in pairs]
+        inputs = policy.processor(text=texts, images=batch, padding=True, return_tensors="pt").to(policy.device)
         positions, _ = base.model.get_rope_index(
             inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw,
             attention_mask=inputs.attention_mask,
@@ -221,8 +220,7 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """What a Qwen3-VL's language model is given beside its embeddings, the picture's tokens being those of `picture`,
-    bool [B, T]."""
+    """What Qwen3-VL's language model takes beside its embeddings; `picture`, bool [B, T]: the picture's tokens."""
     if not prompts[0].deep:
         return {}
     deep = [torch.cat(layer) for layer in zip(*(p.deep for p in prompts))]
@@ -304,27 +302,26 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     device = policy.device
     read = [[len(ids) - 1 for ids in group] for group in groups]  # the last token of an answer is predicted, never read
     embeds = policy.base.get_input_embeddings()(torch.cat([ids[:-1] for group in groups for ids in group]))
-    parts, places, picture, index, start = [], [], [], [], 0
-    for prompt, lengths, own in zip(prompts, read, embeds.split([sum(lengths) for lengths in read])):
-        parts += [prompt.embeds, own]
-        answers = [prompt.next_position + torch.arange(n) for n in lengths]  # every answer starts where the prompt ends
-        places += [prompt.positions, torch.cat(answers).expand(3, -1).to(device)]
-        picture += [prompt.picture, prompt.picture.new_zeros(len(own))]
+    parts, positions, picture, index, start = [], [], [], [], 0
+    for prompt, lengths, answers in zip(prompts, read, embeds.split([sum(lengths) for lengths in read])):
+        parts += [prompt.embeds, answers]
+        after = [prompt.next_position + torch.arange(n) for n in lengths]  # every answer starts where the prompt ends
+        positions += [prompt.positions, torch.cat(after).expand(3, -1).to(device)]
+        picture += [prompt.picture, prompt.picture.new_zeros(len(answers))]
         last = start + len(prompt.ids) - 1  # the prompt's last token predicts the first of each answer
         start = last + 1
         for n in lengths:
             index += [last, *range(start, start + n)]
             start += n
-    called = dict(
-        inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(places, 1)[:, None],
+    inputs = dict(
+        inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(positions, 1)[:, None],
         layout=Row([len(p.ids) for p in prompts], read), **deepstack(prompts, torch.cat(picture)[None]),
     )
-    return called, torch.tensor(index, device=device), torch.cat([ids for group in groups for ids in group])
+    return inputs, torch.tensor(index, device=device), torch.cat([ids for group in groups for ids in group])
 
 
 def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
-    """Log-probabilities [n] of the tokens `target` [n] and the entropy [n] of each choice, from hidden states [n, D],
-    in fp32."""
+    """Hidden states [n, D] -> log-probabilities [n] of the tokens `target` [n] and the entropy [n] there, in fp32."""
     logits = token_logits(policy, hidden, temperature)  # [n, V]
     normaliser = logits.logsumexp(-1)  # [n]
     entropy = normaliser.detach() - (logits.detach().softmax(-1) * logits.detach()).sum(-1)
@@ -338,8 +335,8 @@ def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tens
     Logits [tokens, V] are made a chunk at a time, for answer tokens alone, and made again in the backward: 8 answers
     of 512 tokens over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
     """
-    called, index, target = pack(policy, prompts, groups)
-    hidden = policy.base.model.language_model(**called, use_cache=False).last_hidden_state  # [1, T, D]
+    inputs, index, target = pack(policy, prompts, groups)
+    hidden = policy.base.model.language_model(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
     # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other
     # last digits
     hidden = hidden[0].index_select(0, index)  # [sum of L, D]

@@ -26,8 +26,7 @@ MAX_TEXT = 20_000  # characters; nothing that long is an answer
 
 @dataclass
 class Answer:
-    """What a text says. `box` and `points` are in the policy's pixels, and set only where the segmentation format
-    holds."""
+    """What a text says. `box` and `points`, in the policy's pixels, are set where the segmentation format holds."""
 
     box: tuple[float, float, float, float] | None = None
     points: list[tuple[float, float, int]] = field(default_factory=list)
@@ -149,8 +148,7 @@ class Reward:
 
 
 def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> float:
-    """Eq. (5), 0 to 4, and what the paper's table 3 and we compare it with; "box-iou" puts the box's IoU through the
-    same tiers."""
+    """Eq. (5), 0 to 4, and what it is compared with; "box-iou" puts the box's IoU through the same tiers."""
     if kind.startswith("threshold:"):
         return 4.0 * (mask_iou > float(kind.split(":")[1]))
     if kind == "iou":

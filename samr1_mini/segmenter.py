@@ -22,10 +22,8 @@ from .config import UserError
 
 
 class Segmenter:
-    """A frozen SAM: pictures and prompts in, masks out. One encoder pass a picture; the last `remember` pictures are
-    kept.
-
-    A group is scored at once, so training and evaluation need no more than one."""
+    """A frozen SAM: pictures and prompts in, masks out. The last `remember` pictures are not encoded again: training
+    and evaluation score a group at once and need no more than one."""
 
     def __init__(self, predictor, remember: int = 1):
         self.predictor, self.remember, self.encoded = predictor, remember, OrderedDict()
@@ -72,8 +70,7 @@ class Segmenter:
         return found
 
     def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
-        """n prompts in SAM's own pixels -> low-resolution logits [n, 3, h, w], predicted IoU [n, 3]: predict_torch,
-        not upscaled."""
+        """predict_torch, not upscaled: n prompts in SAM's own pixels -> logits [n, 3, h, w], predicted IoU [n, 3]."""
         if isinstance(self.predictor, Sam2Predictor):
             return self.predictor.decode(points, labels, boxes)
         sam, points = self.predictor.model, None if points is None else (points, labels)
@@ -193,8 +190,7 @@ def check_segmenter(kind: str) -> None:
 
 
 def sam_file(kind: str) -> Path:
-    """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache, with a progress bar and checked
-    against their hash."""
+    """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache and checked against their hash."""
     name, size, digest = SAM_FILES[kind]
     path = SAM_FOLDER / name
     if sam_bytes(kind):  # a file gets its name only after its hash was checked

@@ -8,11 +8,10 @@ import torch
 
 
 def stop_ids(model, tokenizer) -> torch.Tensor:
-    """[k] the ids at which the model's own generation_config stops (Qwen's: <|im_end|> and <|endoftext|>), and the
-    tokenizer's eos."""
-    told = model.generation_config.eos_token_id
-    told = [] if told is None else [told] if isinstance(told, int) else told
-    return torch.tensor(sorted({*told, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
+    """[k] the ids at which the model's generation_config stops (Qwen's: <|im_end|>, <|endoftext|>), and eos."""
+    eos = model.generation_config.eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    return torch.tensor(sorted({*eos, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
 
 
 def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
@@ -61,7 +60,6 @@ def token_logits(policy, hidden: torch.Tensor, temperature: float) -> torch.Tens
 
 
 def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [..., V] and one uniform number in [0, 1) each [...] -> the tokens that they stand for
-    [...]."""
+    """Log-probabilities [..., V] and a uniform number in [0, 1) each [...] -> the tokens that they stand for [...]."""
     cumulative = logp.double().exp().cumsum(-1)  # token i owns the stretch up to cumulative[i], a banned one nothing
     return torch.searchsorted(cumulative, chance.double()[..., None] * cumulative[..., -1:], right=True)[..., 0]

@@ -9,9 +9,9 @@ from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and eval.py stand there
 
-from samr1_mini.data import public
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
+from samr1_mini.data import public
 from samr1_mini.policy import load_policy
 from samr1_mini.segmenter import load_segmenter
 

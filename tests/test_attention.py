@@ -9,12 +9,11 @@ from test_policy import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samr1_mini import attention as attention_module
-from samr1_mini.attention import Cache, Row
+from samr1_mini.attention import Cache, Row, products
 from samr1_mini.measuring.benchmark import compare_decoding, masked_rows
-from samr1_mini.running.memory import bytes_a_question, questions_per_batch
-from samr1_mini.policy import encode, logprobs, prompt_text, sample
 from samr1_mini.measuring.rehearse import random_policy, shape_config
+from samr1_mini.policy import encode, logprobs, prompt_text, sample
+from samr1_mini.running.memory import bytes_a_question, questions_per_batch
 
 H, KV, D = 6, 2, 8
 
@@ -97,12 +96,12 @@ def test_a_question_that_leaves_is_replaced_in_place_by_the_last_one():
     cache = Cache([50] * 8, 4, "cpu")
     cache.attend(0, torch.randn(8, H, 50, D), *torch.randn(2, 8, KV, 50, D), 1.0)
     cache.grow()
-    cache.own[0].normal_()
-    places, last = [x.data_ptr() for x in cache.prompt + cache.own], [x[:, 7].clone() for x in cache.prompt + cache.own]
+    cache.answers[0].normal_()
+    places, last = [x.data_ptr() for x in cache.prompt + cache.answers], [x[:, 7].clone() for x in cache.prompt + cache.answers]
     with Shapes() as shapes:
         assert cache.drop(torch.arange(8) == 2).tolist() == [0, 1, 7, 3, 4, 5, 6]
-    assert [x.data_ptr() for x in cache.prompt + cache.own] == places  # nothing was laid out anew
-    assert all(torch.equal(x[:, 2], y) for x, y in zip(cache.prompt + cache.own, last))
+    assert [x.data_ptr() for x in cache.prompt + cache.answers] == places  # nothing was laid out anew
+    assert all(torch.equal(x[:, 2], y) for x, y in zip(cache.prompt + cache.answers, last))
     copied = {s[1] for s in shapes.seen if len(s) > 3}
     assert copied == {8, 7, 1}  # the whole, the whole without its end, and the one question that moved
 
@@ -172,22 +171,20 @@ def test_one_decoded_token_moves_little_more_than_the_cache_and_the_old_way_seve
 
 
 def test_the_library_and_the_cache_agree_at_the_7b_shape():
-    """The benchmark's baseline, PyTorch's own kernel on repeated keys and a mask, and the cache: the same attention."""
-    seen = []
-    real = attention_module.products
+    """PyTorch's own kernel on the keys of a prompt and an answer in one, and the cache: the same attention."""
     torch.manual_seed(0)
     keys = torch.randn(2, 1, 4, 40, 128)
     cache = Cache([40], 2, "cpu")
     cache.attend(0, torch.randn(1, 28, 40, 128), *keys, 128**-0.5)
-    own, query = torch.randn(2, 1, 4, 2, 3, 128), torch.randn(1, 28, 2, 128)
+    new, query = torch.randn(2, 1, 4, 2, 3, 128), torch.randn(1, 28, 2, 128)
     for t in range(3):
         cache.grow()
-        seen = cache.attend(0, query, *own[..., t, :], 128**-0.5)
+        seen = cache.attend(0, query, *new[..., t, :], 128**-0.5)
     for g in range(2):
-        k, v = (torch.cat([x, y[:, :, g]], 2) for x, y in zip(keys, own))
+        k, v = (torch.cat([x, y[:, :, g]], 2) for x, y in zip(keys, new))
         expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, g : g + 1], k, v, enable_gqa=True)
         torch.testing.assert_close(seen[:, g], expected[:, :, 0], atol=1e-5, rtol=1e-5)
-    assert real(query.bfloat16(), query.bfloat16()).dtype == torch.float32  # scores are never rounded to bf16
+    assert products(query.bfloat16(), query.bfloat16()).dtype == torch.float32  # scores are never rounded to bf16
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -17,14 +17,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from samr1_mini.config import (
-    PRESETS,
-    Settings,
-    UserError,
-    check,
-    make_settings,
-    parse_settings,
-)
+import eval as evaluate
+import train
+from samr1_mini.config import PRESETS, Settings, UserError, check, make_settings, parse_settings
 from samr1_mini.data import load_data, open_data, open_picture
 from samr1_mini.running.memory import compute_dtype
 from samr1_mini.tiny.scenes import make_scene
@@ -73,29 +68,44 @@ def test_help_of_every_command(command):
 def test_a_mistake_gets_one_line_that_names_the_option(argv, words, capsys):
     with pytest.raises(SystemExit) as left:
         parse_settings(argv, "train.py", "")
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and words in said and len(said.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and words in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     "command, words",
     [
-        (["train.py", "--data", "no-such-folder"], "--data no-such-folder"),
         (["train.py", "--policy", "no-such/policy"], "--policy no-such/policy"),
         (["train.py", "--preset", "3b"], "--data refcocog: the hub"),
         (["train.py", "--sam", "no-such/sam"], "--sam no-such/sam"),
-        (["train.py", "--image-size", "100"], "--image-size must be a multiple of 28"),
-        (["eval.py", "--adapter", "no-such-folder"], "--adapter no-such-folder"),
-        (["eval.py", "--image", "no.jpg"], "--image and --question go together"),
-        (["eval.py", "--image", "no.jpg", "--question", "the red star"], "--image no.jpg"),
         (["eval.py", "--wrong", "1"], "unknown option --wrong"),
     ],
 )
 def test_a_users_mistake_ends_in_one_line_and_no_traceback(command, words, tmp_path):
+    """Each in a program of its own, without the hub."""
     out = run(str(ROOT / command[0]), *command[1:], cwd=tmp_path)
     assert out.returncode == 2 and words in out.stderr and "Traceback" not in out.stderr
     errors = [line for line in out.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1
+    assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "main, argv, words",
+    [
+        (train.main, ["--data", "no-such-folder"], "--data no-such-folder"),
+        (train.main, ["--image-size", "100"], "--image-size must be a multiple of 28"),
+        (evaluate.main, ["--adapter", "no-such-folder"], "--adapter no-such-folder"),
+        (evaluate.main, ["--image", "no.jpg"], "--image and --question go together"),
+        (evaluate.main, ["--image", "no.jpg", "--question", "the red star"], "--image no.jpg"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_line_and_nothing_is_begun(main, argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(["--preset", "tiny", "--device", "cpu", *argv])
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
     assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
 
 
@@ -316,26 +326,25 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     results = json.loads((tmp_path / "eval/results.json").read_text())
     assert results["summary"]["count"] == 2 == len(results["answers"]) and (tmp_path / "eval/sheet.png").exists()
     assert "95 % bootstrap interval" in out.stdout
-    out = run("eval.py", "--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"), "--question", "the leftmost object",
-              "--out", str(tmp_path / "eval"))
-    assert out.returncode == 0 and (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG"), out.stderr[-2000:]
+    evaluate.main(["--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"), "--question", "the leftmost object",
+                   "--out", str(tmp_path / "eval")])
+    assert (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_set_that_has_only_a_train_split_is_evaluated_on_another(tmp_path):
     write_folder(tmp_path / "mine", 8)
     lines = [json.loads(line) | {"split": "train"} for line in (tmp_path / "mine/data.jsonl").read_text().splitlines()]
     (tmp_path / "mine/data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = run("train.py", "--data", str(tmp_path / "mine"), "--eval-data", "shapes", "--samples", "8", "--questions", "4", "--group", "4", "--updates", "2",
-              "--test-samples", "3", "--run", str(tmp_path / "run"))
-    assert out.returncode == 0, out.stderr[-2000:]
+    train.main(["--preset", "tiny", "--device", "cpu", "--data", str(tmp_path / "mine"), "--eval-data", "shapes", "--samples", "8", "--questions", "4",
+                "--group", "4", "--updates", "2", "--eval-every", "0", "--test-samples", "3", "--run", str(tmp_path / "run")])
     assert set(json.loads((tmp_path / "run/summary.json").read_text())["trained"]["by_kind"]) == {"attribute", "relation", "indirect"}
     assert set(json.loads((tmp_path / "run/samples.json").read_text())) == set("01234567")
 
 
-def test_eval_of_the_base_by_kind_of_question(tmp_path):
-    out = run("eval.py", "--count", "30", "--out", str(tmp_path))
-    assert out.returncode == 0, out.stderr[-2000:]
-    assert all(kind in out.stdout for kind in ("attribute", "relation", "indirect"))
+def test_eval_of_the_base_by_kind_of_question(tmp_path, capsys):
+    evaluate.main(["--preset", "tiny", "--device", "cpu", "--count", "30", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in ("attribute", "relation", "indirect"))
     summary = json.loads((tmp_path / "results.json").read_text())["summary"]
     low, high = summary["gIoU_interval"]
     assert low <= summary["gIoU"] <= high and set(summary["by_kind"]) == {"attribute", "relation", "indirect"}

@@ -34,8 +34,8 @@ from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.data import Sample, load_data
 from samr1_mini.evaluation import Panel, batch_size, evaluate, shown
-from samr1_mini.policy import Completion
 from samr1_mini.metrics import tight_box
+from samr1_mini.policy import Completion
 from samr1_mini.reward import score_group
 from samr1_mini.running import loading
 
@@ -203,8 +203,8 @@ class Watched(Sequence):
     def __getitem__(self, i): self.asked.append(i); return self.data[i]
 
 text = '<think>.</think><answer>{"bbox": [%d, 10, 90, 90], "points": [[40, 40, 1]]}</answer>'
-said = iter(range(0, 80, 10))
-evaluation.sample = lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, text % next(said))] for _ in prompts]
+lefts = iter(range(0, 80, 10))
+evaluation.sample = lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, text % next(lefts))] for _ in prompts]
 data, (settings, _) = Watched(), make_settings(preset="tiny", device="cpu", eval_batch=2)
 report = evaluation.evaluate(load_policy("tiny", "fp32"), load_segmenter("tiny"), data, settings, with_ceiling=True)
 rank = PartialState(cpu=True).process_index
@@ -233,13 +233,13 @@ def answer(box, think="."):
 
 def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all(policy, segmenter, samples, monkeypatch):
     """The group of each question: two alike in the format, three alike that are not, one that says nothing."""
-    said = [answer([60, 60, 100, 100]), "no idea", answer([60, 60, 100, 100], "2"), *[f"At [10, 10, {x}, 50]." for x in (50, 51, 50)]]
+    texts = [answer([60, 60, 100, 100]), "no idea", answer([60, 60, 100, 100], "2"), *[f"At [10, 10, {x}, 50]." for x in (50, 51, 50)]]
     chances = []
 
     def speak(_, prompts, group, length, temperature, chance):
         assert group == 6 and temperature == 1
         chances.extend(chance)
-        return [[Completion(torch.ones(1), torch.zeros(1), False, text) for text in said] for _ in prompts]
+        return [[Completion(torch.ones(1), torch.zeros(1), False, text) for text in texts] for _ in prompts]
 
     monkeypatch.setattr(evaluation, "sample", speak)
     boxes = lambda image, boxes, points: np.stack([np.pad(np.ones((int(d - b), int(c - a)), bool), ((int(b), 112 - int(d)), (int(a), 112 - int(c)))) for a, b, c, d in boxes])
@@ -250,7 +250,7 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
     report = evaluate(policy, segmenter, data, SETTINGS, votes=6)
     assert [row.strict for row in report.rows] == [(1600, 1600), (0, 3200), (1600, 3200)]  # the two, wherever the object is
     assert [row.pair for row in report.rows] == [(0, 3200), (1600, 1600), (1600, 3200)]  # the three
-    assert all(row.in_format and row.text == said[0] and row.texts == said for row in report.rows)
+    assert all(row.in_format and row.text == texts[0] and row.texts == texts for row in report.rows)
     [panel] = shown(segmenter, data, report.rows[:1], SETTINGS, 112)
     assert (panel.reward.mask == low).all() and panel.reward.iou == 1
     before = torch.get_rng_state()
@@ -295,8 +295,8 @@ def test_a_file_that_is_no_usable_picture_ends_in_one_line_before_a_model_is_loa
     for name in mistakes(tmp_path):
         with pytest.raises(SystemExit) as left:
             command.main(["--preset", "tiny", "--image", str(tmp_path / name), "--question", "the star", "--out", str(tmp_path / "out")])
-        said = capsys.readouterr().err.splitlines()
-        assert left.value.code == 2 and len(said) == 1 and f"--image {tmp_path / name}: " in said[0] and not said[0].endswith(": "), (name, said)
+        errors = capsys.readouterr().err.splitlines()
+        assert left.value.code == 2 and len(errors) == 1 and f"--image {tmp_path / name}: " in errors[0] and not errors[0].endswith(": "), (name, errors)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +310,8 @@ def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(options
     (tmp_path / "taken").touch()
     with pytest.raises(SystemExit) as left:
         command.main(["--preset", "tiny", *options])
-    said = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and len(said) == 1 and words in said[0]
+    errors = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
 
 
 def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_be_voted_on(tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_sampled_and_packed_log_probs_equal_the_models_own_forward(other, sample
     groups = sample(other, prompts, 3, 12)
     ids = [[a.ids for a in g] for g in groups]
     packed, _ = logprobs(other, prompts, ids)
-    own = []
+    alone = []
     for image, question, group in zip(images, questions, ids):
         for answer in group:
             inputs = other.processor(text=[prompt_text(other.processor, question, *image.size, other.coordinates)], images=[image], return_tensors="pt")
@@ -86,9 +86,9 @@ def test_sampled_and_packed_log_probs_equal_the_models_own_forward(other, sample
             other.base.model.rope_deltas = None
             with torch.no_grad():
                 logits = other.base(**inputs).logits[0, start - 1 : -1].float().masked_fill(other.banned, -float("inf"))
-            own.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0])
-    torch.testing.assert_close(packed, torch.cat(own), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(torch.cat([a.logps for g in groups for a in g]), torch.cat(own), atol=1e-3, rtol=1e-3)
+            alone.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0])
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(torch.cat([a.logps for g in groups for a in g]), torch.cat(alone), atol=1e-3, rtol=1e-3)
     packed.sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in other.model.parameters())
 

@@ -11,13 +11,13 @@ from PIL import Image
 from test_public import coco_info, coco_rows, parquet, picture, png
 
 from samr1_mini import grpo
-from samr1_mini.data import fetch
-from samr1_mini.data import public
 from samr1_mini.config import UserError
+from samr1_mini.data import fetch
 from samr1_mini.data import load_data, open_data
+from samr1_mini.data import public
 from samr1_mini.data.fetch import fetch_pictures
 
-NAME = coco_info(1)["file_name"]
+COCO_URL, NAME = public.COCO_URL, coco_info(1)["file_name"]
 ANOTHER_SIZE = io.BytesIO()
 Image.new("RGB", (9, 9)).save(ANOTHER_SIZE, "PNG")
 
@@ -127,6 +127,7 @@ def test_no_address_from_the_data_is_opened(server, tmp_path):
         row["raw_image_info"] = json.dumps(coco_info(i) | {"coco_url": address, "flickr_url": address})
     data = load_data(parquet(tmp_path / "set", "train", rows), "train", 3)
     assert sorted(server.asked) == list(sizes(0, 1, 2)) and len([s.image for s in data]) == 3
+    assert COCO_URL == "http://images.cocodataset.org/train2014/"
 
 
 BAD_NAMES = ["a b.png", "a.png?x=1", "a.png#x", "%2e%2e.png", "..", ".png", "x.svg", "a\\b.png", "a.png\n", "", 7, None]
@@ -143,18 +144,18 @@ def test_a_file_name_that_is_not_a_pictures_is_refused_before_anything_is_asked_
 
 def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(server, tmp_path, capsys):
     folder = parquet(tmp_path / "set", "train", coco_rows(250))
-    plan = open_data(folder, "train", 120, seed=3)
-    follow = open_data(folder, "train", 122, seed=3).ids
-    gone = [coco_info(int(plan.ids[i].split("-")[0]))["file_name"] for i in (5,)]
-    server.always |= dict.fromkeys(gone, "404")
+    plan = open_data(folder, "train", 100, seed=3)
+    follow = open_data(folder, "train", 101, seed=3).ids
+    gone = [coco_info(int(follow[5].split("-")[0]))["file_name"]]
+    server.always[gone[0]] = "404"
     plan.fetch()
-    assert plan.ids == [x for x in follow if x != follow[5]][:120] and plan.missing == gone and len(plan) == 120
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and gone[0] in said[0] and "404" in said[0] and "1 of 120 pictures" in said[0]
+    assert plan.ids == follow[:5] + follow[6:] and plan.missing == gone and len(plan) == 100
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and gone[0] in lines[0] and "404" in lines[0] and "1 of 100 pictures" in lines[0]
     assert all(sample.picture not in gone and sample.image.size == picture().size for sample in plan)
     asked = len(server.asked)
     plan.fetch()
-    again = open_data(folder, "train", 120, seed=3)  # another process, or a run that is gone on with
+    again = open_data(folder, "train", 100, seed=3)  # another process, or a run that is gone on with
     again.fetch(missing=gone)
     assert again.ids == plan.ids and len(server.asked) == asked and not capsys.readouterr().out
 
@@ -170,7 +171,7 @@ def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(s
     place = order.index("17-0")
     count = max(place + 1, 100)
     some = load_data(folder, "test", count)
-    assert some.ids == [x for x in order + open_data(folder, "test", 129).ids if x != "17-0"][:count]
+    assert some.ids == [x for x in order if x != "17-0"][:count] and len(some) == count
 
 
 def test_more_than_one_in_a_hundred_ends_in_one_line_and_the_rest_is_kept(server, tmp_path):
@@ -182,6 +183,11 @@ def test_more_than_one_in_a_hundred_ends_in_one_line_and_the_rest_is_kept(server
     server.always.clear()
     server.asked.clear()
     assert len([s.mask for s in load_data(folder, "train", 6)]) == 6 and server.asked == [coco_info(3)["file_name"]]
+    folder = parquet(tmp_path / "larger", "train", coco_rows(199))
+    server.always = {coco_info(i)["file_name"]: "404" for i in (3, 150)}
+    (tmp_path / "cache" / coco_info(3)["file_name"]).unlink()
+    with pytest.raises(UserError, match="^2 of 199 pictures"):
+        load_data(folder, "train", 199)
 
 
 def test_a_server_that_gives_nothing_is_given_up_before_every_picture_was_tried(server, tmp_path):
@@ -237,10 +243,14 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(s
     options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 4,
                "updates": 2, "eval-every": 0, "eval-samples": 101, "test-samples": 4, "run": tmp_path / "run"}
     train.main([f"--{name}={value}" for name, value in options.items()])
-    said = capsys.readouterr().out
-    assert "held-out test, greedy" in said and f"{names[50]} (HTTP Error 404" in said
+    printed = capsys.readouterr().out
+    assert "held-out test, greedy" in printed and f"{names[50]} (HTTP Error 404" in printed
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["samples"] == 8 and summary["trained"]["count"] == 4
     assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     assert len(stored(tmp_path / "cache")) == 8 + 99 + 4
+    assert json.loads((tmp_path / "run/missing.json").read_text()) == [names[50]]
+    server.asked.clear()
+    train.main(["--resume", "--run", str(tmp_path / "run")])
+    assert not server.asked  # what could not be had is remembered, what could is there

@@ -9,8 +9,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from samr1_mini.measuring import forecast as forecast_module
 from samr1_mini.config import make_settings
+from samr1_mini.measuring import forecast as forecast_module
 from samr1_mini.measuring.forecast import (
     CARDS,
     GIB,
@@ -26,9 +26,9 @@ from samr1_mini.measuring.forecast import (
     shape_config,
     usable,
 )
-from samr1_mini.running.reports import time_left
-from samr1_mini.policy import load_policy
 from samr1_mini.measuring.rehearse import random_policy
+from samr1_mini.policy import load_policy
+from samr1_mini.running.reports import time_left
 from samr1_mini.segmenter import load_segmenter
 
 

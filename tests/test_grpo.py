@@ -21,10 +21,8 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from samr1_mini import grpo
-from samr1_mini.running import loading
 from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import Terminated, UserError, make_settings, parse_settings
-from samr1_mini.tiny.shapes import Shapes
 from samr1_mini.grpo import (
     advantages,
     objective,
@@ -34,10 +32,12 @@ from samr1_mini.grpo import (
     try_largest_update,
     update,
 )
-from samr1_mini.running.memory import questions_per_batch
 from samr1_mini.policy import TINY, load_policy, logprobs
+from samr1_mini.running import loading
+from samr1_mini.running.memory import questions_per_batch
 from samr1_mini.running.reports import first_look
 from samr1_mini.running.runs import open_run
+from samr1_mini.tiny.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 GOOD = '<think>Left.</think><answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>'
@@ -296,31 +296,44 @@ def same_runs(a, b):
         assert all((moments[m] == states[1]["optimizer"]["state"][k][m]).all() for m in moments)
 
 
-def test_stopped_by_ctrl_c_and_resumed_equals_never_stopped_bit_for_bit(settings, tmp_path, monkeypatch, capsys):
-    s = replace(settings, samples=16, eval_every=3)
-    train(replace(s, run=str(tmp_path / "whole")))
-    real, steps = grpo.update, []
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run with these settings that was never stopped; each is made once."""
+    folders = {}
+
+    def run(s):
+        s = replace(s, run="")
+        if s not in folders:
+            folders[s] = tmp_path_factory.mktemp("whole") / "run"
+            train(replace(s, run=str(folders[s])))
+        return folders[s]
+
+    return run
+
+
+def test_stopped_by_ctrl_c_and_resumed_equals_never_stopped_bit_for_bit(settings, whole, monkeypatch, capsys):
+    s = replace(settings, samples=16, eval_every=2)
+    expected, real, steps = whole(s), grpo.update, []
 
     def interrupted(*args):
         steps.append(1)
-        if len(steps) == 2:
+        if len(steps) == 1:
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
     monkeypatch.setattr(grpo, "update", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        train(replace(s, run=str(tmp_path / "cut")))
+        train(s)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert stopped.value.code == 130 and "--resume --run" in capsys.readouterr().out and len(steps) == 2
+    assert stopped.value.code == 130 and "--resume --run" in capsys.readouterr().out and len(steps) == 1
     monkeypatch.setattr(grpo, "update", real)
-    train(replace(s, run=str(tmp_path / "cut"), resume=True))
-    same_runs(tmp_path / "whole", tmp_path / "cut")
+    train(replace(s, resume=True))
+    same_runs(expected, Path(s.run))
 
 
-def test_a_killed_run_resumes_from_its_last_saved_state(settings, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_from_its_last_saved_state(settings, whole, monkeypatch):
     s = replace(settings, samples=16, eval_every=2)
-    train(replace(s, run=str(tmp_path / "whole")))
-    real, steps = grpo.update, []
+    expected, real, steps = whole(s), grpo.update, []
 
     def killed(*args):
         steps.append(1)
@@ -330,10 +343,10 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, tmp_path, monk
 
     monkeypatch.setattr(grpo, "update", killed)
     with pytest.raises(MemoryError):
-        train(replace(s, run=str(tmp_path / "cut")))
+        train(s)
     monkeypatch.setattr(grpo, "update", real)
-    train(replace(s, run=str(tmp_path / "cut"), resume=True))
-    same_runs(tmp_path / "whole", tmp_path / "cut")
+    train(replace(s, resume=True))
+    same_runs(expected, Path(s.run))
 
 
 def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_path):
@@ -350,8 +363,8 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_p
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stdout.read()
     last = start("--resume")
-    said, _ = last.communicate()
-    assert last.returncode == 0 and "held-out test, greedy" in said, said
+    printed, _ = last.communicate()
+    assert last.returncode == 0 and "held-out test, greedy" in printed, printed
     whole = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "whole"), samples=20, questions=4, group=3, updates=2, eval_every=0, test_samples=2,
                           warmup=1, max_new_tokens=40)[0]
     threads = torch.get_num_threads()
@@ -380,19 +393,19 @@ def out_of_memory():
 
 
 @pytest.mark.parametrize("error, kind", [(lambda: signal.raise_signal(signal.SIGTERM), Terminated), (out_of_memory, torch.OutOfMemoryError)])
-def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before_it(error, kind, settings, tmp_path, monkeypatch, capsys):
+def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before_it(error, kind, settings, whole, monkeypatch, capsys):
     s = replace(settings, samples=12)
-    train(replace(s, run=str(tmp_path / "whole")))
+    expected, folder = whole(s), Path(s.run)
     restore = cut_in_the_second_update(monkeypatch, 3, error)
     with pytest.raises(kind):
-        train(replace(s, run=str(tmp_path / "cut")))
+        train(s)
     restore()
-    state, adapter = torch.load(tmp_path / "cut/state.pt", weights_only=True), load_file(tmp_path / "cut/adapter/adapter_model.safetensors")
+    state, adapter = torch.load(folder / "state.pt", weights_only=True), load_file(folder / "adapter/adapter_model.safetensors")
     assert state["step"] == 2 and len(adapter) == len(state["adapter"])
     assert all((adapter[name.replace(".default", "")] == value).all() for name, value in state["adapter"].items())
     assert "step 2 is saved" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    train(replace(s, run=str(tmp_path / "cut"), resume=True))
-    same_runs(tmp_path / "whole", tmp_path / "cut")
+    train(replace(s, resume=True))
+    same_runs(expected, folder)
 
 
 def test_a_state_is_saved_every_so_many_minutes_too(settings, tmp_path, monkeypatch):
@@ -404,14 +417,14 @@ def test_a_state_is_saved_every_so_many_minutes_too(settings, tmp_path, monkeypa
     assert often == [1, 2, 3, 3] and saved == [3]
 
 
-def test_a_disk_that_is_full_during_a_save_loses_nothing_is_said_and_the_run_goes_on(settings, tmp_path, capsys):
-    s = replace(settings, samples=12, save_minutes=1e-9)
-    train(replace(s, run=str(tmp_path / "whole")))
+def test_a_disk_that_is_full_during_a_save_loses_nothing_is_said_and_the_run_goes_on(settings, whole, tmp_path, capsys):
+    s = replace(settings, samples=12)
+    expected = whole(s)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/state.new").symlink_to("/dev/full")  # the first save finds no room; failing takes the link away
-    train(s)
+    train(replace(s, save_minutes=1e-9))
     assert capsys.readouterr().out.count("step 1 could not be saved") == 1 and not (tmp_path / "run/state.new").exists()
-    same_runs(tmp_path / "whole", tmp_path / "run")
+    same_runs(expected, tmp_path / "run")
 
 
 def test_a_disk_that_stays_full_ends_the_run_in_one_line_that_says_how_to_go_on(settings, tmp_path, monkeypatch):
@@ -425,12 +438,13 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_that_says_how_to_go_on(
         train(replace(settings, resume=True))
 
 
-def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(settings, tmp_path):
-    train(replace(settings, run=str(tmp_path / "whole")))
-    open_run(settings)
+def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(settings, whole, tmp_path):
+    s = replace(settings, samples=12)
+    expected = whole(s)
+    open_run(s)
     assert not (tmp_path / "run/state.pt").exists()
-    train(replace(settings, resume=True))
-    same_runs(tmp_path / "whole", tmp_path / "run")
+    train(replace(s, resume=True))
+    same_runs(expected, tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------- before the first step
@@ -535,8 +549,8 @@ def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings,
     monkeypatch.setattr(grpo, "train", full)
     with pytest.raises(SystemExit) as left:
         command.main(["--device", "cpu"])
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and len(said.splitlines()) == 1 and "--micro" in said and "--resume" in said and "2.00 GiB" in said
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and len(error.splitlines()) == 1 and "--micro" in error and "--resume" in error and "2.00 GiB" in error
 
 
 def test_a_run_is_not_overwritten(settings, tmp_path):

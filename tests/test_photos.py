@@ -62,8 +62,8 @@ def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(setti
     report = evaluate(policy, BoxFiller(), data, settings)
     assert len({x.image.size for x in data}) > 1 and all(x.image.size != (840, 840) for x in data)
     for row, x in zip(report.rows, data):
-        own = iou(*intersection_union(filled(tight_box(x.mask), *x.mask.shape), x.mask))  # of the box itself, filled, on the photograph
-        assert row.in_format and row.iou == pytest.approx(own, abs=0.01) and row.box_iou > 0.99
+        best = iou(*intersection_union(filled(tight_box(x.mask), *x.mask.shape), x.mask))  # of the box itself, filled, on the photograph
+        assert row.in_format and row.iou == pytest.approx(best, abs=0.01) and row.box_iou > 0.99
     panels = shown(BoxFiller(), data, report.rows, settings, 840)
     assert all(p.reward.mask.shape == p.sample.mask.shape for p in panels)
 

@@ -15,6 +15,7 @@ from eval import merge
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
 from samr1_mini.grpo import new_optimizer, roll_out, update
+from samr1_mini.measuring.rehearse import random_policy, shape_config
 from samr1_mini.policy import (
     TINY,
     Prompt,
@@ -25,7 +26,6 @@ from samr1_mini.policy import (
     sample,
     token_logits,
 )
-from samr1_mini.measuring.rehearse import random_policy, shape_config
 
 
 def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):

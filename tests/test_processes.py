@@ -5,18 +5,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from samr1_mini import grpo
+from samr1_mini.config import UserError
+from samr1_mini.running import processes
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--samples", "16", "--questions", "8", "--group", "4", "--updates", "2", "--eval-every", "0", "--test-samples", "4", "--max-new-tokens", "60",
          "--warmup", "1", "--lr", "1e-4"]
 
 
-def launch(processes, folder, *options, script=ROOT / "train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--", str(script), "--device", "cpu",
+def launch(count, folder, *options, script=ROOT / "train.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--", str(script), "--device", "cpu",
                "--run", str(folder), *SHORT, *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
@@ -52,9 +58,17 @@ def test_two_processes_end_with_the_adapter_of_one(both):
     assert moved > 0 and (apart / moved).sqrt() < 1e-2
 
 
-def test_questions_that_cannot_be_shared_are_refused(tmp_path):
-    out = launch(2, tmp_path / "run", "--questions", "7")
-    assert out.returncode != 0 and "--questions 7 is no multiple of 2 processes x --updates 2" in out.stderr
+def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):
+    monkeypatch.setattr(grpo, "join", lambda device: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match="--questions 7 is no multiple of 2 processes x --updates 2"):
+        grpo.train(replace(settings, questions=7))
+
+
+def test_what_only_one_process_counted_is_averaged_over_all_and_extremes_are_those_of_whoever_has_them(monkeypatch):
+    lines = [{"loss": 1.0, "skipped_updates": 1.0, "ratio_max": 1.5, "ratio_min": 0.5}, {"loss": 2.0, "ratio_max": 1.2}]
+    monkeypatch.setattr(processes, "gather_object", lambda mine: lines)
+    expected = {"loss": 1.5, "skipped_updates": 0.5, "ratio_max": 1.5, "ratio_min": 0.5}
+    assert [processes.average(line) for line in lines] == [expected] * 2
 
 
 FULL = """

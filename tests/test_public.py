@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from samr1_mini.data import public
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data, open_data
+from samr1_mini.data import public
 from samr1_mini.metrics import intersection_union
 from samr1_mini.reward import score_group
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from samr1_mini.data import fetch
 from samr1_mini.config import Settings
+from samr1_mini.data import fetch
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -112,8 +112,8 @@ def test_minutes_and_memory_of_the_first_command_are_those_of_its_log():
     minutes, memory = load("seed0/summary.json")["seconds"] / 60, max(line["peak_memory_gib"] for line in lines)
     assert f"{minutes:.0f} minutes and {memory:.1f} GiB of memory" in TEXT
     slower = load("slower-machine.json")
-    said = f"{slower['seconds'] / 60:.0f} minutes and {slower['peak_memory_gib']:.1f} GiB and came to the same {slower['trained']['gIoU']:.2f}"
-    assert slower["command"] in TEXT and said in TEXT and f"→ {slower['trained']['gIoU']:.2f}" in next(result_rows())
+    stated = f"{slower['seconds'] / 60:.0f} minutes and {slower['peak_memory_gib']:.1f} GiB and came to the same {slower['trained']['gIoU']:.2f}"
+    assert slower["command"] in TEXT and stated in TEXT and f"→ {slower['trained']['gIoU']:.2f}" in next(result_rows())
 
 
 def test_a_whole_step_is_as_much_faster_than_trl_as_promised_and_grows_slowly_with_the_group():

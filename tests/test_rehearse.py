@@ -1,9 +1,7 @@
 """The rehearsal: true shapes, random weights, whole steps, a table."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +10,14 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners import lora
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+import train
 from samr1_mini import policy as policy_module
-from samr1_mini.measuring import rehearse as rehearse_module
 from samr1_mini.config import UserError, make_settings
-from samr1_mini.running.memory import cap_memory
-from samr1_mini.policy import TINY, load_policy
+from samr1_mini.measuring import benchmark
+from samr1_mini.measuring import rehearse as rehearse_module
 from samr1_mini.measuring.rehearse import random_policy, shape_config
-
-ROOT = Path(__file__).parent.parent
+from samr1_mini.policy import TINY, load_policy
+from samr1_mini.running.memory import cap_memory
 
 
 @pytest.mark.parametrize("shape, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
@@ -56,17 +54,16 @@ def test_a_random_policy_is_made_of_the_classes_and_dtypes_of_a_real_load(load_i
     assert held[0] == held[1]
 
 
-def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_its_table(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--rehearse", "2", "--device", "cpu", "--max-new-tokens", "8", "--image-size", "224",
-               "--group", "2", "--run", "rehearsal"]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    assert "say nothing about a GPU" in out.stdout and not (tmp_path / "rehearsal/metrics.jsonl").exists()
+def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_its_table(tmp_path, capsys):
+    train.main(["--preset", "tiny", "--rehearse", "2", "--device", "cpu", "--max-new-tokens", "8", "--image-size", "224", "--group", "2",
+                "--run", str(tmp_path / "rehearsal")])
+    printed = capsys.readouterr().out
+    assert "say nothing about a GPU" in printed and not (tmp_path / "rehearsal/metrics.jsonl").exists()
     table = json.loads((tmp_path / "rehearsal/rehearsal.json").read_text())
     assert set(table["seconds"]) == set(table["peak_gib"]) == {"load", "rollout", "reward", "update", "evaluation"}
     assert table["shape"] == "small" and table["prompt_tokens"] > 64 and "hours_for_3000_samples" not in table and not table["forecast"]
     for phase in table["seconds"]:
-        assert phase in out.stdout
+        assert phase in printed
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -91,12 +88,13 @@ def test_a_size_that_the_shape_cannot_cut_is_refused_in_one_line():
         rehearse_module.rehearse(settings)
 
 
-def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path):
-    out = subprocess.run([sys.executable, "-m", "samr1_mini.measuring.benchmark", "--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5", "--out", str(tmp_path / "b.json")],
-                         cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr[-2000:]
+def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path, monkeypatch):
+    options = ["--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5", "--out", str(tmp_path / "b.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+    monkeypatch.setattr(benchmark, "SIZES", ((112, 2), (168, 1)))
+    benchmark.main()
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert rows["shape"] == "small" and [r["size"] for r in rows["results"]] == [112, 840] and set(rows["weights"]) >= {"nf4, update", "bf16, rollout"}
+    assert rows["shape"] == "small" and [r["size"] for r in rows["results"]] == [112, 168] and set(rows["weights"]) >= {"nf4, update", "bf16, rollout"}
     assert [r["answer_tokens"] for r in rows["updates"]] == [3, 3, 5] and all(set(r["update"]) == {"as it is", "masked row"} for r in rows["updates"])
     assert rows["decoding"][1]["traffic"]["as it is"] < 1.5
 

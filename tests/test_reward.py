@@ -37,7 +37,7 @@ from samr1_mini.segmenter import load_segmenter, random_sam, Segmenter
 from samr1_mini.tiny.scenes import make_scene
 
 
-def said(box="[10, 20, 30, 40]", points="[[15, 25, 1]]", think="Left."):
+def answer_text(box="[10, 20, 30, 40]", points="[[15, 25, 1]]", think="Left."):
     return f'<think>{think}</think><answer>{{"bbox": {box}, "points": {points}}}</answer>'
 
 
@@ -47,14 +47,14 @@ def said(box="[10, 20, 30, 40]", points="[[15, 25, 1]]", think="Left."):
 @pytest.mark.parametrize(
     "text",
     [
-        said(),
-        f"\n  {said()}  \n",
-        said().replace("</think>", "</think>\n\n").replace(", ", " ,\n "),
-        said(box="[10.0, 20.5, 30.25, 4e1]"),
-        said(points="[[15, 25, 1], [12.5, 22, 0]]"),
-        said().replace('{"bbox"', '```json\n{"bbox"').replace("}</answer>", "}\n```</answer>"),
-        said(think="A <b>bold</b> thought with [1, 2, 3, 4] in it."),
-        said().replace('{"bbox"', '{"label": "star", "bbox"'),
+        answer_text(),
+        f"\n  {answer_text()}  \n",
+        answer_text().replace("</think>", "</think>\n\n").replace(", ", " ,\n "),
+        answer_text(box="[10.0, 20.5, 30.25, 4e1]"),
+        answer_text(points="[[15, 25, 1], [12.5, 22, 0]]"),
+        answer_text().replace('{"bbox"', '```json\n{"bbox"').replace("}</answer>", "}\n```</answer>"),
+        answer_text(think="A <b>bold</b> thought with [1, 2, 3, 4] in it."),
+        answer_text().replace('{"bbox"', '{"label": "star", "bbox"'),
     ],
 )
 def test_what_a_careful_reader_accepts_is_accepted(text):
@@ -66,26 +66,26 @@ def test_what_a_careful_reader_accepts_is_accepted(text):
 @pytest.mark.parametrize(
     "text, why",
     [
-        (said(box="[30, 20, 10, 40]"), "reversed"),
-        (said(box="[10, 20, 10, 40]"), "empty"),
-        (said(box="[200, 20, 300, 40]"), "outside"),
-        (said(box="[10, 20, 30]"), "four numbers"),
-        (said(box="[NaN, 20, 30, 40]"), "not a number"),
-        (said(box="[10, 20, 30, Infinity]"), "not a number"),
-        (said(box="[10, 20, 30, 1e999]"), "not a number"),
-        (said(box="[10, 20, 30, true]"), "not a number"),
-        (said(box='[10, 20, 30, "40"]'), "not a number"),
-        (said(box="[10, 20, 30, 1" + "0" * 5000 + "]"), ""),
-        (said(points="[]"), "points"),
-        (said(points="[[15, 25]]"), "point"),
-        (said(points="[[15, 25, 2]]"), "neither 0 nor 1"),
-        (said(points="[[15, 25, 0.5]]"), "neither 0 nor 1"),
-        (said(points="[[15, 25, -1]]"), "neither 0 nor 1"),
-        (said(points="[" + ", ".join(["[15, 25, 1]"] * 9) + "]"), "at most 8"),
+        (answer_text(box="[30, 20, 10, 40]"), "reversed"),
+        (answer_text(box="[10, 20, 10, 40]"), "empty"),
+        (answer_text(box="[200, 20, 300, 40]"), "outside"),
+        (answer_text(box="[10, 20, 30]"), "four numbers"),
+        (answer_text(box="[NaN, 20, 30, 40]"), "not a number"),
+        (answer_text(box="[10, 20, 30, Infinity]"), "not a number"),
+        (answer_text(box="[10, 20, 30, 1e999]"), "not a number"),
+        (answer_text(box="[10, 20, 30, true]"), "not a number"),
+        (answer_text(box='[10, 20, 30, "40"]'), "not a number"),
+        (answer_text(box="[10, 20, 30, 1" + "0" * 5000 + "]"), ""),
+        (answer_text(points="[]"), "points"),
+        (answer_text(points="[[15, 25]]"), "point"),
+        (answer_text(points="[[15, 25, 2]]"), "neither 0 nor 1"),
+        (answer_text(points="[[15, 25, 0.5]]"), "neither 0 nor 1"),
+        (answer_text(points="[[15, 25, -1]]"), "neither 0 nor 1"),
+        (answer_text(points="[" + ", ".join(["[15, 25, 1]"] * 9) + "]"), "at most 8"),
         ("<think>a</think><answer>[10, 20, 30, 40]</answer>", "not a JSON object"),
         ("<think>a</think><answer>" + "[" * 9000 + "</answer>", ""),
         ("<think>a</think><answer>{'bbox': [1, 2, 3, 4]}</answer>", ""),
-        (said().replace("<answer>", "<answer><answer>"), "exactly one"),
+        (answer_text().replace("<answer>", "<answer><answer>"), "exactly one"),
         ("", "answer"),
     ],
 )
@@ -97,15 +97,15 @@ def test_a_broken_answer_earns_no_segmentation_format_and_says_why(text, why):
 
 @pytest.mark.parametrize(
     "text",
-    [said() + " Done.", "Well: " + said(), said().replace("<think>", ""), said().replace("</think>", "</think> so "),
-     '<answer>{"bbox": [10, 20, 30, 40], "points": [[15, 25, 1]]}</answer><think>a</think>', said() + said()],
+    [answer_text() + " Done.", "Well: " + answer_text(), answer_text().replace("<think>", ""), answer_text().replace("</think>", "</think> so "),
+     '<answer>{"bbox": [10, 20, 30, 40], "points": [[15, 25, 1]]}</answer><think>a</think>', answer_text() + answer_text()],
 )
 def test_a_broken_frame_earns_no_reasoning_format(text):
     assert not parse(text, 112, 112).reasoning_format
 
 
 def test_coordinates_are_clipped_to_the_picture():
-    answer = parse(said(box="[-5, 20, 300, 40]", points="[[500, -3, 1]]"), 112, 84)
+    answer = parse(answer_text(box="[-5, 20, 300, 40]", points="[[500, -3, 1]]"), 112, 84)
     assert answer.box == (0, 20, 112, 40) and answer.points == [(111, 0, 1)]
 
 
@@ -145,8 +145,8 @@ def test_points_and_other_numbers_are_not_taken_for_a_box(text):
 
 
 def test_a_proper_answer_goes_before_every_other_box():
-    assert parse(said(think="[1, 2, 3, 4]"), 112, 112).lenient_box == (10, 20, 30, 40)
-    assert parse(said().replace('{"bbox"', '{"second": [1, 2, 3, 4], "bbox"').replace("]]}", ']], "third": [5, 5, 9, 9]}'), 112, 112).lenient_box == (10, 20, 30, 40)
+    assert parse(answer_text(think="[1, 2, 3, 4]"), 112, 112).lenient_box == (10, 20, 30, 40)
+    assert parse(answer_text().replace('{"bbox"', '{"second": [1, 2, 3, 4], "bbox"').replace("]]}", ']], "third": [5, 5, 9, 9]}'), 112, 112).lenient_box == (10, 20, 30, 40)
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox": ', '"points": ', "[[", "]]", "[", "]", "{", "}", ", ", "1", "-9", "0.5",
@@ -199,11 +199,11 @@ def test_masks_are_those_of_sams_own_forward(segmenter):
     sam, boxes = segmenter.predictor.model, [t.box for t in scene.things]
     points = [[(*map(float, np.argwhere(t.mask)[40][::-1]), 1), (t.box[0] + 0.0, t.box[1] + 0.0, 0)] for t in scene.things]
     ours = segmenter.masks(scene.image, boxes, points)
-    marks = torch.tensor(points)
+    labelled = torch.tensor(points)
     with torch.no_grad():
         [out] = sam(
             [{"image": torch.from_numpy(scene.image).permute(2, 0, 1).float(), "original_size": scene.image.shape[:2],
-              "boxes": torch.tensor(boxes).float(), "point_coords": marks[..., :2], "point_labels": marks[..., 2]}],
+              "boxes": torch.tensor(boxes).float(), "point_coords": labelled[..., :2], "point_labels": labelled[..., 2]}],
             multimask_output=True,
         )
     best = out["iou_predictions"].argmax(1)
@@ -268,7 +268,7 @@ def test_the_encoder_runs_once_a_picture(monkeypatch):
     monkeypatch.setattr(fresh.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
     a, b, c = (make_scene(i) for i in range(3))
     samples = [Sample(Image.fromarray(s.image), "?", s.things[0].mask, str(i)) for i, s in enumerate((a, b, c))]
-    group = [said(box=str(list(t.box))) for t in a.things] + ["nothing"]
+    group = [answer_text(box=str(list(t.box))) for t in a.things] + ["nothing"]
     for _ in range(3):
         score_group(fresh, samples[0], group, 112)
         score_group(fresh, samples[1], group, 112)
@@ -331,8 +331,8 @@ def test_sam_2_and_3_give_the_masks_of_their_own_processors(version, sam2_folder
         model, processor = Sam2Model.from_pretrained(folder).eval(), Sam2Processor(Sam2ImageProcessor.from_pretrained(folder), target_size=128)
     else:
         model, processor = Sam3TrackerModel.from_pretrained(folder).eval(), Sam3TrackerProcessor(Sam3ImageProcessor.from_pretrained(folder), target_size=112)
-    for mask, box, marks in zip(found, boxes, points):
-        more = {"input_points": [[[[x, y] for x, y, _ in marks]]], "input_labels": [[[label for *_, label in marks]]]} if marks else {}
+    for mask, box, labelled in zip(found, boxes, points):
+        more = {"input_points": [[[[x, y] for x, y, _ in labelled]]], "input_labels": [[[label for *_, label in labelled]]]} if labelled else {}
         inputs = processor(images=image, input_boxes=[[list(box)]], return_tensors="pt", **more)
         with torch.no_grad():
             out = model(**{k: inputs[k] for k in ("pixel_values", "input_boxes", "input_points", "input_labels") if k in inputs})
@@ -355,7 +355,7 @@ def test_without_points_sam_gets_the_box_alone(segmenter):
     scene = make_scene(3)
     thing, other = scene.things[:2]
     middle = [int((other.box[0] + other.box[2]) / 2), int((other.box[1] + other.box[3]) / 2), 1]
-    sample, text = Sample(Image.fromarray(scene.image), "", thing.mask, "1"), said(str(list(map(int, thing.box))), str([middle]))
+    sample, text = Sample(Image.fromarray(scene.image), "", thing.mask, "1"), answer_text(str(list(map(int, thing.box))), str([middle]))
     [misled], [alone] = (score_group(segmenter, sample, [text], 112, points=points) for points in (True, False))
     [mask] = segmenter.masks(scene.image, [alone.answer.box], [[]])
     assert (alone.mask == mask).all() and (misled.mask != mask).any()
@@ -434,7 +434,7 @@ def test_the_reward_of_a_perfect_a_wrong_and_an_unreadable_answer(segmenter):
     scene = make_scene(11)
     thing, other = scene.things[:2]
     sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x")
-    good, wrong = (said(str(list(t.box)), f"[[{int(np.argwhere(t.mask)[0][1])}, {int(np.argwhere(t.mask)[0][0])}, 1]]") for t in (thing, other))
+    good, wrong = (answer_text(str(list(t.box)), f"[[{int(np.argwhere(t.mask)[0][1])}, {int(np.argwhere(t.mask)[0][0])}, 1]]") for t in (thing, other))
     plain = f"It is at {list(thing.box)}."
     rewards = score_group(segmenter, sample, [good, wrong, plain, "?", good + "."], 112)
     assert [r.total for r in rewards] == [6, 2, 0, 0, 5]
@@ -454,8 +454,8 @@ def test_the_reward_is_the_same_for_a_picture_shown_larger(segmenter):
     scene = make_scene(12)
     thing = scene.things[0]
     sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x")
-    small = score_group(segmenter, sample, [said(str(list(thing.box)), "[[50, 50, 0]]")], 112)[0]
-    large = score_group(segmenter, sample, [said(str([2 * v for v in thing.box]), "[[100, 100, 0]]")], 224)[0]
+    small = score_group(segmenter, sample, [answer_text(str(list(thing.box)), "[[50, 50, 0]]")], 112)[0]
+    large = score_group(segmenter, sample, [answer_text(str([2 * v for v in thing.box]), "[[100, 100, 0]]")], 224)[0]
     assert small.pair == large.pair
 
 

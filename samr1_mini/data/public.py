@@ -1,16 +1,14 @@
-"""Public data sets, by name from the hub or from a folder with their files, in the layouts in which they are published.
+"""Public data sets, by name from the hub (HUB) or from a folder with their files, in the layouts in which they are
+published. A layout is told by the column that holds the truth:
 
-    refcocog, refcoco, refcocoplus    jxu124/*: expressions and masks; pictures are COCO train2014's, fetched one by one
-    lmms-lab/RefCOCOg                 validation and test, pictures and polygons
-    reasonseg                         Ricky06662/ReasonSeg_val and ReasonSeg_test
-    reasonseg-r, reasonseg-x          sj9909/*: ReasonSeg with corrected masks; a harder one, with the kind of reasoning
-    refcoco_testA, refcocoplus_testA, refcocog_test    Ricky06662/*, one row an object with its first expression
-    refCOCOg_2k_840, refCOCOg_9k_840  Ricky06662/*, boxes and no masks
-    a folder    parquet files of any of these; REFER's refs(...).p and instances.json; ReasonSeg's .jpg and .json pairs;
-                or JSON lists of {"image", "problem", "solution": [x1, y1, x2, y2]}, as LISA-Grounding comes
+    raw_anns      jxu124's sets, and REFER's refs(...).p with instances.json; COCO's pictures are fetched one by one
+    segmentation  lmms-lab/RefCOCOg: polygons
+    mask          Ricky06662's and sj9909's sets: [H, W] of true and false
+    shapes        ReasonSeg's .jpg and .json pairs, as its authors publish it
+    solution      boxes and no masks: refCOCOg_*_840, and JSON lists of {"image", "problem", "solution": [x1, y1, x2,
+                  y2]}, as LISA-Grounding comes
 
-Which layout a row has is read from its columns. Nothing that comes with data is run: pickles may hold plain values
-only.
+Nothing that comes with data is run: pickles may hold plain values only.
 """
 
 import hashlib
@@ -32,9 +30,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..config import UserError
-from .samples import Data, Sample, draw, inside, open_picture, read_mask
-from .fetch import fetch_pictures, first_line, is_there, picture_name
 from ..metrics import filled
+from .fetch import fetch_pictures, first_line, is_there, picture_name
+from .samples import Data, Sample, draw, inside, of_size, open_picture, read_mask
 
 # Name on the command line: for each split, the hub's id and what that split is called there.
 HUB = {
@@ -177,19 +175,19 @@ def row_id(row: dict, expression: int) -> str:
 def read_row(row: dict, expression: int, layout: str, coco_dir: Path, ignore: str) -> Sample:
     """One sample from a row of any layout above."""
     question, name = str(expressions(row)[expression]).strip(), row_id(row, expression)
-    if layout == "raw_anns":  # jxu124/* and REFER
+    if layout == "raw_anns":
         annotation, info = json.loads(row["raw_anns"]), json.loads(row["raw_image_info"])
         file = picture_name(info["file_name"])
         image = open_picture(coco_dir / file)
         mask = read_mask(annotation["segmentation"], coco_dir, info["height"], info["width"])
-        return Sample(image, question, of_size(mask, image), name, picture=file)
+        return Sample(image, question, of_size(mask, image.height, image.width), name, picture=file)
     image, ignored = row["image"], None  # a path, or {"bytes", "path"} as parquet files hold it
     image = open_picture(io.BytesIO(image["bytes"]) if isinstance(image, dict) else image)
-    if layout == "shapes":  # ReasonSeg as its authors publish it
+    if layout == "shapes":
         mask, undecided = (draw_shapes(row["shapes"], label, image.size) for label in ("target", "ignore"))
         mask, ignored = (mask & ~undecided, undecided) if ignore == "excluded" else (mask | undecided, None)
-    elif layout == "mask":  # Ricky06662's and sj9909's sets: [H, W] of true and false, undecided pixels already true
-        mask = of_size(np.asarray(row["mask"], dtype=bool), image)
+    elif layout == "mask":  # undecided pixels are already true
+        mask = of_size(np.asarray(row["mask"], dtype=bool), image.height, image.width)
     elif layout == "segmentation":
         mask = read_mask(row["segmentation"], coco_dir, image.height, image.width)
     else:
@@ -206,20 +204,13 @@ def picture_id(row: dict, name: str) -> str:
 
 
 def box_of(solution) -> tuple[float, ...]:
-    """A box x1, y1, x2, y2 from four numbers or from Seg-Zero's text
-    "<box>(x1,y1),(x2,y2)</box><points>...</points>"."""
+    """A box x1, y1, x2, y2 from four numbers or from Seg-Zero's "<box>(x1,y1),(x2,y2)</box><points>...</points>"."""
     if isinstance(solution, str):
         solution = solution.partition("<box>")[2].partition("</box>")[0].replace("(", "").replace(")", "").split(",")
     x1, y1, x2, y2 = map(float, solution)
     if not (x1 < x2 and y1 < y2):
         raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} is reversed or empty")
     return x1, y1, x2, y2
-
-
-def of_size(mask: np.ndarray, image: Image.Image) -> np.ndarray:
-    if mask.shape != (image.height, image.width):
-        raise ValueError(f"the mask is {mask.shape[::-1]}, the picture {image.size}")
-    return mask
 
 
 def draw_shapes(shapes: list[dict], label: str, size: tuple[int, int]) -> np.ndarray:
@@ -235,8 +226,7 @@ def draw_shapes(shapes: list[dict], label: str, size: tuple[int, int]) -> np.nda
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, texts and numbers; a pickle that asks for a class or a function is refused before anything
-    runs."""
+    """Reads plain values; a pickle that asks for a class or a function is refused before anything runs."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain values are read")
@@ -280,8 +270,7 @@ SPLIT_NAMES = {"train": {"train"}, "validation": {"validation", "val"}, "test": 
 
 
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
-    """Files that name the split in their folder or file name. Those that name none are test files: nothing is trained
-    on what it is tested on."""
+    """Files that name the split, in their own name or a folder's. Those that name none are for testing alone."""
     files = sorted(folder.rglob(pattern))
     words = [set(re.split("[^a-z]+", str(f.relative_to(folder)).lower())) for f in files]
     named = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]
@@ -367,22 +356,22 @@ def open_rows(name: str, split: str) -> Sequence[dict]:
         if not files:
             raise UserError(f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split")
         known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-        place, files = hashlib.sha256(known.encode()).hexdigest()[:24], list(map(str, files))
+        place, find = hashlib.sha256(known.encode()).hexdigest()[:24], lambda: list(map(str, files))
+        failure = "no table can be read"
     elif split not in HUB[name]:
         other = "; train.py takes another set with --eval-data" * (split != "train")
         raise UserError(f"--data {name} has no {split} split, only {', '.join(HUB[name])}{other}")
     else:
-        place = "--".join(HUB[name][split]).replace("/", "--")
+        hub_id, hub_split = HUB[name][split]
+        place, find = f"{hub_id}--{hub_split}".replace("/", "--"), lambda: hub_files(hub_id, hub_split)
+        failure = f"the hub does not give {hub_id}"
     file = TABLES / f"{place}.arrow"
-    try:
-        if not folder.is_dir():  # a table that is there is read without a look at the hub, which may be out of reach
-            files = [] if file.exists() else hub_files(*HUB[name][split])
-        return Table(name, files, file)
+    try:  # a table that is there is read without a look at the hub, which may be out of reach
+        return Table(name, [] if file.exists() else find(), file)
     except UserError:
         raise
-    except Exception as error:  # as above
-        where = "no table can be read" if folder.is_dir() else f"the hub does not give {HUB[name][split][0]}"
-        raise UserError(f"--data {name}: {where} ({first_line(error)})") from None
+    except Exception as error:  # the hub's libraries raise what their own libraries raise
+        raise UserError(f"--data {name}: {failure} ({first_line(error)})") from None
 
 
 def hub_files(hub_id: str, split: str) -> list[str]:

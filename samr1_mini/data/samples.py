@@ -57,8 +57,7 @@ def draw(items: list, split: str, count: int, seed: int) -> Iterator:
 
 
 def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
-    """A mask bool [H, W] from a PNG's path, a COCO RLE {"size", "counts"}, or COCO polygons [[x1, y1, x2, y2, ...],
-    ...]."""
+    """A mask bool [H, W] from a PNG's path, COCO RLE {"size", "counts"}, or polygons [[x1, y1, x2, y2, ...], ...]."""
     if isinstance(value, str):
         with opened(inside(folder, value)) as image:
             single = image.mode in ("1", "L", "P") or image.mode.startswith("I")
@@ -77,6 +76,11 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
         mask = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
     else:
         raise ValueError("mask is neither a PNG's path, nor COCO RLE, nor polygons")
+    return of_size(mask, height, width)
+
+
+def of_size(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The mask, if it is as large as its picture."""
     if mask.shape != (height, width):
         raise ValueError(f"the mask is {mask.shape[1]} x {mask.shape[0]}, the picture {width} x {height}")
     return mask
@@ -91,7 +95,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 class Folder(Data):
-    """data.jsonl in a folder: one {"image", "question", "mask"} a line, paths relative to the folder; "id", "kind" and
+    """data.jsonl in a folder: one {"image", "question", "mask"} a line, with paths in the folder; "id", "kind" and
     "split" may be given.
 
     Without "split", a tenth of the lines drawn with a fixed seed is held out for validation and another tenth for test.

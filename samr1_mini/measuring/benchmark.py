@@ -1,14 +1,12 @@
 """What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.measuring.benchmark`;
 on a GPU, `--shape 3b` or `7b` takes a policy of that true shape with random weights.
 
-Rollouts: `policy.sample` against transformers' generate, (a) with num_return_sequences=G, which encodes a picture once
-and reads the prompt G times, and (b) with the prompt given G times, as trainers do that treat every answer as a row.
-Both start from pictures and questions. Update: `policy.logprobs` on packed rows against a padded batch in which every
-answer carries its own copy of the prompt, (a) through the model's own forward, pictures and all, and (b) with the
-pictures' features at hand as ours are. Attention (attention.py): updates against each question in a padded row under a
-mask [B, 1, T, T], answers of uneven length; and one decoded token in one layer of the 7B shape against keys that grow
-by concatenation and are repeated for every query head. Same policy, prompts and numbers of tokens; the median of
-several rounds in turn.
+Rollouts, from pictures and questions: `policy.sample` against transformers' generate with num_return_sequences=G, which
+encodes a picture once and reads the prompt G times, and with the prompt given G times, as trainers do that treat every
+answer as a row. Updates: `policy.logprobs` on packed rows against a padded batch in which every answer has its own copy
+of the prompt, pictures and all, or their features at hand as ours are. Attention: updates against each question in a
+padded row under a mask; and one decoded token, in one layer of the 7B shape, against keys that grow by concatenation
+and are repeated for every query head. Same policy, prompts and numbers of tokens; the median of several rounds in turn.
 """
 
 import argparse
@@ -18,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,9 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import Cache
 from ..data import load_data
-from ..running.memory import device_name
+from ..evaluation import policy_image
 from ..policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
+from ..running.memory import device_name
 from .rehearse import SHAPES, random_policy, shape_config
+
+
+SIZES = ((112, 8), (840, 1))  # pixels a side of the pictures, and how many questions
 
 
 def seconds(functions: dict, rounds: int) -> dict:
@@ -43,73 +46,78 @@ def seconds(functions: dict, rounds: int) -> dict:
     return {name: statistics.median(values[1:]) for name, values in taken.items()}
 
 
+def asked(count: int, size: int) -> tuple[list[Image.Image], list[str]]:
+    """Pictures of size x size pixels, and a question about each."""
+    samples = list(load_data("shapes", "validation", count))
+    return [policy_image(x, size) for x in samples], [x.question for x in samples]
+
+
+def update_seconds(policy: Policy, ways: dict, rounds: int) -> dict:
+    """`seconds` of forward and backward, in training mode; each way returns log-probabilities."""
+    policy.model.train()
+    taken = seconds({name: lambda way=way: way().sum().backward() for name, way in ways.items()}, rounds)
+    policy.model.eval()
+    policy.model.zero_grad()
+    return taken
+
+
 def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
     """Seconds of each way for `questions` pictures of size x size pixels with `group` answers of `tokens` tokens."""
-    samples = list(load_data("shapes", "validation", questions))
-    images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
+    images, texts = asked(questions, size)
     policy.banned[policy.stop] = True  # all answers get the full length, here and below
 
-    def read(asked, images):
-        texts = [prompt_text(policy.processor, q, size, size) for q in asked]
-        return policy.processor(text=texts, images=images, padding=True, return_tensors="pt").to(policy.device)
+    def read(copies: int):
+        prompts = [prompt_text(policy.processor, q, size, size) for q in texts for _ in range(copies)]
+        pictures = [x for x in images for _ in range(copies)]
+        return policy.processor(text=prompts, images=pictures, padding=True, return_tensors="pt").to(policy.device)
 
+    @torch.no_grad()
     def encoded():
-        with torch.no_grad():
-            return encode(policy, images, asked)
+        return encode(policy, images, texts)
 
     def generate(copies: int):
         policy.base.model.rope_deltas = None
-        inputs = read([q for q in asked for _ in range(copies)], [x for x in images for _ in range(copies)])
         plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-        policy.base.generate(**inputs, **plain, num_return_sequences=group // copies, max_new_tokens=tokens,
+        policy.base.generate(**read(copies), **plain, num_return_sequences=group // copies, max_new_tokens=tokens,
                              min_new_tokens=tokens)
 
-    result = {"rollout": seconds({
+    rollout = seconds({
         "shared prompt": lambda: sample(policy, encoded(), group, tokens), "  of it, encoding the picture": encoded,
         "generate": lambda: generate(1), "generate, prompt repeated": lambda: generate(group),
-    }, rounds)}
+    }, rounds)
     policy.banned[policy.stop] = False
 
-    prompts = encoded()
-    groups = [[torch.randint(300, 400, (tokens,), device=policy.device) for _ in range(group)] for _ in prompts]
-    everyone = read([q for q in asked for _ in range(group)], [x for x in images for _ in range(group)])
-    answers = torch.stack([ids for g in groups for ids in g])  # [N, L]
-    everyone["input_ids"] = torch.cat([everyone["input_ids"], answers], 1)
-    everyone["attention_mask"] = torch.cat([everyone["attention_mask"], torch.ones_like(answers)], 1)
-    everyone["mm_token_type_ids"] = torch.cat([everyone["mm_token_type_ids"], torch.zeros_like(answers)], 1)
-
-    def packed():
-        logprobs(policy, prompts, groups)[0].sum().backward()
+    prompts, everyone = encoded(), read(group)
+    answers = torch.randint(300, 400, (questions * group, tokens), device=policy.device)  # [N, L]
+    groups = [list(rows) for rows in answers.split(group)]
+    alone = [p for p in prompts for _ in range(group)], [[ids] for ids in answers]
+    ones, zeros = torch.ones_like(answers), torch.zeros_like(answers)
+    for name, more in dict(input_ids=answers, attention_mask=ones, mm_token_type_ids=zeros).items():
+        everyone[name] = torch.cat([everyone[name], more], 1)
 
     def padded():
         policy.base.model.rope_deltas = None
         logits = policy.base(**everyone, logits_to_keep=tokens + 1).logits[:, :-1].float()
-        logits.log_softmax(-1).gather(-1, answers[..., None]).sum().backward()
+        return logits.log_softmax(-1).gather(-1, answers[..., None])
 
-    def padded_features():
-        alone = [p for p in prompts for _ in range(group)], [[ids] for g in groups for ids in g]
-        logprobs(policy, *alone)[0].sum().backward()
-
-    policy.model.train()
-    ways = {"packed": packed, "padded": padded, "padded, features at hand": padded_features}
-    result["update"] = seconds(ways, rounds)
-    policy.model.eval()
-    policy.model.zero_grad()
-    sizes = {"size": size, "questions": questions, "group": group, "answer_tokens": tokens}
-    return sizes | {"prompt_tokens": len(prompts[0].ids), **result}
+    update = update_seconds(policy, {
+        "packed": lambda: logprobs(policy, prompts, groups)[0], "padded": padded,
+        "padded, features at hand": lambda: logprobs(policy, *alone)[0],
+    }, rounds)
+    return {"size": size, "questions": questions, "group": group, "answer_tokens": tokens,
+            "prompt_tokens": len(prompts[0].ids), "rollout": rollout, "update": update}
 
 
 def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]]) -> torch.Tensor:
-    """What `logprobs` gives [S], each question in a padded row [B, T] under a mask: the baseline without
-    attention.py."""
+    """What `logprobs` gives [S], each question in a padded row [B, T] under a mask, without attention.py."""
     rows = [pack(policy, [prompt], [group]) for prompt, group in zip(prompts, groups)]
-    sizes = [torch.tensor(called["layout"].sizes, device=policy.device) for called, _, _ in rows]
+    sizes = [torch.tensor(inputs["layout"].sizes, device=policy.device) for inputs, _, _ in rows]
     parts = [torch.arange(len(n), device=n.device).repeat_interleave(n) for n in sizes]
     segment = pad_sequence(parts, True, -1)  # [B, T]
     causal = torch.ones(2 * segment.shape[1:], dtype=torch.bool, device=policy.device).tril()
     mask = causal & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # [B, T, T]
-    embeds = pad_sequence([called["inputs_embeds"][0] for called, _, _ in rows], True)  # [B, T, D]
-    places = [called["position_ids"][:, 0].T for called, _, _ in rows]
+    embeds = pad_sequence([inputs["inputs_embeds"][0] for inputs, _, _ in rows], True)  # [B, T, D]
+    places = [inputs["position_ids"][:, 0].T for inputs, _, _ in rows]
     positions = pad_sequence(places, True).permute(2, 0, 1)  # [3, B, T]
     hidden = policy.base.model.language_model(
         inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
@@ -120,19 +128,15 @@ def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]])
 
 def compare_updates(policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
     """Seconds of a forward and backward, masked and as it is done, with answers of 0.6 to 1.4 times `tokens` tokens."""
-    samples, draw = list(load_data("shapes", "validation", questions)), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        prompts = encode(policy, [x.image.resize((size, size)) for x in samples], [x.question for x in samples])
-    lengths = (tokens * (0.6 + 0.8 * torch.rand(questions, group, generator=draw))).long().clamp(min=1)
-    answer = lambda n: torch.randint(300, 400, (n,), generator=draw).to(policy.device)
-    groups = [[answer(n) for n in row] for row in lengths.tolist()]
-    policy.model.train()
-    taken = seconds({
-        "as it is": lambda: logprobs(policy, prompts, groups)[0].sum().backward(),
-        "masked row": lambda: masked_rows(policy, prompts, groups).sum().backward(),
+        prompts = encode(policy, *asked(questions, size))
+    factors = 0.6 + 0.8 * torch.rand(questions, group, generator=torch.Generator().manual_seed(0))
+    lengths = (tokens * factors).long().clamp(min=1).tolist()
+    groups = [[torch.randint(300, 400, (n,), device=policy.device) for n in row] for row in lengths]
+    taken = update_seconds(policy, {
+        "as it is": lambda: logprobs(policy, prompts, groups)[0],
+        "masked row": lambda: masked_rows(policy, prompts, groups),
     }, rounds)
-    policy.model.eval()
-    policy.model.zero_grad()
     return {"size": size, "questions": questions, "group": group, "answer_tokens": tokens, "update": taken}
 
 
@@ -156,8 +160,7 @@ class Traffic(TorchDispatchMode):
 def compare_decoding(
     tokens: int, rounds: int, device: str, questions: int = 2, group: int = 8, prompt: int = 1100
 ) -> dict:
-    """Attention of the `tokens`th decoded token, in one layer of the 7B shape: seconds, and bytes moved over the
-    cache's."""
+    """Attention of the `tokens`th decoded token, a layer of the 7B shape: seconds, and bytes moved over the cache's."""
     text, dtype = SHAPES["7b"], torch.bfloat16 if device == "cuda" else torch.float32
     heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
     d, total = text["hidden_size"] // heads, prompt + group * tokens
@@ -168,7 +171,7 @@ def compare_decoding(
     cache.attend(0, new(questions, heads, prompt, d), read, read, d**-0.5)
     for _ in range(tokens):
         cache.grow()
-    cache.own[0].normal_()
+    cache.answers[0].normal_()
     before = new(2, questions, shared, total - group, d)
     mask = torch.ones(questions, 1, group, total, dtype=torch.bool, device=device)
     mask[..., prompt:] = torch.eye(group, dtype=torch.bool, device=device).repeat(1, tokens)
@@ -200,13 +203,12 @@ def compare_weights(
     shape: str, formats: tuple, device: str, size: int, questions: int, group: int, tokens: int, rounds: int
 ) -> dict:
     """Seconds of a rollout and of an update with the base's weights in each format."""
-    samples, functions = list(load_data("shapes", "validation", questions)), {}
-    images, asked = [x.image.resize((size, size)) for x in samples], [x.question for x in samples]
+    functions = {}
     for load_in in formats:
         policy = make_policy(shape, load_in, device)
         policy.banned[policy.stop] = True
         with torch.no_grad():
-            prompts = encode(policy, images, asked)
+            prompts = encode(policy, *asked(questions, size))
         groups = [[torch.randint(300, 400, (tokens,), device=device) for _ in range(group)] for _ in prompts]
         functions[f"{load_in}, rollout"] = lambda p=policy, x=prompts: sample(p, x, group, tokens)
         functions[f"{load_in}, update"] = lambda p=policy, x=prompts, g=groups: logprobs(p, x, g)[0].sum().backward()
@@ -224,11 +226,10 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    small = args.shape == "tiny"
     policy = make_policy(args.shape, "nf4", device)
-    results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in ((112, 8), (840, 1))]
-    short, long = args.lengths
-    rows = ((112, 8, 8, short), (840, 1, 8, short), (840, 1, 8, long))
+    results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in SIZES]
+    (small, large), (short, long) = SIZES, args.lengths
+    rows = ((*small, 8, short), (*large, 8, short), (*large, 8, long))
     updates = [compare_updates(policy, *row, args.rounds) for row in rows]
     decoding = [compare_decoding(tokens, args.rounds, device) for tokens in (64, 511)]
     del policy  # a card may not hold it and the ones below
@@ -249,9 +250,9 @@ def main() -> None:
         for name, taken in r["decoding"].items():
             print(f"  token {r['answer_tokens']:3} {name:<26} {1000 * taken:8.1f} ms, "
                   f"moves {r['traffic'][name]:5.2f} x the cache's bytes")
-    formats, size = (("nf4", "bf16", "fp32"), 112) if small else (("nf4", "bf16"), 840)
-    weights = compare_weights(args.shape, formats, device, size, 8 if small else 1, 8, args.tokens, args.rounds)
-    print(f"\nweights of the frozen base ({size} px)")
+    formats, sizes = (("nf4", "bf16", "fp32"), small) if args.shape == "tiny" else (("nf4", "bf16"), large)
+    weights = compare_weights(args.shape, formats, device, *sizes, 8, args.tokens, args.rounds)
+    print(f"\nweights of the frozen base ({sizes[0]} px)")
     for name, value in weights.items():
         print(f"  {name:<14} {value:7.3f} s")
     if args.out:

@@ -23,9 +23,9 @@ from ..config import Settings, make_settings
 from ..data import load_data
 from ..evaluation import policy_image
 from ..grpo import new_optimizer, roll_out, update
-from ..running.memory import device_name, peak_memory
 from ..policy import instruction, load_policy
 from ..reward import score_group
+from ..running.memory import device_name, peak_memory
 from ..segmenter import load_segmenter
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)

@@ -31,8 +31,8 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from ..attention import IMPLEMENTATION
 from ..config import Settings
-from ..grpo import Rollout, new_optimizer, update
-from ..policy import TINY, Completion, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
+from ..grpo import full_rollouts, new_optimizer, update
+from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
 from ..segmenter import SAM_FILES, Segmenter, is_small, random_sam
 from ..tokens import FP32_SUMS
 
@@ -62,6 +62,17 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
         tie_word_embeddings=shape == "3b", image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
     )
+
+
+def empty_base(config: Qwen2_5_VLConfig, load_in: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """A model of that shape in the classes of a real load in `load_in`, its weights on the meta device."""
+    with init_empty_weights():
+        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION, dtype=dtype)
+    if load_in == "nf4":
+        plan = four_bits(dtype)
+        replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
+        base.is_loaded_in_4bit = True  # so PEFT wraps these layers as it does after from_pretrained
+    return base
 
 
 GIB = 2**30
@@ -209,12 +220,8 @@ def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, count
     bitsandbytes' Params4bit cannot hold a fake tensor: a plain parameter stands in, with the packed weight and the
     statistics that the library's own quantisation gives for a fake weight. All that reads it is the library's code.
     """
+    base = empty_base(config, s.load_in, dtype)
     with init_empty_weights():
-        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION, dtype=dtype)
-        if s.load_in == "nf4":
-            plan = four_bits(dtype)
-            replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
-            base.is_loaded_in_4bit = True  # what PEFT goes by
         policy = add_adapter(base, AutoProcessor.from_pretrained(TINY), s.rank, checkpointing=s.checkpointing)
     with counter:
         for module in policy.model.modules():
@@ -282,16 +289,14 @@ def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: 
     return {"prefill": laps[1], "first": laps[2], "last": laps[-1] | {"over": max(lap["over"] for lap in laps[3:])}}
 
 
-def together(s: Settings) -> int:
+def questions_per_forward(s: Settings) -> int:
     """Questions in one forward of an update."""
     return min(s.micro, max(1, s.questions // s.updates))
 
 
 def count_update(policy: Policy, optimizer, prompts: list[Prompt], s: Settings, counter: Counter) -> dict:
     """A lap of one forward and backward of an update, with its reference pass; G answers of full length a question."""
-    ids, logps = torch.full((s.max_new_tokens,), 300), torch.zeros(s.max_new_tokens)
-    answers = [Completion(ids, logps, False, "") for _ in range(s.group)]
-    rollouts = [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group)) for p in prompts[: together(s)]]
+    rollouts = full_rollouts(policy, prompts[: questions_per_forward(s)], s)
     counter.lap()
     update(policy, optimizer, rollouts, replace(s, updates=1, passes=1), 0)
     return counter.lap()
@@ -340,9 +345,9 @@ def grow(found, one, two, layers: int):
 def counts(config: Qwen2_5_VLConfig, s: Settings, sizes: tuple, whole: bool) -> dict:
     """As `count`; updates of other sizes, and without `whole` everything, from models of one and of two layers."""
     def cut(layers: int, blocks: int) -> Qwen2_5_VLConfig:
-        part = copy.deepcopy(config)
-        part.text_config.num_hidden_layers, part.vision_config.depth = layers, blocks
-        return part
+        shallow = copy.deepcopy(config)
+        shallow.text_config.num_hidden_layers, shallow.vision_config.depth = layers, blocks
+        return shallow
 
     layers, blocks, tiny = config.text_config.num_hidden_layers, config.vision_config.depth, replace(s, sam="tiny")
     one, two = (count(*build(cut(n, 1), tiny), tiny, sizes) for n in (1, 2))
@@ -382,7 +387,7 @@ def step_seconds(found: dict, s: Settings, card: str, length: int) -> dict:
     return {
         "rollout": s.questions * seconds(found["encode"], card) + seconds(found["prefill"], card) + sampling,
         "reward": s.questions * seconds(found["reward"], card),
-        "update": s.passes * s.questions / together(s) * seconds(found["updates"][s.group, length], card),
+        "update": s.passes * s.questions / questions_per_forward(s) * seconds(found["updates"][s.group, length], card),
     }
 
 
@@ -400,7 +405,7 @@ def forecast(config: Qwen2_5_VLConfig, s: Settings) -> dict:
         "update_peak_gib_by_size": {f"{g} x {n}": by_size[g, n] for g, n in GRID},
         "prompt_tokens": found["prompt_tokens"],
         "decode_bytes_per_token": (found["first"]["moved"] + found["last"]["moved"]) // 2,
-        "update_flops": found["update"]["flops"] // together(s), "seconds_per_step": step,
+        "update_flops": found["update"]["flops"] // questions_per_forward(s), "seconds_per_step": step,
         "hours": {card: {n: hours(times[n], 3000, s) for n in ("128", "512")} for card, times in step.items()},
     }
 

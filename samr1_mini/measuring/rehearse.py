@@ -1,12 +1,11 @@
 """Will it fit, and how long will it take? `python train.py --preset 7b --rehearse 3` finds out before anything is
 downloaded.
 
-First the forecast, on any machine: memory and hours counted at the true shape, on tensors without numbers
-(forecast.py). Then the measurement. On a GPU: the true shape with random weights, full steps on drawn pictures of the
-preset's size with the longest allowed answers (rollout, reward, updates, evaluation of one picture), with the forecast
-beside each figure. Without a GPU: a small shape, to see the same table; its memory is held against its own forecast,
-its seconds say nothing about a GPU. What an answer says matters neither for memory nor for time, so SAM gets
-well-formed answers with the most points, and rewards are drawn.
+First the forecast (forecast.py), on any machine. Then the measurement. On a GPU: the true shape with random weights,
+full steps on drawn pictures of the preset's size with the longest allowed answers (rollout, reward, updates, evaluation
+of one picture), with the forecast beside each figure. Without a GPU: a small shape, to see the same table; its memory
+is held against its own forecast, its seconds say nothing about a GPU. What an answer says matters neither for memory
+nor for time, so SAM gets well-formed answers with the most points, and rewards are drawn.
 """
 
 import gc
@@ -17,69 +16,43 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
 from segment_anything import SamPredictor
 from tqdm import tqdm
-from transformers import (
-    AutoProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers import AutoProcessor, Qwen2_5_VLConfig
 
-from ..attention import IMPLEMENTATION
 from ..config import Settings, UserError, check_size
-from ..tiny.shapes import Shapes
 from ..evaluation import evaluate
-from .forecast import (
-    GIB,
-    GRID,
-    SHAPES,
-    Counter,
-    beside,
-    build,
-    count,
-    forecast,
-    forecast_lines,
-    known_card,
-    peaks,
-    shape_config,
-)
-from ..grpo import Rollout, advantages, new_optimizer, read_questions, sample_in_turn, update
-from ..running.memory import compute_dtype, peak_memory
-from ..policy import TINY, Completion, Policy, Prompt, add_adapter, four_bits
+from ..grpo import Rollout, advantages, full_rollouts, new_optimizer, read_questions, sample_in_turn, update
+from ..policy import TINY, Policy, Prompt, add_adapter
 from ..reward import score_group
-from ..segmenter import Segmenter, load_segmenter, random_sam
+from ..running.memory import compute_dtype, peak_memory
+from ..segmenter import Segmenter, random_sam
+from ..tiny.shapes import Shapes
+from .forecast import (GIB, GRID, SHAPES, Counter, beside, build, count, empty_base, forecast, forecast_lines,
+                       known_card, peaks, sam_kind, shape_config)
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
-    """A policy of this shape with random weights, each made, and quantised, by itself on `device`, in the classes of a
-    real load."""
+    """A policy of this shape in the classes of a real load, each weight drawn, and quantised, by itself on `device`."""
     dtype = compute_dtype(load_in, device)
-    with init_empty_weights():
-        base = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION)
-    if load_in == "nf4":
-        plan = four_bits(dtype)
-        replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
-        base.is_loaded_in_4bit = True  # so PEFT wraps these layers as it does after from_pretrained
-    make = lambda shape: torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
+    base = empty_base(config, load_in, dtype)
     for module in list(base.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            norm = name == "weight" and parameter.ndim == 1
-            value = torch.ones(parameter.shape, dtype=dtype, device=device) if norm else make(parameter.shape)
-            if isinstance(parameter, Params4bit):
-                four = Params4bit(value, requires_grad=False, **parameter.__dict__)
-                setattr(module, name, four.to(device))  # this quantises
+        for name, empty in list(module.named_parameters(recurse=False)):
+            value = torch.ones(empty.shape, dtype=dtype, device=device)
+            if name != "weight" or empty.ndim > 1:  # else it is a norm's
+                value.normal_(std=0.02)
+            if isinstance(empty, Params4bit):
+                drawn = Params4bit(value, requires_grad=False, **empty.__dict__).to(device)  # this quantises
             else:
-                setattr(module, name, torch.nn.Parameter(value))
+                drawn = torch.nn.Parameter(value)
+            setattr(module, name, drawn)
     base.tie_weights()
     return add_adapter(base.to(device), AutoProcessor.from_pretrained(TINY), rank, checkpointing=checkpointing)
 
 
 class Meter:
-    """Seconds by phase, and peak GiB of tensors in it: as CUDA counts them on a GPU, else by the counter of the
-    forecast."""
+    """Seconds by phase, and peak GiB of tensors in it: as CUDA counts them, else by the counter of the forecast."""
 
     def __init__(self, device: str):
         self.cuda, self.seconds, self.peak, self.phase, self.counter = device == "cuda", {}, {}, "", Counter()
@@ -113,8 +86,8 @@ def one_step(
     def reward():
         size = policy.frame(s.image_size)
         third, middle = size // 3, size // 2
-        said = {"bbox": [third, third, 2 * third, 2 * third], "points": [[middle, middle, 1]] * s.max_points}
-        texts = [f"<think>.</think><answer>{json.dumps(said)}</answer>"] * s.group
+        answer = {"bbox": [third, third, 2 * third, 2 * third], "points": [[middle, middle, 1]] * s.max_points}
+        texts = [f"<think>.</think><answer>{json.dumps(answer)}</answer>"] * s.group
         return [score_group(segmenter, x, texts, size, s.accuracy, max_points=s.max_points) for x in samples]
 
     prompts, groups = meter("rollout", rollout)
@@ -127,14 +100,11 @@ def one_step(
 
 
 def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: int, length: int) -> float | None:
-    """Peak GiB of an update with one question at a time, `group` answers of `length` tokens; None where memory runs
-    out."""
-    ids = [torch.randint(300, 1000, (length,), device=policy.device) for _ in range(group)]
-    answers = [Completion(i, torch.full((length,), -5.0, device=policy.device), False, "") for i in ids]
+    """Peak GiB of an update of one question with `group` answers of `length` tokens; None where memory runs out."""
+    one = replace(s, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
     try:
         torch.cuda.reset_peak_memory_stats()
-        rollout = Rollout(None, prompt, answers, [], torch.linspace(-1, 1, group))
-        update(policy, optimizer, [rollout], replace(s, updates=1, passes=1, micro=1), 0)
+        update(policy, optimizer, full_rollouts(policy, [prompt], one), one, 0)
         return peak_memory("cuda")
     except torch.OutOfMemoryError:
         return None
@@ -144,8 +114,7 @@ def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: i
 
 
 def rehearse(s: Settings) -> dict:
-    """Run `s.rehearse` full steps, print the table and write it to rehearsal.json in the run's folder, if one was
-    named; returns it."""
+    """Run `s.rehearse` full steps, print the table, write it to the run's folder if one was named, and return it."""
     cuda = s.device == "cuda"
     shape = s.preset if s.preset in SHAPES else "small"
     if cuda and shape == "small":
@@ -166,9 +135,9 @@ def rehearse(s: Settings) -> dict:
     meter, data = Meter(s.device), Shapes("train", s.questions)
 
     def load():
-        random = lambda: Segmenter(SamPredictor(random_sam(s.sam).to(s.device).requires_grad_(False)))
-        sam = load_segmenter("tiny") if s.sam == "tiny" else random()
-        return random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing), sam
+        sam = random_sam(sam_kind(s)).to(s.device).requires_grad_(False)
+        policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
+        return policy, Segmenter(SamPredictor(sam))
 
     try:
         policy, segmenter = meter("load", load)
@@ -192,14 +161,12 @@ def rehearse(s: Settings) -> dict:
     if not cuda:  # the same phases of the same small model, counted as above
         table["forecast_of_small"] = peaks(count(*build(shape_config(shape), s, torch.float32), s))
     print(f"\n{table['device']}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of "
-          f"{s.max_new_tokens} tokens, "
-          f"prompts of {len(prompt.ids)} tokens")
+          f"{s.max_new_tokens} tokens, prompts of {len(prompt.ids)} tokens")
     print(*beside(mean, meter.peak, table["forecast" if cuda else "forecast_of_small"], times), sep="\n")
     print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
     if cuda:
-        table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600
+        hours = table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600
         table["update_peak_gib"] = {f"{g} x {n}": update_peak(policy, optimizer, prompt, s, g, n) for g, n in GRID}
-        hours = table["hours_for_3000_samples"]
         print(f"training on 3,000 samples: about {hours:.1f} hours with answers of this length")
         for what, peak in table["update_peak_gib"].items():
             print(f"update with {what} tokens: " + (f"{peak:.1f} GiB" if peak else "does not fit"))

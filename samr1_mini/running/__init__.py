@@ -1,2 +1,1 @@
-"""Around a run: its folder, what it needs and tells, the machine, several processes. Open it when a run stops, waits
-or fills memory."""
+"""Around a run: its folder, what it loads and tells, memory, processes. Open it when a run stops or fills memory."""

@@ -13,9 +13,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..config import Settings, UserError
 from ..data import open_data
-from ..policy import Policy, check_policy, load_policy
 from ..data.public import PICTURES
+from ..policy import Policy, check_policy, load_policy
 from ..segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
+from .processes import is_first
 
 
 def open_sets(s: Settings) -> list:
@@ -32,8 +33,7 @@ def open_sets(s: Settings) -> list:
 
 
 def hub_bytes(name: str) -> int:
-    """Bytes of a model that the hub would have to send; 0 for a folder, or if the hub cannot be asked: loading will
-    tell."""
+    """Bytes of a model that the hub would have to send; 0 for a folder, or where the hub cannot be asked."""
     if name == "tiny" or Path(name).is_dir():
         return 0
     try:
@@ -70,20 +70,18 @@ def check_room(s: Settings, sets: list) -> None:
 def load_parts(
     s: Settings, sets: list, adapter: str | None = None, missing: Sequence[str] = ()
 ) -> tuple[Policy, Segmenter]:
-    """Policy and segmenter, and what the sets have yet to fetch. Cheap mistakes are found before anything is
-    downloaded."""
-    processes = PartialState()
+    """Policy and segmenter, the sets fetched. Cheap mistakes are found before anything is downloaded."""
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam)
-    if processes.is_main_process:  # what has to be downloaded is downloaded once
+    if is_first():  # what has to be downloaded is downloaded once
         check_room(s, sets)
         for one in sets:
             one.fetch(missing)
     missing = broadcast_object_list([[one.missing for one in sets]])[0]  # so that all hold the same samples
-    if not processes.is_main_process:
+    if not is_first():
         for one, gone in zip(sets, missing):
             one.fetch(gone)
-    with processes.main_process_first():
+    with PartialState().main_process_first():
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         torch.manual_seed(s.seed)  # a new adapter is drawn
         policy = load_policy(s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates)

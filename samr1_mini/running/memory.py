@@ -51,8 +51,7 @@ def free_memory(s: Settings) -> float:
 
 
 def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
-    """Bytes that sampling answers of full length to one question takes at its peak: reading the prompt, or the last
-    token."""
+    """Bytes that sampling full answers to one question takes at its peak: reading the prompt, or the last token."""
     text, size = model.config.text_config, model.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer

@@ -1,5 +1,4 @@
-"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each takes its share of the questions; the first
-writes."""
+"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each has its share of questions; the first writes."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,9 +15,13 @@ def join(device: str) -> PartialState:
     return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return PartialState().is_main_process
+
+
 def together(work: Callable):
-    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: they would wait for it
-    for ever."""
+    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: they would wait for it."""
     result = full = None
     try:
         result = work()
@@ -38,13 +41,14 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     if PartialState().num_processes > 1:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
-        for p, part in zip(parameters, total.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
+        for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
+            p.grad = gradient.view_as(p)
 
 
 def average(line: dict) -> dict:
-    """What each process logged of a step -> one line: means, and the extremes of what ends in _min or _max."""
+    """What each process logged of a step -> one line: means, and the extremes of what ends in _min or _max. What one
+    did not log is a sum that it never began: 0 there."""
     lines = gather_object([line])
-    every = {name: [one[name] for one in lines] for name in line}
-    whole = {"_min": min, "_max": max}
-    return {name: whole.get(name[-4:], lambda v: sum(v) / len(v))(values) for name, values in every.items()}
+    values = {name: [one[name] for one in lines if name in one] for one in lines for name in one}
+    mean = lambda numbers: sum(numbers) / len(lines)
+    return {name: {"_min": min, "_max": max}.get(name[-4:], mean)(numbers) for name, numbers in values.items()}

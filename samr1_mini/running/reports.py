@@ -1,18 +1,17 @@
-"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, curves, the
-summary."""
+"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, the summary."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 
 from ..config import Settings
 from ..evaluation import Report, before_after, evaluate, shown
 from ..plots import curves, sample_sheet
 from ..policy import Policy
 from ..segmenter import Segmenter
+from .processes import is_first
 from .runs import read_log, write_json
 
 
@@ -60,10 +59,9 @@ def score_base(
     """The base on the test set and what true boxes would reach there, kept in base.json for a run that is resumed."""
     if resumed and (folder / "base.json").exists():
         return json.loads((folder / "base.json").read_text())
-    first = PartialState().is_main_process
-    report = evaluate(policy, segmenter, test, s, "base" * first, with_ceiling=True)
+    report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)
     base = report.summary() | {"ceiling": report.ceiling}
-    if first:
+    if is_first():
         write_json(folder / "base.json", base)
     if s.eval_every:
         validate(policy, segmenter, validation, s, folder, 0)
@@ -73,7 +71,7 @@ def score_base(
 def validate(policy: Policy, segmenter: Segmenter, validation, s: Settings, folder: Path, step: int) -> dict:
     """A look at the validation set after `step` steps: figures for the log, and a sheet of answers."""
     report = evaluate(policy, segmenter, validation, s)
-    if PartialState().is_main_process:
+    if is_first():
         title = f"Validation after {step} steps" if step else "Validation before training"
         write_sheet(folder / f"sheet-{step:05d}.png", policy, segmenter, validation, report, s, title)
     return {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
@@ -91,14 +89,13 @@ def summarise(
     policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, steps: int, spent: Callable
 ) -> dict:
     """The trained policy on the test set, the curves, and the table that is printed; returns summary.json's content."""
-    first = PartialState().is_main_process
-    report = evaluate(policy, segmenter, test, s, "trained" * first)
+    report = evaluate(policy, segmenter, test, s, "trained")
     summary = {
         "samples": steps * s.questions, "seed": s.seed, "seconds": spent(),
         "base": {k: v for k, v in base.items() if k != "ceiling"},
         "trained": report.summary(), "ceiling": base["ceiling"],
     }
-    if first:
+    if is_first():
         write_json(folder / "summary.json", summary)
         title = "Held-out test scenes after training"
         write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, title)

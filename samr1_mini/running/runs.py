@@ -115,16 +115,16 @@ def stop_on_signals():
     once. SIGTERM raises Terminated: whoever sends it seldom waits for a step."""
     stop = threading.Event()
 
-    def asked(*_):
+    def finish_step(*_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stop.set()
         tqdm.write("stopping after this step (Ctrl-C again: at once)")
 
-    def told(*_):
+    def end_at_once(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: saving must not be cut off by a second one
         raise Terminated
 
-    handlers = {signal.SIGINT: asked, signal.SIGTERM: told}
+    handlers = {signal.SIGINT: finish_step, signal.SIGTERM: end_at_once}
     before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
     try:
         yield stop
