@@ -33,7 +33,7 @@ from samr1_mini.grpo import (
     update,
 )
 from samr1_mini.policy import TINY, load_policy, logprobs
-from samr1_mini.running import loading
+from samr1_mini.running import loading, runs
 from samr1_mini.running.memory import questions_per_batch
 from samr1_mini.running.reports import first_look
 from samr1_mini.running.runs import open_run
@@ -409,8 +409,8 @@ def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before
 
 
 def test_a_state_is_saved_every_so_many_minutes_too(settings, tmp_path, monkeypatch):
-    saved, real = [], grpo.save_state
-    monkeypatch.setattr(grpo, "save_state", lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
+    saved, real = [], runs.save_state
+    monkeypatch.setattr(runs, "save_state", lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
     train(replace(settings, samples=12, save_minutes=1e-9))
     often, saved[:] = list(saved), []
     train(replace(settings, samples=12, save_minutes=60.0, run=str(tmp_path / "other")))

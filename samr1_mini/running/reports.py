@@ -1,7 +1,6 @@
 """What a run tells on its way: a first look at the base, scores and sheets on held-out questions, the summary."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from ..plots import curves, sample_sheet
 from ..policy import Policy
 from ..segmenter import Segmenter
 from .processes import is_first
-from .runs import read_log, write_json
+from .runs import Run, read_log, write_json
 
 
 def describe(rollouts: list) -> dict:
@@ -47,12 +46,6 @@ def first_look(rollouts: list, s: Settings) -> str:
     return line
 
 
-def time_left(seconds: list[float], steps: int) -> str:
-    """A line about a run of `steps` steps from the `seconds` of those done, two at least: the first warms up."""
-    step = sum(seconds[1:]) / (len(seconds) - 1)
-    return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
-
-
 def score_base(
     policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool
 ) -> dict:
@@ -85,13 +78,11 @@ def write_sheet(
     sample_sheet(path, shown(segmenter, data, report.rows[:12], s, frame), frame, title)
 
 
-def summarise(
-    policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, steps: int, spent: Callable
-) -> dict:
+def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, run: Run) -> dict:
     """The trained policy on the test set, the curves, and the table that is printed; returns summary.json's content."""
     report = evaluate(policy, segmenter, test, s, "trained")
     summary = {
-        "samples": steps * s.questions, "seed": s.seed, "seconds": spent(),
+        "samples": run.total * s.questions, "seed": s.seed, "seconds": run.seconds(),
         "base": {k: v for k, v in base.items() if k != "ceiling"},
         "trained": report.summary(), "ceiling": base["ceiling"],
     }
