@@ -28,7 +28,7 @@ from .reward import Reward, score_group
 from .running.loading import load_parts, open_sets
 from .running.memory import free_memory, peak_memory, questions_per_batch
 from .running.processes import add_up_gradients, average, is_first, join, together
-from .running.reports import describe, first_look, score_base, summarise, validate
+from .running.reports import describe, first_answers, first_look, score_base, summarise, validate
 from .running.runs import Run, known_missing, open_run
 from .segmenter import Segmenter
 
@@ -256,8 +256,9 @@ def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> No
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> dict:
-    """Step number `step`, from 0, each process on its share of the questions. Returns what to log."""
+def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> tuple[dict, list[dict]]:
+    """Step number `step`, from 0, each process on its share of the questions. Returns what to log, and one of the
+    sampled answers to each question."""
     processes = PartialState()
     share = slice(processes.process_index, None, processes.num_processes)
     torch.manual_seed(s.seed * 10**6 + step)  # a step's draws depend on its number alone: a resumed run repeats them
@@ -267,7 +268,7 @@ def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings,
     learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
     line = average({**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)})
     tokens = line["length"] * s.questions * s.group
-    return {"step": step + 1, **line, "tokens_per_second": tokens / line["seconds_rollout"]}
+    return {"step": step + 1, **line, "tokens_per_second": tokens / line["seconds_rollout"]}, first_answers(rollouts)
 
 
 def before_training(policy: Policy, segmenter: Segmenter, data, s: Settings, begins: bool) -> None:
@@ -300,10 +301,10 @@ def train(s: Settings) -> dict:
     base = score_base(policy, segmenter, validation, test, s, folder, resumed=run.start > 0)
     with run.saved_whatever_happens():
         for step in run.steps():
-            line = one_step(policy, segmenter, optimizer, data, s, step)
+            line, answers = one_step(policy, segmenter, optimizer, data, s, step)
             due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
             if due:
                 line |= validate(policy, segmenter, validation, s, folder, step + 1)
-            run.keep(line, due)
+            run.keep(line, answers, due)
     run.finish()
     return summarise(policy, segmenter, test, s, folder, base, run)

@@ -30,6 +30,15 @@ def describe(rollouts: list) -> dict:
     }
 
 
+def first_answers(rollouts: list) -> list[dict]:
+    """The first sampled answer to each question, for answers.jsonl: what a policy comes to do shows there first."""
+    return [
+        {"id": x.sample.id, "kind": x.sample.kind, "question": x.sample.question, "text": x.answers[0].text,
+         "tokens": len(x.answers[0].ids), "reward": x.rewards[0].total, "iou": round(x.rewards[0].iou, 3)}
+        for x in rollouts
+    ]
+
+
 def first_look(rollouts: list, s: Settings) -> str:
     """One line on a few sampled answers of the base, with a warning where nothing could be learnt from such answers."""
     answers, rewards = [a for x in rollouts for a in x.answers], [r for x in rollouts for r in x.rewards]
@@ -55,7 +64,7 @@ def score_base(
     report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)
     base = report.summary() | {"ceiling": report.ceiling}
     if is_first():
-        write_json(folder / "base.json", base)
+        write_json(folder / "base.json", base), write_json(folder / "test-base.json", report.each())
     if s.eval_every:
         validate(policy, segmenter, validation, s, folder, 0)
     return base
@@ -87,7 +96,7 @@ def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: P
         "trained": report.summary(), "ceiling": base["ceiling"],
     }
     if is_first():
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary), write_json(folder / "test-trained.json", report.each())
         title = "Held-out test scenes after training"
         write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, title)
         curves(folder / "curves.png", read_log(folder), summary)

@@ -105,10 +105,10 @@ def write_json(path: Path, value) -> None:
     new.replace(path)
 
 
-def read_log(folder: Path, steps: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, or of its first `steps` steps (a line that was cut off is beyond them)."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[:steps]]
+def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
+    """The lines of metrics.jsonl (or answers.jsonl), or its first `count` (a line that was cut off is beyond them)."""
+    file = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()[:count]] if file.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------- signals
@@ -157,8 +157,9 @@ class Run:
         self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
         self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()
         if is_first():
-            kept = read_log(folder, self.start) if self.start else []
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            for name, a_step in (("metrics", 1), ("answers", s.questions)):  # what a cut-off step wrote goes
+                kept = read_log(folder, self.start * a_step, name) if self.start else []
+                (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
             write_json(folder / "samples.json", sets[0].ids)  # which questions this run drew
             if gone := sorted({name for one in sets for name in one.missing}):
                 write_json(folder / "missing.json", gone)
@@ -173,12 +174,15 @@ class Run:
                         disable=not is_first())
         yield from self.bar
 
-    def keep(self, line: dict, due: bool) -> None:
-        """Log a step that is done; save where that is `due`, where it is time to, and where Ctrl-C ends the program."""
+    def keep(self, line: dict, answers: list[dict], due: bool) -> None:
+        """Log a step that is done, and some of its `answers`; save where that is `due`, where it is time to, and where
+        Ctrl-C ends the program."""
         stopped, first, step = any(gather_object([self.stop.is_set()])), is_first(), line["step"]
+        answers = gather_object(answers)
         if first:
-            with (self.folder / "metrics.jsonl").open("a") as out:
-                out.write(json.dumps(line) + "\n")
+            for name, lines in (("metrics", [line]), ("answers", [{"step": step} | one for one in answers])):
+                with (self.folder / f"{name}.jsonl").open("a") as out:
+                    out.write("".join(json.dumps(one) + "\n" for one in lines))
         self.state = take_state(self.policy, self.optimizer, step, self.seconds())
         if first and (due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes):
             save_state(self.folder, self.policy, self.state)
