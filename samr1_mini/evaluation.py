@@ -84,6 +84,14 @@ class Report:
             "by_kind": {kind: scores([r for r in rows if r.kind == kind]) for kind in kinds},
         }
 
+    def each(self) -> list[dict]:
+        """Every question's own figures and answer, so that two runs can be compared question by question."""
+        return [
+            {"id": r.id, "kind": r.kind, "iou": round(iou(*r.strict), 4), "iou_lenient": round(r.iou, 4),
+             "box_iou": round(r.box_iou, 4), "text": r.text}
+            for r in self.rows
+        ]
+
     @property
     def ceiling(self) -> dict:
         """What the frozen SAM makes of the true boxes, the best that boxes without points could reach, from the same

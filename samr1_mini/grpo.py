@@ -11,18 +11,16 @@ ratio moves, and the clip begins to matter, from the second update of a batch on
 Shapes: B questions, G answers a question, S all answer tokens of a batch, answer after answer.
 """
 
-import json
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from .config import Settings, Terminated, UserError
+from .config import Settings, UserError
 from .data import Sample
 from .evaluation import policy_image
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
@@ -30,9 +28,8 @@ from .reward import Reward, score_group
 from .running.loading import load_parts, open_sets
 from .running.memory import free_memory, peak_memory, questions_per_batch
 from .running.processes import add_up_gradients, average, is_first, join, together
-from .running.reports import describe, first_look, score_base, summarise, time_left, validate
-from .running.runs import (load_state, open_run, put_state, read_log, resume_command, save_state, stop_on_signals,
-                           take_state, write_json)
+from .running.reports import describe, first_answers, first_look, score_base, summarise, validate
+from .running.runs import Run, known_missing, open_run
 from .segmenter import Segmenter
 
 # ---------------------------------------------------------------------------------------------------- the equations
@@ -259,8 +256,9 @@ def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> No
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> dict:
-    """Step number `step`, from 0, each process on its share of the questions. Returns what to log."""
+def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> tuple[dict, list[dict]]:
+    """Step number `step`, from 0, each process on its share of the questions. Returns what to log, and one of the
+    sampled answers to each question."""
     processes = PartialState()
     share = slice(processes.process_index, None, processes.num_processes)
     torch.manual_seed(s.seed * 10**6 + step)  # a step's draws depend on its number alone: a resumed run repeats them
@@ -270,7 +268,19 @@ def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings,
     learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
     line = average({**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)})
     tokens = line["length"] * s.questions * s.group
-    return {"step": step + 1, **line, "tokens_per_second": tokens / line["seconds_rollout"]}
+    return {"step": step + 1, **line, "tokens_per_second": tokens / line["seconds_rollout"]}, first_answers(rollouts)
+
+
+def before_training(policy: Policy, segmenter: Segmenter, data, s: Settings, begins: bool) -> None:
+    """On a GPU the largest update is tried, and a run that begins says what the base's answers are like."""
+    if s.device == "cuda":
+        together(lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s))
+    if begins:
+        few = [data[i] for i in range(min(4, len(data)))]
+        chance = torch.rand(len(few), s.group, s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed))
+        rollouts, _ = together(lambda: roll_out(policy, segmenter, few, s, chance))
+        if is_first():
+            print(first_look(rollouts, s), flush=True)
 
 
 def train(s: Settings) -> dict:
@@ -280,68 +290,21 @@ def train(s: Settings) -> dict:
     up; the first process writes.
     """
     begun, count = time.perf_counter(), join(s.device).num_processes
-    first = is_first()
     if count > 1 and s.questions % (s.updates * count):
         raise UserError(f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}")
-    folder = broadcast_object_list([open_run(s) if first else None])[0]
+    folder = broadcast_object_list([open_run(s) if is_first() else None])[0]
     data, validation, test = sets = open_sets(s)
-    missing = folder / "missing.json"  # pictures that could not be had, others in their places: never asked for again
-    known = json.loads(missing.read_text()) if s.resume and missing.exists() else []
-    policy, segmenter = load_parts(s, sets, missing=known)
+    policy, segmenter = load_parts(s, sets, missing=known_missing(folder) if s.resume else [])
     optimizer = new_optimizer(policy, s)
-    start, earlier = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
-    spent = lambda: round(earlier + time.perf_counter() - begun, 1)
-    steps, log_file = len(data) // s.questions, folder / "metrics.jsonl"
-    if first:
-        kept = read_log(folder, start) if start else []
-        log_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        write_json(folder / "samples.json", data.ids)  # which questions this run drew
-        if gone := sorted({name for one in sets for name in one.missing}):
-            write_json(missing, gone)
-    if s.device == "cuda":
-        together(lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s))
-    if not start:
-        few = [data[i] for i in range(min(4, len(data)))]
-        chance = torch.rand(len(few), s.group, s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed))
-        rollouts, _ = together(lambda: roll_out(policy, segmenter, few, s, chance))
-        if first:
-            print(first_look(rollouts, s), flush=True)
-    base = score_base(policy, segmenter, validation, test, s, folder, resumed=start > 0)
-    state, saved, taken = take_state(policy, optimizer, start, spent()), time.perf_counter(), []
-    with stop_on_signals() as stop:
-        try:
-            bar = tqdm(range(start, steps), "train", steps, initial=start, dynamic_ncols=True, disable=not first)
-            for step in bar:
-                line = one_step(policy, segmenter, optimizer, data, s, step)
-                due = s.eval_every and (step + 1) % s.eval_every == 0
-                if due:
-                    line |= validate(policy, segmenter, validation, s, folder, step + 1)
-                stopped = any(gather_object([stop.is_set()]))
-                if first:
-                    with log_file.open("a") as out:
-                        out.write(json.dumps(line) + "\n")
-                state = take_state(policy, optimizer, step + 1, spent())
-                if first and (due or stopped or time.perf_counter() - saved > 60 * s.save_minutes):
-                    save_state(folder, policy, state)
-                    saved = time.perf_counter()
-                taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
-                if first and len(taken) == 10:
-                    tqdm.write(time_left(taken, steps - start))
-                bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", "iou", "segmentation_format")})
-                if stopped:
-                    bar.close()
-                    if first:
-                        print(f"stopped after step {step + 1}; go on with:\n  {resume_command(folder, s)}")
-                    sys.exit(130)
-        except (torch.OutOfMemoryError, Terminated, UserError, OSError, KeyboardInterrupt) as error:
-            put_state(policy, optimizer, state)  # a step that was cut off is done again by --resume
-            if first and save_state(folder, policy, state):
-                print(f"step {state['step']} is saved; go on with:\n  {resume_command(folder, s)}", flush=True)
-            if isinstance(error, OSError):  # the log's disk is full
-                raise UserError(f"{folder}: {error}") from None
-            raise
-    if all(not p.any() for n, p in policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
-        raise UserError("the adapter never changed: each group's answers all got the same reward (see zero_variance)")
-    if first and not save_state(folder, policy, state):
-        raise UserError(f"{folder}: the last steps are not saved; make room there, then {resume_command(folder, s)}")
-    return summarise(policy, segmenter, test, s, folder, base, steps, spent)
+    run = Run(folder, s, policy, optimizer, sets, begun)
+    before_training(policy, segmenter, data, s, begins=run.start == 0)
+    base = score_base(policy, segmenter, validation, test, s, folder, resumed=run.start > 0)
+    with run.saved_whatever_happens():
+        for step in run.steps():
+            line, answers = one_step(policy, segmenter, optimizer, data, s, step)
+            due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
+            if due:
+                line |= validate(policy, segmenter, validation, s, folder, step + 1)
+            run.keep(line, answers, due)
+    run.finish()
+    return summarise(policy, segmenter, test, s, folder, base, run)

@@ -28,7 +28,7 @@ from samr1_mini.measuring.forecast import (
 )
 from samr1_mini.measuring.rehearse import random_policy
 from samr1_mini.policy import load_policy
-from samr1_mini.running.reports import time_left
+from samr1_mini.running.runs import time_left
 from samr1_mini.segmenter import load_segmenter
 
 

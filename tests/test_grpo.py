@@ -33,7 +33,7 @@ from samr1_mini.grpo import (
     update,
 )
 from samr1_mini.policy import TINY, load_policy, logprobs
-from samr1_mini.running import loading
+from samr1_mini.running import loading, runs
 from samr1_mini.running.memory import questions_per_batch
 from samr1_mini.running.reports import first_look
 from samr1_mini.running.runs import open_run
@@ -278,6 +278,12 @@ def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
     assert set(summary) >= {"samples", "seed", "seconds", "base", "trained", "ceiling"} and summary["samples"] == 8
     assert {"gIoU", "gIoU_lenient", "cIoU", "format"} <= set(summary["base"]) & set(summary["trained"])
     assert summary["ceiling"]["gIoU"] > 0.8
+    for when in ("base", "trained"):
+        each = json.loads((folder / f"test-{when}.json").read_text())
+        assert len(each) == s.test_samples and np.mean([one["iou"] for one in each]) == pytest.approx(summary[when]["gIoU"], abs=1e-4)
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in answers] == json.loads((folder / "samples.json").read_text())
+    assert [one["step"] for one in answers] == [1] * s.questions + [2] * s.questions and all(one["text"] for one in answers)
     adapter = PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), folder / "adapter")
     assert any(p.any() for n, p in adapter.named_parameters() if "lora_B" in n), "the adapter did not change"
 
@@ -285,7 +291,7 @@ def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
 def same_runs(a, b):
     one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (a, b))
     skip = {"seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second", "peak_memory_gib"}
-    assert len(one) == len(two)
+    assert len(one) == len(two) and (a / "answers.jsonl").read_text() == (b / "answers.jsonl").read_text()
     for x, y in zip(one, two):
         assert {k: v for k, v in x.items() if k not in skip} == {k: v for k, v in y.items() if k not in skip}
     states = [torch.load(f / "state.pt", weights_only=True) for f in (a, b)]
@@ -409,8 +415,8 @@ def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before
 
 
 def test_a_state_is_saved_every_so_many_minutes_too(settings, tmp_path, monkeypatch):
-    saved, real = [], grpo.save_state
-    monkeypatch.setattr(grpo, "save_state", lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
+    saved, real = [], runs.save_state
+    monkeypatch.setattr(runs, "save_state", lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
     train(replace(settings, samples=12, save_minutes=1e-9))
     often, saved[:] = list(saved), []
     train(replace(settings, samples=12, save_minutes=60.0, run=str(tmp_path / "other")))

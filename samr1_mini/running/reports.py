@@ -1,7 +1,6 @@
 """What a run tells on its way: a first look at the base, scores and sheets on held-out questions, the summary."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from ..plots import curves, sample_sheet
 from ..policy import Policy
 from ..segmenter import Segmenter
 from .processes import is_first
-from .runs import read_log, write_json
+from .runs import Run, read_log, write_json
 
 
 def describe(rollouts: list) -> dict:
@@ -31,6 +30,15 @@ def describe(rollouts: list) -> dict:
     }
 
 
+def first_answers(rollouts: list) -> list[dict]:
+    """The first sampled answer to each question, for answers.jsonl: what a policy comes to do shows there first."""
+    return [
+        {"id": x.sample.id, "kind": x.sample.kind, "question": x.sample.question, "text": x.answers[0].text,
+         "tokens": len(x.answers[0].ids), "reward": x.rewards[0].total, "iou": round(x.rewards[0].iou, 3)}
+        for x in rollouts
+    ]
+
+
 def first_look(rollouts: list, s: Settings) -> str:
     """One line on a few sampled answers of the base, with a warning where nothing could be learnt from such answers."""
     answers, rewards = [a for x in rollouts for a in x.answers], [r for x in rollouts for r in x.rewards]
@@ -47,12 +55,6 @@ def first_look(rollouts: list, s: Settings) -> str:
     return line
 
 
-def time_left(seconds: list[float], steps: int) -> str:
-    """A line about a run of `steps` steps from the `seconds` of those done, two at least: the first warms up."""
-    step = sum(seconds[1:]) / (len(seconds) - 1)
-    return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
-
-
 def score_base(
     policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool
 ) -> dict:
@@ -62,7 +64,7 @@ def score_base(
     report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)
     base = report.summary() | {"ceiling": report.ceiling}
     if is_first():
-        write_json(folder / "base.json", base)
+        write_json(folder / "base.json", base), write_json(folder / "test-base.json", report.each())
     if s.eval_every:
         validate(policy, segmenter, validation, s, folder, 0)
     return base
@@ -85,18 +87,16 @@ def write_sheet(
     sample_sheet(path, shown(segmenter, data, report.rows[:12], s, frame), frame, title)
 
 
-def summarise(
-    policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, steps: int, spent: Callable
-) -> dict:
+def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, run: Run) -> dict:
     """The trained policy on the test set, the curves, and the table that is printed; returns summary.json's content."""
     report = evaluate(policy, segmenter, test, s, "trained")
     summary = {
-        "samples": steps * s.questions, "seed": s.seed, "seconds": spent(),
+        "samples": run.total * s.questions, "seed": s.seed, "seconds": run.seconds(),
         "base": {k: v for k, v in base.items() if k != "ceiling"},
         "trained": report.summary(), "ceiling": base["ceiling"],
     }
     if is_first():
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary), write_json(folder / "test-trained.json", report.each())
         title = "Held-out test scenes after training"
         write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, title)
         curves(folder / "curves.png", read_log(folder), summary)

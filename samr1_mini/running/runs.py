@@ -1,18 +1,23 @@
-"""A run's folder: its settings, what it needs to go on after a stop, and how Ctrl-C and SIGTERM stop it."""
+"""A run's folder: its settings, its log, what it needs to go on after a stop, and how Ctrl-C and SIGTERM stop it."""
 
 import json
 import shutil
 import signal
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..config import Settings, Terminated, UserError
 from ..policy import Policy
+from .processes import is_first
 
 
 # ---------------------------------------------------------------------------------------------------- state
@@ -100,10 +105,10 @@ def write_json(path: Path, value) -> None:
     new.replace(path)
 
 
-def read_log(folder: Path, steps: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, or of its first `steps` steps (a line that was cut off is beyond them)."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[:steps]]
+def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
+    """The lines of metrics.jsonl (or answers.jsonl), or its first `count` (a line that was cut off is beyond them)."""
+    file = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()[:count]] if file.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------- signals
@@ -131,3 +136,94 @@ def stop_on_signals():
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+# ---------------------------------------------------------------------------------------------------- on its way
+
+
+def known_missing(folder: Path) -> list[str]:
+    """Pictures that could not be had when the run began: others stand in their places, nobody asks for them again."""
+    file = folder / "missing.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+class Run:
+    """A run on its way: its log, and its state after the last whole step, which is saved now and then."""
+
+    def __init__(self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float):
+        """`sets` are its three data sets; `begun` is when the program was, on time.perf_counter's clock."""
+        self.folder, self.s, self.policy, self.optimizer = folder, s, policy, optimizer
+        self.start, earlier = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
+        self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
+        self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()
+        if is_first():
+            for name, a_step in (("metrics", 1), ("answers", s.questions)):  # what a cut-off step wrote goes
+                kept = read_log(folder, self.start * a_step, name) if self.start else []
+                (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_json(folder / "samples.json", sets[0].ids)  # which questions this run drew
+            if gone := sorted({name for one in sets for name in one.missing}):
+                write_json(folder / "missing.json", gone)
+
+    def seconds(self) -> float:
+        """How long it has run, in all its parts."""
+        return round(time.perf_counter() - self.begun, 1)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, beside a bar."""
+        self.bar = tqdm(range(self.start, self.total), "train", self.total, initial=self.start, dynamic_ncols=True,
+                        disable=not is_first())
+        yield from self.bar
+
+    def keep(self, line: dict, answers: list[dict], due: bool) -> None:
+        """Log a step that is done, and some of its `answers`; save where that is `due`, where it is time to, and where
+        Ctrl-C ends the program."""
+        stopped, first, step = any(gather_object([self.stop.is_set()])), is_first(), line["step"]
+        answers = gather_object(answers)
+        if first:
+            for name, lines in (("metrics", [line]), ("answers", [{"step": step} | one for one in answers])):
+                with (self.folder / f"{name}.jsonl").open("a") as out:
+                    out.write("".join(json.dumps(one) + "\n" for one in lines))
+        self.state = take_state(self.policy, self.optimizer, step, self.seconds())
+        if first and (due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes):
+            save_state(self.folder, self.policy, self.state)
+            self.saved = time.perf_counter()
+        self.taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
+        if first and len(self.taken) == 10:
+            tqdm.write(time_left(self.taken, self.total - self.start))
+        self.bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", "iou", "segmentation_format")})
+        if stopped:
+            self.bar.close()
+            if first:
+                print(f"stopped after step {step}; go on with:\n  {resume_command(self.folder, self.s)}")
+            sys.exit(130)
+
+    @contextmanager
+    def saved_whatever_happens(self):
+        """Within, the state after the last whole step is saved before anything ends the run: a step that was cut off is
+        done again by --resume."""
+        with stop_on_signals() as self.stop:
+            try:
+                yield
+            except (torch.OutOfMemoryError, Terminated, UserError, OSError, KeyboardInterrupt) as error:
+                put_state(self.policy, self.optimizer, self.state)
+                if is_first() and save_state(self.folder, self.policy, self.state):
+                    told = f"step {self.state['step']} is saved; go on with:\n  {resume_command(self.folder, self.s)}"
+                    print(told, flush=True)
+                if isinstance(error, OSError):  # the log's disk is full
+                    raise UserError(f"{self.folder}: {error}") from None
+                raise
+
+    def finish(self) -> None:
+        """Save the last state. Raises UserError where nothing was learnt, or where that state cannot be saved."""
+        if all(not p.any() for n, p in self.policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
+            raise UserError("the adapter never changed: each group's answers all got the same reward (see "
+                            "zero_variance)")
+        if is_first() and not save_state(self.folder, self.policy, self.state):
+            again = resume_command(self.folder, self.s)
+            raise UserError(f"{self.folder}: the last steps are not saved; make room there, then {again}")
+
+
+def time_left(seconds: list[float], steps: int) -> str:
+    """A line about a run of `steps` steps from the `seconds` of those done, two at least: the first warms up."""
+    step = sum(seconds[1:]) / (len(seconds) - 1)
+    return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
