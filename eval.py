@@ -23,6 +23,9 @@ def parse(argv: list[str] | None):
     parser.add_argument("--count", type=int, default=600, help="how many questions of it (default 600)")
     parser.add_argument("--blank", action="store_true",
                         help="show the policy a grey picture: what is left of the score is guessing")
+    parser.add_argument("--mirror", action="store_true",
+                        help="mirror pictures, true masks and the words left and right: who sees where things are does "
+                             "as well there")
     parser.add_argument("--votes", type=int, default=1,
                         help="answers a question, drawn at temperature 1, that vote on a mask (default 1: one, greedy)")
     parser.add_argument("--image", help="answer about this one picture instead of a data set")
@@ -32,10 +35,12 @@ def parse(argv: list[str] | None):
     parser.add_argument("--out", default="eval", help="folder for results.json and the pictures (default eval)")
     add_options(parser, USED)
     given = vars(parser.parse(argv))
-    names = ("adapter", "split", "count", "votes", "blank", "image", "question", "merge", "out")
+    names = ("adapter", "split", "count", "votes", "blank", "mirror", "image", "question", "merge", "out")
     options = {name: given.pop(name) for name in names}
     if (options["image"] is None) != (options["question"] is None):
         parser.error("--image and --question go together")
+    if options["mirror"] and options["image"] is not None:
+        parser.error("--mirror goes with a data set, not with --image")
     if options["merge"] is not None and (options["adapter"] is None or Path(options["merge"]).exists()):
         there = f"--merge {options['merge']}: this is there already"
         parser.error("--merge needs --adapter" if options["adapter"] is None else there)
@@ -62,7 +67,7 @@ def open_input(settings, options: dict):
     """What is asked about, opened before a model is loaded: the data set, or the one picture."""
     import numpy as np
 
-    from samr1_mini.data import Sample, open_data, open_picture
+    from samr1_mini.data import Mirrored, Sample, open_data, open_picture
 
     try:
         Path(options["out"]).mkdir(parents=True, exist_ok=True)
@@ -70,8 +75,9 @@ def open_input(settings, options: dict):
     except OSError as error:
         raise UserError(f"--out {options['out']}: nothing can be written there ({error.strerror})") from None
     if options["image"] is None:
-        return open_data(settings.data, options["split"], options["count"], sentences=settings.sentences,
+        data = open_data(settings.data, options["split"], options["count"], sentences=settings.sentences,
                          coco_dir=settings.coco_dir, ignore=settings.ignore)
+        return Mirrored(data) if options["mirror"] else data
     try:
         image = open_picture(options["image"])
     except (OSError, ValueError) as error:  # no picture, cut off, or far too large

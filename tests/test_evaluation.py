@@ -32,7 +32,7 @@ from test_public import (
 import eval as command
 from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings
-from samr1_mini.data import Sample, load_data
+from samr1_mini.data import Mirrored, Sample, load_data
 from samr1_mini.evaluation import Panel, batch_size, evaluate, shown
 from samr1_mini.metrics import tight_box
 from samr1_mini.policy import Completion
@@ -357,3 +357,17 @@ def test_a_large_photo_is_drawn_by_every_few_pixels_with_all_in_its_place(segmen
     rows, columns = np.nonzero(axes.images[1].get_array()[..., 3])
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == (200, 399, 134, 266)
     plt.close(figure)
+
+
+def test_a_mirrored_set_flips_picture_and_truth_and_exchanges_left_and_right():
+    data = load_data("shapes", "test", 60)
+    mirrored = Mirrored(data)
+    assert len(mirrored) == 60 and list(mirrored.ids) == list(data.ids) and mirrored.download_bytes == 0
+    sides = {"left of": "right of", "right of": "left of", "leftmost": "rightmost", "rightmost": "leftmost"}
+    asked = 0
+    for x, y in zip(data, mirrored):
+        assert (np.asarray(y.image) == np.asarray(x.image)[:, ::-1]).all() and (y.mask == x.mask[:, ::-1]).all()
+        here = [words for words in sides if words in x.question]
+        assert y.question == (x.question.replace(here[0], sides[here[0]]) if here else x.question) and y.kind == x.kind
+        asked += bool(here)
+    assert asked > 5

@@ -159,6 +159,10 @@ def test_what_gets_worse_is_said_too():
 def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs():
     text, run = " ".join(TEXT.split()), load("seed0/summary.json")
     assert f"falls from {run['trained']['gIoU']:.2f} to {load('seed0/blank.json')['gIoU']:.2f} gIoU" in text
+    mirrored = load("seed0/mirror.json")
+    notebook = (ROOT / "tutorials/1_task_and_policy.ipynb").read_text()
+    assert f"({mirrored['gIoU']:.2f} against {run['trained']['gIoU']:.2f}, `python eval.py --mirror`" in notebook
+    assert f"exchanged) it falls to {mirrored['gIoU']:.2f}." in text and mirrored["count"] == load("seed0/blank.json")["count"] == 500
     assert f"True boxes through the same SAM reach {run['ceiling']['gIoU']:.2f}" in text
 
 

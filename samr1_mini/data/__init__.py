@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from ..config import UserError
-from .samples import Data, Folder, Sample, open_picture, read_mask
+from .samples import Data, Folder, Mirrored, Sample, open_picture, read_mask
 
-__all__ = ["Data", "Folder", "Sample", "load_data", "open_data", "open_picture", "read_mask"]
+__all__ = ["Data", "Folder", "Mirrored", "Sample", "load_data", "open_data", "open_picture", "read_mask"]
 
 
 def open_data(

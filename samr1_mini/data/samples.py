@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -37,6 +37,38 @@ class Data(Sequence):
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
         """Download what is not here yet. Pictures in `missing` are left out, so that processes hold the same ones."""
+
+
+class Mirrored(Data):
+    """A data set in a mirror: pictures and true masks flipped, and the words left and right exchanged. A policy that
+    sees where things are should do as well there."""
+
+    def __init__(self, data: Data):
+        self.data, self.box_only = data, data.box_only
+
+    @property
+    def ids(self) -> list[str]:
+        return self.data.ids
+
+    @property
+    def download_bytes(self) -> int:
+        return self.data.download_bytes
+
+    @property
+    def missing(self) -> Sequence[str]:
+        return self.data.missing
+
+    def fetch(self, missing: Sequence[str] = ()) -> None:
+        self.data.fetch(missing)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Sample:
+        x, flip = self.data[i], lambda mask: None if mask is None else np.ascontiguousarray(mask[:, ::-1])
+        side = {"left": "right", "right": "left"}
+        question = re.sub(r"\b(left|right)(most)?\b", lambda found: side[found[1]] + (found[2] or ""), x.question)
+        return replace(x, image=ImageOps.mirror(x.image), question=question, mask=flip(x.mask), ignore=flip(x.ignore))
 
 
 def draw(items: list, split: str, count: int, seed: int) -> Iterator:
