@@ -303,7 +303,7 @@ def test_a_file_that_is_no_usable_picture_ends_in_one_line_before_a_model_is_loa
     "options, words",
     [(["--data", "typo"], "--data typo"), (["--out", "taken/below"], "--out taken/below: nothing can be written there (Not a directory)"),
      (["--votes", "0"], "--votes must be at least 1, not 0"), (["--eval-batch", "-1"], "--eval-batch must not be below 0"),
-     (["--data", "empty"], "--data")],
+     (["--data", "empty"], "--data"), (["--mirror", "--image", "a.png", "--question", "the star"], "--mirror goes with a data set")],
 )
 def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(options, words, tmp_path, monkeypatch, no_model, capsys):
     monkeypatch.chdir(tmp_path)
