@@ -113,11 +113,7 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     print(f"{how}, {batch_size(settings, votes)} questions side by side; SAM's highest-scored mask counts")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
     print("an answer that cannot be read counts 0 whatever the truth is")
-    answers = [
-        {name: getattr(row, name) for name in ("id", "question", "kind", "text", "in_format", "iou", "why")}
-        for row in report.rows
-    ]
-    results = {**options, "missing": list(data.missing), "summary": summary, "answers": answers}
+    results = {**options, "missing": list(data.missing), "summary": summary, "answers": report.each()}
     (out / "results.json").write_text(json.dumps(results, indent=1))
     ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]

@@ -85,12 +85,10 @@ class Report:
         }
 
     def each(self) -> list[dict]:
-        """Every question's own figures and answer, so that two runs can be compared question by question."""
-        return [
-            {"id": r.id, "kind": r.kind, "iou": round(iou(*r.strict), 4), "iou_lenient": round(r.iou, 4),
-             "box_iou": round(r.box_iou, 4), "text": r.text}
-            for r in self.rows
-        ]
+        """Every question's answer and its own figures, so that two runs can be compared question by question."""
+        names = ("id", "question", "kind", "text", "in_format", "iou", "why", "box_iou")
+        figures = lambda row: {name: getattr(row, name) for name in names} | {"iou_strict": iou(*row.strict)}
+        return [figures(row) for row in self.rows]
 
     @property
     def ceiling(self) -> dict:
