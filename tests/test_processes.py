@@ -48,6 +48,12 @@ def test_two_processes_draw_the_same_answers_and_take_the_same_steps_as_one(both
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
+def test_two_processes_keep_the_sampled_answers_of_both(both):
+    one, two = ([json.loads(line) for line in (both[n] / "answers.jsonl").read_text().splitlines()] for n in (1, 2))
+    known = lambda lines: sorted((line["step"], line["id"], line["text"]) for line in lines)
+    assert len(one) == 16 and known(one) == known(two)
+
+
 def test_two_processes_end_with_the_adapter_of_one(both):
     one, two = (torch.load(both[n] / "state.pt", weights_only=True)["adapter"] for n in (1, 2))
     moved = apart = 0.0
