@@ -8,6 +8,8 @@ Supervised training stands here for what Qwen and SAM already know before SAM-R1
 
 import argparse
 import json
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from ..config import UserError
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import Policy, Prompt, encode, instruction, load_policy, logprobs, sample
@@ -43,43 +46,100 @@ def one_cycle(optimizer, steps: int):
     )
 
 
+def learn(name: str, model: torch.nn.Module, optimizer, steps: int, work: Path, loss_of: Callable) -> None:
+    """`steps` updates with `loss_of(step) -> (loss, {what the bar shows: its figure})`, in which all that is random
+    depends on the step alone. Every 100 steps all goes to work/NAME.pt, from where a stage that was cut goes on."""
+    schedule, state, first, shown = one_cycle(optimizer, steps), work / f"{name}.pt", 0, {}
+    if state.exists():
+        saved = torch.load(state, map_location=DEVICE, weights_only=True)
+        if saved["steps"] != steps:
+            raise UserError(f"{state} is of a stage of {saved['steps']} steps, not {steps}: delete it to begin anew")
+        for part, has in zip((model, optimizer, schedule), saved["parts"]):
+            part.load_state_dict(has)
+        first, shown = saved["step"], saved["shown"]
+    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
+    for step in bar:
+        loss, figures = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        shown = {k: v if step == 0 else 0.97 * shown.get(k, v) + 0.03 * v for k, v in figures.items()}
+        if step % 25 == 0:
+            bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+        if step % 100 == 99:
+            parts = [part.state_dict() for part in (model, optimizer, schedule)]
+            torch.save({"step": step + 1, "steps": steps, "parts": parts, "shown": shown}, f"{state}.part")
+            Path(f"{state}.part").replace(state)
+
+
 # ---------------------------------------------------------------------------------------------------- SAM
 
 
-def jittered_box(box, rng: np.random.Generator, spread: float) -> list[float]:
-    """The box with each side moved by N(0, spread * side length) pixels."""
+def wide_box(box, rng: np.random.Generator, slack: float) -> list[float]:
+    """The box with each side moved out by N(slack, slack / 3) of its length, in pixels."""
     x1, y1, x2, y2 = box
-    scale = spread * np.array([x2 - x1, y2 - y1, x2 - x1, y2 - y1])
-    return (np.array([x1, y1, x2, y2]) + rng.normal(0, 1, 4) * scale).clip(0, SIZE).tolist()
+    out = rng.normal(slack, slack / 3, 4) * np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1])
+    return (np.array([x1, y1, x2, y2]) + out).clip(0, SIZE).tolist()
 
 
-def points_on(thing: Thing, rng: np.random.Generator, positive: int, negative: int) -> list[list[int]]:
-    """Random labelled points [[x, y, label], ...]: 1 on the thing, 0 inside its box and off it."""
-    x1, y1, x2, y2 = thing.box
-    window = thing.mask[y1:y2, x1:x2]
-    chosen = []
-    for label, count in ((1, positive), (0, negative)):
-        ys, xs = np.where(window == bool(label))
-        for i in rng.integers(len(ys), size=count if len(ys) else 0):
-            chosen.append([int(xs[i]) + x1, int(ys[i]) + y1, label])
-    return chosen
+def both_boxes(a: Thing, b: Thing) -> tuple[int, int, int, int]:
+    """The box around two things."""
+    return (*map(min, a.box[:2], b.box[:2]), *map(max, a.box[2:], b.box[2:]))
 
 
-def shared_box(thing: Thing, scene: Scene) -> tuple[tuple[int, int, int, int], Thing]:
-    """The box of the thing and its nearest neighbour together, and the neighbour."""
-    other = min((t for t in scene.things if t is not thing), key=lambda t: (t.x - thing.x) ** 2 + (t.y - thing.y) ** 2)
-    a, b = thing.box, other.box
-    return (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])), other
+def neighbour(thing: Thing, scene: Scene) -> Thing:
+    """The nearest other thing."""
+    return min((t for t in scene.things if t is not thing), key=lambda t: (t.x - thing.x) ** 2 + (t.y - thing.y) ** 2)
+
+
+def meant(scene: Scene, box, points: list[list[int]]) -> np.ndarray:
+    """The mask that a box and points [[x, y, label], ...] stand for, bool [SIZE, SIZE]: SAM takes a box at its word.
+
+    Of the dots, things and groups of up to four things that hold all points labelled 1 and none labelled 0, the one
+    that fills the box best: the highest IoU of tight box and box. So a wide box means the neighbours too. A point on
+    one thing speaks against the others: where there are points labelled 1, each thing without one costs 0.1.
+    """
+    x1, y1, x2, y2 = box
+    inside = [t for t in scene.things if t.box[0] < x2 and t.box[2] > x1 and t.box[1] < y2 and t.box[3] > y1]
+    groups = [group for n in range(1, 5) for group in combinations(inside or scene.things, n)]
+    groups += [(t.dot,) for t in scene.things if t.dot]
+    on = lambda things, wanted: [any(t.mask[y, x] for t in things) for x, y, label in points if label == wanted]
+    allowed = [g for g in groups if all(on(g, 1)) and not any(on(g, 0))] or groups
+
+    def fit(group: tuple[Thing, ...]) -> float:
+        boxes = np.array([t.box for t in group])  # [n, 4]
+        around = (*boxes[:, :2].min(0), *boxes[:, 2:].max(0))
+        bare = sum(not any(on([t], 1)) for t in group) if on(group, 1) else 0
+        return box_iou(box, around) - 0.1 * bare
+
+    return np.logical_or.reduce([t.mask for t in max(allowed, key=fit)])
+
+
+def points_on(mask: np.ndarray, rng: np.random.Generator, count: int, label: int) -> list[list[int]]:
+    """`count` random points [[x, y, label], ...] on a mask; none if it is empty."""
+    ys, xs = np.where(mask)
+    return [[int(xs[i]), int(ys[i]), label] for i in (rng.integers(len(ys), size=count) if len(ys) else ())]
 
 
 def sam_prompt(thing: Thing, scene: Scene, rng: np.random.Generator, count: int) -> tuple[list[float], list[list[int]]]:
-    """A box and `count` points. Half of the boxes with points hold a neighbour too: only points tell which is meant."""
-    negative, spread = int(rng.integers(0, count)) if count else 0, rng.uniform(0, 0.08)
-    if count and rng.random() < 0.5:
-        box, other = shared_box(thing, scene)
-        off = [[x, y, 0] for x, y, _ in points_on(other, rng, negative, 0)]
-        return jittered_box(box, rng, spread), points_on(thing, rng, count - negative, 0) + off
-    return jittered_box(thing.box, rng, spread), points_on(thing, rng, count - negative, negative)
+    """A box and `count` points, as somebody would give them who means this thing, with more or less care.
+
+    Half of the boxes are nearly right, the others up to 0.6 too wide on each side. A third of those with points hold a
+    neighbour, on which the points labelled 0 lie; elsewhere these lie beside the thing.
+    """
+    negative, other = int(rng.integers(0, count)) if count else 0, neighbour(thing, scene)
+    if count and rng.random() < 0.33:
+        box, off = wide_box(both_boxes(thing, other), rng, rng.uniform(0, 0.08)), other.mask & ~thing.mask
+    else:
+        box, off = wide_box(thing.box, rng, rng.uniform(0, 0.08) if rng.random() < 0.5 else rng.uniform(0, 0.6)), None
+    if off is None:
+        x1, y1, x2, y2 = (int(v) for v in box)
+        off = np.zeros_like(thing.mask)
+        off[y1:y2, x1:x2] = ~thing.mask[y1:y2, x1:x2]
+    points = points_on(thing.mask, rng, count - negative, 1) + points_on(off, rng, negative, 0)
+    return box, points
 
 
 def sam_masks(
@@ -94,22 +154,22 @@ def sam_masks(
     return sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE)), quality
 
 
-def train_sam(steps: int, out: Path, pictures: int = 16) -> None:
+def train_sam(steps: int, out: Path, work: Path, pictures: int = 12) -> None:
+    """Segment Anything learns to draw what boxes and points mean (`meant`)."""
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
     sam = random_sam("tiny").train().to(DEVICE)
-    optimizer = torch.optim.AdamW(sam.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule, bar = one_cycle(optimizer, steps), tqdm(range(steps), desc="sam")
-    running = 0.0
-    for step in bar:
-        scenes = scenes_from(step * pictures, pictures)
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict]:
+        rng, scenes = np.random.default_rng([0, step]), scenes_from(step * pictures, pictures)
         images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1).float() for s in scenes]).to(DEVICE)
         embeddings = sam.image_encoder(sam.preprocess(images))  # [B, C, h, w]
         logits, quality, truth = [], [], []
         for embedding, scene in zip(embeddings, scenes):
             # Half of the pictures are prompted with boxes alone, half with boxes and one to four points.
             count = int(rng.integers(1, 5)) if rng.random() < 0.5 else 0
-            boxes, labelled = zip(*(sam_prompt(t, scene, rng, count) for t in scene.things))
+            things = scene.things + [t.dot for t in scene.things if t.dot]
+            boxes, labelled = zip(*(sam_prompt(t, scene, rng, count) for t in things))
+            truth += [torch.from_numpy(meant(scene, box, points)) for box, points in zip(boxes, labelled)]
             boxes, points, labels = torch.tensor(boxes, dtype=torch.float32, device=DEVICE), None, None
             if count:
                 padded = [(p + [[0, 0, -1]] * count)[:count] for p in labelled]
@@ -117,7 +177,6 @@ def train_sam(steps: int, out: Path, pictures: int = 16) -> None:
                 points, labels = padded[..., :2], padded[..., 2]  # the encoder moves points to their pixel's middle
             m, q = sam_masks(sam, embedding[None], boxes, points, labels)
             logits.append(m), quality.append(q)
-            truth += [torch.from_numpy(t.mask) for t in scene.things]
         logits, quality = torch.cat(logits), torch.cat(quality)  # [N, 3, H, W], [N, 3]
         truth = torch.stack(truth).to(DEVICE).float()[:, None].expand_as(logits)
         chance = logits.sigmoid()
@@ -126,41 +185,41 @@ def train_sam(steps: int, out: Path, pictures: int = 16) -> None:
         loss_mask = dice + 10 * cross  # [N, 3]
         with torch.no_grad():
             hard = logits > 0
-            iou = (hard & (truth > 0.5)).sum((2, 3)) / (hard | (truth > 0.5)).sum((2, 3)).clamp(min=1)
+            found = (hard & (truth > 0.5)).sum((2, 3)) / (hard | (truth > 0.5)).sum((2, 3)).clamp(min=1)
         # As in SAM: only the best of the three masks learns, and the quality head learns the IoU of all three.
-        loss = loss_mask.min(1).values.mean() + 0.05 * loss_mask.mean() + F.mse_loss(quality, iou)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        chosen = iou.gather(1, quality.argmax(1, keepdim=True)).mean().item()
-        running = chosen if step == 0 else 0.97 * running + 0.03 * chosen
-        if step % 25 == 0:
-            bar.set_postfix(IoU=f"{running:.3f}", loss=f"{loss.item():.3f}")
+        loss = loss_mask.min(1).values.mean() + 0.05 * loss_mask.mean() + F.mse_loss(quality, found)
+        chosen = found.gather(1, quality.argmax(1, keepdim=True)).mean().item()
+        return loss, {"IoU": chosen, "loss": loss.item()}
+
+    learn("sam", sam, torch.optim.AdamW(sam.parameters(), lr=1e-3, weight_decay=0.01), steps, work, loss_of)
     save_file({k: v.half().contiguous().cpu() for k, v in sam.state_dict().items()}, out)
 
 
 # ---------------------------------------------------------------------------------------------------- vision tower
 
-CELL = 28  # pixels a side of one merged picture token
+CELL = 14  # pixels a side of one merged picture token
 GRID = SIZE // CELL
+PLACES = 6  # numbers that are learnt of each thing: x1, y1, x2, y2 of its box, and its middle's x and y
+
+
+def middle(thing: Thing) -> list[int]:
+    """Middle of the tight box, in whole pixels."""
+    x1, y1, x2, y2 = thing.box
+    return [(x1 + x2) // 2, (y1 + y2) // 2]
 
 
 def cell_targets(scene: Scene) -> np.ndarray:
-    """What lies under each picture token, int [GRID * GRID, 7]: objectness, colour, shape, x1, y1, x2, y2; row by row.
-
-    A cell belongs to the object whose centre is in it, else to the one that covers most of it.
-    """
-    targets = np.zeros((GRID, GRID, 7), np.int64)
-    claim = np.zeros((GRID, GRID))
-    for thing in scene.things:
-        cover = thing.mask.reshape(GRID, CELL, GRID, CELL).sum((1, 3)).astype(float)
-        cover[int(thing.y) // CELL, int(thing.x) // CELL] += CELL * CELL
-        wins = (cover > claim) & (cover >= 16)
+    """What lies under each picture token, int [GRID * GRID, 4 + PLACES], row by row: 1 if a thing does, its colour and
+    shape, its dot's colour (0: no dot, else 1 + its place in COLOURS), and its places. The thing that is seen most."""
+    targets = np.zeros((GRID, GRID, 4 + PLACES), np.int64)
+    claim = np.full((GRID, GRID), 15)  # pixels: less than that is not looked at
+    for t in scene.things:
+        cover = t.mask.reshape(GRID, CELL, GRID, CELL).sum((1, 3))
+        wins = cover > claim
         claim[wins] = cover[wins]
-        targets[wins] = [1, list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), *thing.box]
-    return targets.reshape(-1, 7)
+        dot = 1 + list(COLOURS).index(t.dot.colour) if t.dot else 0
+        targets[wins] = [1, list(COLOURS).index(t.colour), SHAPES.index(t.shape), dot, *t.box, *middle(t)]
+    return targets.reshape(-1, 4 + PLACES)
 
 
 def soft_bins(position: torch.Tensor) -> torch.Tensor:
@@ -169,35 +228,34 @@ def soft_bins(position: torch.Tensor) -> torch.Tensor:
     return (-((bins - position[..., None]) ** 2) / (2 * 1.5**2)).softmax(-1)
 
 
-def train_vision(steps: int, out: Path, pictures: int = 48) -> None:
+def train_vision(steps: int, out: Path, work: Path, pictures: int = 24) -> None:
+    """The vision tower alone learns what lies under each picture token."""
     torch.manual_seed(1)
     processor = build_processor(["nothing to read yet"])
     tower = build_policy(processor.tokenizer).model.visual.train().to(DEVICE)
-    width = tower.config.out_hidden_size
-    head = torch.nn.Linear(width, 1 + len(COLOURS) + len(SHAPES) + 4 * (SIZE + 1)).to(DEVICE)  # thrown away afterwards
-    learnt = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(learnt, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule, bar = one_cycle(optimizer, steps), tqdm(range(steps), desc="vision")
-    for step in bar:
+    parts = [1, len(COLOURS), len(SHAPES), 1 + len(COLOURS), PLACES * (SIZE + 1)]
+    head = torch.nn.Linear(tower.config.out_hidden_size, sum(parts)).to(DEVICE)  # thrown away afterwards
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict]:
         scenes = scenes_from(10**6 + step * pictures, pictures)
         inputs = processor.image_processor([s.image for s in scenes], return_tensors="pt").to(DEVICE)
-        target = torch.from_numpy(np.concatenate([cell_targets(s) for s in scenes])).to(DEVICE)  # [B * 16, 7]
-        features = tower(inputs.pixel_values, grid_thw=inputs.image_grid_thw).pooler_output  # [B * 16, width]
-        there, colour, shape, box = head(features).split([1, len(COLOURS), len(SHAPES), 4 * (SIZE + 1)], -1)
+        target = torch.from_numpy(np.concatenate([cell_targets(s) for s in scenes])).to(DEVICE)  # [B * 64, 10]
+        features = tower(inputs.pixel_values, grid_thw=inputs.image_grid_thw).pooler_output  # [B * 64, width]
         on = target[:, 0] == 1
-        box = box[on].view(-1, 4, SIZE + 1)
-        loss_box = F.cross_entropy(box.flatten(0, 1), soft_bins(target[on, 3:]).flatten(0, 1))
-        loss_name = F.cross_entropy(colour[on], target[on, 1]) + F.cross_entropy(shape[on], target[on, 2])
-        loss = F.binary_cross_entropy_with_logits(there[:, 0], target[:, 0].float()) + loss_name + loss_box
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 25 == 0:
-            off = (box.argmax(-1) - target[on, 3:]).abs().float().mean().item()
-            shape_right = (shape[on].argmax(-1) == target[on, 2]).float().mean().item()
-            bar.set_postfix(px=f"{off:.2f}", shape=f"{shape_right:.2f}", loss=f"{loss.item():.3f}")
+        there = head.weight[:1] @ features.T + head.bias[:1, None]  # [1, B * 64]
+        _, colour, shape, dot, places = head(features[on]).split(parts, -1)
+        target_on, places = target[on], places.view(-1, PLACES, SIZE + 1)
+        loss = F.binary_cross_entropy_with_logits(there[0], target[:, 0].float())
+        for logits, column in ((colour, 1), (shape, 2), (dot, 3)):
+            loss = loss + F.cross_entropy(logits, target_on[:, column])
+        loss = loss + F.cross_entropy(places.flatten(0, 1), soft_bins(target_on[:, 4:]).flatten(0, 1))
+        off = (places.argmax(-1) - target_on[:, 4:]).abs().float().mean().item()
+        right = lambda logits, column: (logits.argmax(-1) == target_on[:, column]).float().mean().item()
+        return loss, {"px": off, "colour": right(colour, 1), "shape": right(shape, 2), "dot": right(dot, 3)}
+
+    both = torch.nn.ModuleList([tower, head])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    learn("vision", both, optimizer, steps, work, loss_of)
     save_file({k: v.contiguous().cpu() for k, v in tower.state_dict().items()}, out)
 
 

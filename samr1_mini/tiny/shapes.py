@@ -9,7 +9,7 @@ from .scenes import KINDS, SPLITS, ask, make_scene
 
 
 class Shapes(Data):
-    """`count` questions about drawn scenes, one a scene, the three kinds in turn; drawn when asked for. Another seed,
+    """`count` questions about drawn scenes, one a scene, the five kinds in turn; drawn when asked for. Another seed,
     other scenes."""
 
     def __init__(self, split: str, count: int, seed: int = 0):
