@@ -110,7 +110,7 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
     print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
     how = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
-    print(f"{how}, {batch_size(settings, votes)} questions side by side; SAM's highest-scored mask counts")
+    print(f"{how}, {batch_size(policy, settings, votes)} questions side by side; SAM's highest-scored mask counts")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
     print("an answer that cannot be read counts 0 whatever the truth is")
     results = {**options, "missing": list(data.missing), "summary": summary, "answers": report.each()}

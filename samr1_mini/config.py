@@ -51,7 +51,7 @@ class Settings:
     sam_checkpoint: str = _model("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
     load_in: str = _model("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
     rank: int = _model(32, "rank of the LoRA adapter")
-    image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: of 32)")
+    image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: 32, tiny: 14)")
     coordinates: str = _model("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, "
                               "as that kind of model is used to", ("auto", "pixels", "thousandths"))
 
@@ -68,7 +68,7 @@ class Settings:
 
     questions: int = _rollout(16, "questions a rollout batch")
     group: int = _rollout(8, "G, answers a question")
-    max_new_tokens: int = _rollout(96, "longest answer, tokens")
+    max_new_tokens: int = _rollout(112, "longest answer, tokens")
     temperature: float = _rollout(1.0, "sampling temperature, applied in the loss too")
 
     accuracy: str = _reward("tiered", "accuracy term: eq. (5), one threshold, IoU, or the tiers on the box's IoU",
@@ -246,9 +246,14 @@ def check(s: Settings) -> None:
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
 
 
+def cell_size(model) -> int:
+    """Pixels a side of one picture token, for a model of the configuration `model`."""
+    return model.vision_config.patch_size * model.vision_config.spatial_merge_size
+
+
 def check_size(model, image_size: int) -> None:
     """Refuse pictures of a size that a model of the configuration `model` cannot cut into whole tokens."""
-    cell = model.vision_config.patch_size * model.vision_config.spatial_merge_size  # pixels a side of one token
+    cell = cell_size(model)
     if image_size % cell:
         nearest = round(image_size / cell) * cell
         need = f"must be a multiple of {cell} for a {model.model_type}"

@@ -194,7 +194,7 @@ def prompt_text(processor, question: str, width: int, height: int, coordinates: 
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
     """Encode B questions: the vision tower sees each picture once, here, and never again.
 
-    All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32) a side.
+    All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32, tiny 14) a side.
     """
     base, prompts = policy.base, []
     step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: about 4,096 patches

@@ -180,8 +180,9 @@ def test_the_batch_of_evaluation_is_what_was_asked_for(policy, segmenter, sample
         sizes.clear()
         evaluate(policy, segmenter, samples, replace(SETTINGS, eval_batch=batch))
         assert sizes == expected
-    large = replace(SETTINGS, image_size=840)
-    assert batch_size(large) == 15 and 15 * (900 + 160) <= 16384 < 16 * (900 + 160) and batch_size(large, votes=8) == 1
+    large = replace(SETTINGS, image_size=420)  # 30 x 30 tokens of 14 pixels
+    assert batch_size(policy, large) == 15 and 15 * (900 + 160) <= 16384 < 16 * (900 + 160)
+    assert batch_size(policy, large, votes=8) == 1
 
 
 SHARED = """
