@@ -42,35 +42,37 @@ def scenes_from(start: int, count: int) -> list[Scene]:
 
 def one_cycle(optimizer, steps: int):
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=0.1, final_div_factor=20
+        optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=0.1, final_div_factor=20,
+        cycle_momentum="betas" in optimizer.defaults,  # Adam's, not Muon's
     )
 
 
-def learn(name: str, model: torch.nn.Module, optimizer, steps: int, work: Path, loss_of: Callable) -> None:
+def learn(name: str, model: torch.nn.Module, optimizers: list, steps: int, work: Path, loss_of: Callable) -> None:
     """`steps` updates with `loss_of(step) -> (loss, {what the bar shows: its figure})`, in which all that is random
     depends on the step alone. Every 100 steps all goes to work/NAME.pt, from where a stage that was cut goes on."""
-    schedule, state, first, shown = one_cycle(optimizer, steps), work / f"{name}.pt", 0, {}
+    schedules, state, first, shown = [one_cycle(x, steps) for x in optimizers], work / f"{name}.pt", 0, {}
+    parts = [model, *optimizers, *schedules]
     if state.exists():
         saved = torch.load(state, map_location=DEVICE, weights_only=True)
         if saved["steps"] != steps:
             raise UserError(f"{state} is of a stage of {saved['steps']} steps, not {steps}: delete it to begin anew")
-        for part, has in zip((model, optimizer, schedule), saved["parts"]):
+        for part, has in zip(parts, saved["parts"], strict=True):
             part.load_state_dict(has)
         first, shown = saved["step"], saved["shown"]
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
     for step in bar:
         loss, figures = loss_of(step)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for each in optimizers + schedules:
+            each.step()
         shown = {k: v if step == 0 else 0.97 * shown.get(k, v) + 0.03 * v for k, v in figures.items()}
         if step % 25 == 0:
             bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
         if step % 100 == 99:
-            parts = [part.state_dict() for part in (model, optimizer, schedule)]
-            torch.save({"step": step + 1, "steps": steps, "parts": parts, "shown": shown}, f"{state}.part")
+            has = [part.state_dict() for part in parts]
+            torch.save({"step": step + 1, "steps": steps, "parts": has, "shown": shown}, f"{state}.part")
             Path(f"{state}.part").replace(state)
 
 
@@ -191,7 +193,7 @@ def train_sam(steps: int, out: Path, work: Path, pictures: int = 12) -> None:
         chosen = found.gather(1, quality.argmax(1, keepdim=True)).mean().item()
         return loss, {"IoU": chosen, "loss": loss.item()}
 
-    learn("sam", sam, torch.optim.AdamW(sam.parameters(), lr=1e-3, weight_decay=0.01), steps, work, loss_of)
+    learn("sam", sam, [torch.optim.AdamW(sam.parameters(), lr=1e-3, weight_decay=0.01)], steps, work, loss_of)
     save_file({k: v.half().contiguous().cpu() for k, v in sam.state_dict().items()}, out)
 
 
@@ -255,7 +257,7 @@ def train_vision(steps: int, out: Path, work: Path, pictures: int = 24) -> None:
 
     both = torch.nn.ModuleList([tower, head])
     optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    learn("vision", both, optimizer, steps, work, loss_of)
+    learn("vision", both, [optimizer], steps, work, loss_of)
     save_file({k: v.contiguous().cpu() for k, v in tower.state_dict().items()}, out)
 
 
@@ -429,13 +431,19 @@ def train_language(
     ids, styles = lambda text: policy.processor.tokenizer(text).input_ids, list(STYLES)
     unasked, hinted, hints = zip(*STYLES.values())
     model = policy.base.train()
+    language = {n: p for n, p in model.named_parameters() if ".visual." not in n and "lm_head" not in n}
+    matrices = [p for n, p in language.items() if p.ndim == 2 and "embed" not in n]
     # The head learns faster: first words that always stood in the same place end with nearly the same row, and a base
     # that cannot tell "<" from "[" in its head cannot be taught, by adapters below the head, which of them to say.
     groups = [
-        {"params": [p for n, p in model.named_parameters() if ".visual." not in n and "lm_head" not in n], "lr": 1.5e-3},
+        {"params": [p for n, p in language.items() if p.ndim == 1 or "embed" in n], "lr": 1.5e-3},
         {"params": list(model.model.visual.parameters()), "lr": 2e-4},
         {"params": list(model.lm_head.parameters()), "lr": 5e-3},
     ]
+    # Muon moves a matrix in all directions alike, rare ones too: finding a thing by its name and reading off its place
+    # is learnt in fewer steps than with AdamW alone.
+    muon = torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = [torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98)), muon]
 
     def asked_about(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Thing]]:
         kinds = rng.choice(["attribute", "part", "relation"], asked, p=[0.6, 0.1, 0.3])  # never indirect, never combined
@@ -469,7 +477,7 @@ def train_language(
         figures = {"shown": shown.item(), "told": without.item(), "words": alignment.item()}
         return shown + 0.3 * without + 0.3 * alignment, figures
 
-    learn("language", model, torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98)), steps, work, loss_of)
+    learn("language", model, optimizers, steps, work, loss_of)
 
 
 # ---------------------------------------------------------------------------------------------------- measure
@@ -585,7 +593,7 @@ def main() -> None:
         train_vision(2400, work / "vision.safetensors", work)
     if "language" in stages:
         policy = new_policy(work / "vision.safetensors")
-        train_language(policy, 5000, work)
+        train_language(policy, 6000, work)
         policy.base.to(torch.bfloat16).save_pretrained(POLICY), policy.processor.save_pretrained(POLICY)
     if "measure" in stages:
         measured = {"sam": measure_sam(), "policy": measure_policy(load_policy("tiny"), load_segmenter("tiny"))}
