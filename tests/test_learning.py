@@ -11,7 +11,7 @@ from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import roll_out
 from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
-from samr1_mini.tiny.pretrain import points_on, shared_box
+from samr1_mini.tiny.pretrain import both_boxes, meant, neighbour, points_on
 from samr1_mini.tiny.scenes import SPLITS, make_scene
 
 ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
@@ -48,13 +48,16 @@ def test_points_reach_sam_in_training_and_in_evaluation_unless_the_user_switches
         assert seen and any(seen) == shown
 
 
-def test_in_a_box_of_two_objects_the_tiny_sam_takes_the_one_that_the_points_mean(segmenter):
+def test_in_a_box_of_two_objects_the_tiny_sam_draws_both_or_the_one_that_the_points_mean(segmenter):
     rng, found = np.random.default_rng(0), []
     for scene in map(make_scene, range(SPLITS["test"][0], SPLITS["test"][0] + 25)):
         for thing in scene.things:
-            box, other = shared_box(thing, scene)
-            on, on_other = points_on(thing, rng, 1, 0), points_on(other, rng, 1, 0)
-            masks = segmenter.masks(scene.image, [box] * 3, [[], on, on_other])
-            found.append([iou(*intersection_union(m, thing.mask)) for m in masks])
-    box_alone, on, on_other = np.mean(found, 0)
-    assert on > 0.85 and on_other < 0.1 and on_other < box_alone < 0.6
+            other = neighbour(thing, scene)
+            box = both_boxes(thing, other)
+            on, on_other = (points_on(a.mask, rng, 1, 1) + points_on(b.mask, rng, 1, 0) for a, b in ((thing, other), (other, thing)))
+            prompts = [[], on, on_other]
+            masks = segmenter.masks(scene.image, [box] * 3, prompts)
+            wanted = [meant(scene, box, points) for points in prompts]
+            found.append([[iou(*intersection_union(m, w)), (m & thing.mask).sum() / thing.mask.sum()] for m, w in zip(masks, wanted)])
+    (both, both_hold), (one, one_holds), (rest, rest_holds) = np.mean(found, 0)
+    assert min(both, one, rest) > 0.75 and min(both_hold, one_holds) > 0.85 and rest_holds < 0.15

@@ -181,7 +181,8 @@ def make_scene(seed: int) -> Scene:
         angle = rng.uniform(-0.3, 0.3) + (rng.choice([0, math.pi]) if shape == "moon" else 0)
         cover = _coverage(shape, x, y, size, angle)
         solid = cover > 0.5
-        if any(t.name == f"{colour} {shape}" for t in things) or not all(_still_seen(t, solid) for t in things):
+        clash = any(t.name == f"{colour} {shape}" or t.colour == colour and (t.mask & solid).any() for t in things)
+        if clash or not all(_still_seen(t, solid) for t in things):
             continue
         paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
         if rng.random() < 0.15:  # faint: a third of what lies behind shines through
@@ -192,7 +193,7 @@ def make_scene(seed: int) -> Scene:
             dot_colour = str(rng.choice([c for c in COLOURS if c != colour]))
             cover = _coverage("circle", x, y, 0.42 * size, 0)
             image = image * (1 - cover[..., None]) + np.array(COLOURS[dot_colour], np.float32) * cover[..., None]
-            thing.dot = Thing("dot", dot_colour, x, y, 0.42 * float(size), cover > 0.5)
+            thing.dot = Thing("dot", dot_colour, x, y, 0.42 * float(size), (cover > 0.5) & solid)
         for other in things:
             other.mask &= ~solid
         things.append(thing)
@@ -242,26 +243,27 @@ def right_objects(scene: Scene, question: tuple) -> list[Thing]:
 
     `question` is (form, ...): ("is", colour, shape), ("dot", colour, shape), ("extreme", word, colour, shape), ("side",
     side, colour, shape), with None for any colour or shape and a tuple for one of these shapes. For sides, an object
-    within 7 px of the line is neither in nor out: it counts. A dot is a part and no object, but where a reader may take
-    it for a small circle, it counts as well.
+    within 7 px of the line is neither in nor out: it counts. A dot is a part and no object, so it is never the answer
+    but where it is asked for; where a reader may take it for a small circle, nothing is.
     """
     form, *rest, colour, shape = question
     found = [t for t in scene.things if _fits(t, colour, shape)]
     if form == "dot":
         return [t.dot for t in found if t.dot] * len(found)
+    round_too = shape is None or "circle" in ((shape,) if isinstance(shape, str) else shape)
+    dotted = [t for t in scene.things if t.dot and colour in (None, t.dot.colour) and round_too]
+    if form == "is":
+        return [] if dotted else found
     if form == "side":
-        if len(found) != 1:
+        if len(found) != 1 or dotted:
             return []
         measure, anchor = _SIDES[rest[0]], found[0]
         found = [t for t in scene.things if t is not anchor and measure(t, anchor) > -7]
         return found if all(measure(t, anchor) > 7 for t in found) else found * 2
-    round_too = shape is None or "circle" in ((shape,) if isinstance(shape, str) else shape)
-    dots = [t.dot for t in scene.things if t.dot and colour in (None, t.dot.colour) and round_too]
-    if form == "extreme":
-        if len(found) < 2:  # among one object there is nothing to compare
-            return []
-        return found if rest[0] == "smallest" and dots else _extreme(found, rest[0])
-    return found + dots
+    if len(found) < 2 or rest[0] == "smallest" and dotted:  # among one object there is nothing to compare
+        return []
+    best = _extreme(found + [t.dot for t in dotted if t not in found], rest[0])
+    return best if all(t in found for t in best) else []
 
 
 def _noun(colour: str | None, shape: str | None) -> str:
