@@ -51,7 +51,8 @@ class Settings:
     sam_checkpoint: str = _model("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
     load_in: str = _model("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
     rank: int = _model(32, "rank of the LoRA adapter")
-    image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: 32, tiny: 14)")
+    image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: 32, "
+                             "tiny: 14)")
     coordinates: str = _model("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, "
                               "as that kind of model is used to", ("auto", "pixels", "thousandths"))
 

@@ -1,6 +1,7 @@
 """The command that makes the tiny networks: every stage runs, learns for two steps, and leaves what the next one reads;
 what is taught is what the base shall know, and what is measured is what it says."""
 
+import json
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou, intersection_union, iou
-from samr1_mini.policy import Policy, Prompt, encode, logprobs
+from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import parse
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
 from samr1_mini.tiny import pretrain
@@ -205,17 +206,44 @@ def test_what_the_language_stage_learns_from_one_row_of_answers_is_what_each_is_
         Policy(other, processor, policy.banned, policy.stop)
 
 
-def test_the_vision_and_the_language_stage_train_the_policy_and_it_is_measured(tmp_path):
-    pretrain.train_vision(2, tmp_path / "vision.safetensors", tmp_path, pictures=2)
-    policy = pretrain.new_policy(tmp_path / "vision.safetensors")
-    before = {name: p.detach().clone() for name, p in policy.base.named_parameters()}
-    seen = load_file(tmp_path / "vision.safetensors")
-    assert all((before[f"model.visual.{name}"] == value).all() for name, value in seen.items())
-    pretrain.train_language(policy, 2, tmp_path, pictures=2, asked=2, told=1)
-    assert all((p != before[n]).any() for n, p in policy.base.named_parameters() if "layers.0.self_attn.q_proj" in n)
-    assert (policy.base.lm_head.weight != before["lm_head.weight"]).any()
-    found = pretrain.measure_policy(policy, drawing(meant), count=5, group=1)
-    assert sum(found["styles"].values()) == pytest.approx(1, abs=0.01) and set(found["asked"]) == set(STYLES)
+def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "STEPS", dict.fromkeys(pretrain.STEPS, 2))
+    monkeypatch.setattr(pretrain, "SCENES", 5)
+    monkeypatch.setattr(pretrain, "POLICY", tmp_path / "tiny" / "policy")
+    monkeypatch.setattr(pretrain, "TINY_SAM", tmp_path / "tiny" / "sam")
+    monkeypatch.setattr(pretrain.measure_sam, "__defaults__", ("tiny", 3))
+    (tmp_path / "tiny" / "sam").mkdir(parents=True)
+    (tmp_path / "tiny" / "sam" / "sam.json").write_text((TINY_SAM / "sam.json").read_text())
+    pretrain.main(["--work", str(tmp_path / "work")])
+    start, vision, ground = pretrain.new_policy().base.state_dict(), *(load_file(tmp_path / "work" / f"{name}.safetensors") for name in ("vision", "ground"))
+    end = load_policy(str(tmp_path / "tiny" / "policy"), load_in="fp32").base.state_dict()
+    moved = lambda a, b: all((a[name] != b[name]).any() for name in a if name.endswith("q_proj.weight"))
+    assert moved({name: start[name] for name in start if "language_model" in name}, ground) and any((start[f"model.visual.{n}"] != v).any() for n, v in vision.items())
+    assert sum((ground[f"model.visual.{n}"] - v).abs().max() < 0.01 for n, v in vision.items()) == len(vision)  # each stage goes on from the last
+    end = {name.replace(".base_layer", ""): value for name, value in end.items()}
+    assert all((ground[name] - end[name]).abs().max() < 0.1 for name in ground if "language_model" in name) and moved({n: v for n, v in ground.items() if "language_model" in n}, end)
+    found = json.loads((tmp_path / "tiny" / "measured.json").read_text())
+    assert sum(found["policy"]["styles"].values()) == pytest.approx(1, abs=0.01) and set(found["policy"]["asked"]) == set(STYLES)
+    assert found == json.loads(capsys.readouterr().out) and 0 <= found["sam"]["true box"] <= 1
+
+
+def test_a_stage_that_is_not_there_and_one_that_lacks_what_it_starts_from_are_one_line(tmp_path, capsys):
+    for options, words in (["--stages", "sam,visoin"], "--stages: visoin is none of sam, vision, ground, language, measure"), (["--stages", "ground"], "vision.safetensors"):
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main([*options, "--work", str(tmp_path)])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and words in said and said.count("\n") == 1
+
+
+def test_numbers_start_on_a_line_on_which_neighbours_are_close(processor):
+    torch.manual_seed(0)
+    model = build_policy(processor.tokenizer)
+    pretrain.line_up_numbers(model, processor.tokenizer)
+    ids = [processor.tokenizer.convert_tokens_to_ids(str(n)) for n in range(113)]
+    for table in (model.get_input_embeddings().weight, model.lm_head.weight):
+        rows = table[ids].detach()
+        likeness = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)  # [113, 113]
+        assert (likeness.diagonal(1) > 0.9).all() and likeness[0, 56] < 0.7 and likeness.topk(3).indices.sub(torch.arange(113)[:, None]).abs().max() <= 2
 
 
 # ---------------------------------------------------------------------------------------------------- what the base learns

@@ -52,9 +52,8 @@ def build_processor(texts: list[str]) -> Qwen2_5_VLProcessor:
         padding_side="left",
     )
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 1280}
-    return Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(size=pixels, patch_size=7), tokenizer, Qwen2VLVideoProcessor(size=pixels), chat_template=CHAT_TEMPLATE
-    )
+    images, videos = Qwen2VLImageProcessor(size=pixels, patch_size=7), Qwen2VLVideoProcessor(size=pixels)
+    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:

@@ -1,9 +1,12 @@
 """Make both tiny networks from nothing: `python -m samr1_mini.tiny.pretrain` (on a GPU if there is one).
 
 Supervised training stands here for what Qwen and SAM already know before SAM-R1 begins:
-    sam       Segment Anything learns to cut drawn shapes from boxes and points
+    sam       Segment Anything learns to draw what boxes and points mean
     vision    the vision tower alone learns what lies under each picture token, and its box as a choice among pixel bins
-    language  the whole policy learns to name and find things, in several styles and with loose boxes
+    ground    the whole policy learns to find things: names, each at once followed by the numbers of its box
+    language  it learns to answer questions, in several styles and in the end with wide boxes, and to conclude from
+              what it has said
+A stage that was cut goes on with the same command.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..config import UserError
+from ..config import Parser, UserError, exit_with
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import Policy, Prompt, encode, instruction, load_policy, logprobs, sample
@@ -317,21 +320,17 @@ def look_around(scene: Scene, places: bool) -> str:
     return f"I see the {', the '.join(told)}. It is the "
 
 
-def answer_parts(thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str) -> tuple[str, str, str]:
-    """An answer in a style of the base, in three parts: what leads to the conclusion, the conclusion, the rest."""
+def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str) -> str:
+    """An answer in a style of the base: a sentence, JSON as Qwen likes it, or the format, with three ways to think."""
     box, name = loose_box(thing, rng, slack), called(thing, scene)
     if style == "sentence":
-        return "The ", name, f" is at {box}."
+        return f"The {name} is at {box}."
     if style == "json":
-        return '[{"label": "', name, f'", "bbox_2d": {box}}}]'
-    rest = f'</think><answer>{{"bbox": {box}, "points": {loose_points(thing, rng, slack)}}}</answer>'
-    if style == "short":
-        return "<think>The ", name, f" fits best.{rest}"
-    return f"<think>{look_around(scene, style == 'places')}", name, f".{rest}"
-
-
-def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str) -> str:
-    return "".join(answer_parts(thing, scene, rng, slack, style))
+        return f'[{{"label": "{name}", "bbox_2d": {box}}}]'
+    thought = f"The {name} fits best."
+    if style != "short":
+        thought = f"{look_around(scene, style == 'places')}{name}."
+    return f'<think>{thought}</think><answer>{{"bbox": {box}, "points": {loose_points(thing, rng, slack)}}}</answer>'
 
 
 TURN = "<|im_end|>\n<|im_start|>assistant\n"  # from a question to its answer
@@ -378,7 +377,9 @@ def told_rows(rng: np.random.Generator, scenes: list[Scene], count: int) -> list
     return rows
 
 
-def text_row(policy: Policy, rng: np.random.Generator, scenes: list[Scene], count: int) -> tuple[Prompt, list, list[int]]:
+def text_row(
+    policy: Policy, rng: np.random.Generator, scenes: list[Scene], count: int
+) -> tuple[Prompt, list[torch.Tensor], list[int]]:
     """Three facts, and conclusions from `count` questions on each told scene, as answers to one prompt without a
     picture: it, ids of all, and how many of each one's last ids are learnt."""
     ids = lambda text: policy.processor.tokenizer(text).input_ids
@@ -423,12 +424,11 @@ def line_up_numbers(model, tokenizer, waves: int = 16) -> None:
         table.data[ids] = curve @ basis.T
 
 
-def new_policy(vision: Path) -> Policy:
-    """The policy with random weights but for its vision tower, and a tokenizer for all that the tiny world writes."""
+def new_policy() -> Policy:
+    """The policy with random weights, and a tokenizer for all that the tiny world writes."""
     torch.manual_seed(2)
     processor = build_processor(corpus())
     model = build_policy(processor.tokenizer).to(DEVICE)
-    model.model.visual.load_state_dict(load_file(vision))
     line_up_numbers(model, processor.tokenizer)
     stop = stop_ids(model, processor.tokenizer)
     return Policy(model, processor, banned_ids(model, processor.tokenizer, stop), stop)
@@ -457,7 +457,7 @@ def cut(prompt: Prompt, length: int) -> Prompt:
     return Prompt(prompt.ids[:length], prompt.embeds[:length], prompt.positions[:, :length], prompt.picture[:length])
 
 
-def train_ground(policy: Policy, steps: int, work: Path, pictures: int = 16) -> None:
+def train_ground(policy: Policy, steps: int, out: Path, work: Path, pictures: int = 16) -> None:
     """Behind a picture stand the things in it, each name at once followed by the numbers of its box and its middle.
 
     Right behind a name a network of four layers learns within some hundred steps to find a thing and to read off where
@@ -486,6 +486,7 @@ def train_ground(policy: Policy, steps: int, work: Path, pictures: int = 16) -> 
         return -logps.mean() + 0.3 * alignment, figures
 
     learn("ground", model, policy_optimizers(model), steps, work, loss_of)
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, out)
 
 
 def train_language(
@@ -500,7 +501,7 @@ def train_language(
     unasked, hinted, hints = zip(*STYLES.values())
     model = policy.base.train()
     def asked_about(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Thing]]:
-        kinds = rng.choice(["attribute", "part", "relation"], asked, p=[0.6, 0.1, 0.3])  # never indirect, never combined
+        kinds = rng.choice(["attribute", "part", "relation"], asked, p=[0.6, 0.1, 0.3])  # the other two never
         chosen = [ask(scene, rng, str(kind)) for kind in kinds]
         return [c for c in chosen if c] or fair_questions(scene, "attribute")[:1]
 
@@ -628,29 +629,46 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
 
 # ---------------------------------------------------------------------------------------------------- all of it
 
-STAGES = ("sam", "vision", "language", "measure")
+STEPS = {"sam": 3000, "vision": 2400, "ground": 1500, "language": 3000}  # updates of each stage
+SCENES = 500  # held-out ones that the policy is measured on
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", default=",".join(STAGES), help="which to run, by comma, in order (default: all)")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = (*STEPS, "measure")
+    parser.add_argument("--stages", default=",".join(stages), help="which to run, by comma, in order (default: all)")
     parser.add_argument("--work", default="runs/pretrain", help="folder for what one stage leaves to the next")
-    args = parser.parse_args()
-    stages, work = args.stages.split(","), Path(args.work)
-    if unknown := set(stages) - set(STAGES):
-        parser.error(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}")
+    args = parser.parse(argv)
+    chosen, work = args.stages.split(","), Path(args.work)
+    if unknown := set(chosen) - set(stages):
+        parser.error(f"--stages: {', '.join(sorted(unknown))} is none of {', '.join(stages)}")
     work.mkdir(parents=True, exist_ok=True)
-    if "sam" in stages:
-        train_sam(3000, TINY_SAM / "model.safetensors", work)
-    if "vision" in stages:
-        train_vision(2400, work / "vision.safetensors", work)
-    if "language" in stages:
-        policy = new_policy(work / "vision.safetensors")
-        train_language(policy, 6000, work)
+    try:
+        for stage in chosen:
+            run_stage(stage, work)
+    except (UserError, OSError) as error:
+        exit_with(error, "pretrain.py")
+
+
+def run_stage(stage: str, work: Path) -> None:
+    """One stage, from what the one before left in `work`."""
+    if stage == "sam":
+        train_sam(STEPS[stage], TINY_SAM / "model.safetensors", work)
+    elif stage == "vision":
+        train_vision(STEPS[stage], work / "vision.safetensors", work)
+    elif stage == "ground":
+        policy = new_policy()
+        policy.base.model.visual.load_state_dict(load_file(work / "vision.safetensors"))
+        train_ground(policy, STEPS[stage], work / "ground.safetensors", work)
+    elif stage == "language":
+        policy = new_policy()
+        policy.base.load_state_dict(load_file(work / "ground.safetensors"))
+        train_language(policy, STEPS[stage], work)
         policy.base.to(torch.bfloat16).save_pretrained(POLICY), policy.processor.save_pretrained(POLICY)
-    if "measure" in stages:
-        measured = {"sam": measure_sam(), "policy": measure_policy(load_policy("tiny"), load_segmenter("tiny"))}
-        (POLICY.parent / "measured.json").write_text(json.dumps(measured, indent=1))
+    else:
+        sam, policy = measure_sam(str(TINY_SAM)), load_policy(str(POLICY))
+        measured = {"sam": sam, "policy": measure_policy(policy, load_segmenter(str(TINY_SAM)), SCENES)}
+        (POLICY.parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
         print(json.dumps(measured, indent=1))
 
 
