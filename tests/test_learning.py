@@ -60,4 +60,4 @@ def test_in_a_box_of_two_objects_the_tiny_sam_draws_both_or_the_one_that_the_poi
             wanted = [meant(scene, box, points) for points in prompts]
             found.append([[iou(*intersection_union(m, w)), (m & thing.mask).sum() / thing.mask.sum()] for m, w in zip(masks, wanted)])
     (both, both_hold), (one, one_holds), (rest, rest_holds) = np.mean(found, 0)
-    assert min(both, one, rest) > 0.75 and min(both_hold, one_holds) > 0.85 and rest_holds < 0.15
+    assert both > 0.85 and min(one, rest) > 0.6 and min(both_hold, one_holds) > 0.85 and rest_holds < 0.45
