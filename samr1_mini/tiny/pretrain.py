@@ -380,21 +380,19 @@ def told_rows(rng: np.random.Generator, scenes: list[Scene], count: int) -> list
 def text_row(
     policy: Policy, rng: np.random.Generator, scenes: list[Scene], count: int
 ) -> tuple[Prompt, list[torch.Tensor], list[int]]:
-    """Three facts, and conclusions from `count` questions on each told scene, as answers to one prompt without a
-    picture: it, ids of all, and how many of each one's last ids are learnt."""
+    """Three facts, and conclusions from `count` questions on each told scene, as answers to one prompt with a grey
+    picture: it, ids of all, and how many of each one's last ids are learnt. Without any picture, in a prompt of its
+    own, what was learnt to conclude there was not used where there was one."""
     ids = lambda text: policy.processor.tokenizer(text).input_ids
-    opening = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    head = torch.tensor(ids(opening), device=DEVICE)
+    [prompt] = encode(policy, [Image.new("RGB", (SIZE, SIZE), (128, 128, 128))], ["?"])
     rows, sizes, facts = [], [], fact_texts()
     for question, answer in [facts[i] for i in rng.choice(len(facts), 3, replace=False)]:
-        rows.append(ids(question + TURN) + ids(f"{answer}<|im_end|>"))
+        rows.append(ids(f" {question}{TURN}") + ids(f"{answer}<|im_end|>"))
         sizes.append(len(ids(f"{answer}<|im_end|>")))
     for question, told, conclusion in told_rows(rng, scenes, count):
-        before = f"Question:{question}{TURN}{told}"
+        before = f"{question}{TURN}{told}"
         rows.append(ids(before + conclusion)), sizes.append(len(rows[-1]) - len(ids(before.rstrip())))
-    positions = torch.arange(len(head), device=DEVICE).expand(3, -1)
-    no_picture = torch.zeros(len(head), dtype=torch.bool, device=DEVICE)
-    prompt = Prompt(head, policy.base.get_input_embeddings()(head), positions, no_picture)
+    prompt = cut(prompt, len(prompt.ids) - len(ids(f" ?{TURN}")))
     return prompt, [torch.tensor(row, device=DEVICE) for row in rows], sizes
 
 
