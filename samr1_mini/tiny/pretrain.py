@@ -288,14 +288,15 @@ def loose_points(thing: Thing, rng: np.random.Generator, slack: float) -> list[l
     return points
 
 
-# The base's styles: how often it uses each unasked, how often it is asked for it in pretraining, and the hint with
-# which a user may ask. As in a large model, what pays best is what it seldom does: to find that out is left to reward.
+# The base's styles: how often it uses each unasked, how often it is asked for it in pretraining, the hint with which
+# a user may ask, and how its answers begin. As in a large model, what pays best is what it seldom does: to find that
+# out is left to reward.
 STYLES = {
-    "sentence": (0.4, 0.15, " Answer in a sentence."),
-    "json": (0.15, 0.1, " Answer in JSON."),
-    "short": (0.385, 0.2, " Think first."),
-    "names": (0.06, 0.2, " Look around first."),
-    "places": (0.005, 0.35, " Measure first."),
+    "sentence": (0.39, 0.15, " Answer in a sentence.", "The"),
+    "json": (0.15, 0.1, " Answer in JSON.", '[{"label": "'),
+    "short": (0.385, 0.2, " Think first.", "<think>The"),
+    "names": (0.06, 0.2, " Look around first.", "<think>I see the"),
+    "places": (0.015, 0.35, " Measure first.", "<think>I see the"),
 }
 
 
@@ -351,7 +352,7 @@ def corpus() -> list[str]:
     for scene in scenes_from(10**8, 400):
         texts += [f" {text}" for kind in KINDS for text, _ in fair_questions(scene, kind)]
         texts += [answer_text(t, scene, rng, 0.1, style) for t in scene.things for style in STYLES]
-    texts += [hint for *_, hint in STYLES.values()]
+    texts += [hint for _, _, hint, _ in STYLES.values()]
     return texts
 
 
@@ -359,8 +360,8 @@ def corpus() -> list[str]:
 HEIGHTS, SIZES = {"above", "below", "topmost", "bottommost"}, {"largest", "smallest"}
 
 
-def told_rows(rng: np.random.Generator, scenes: list[Scene], count: int) -> list[tuple[str, str, str]]:
-    """`count` questions a scene about things that are told, not shown: (question, what is told, conclusion).
+def told_rows(rng: np.random.Generator, scenes: list[Scene], count: int) -> list[tuple[str, str, str, str]]:
+    """`count` questions a scene about things that are told, not shown: (question, hint, what is told, conclusion).
 
     The base learns here to conclude from what it has said: of all kinds, those that it never meets with a picture too.
     """
@@ -373,27 +374,49 @@ def told_rows(rng: np.random.Generator, scenes: list[Scene], count: int) -> list
             words = set(question.split())
             if not words & (SIZES if places else SIZES | HEIGHTS):
                 hint = STYLES["places" if places else "names"][2] if rng.random() < 0.5 else ""
-                rows.append((f" {question}{hint}", f"<think>{look_around(scene, places)}", thing.name))
+                rows.append((question, hint, f"<think>{look_around(scene, places)}".rstrip(), thing.name))
     return rows
 
 
-def text_row(
-    policy: Policy, rng: np.random.Generator, scenes: list[Scene], count: int
-) -> tuple[Prompt, list[torch.Tensor], list[int]]:
+Written = tuple[torch.Tensor, torch.Tensor]  # a row's ids [t], and which of them are learnt, bool [t]
+
+
+def written(policy: Policy, *texts: tuple[str, bool]) -> Written:
+    """Texts one behind another, each with whether it is learnt. Each begins where a word does."""
+    ids = [policy.processor.tokenizer(text).input_ids for text, _ in texts]
+    learnt = [[wanted] * len(row) for row, (_, wanted) in zip(ids, texts)]
+    return torch.tensor(sum(ids, []), device=DEVICE), torch.tensor(sum(learnt, []), device=DEVICE)
+
+
+def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Scene, rng, slack: float) -> Written:
+    """A question on a picture and its answer, in six of ten cases in the style for which its hint asks.
+
+    Comparing is learnt only where the answer first tells what it compares. Answers off-hand to such questions learn
+    how they begin, and no more.
+    """
+    styles, asked, compares = list(STYLES), rng.random() < 0.6, kind == "relation"
+    style = styles[rng.choice(len(styles), p=[row[1 if asked else 0] for row in STYLES.values()])]
+    if asked and compares:
+        style = "names" if rng.random() < 0.4 and not set(question.split()) & (HEIGHTS | SIZES) else "places"
+    _, _, hint, opening = STYLES[style]
+    answer = answer_text(thing, scene, rng, slack, style).removeprefix(opening)
+    whole = asked or not compares
+    return written(policy, (f" {question}{hint * asked}{TURN}", False), (opening, True), (f"{answer}<|im_end|>", whole))
+
+
+def text_rows(policy: Policy, rng: np.random.Generator, scenes: list[Scene], count: int) -> tuple[Prompt, list[Written]]:
     """Three facts, and conclusions from `count` questions on each told scene, as answers to one prompt with a grey
-    picture: it, ids of all, and how many of each one's last ids are learnt. Without any picture, in a prompt of its
-    own, what was learnt to conclude there was not used where there was one."""
-    ids = lambda text: policy.processor.tokenizer(text).input_ids
+    picture. Without any picture, in a prompt of its own, what was learnt to conclude there was not used where there
+    was one; and where hints ask for a list, its beginning is learnt too, or it broke on questions of these kinds."""
     [prompt] = encode(policy, [Image.new("RGB", (SIZE, SIZE), (128, 128, 128))], ["?"])
-    rows, sizes, facts = [], [], fact_texts()
+    rows, facts = [], fact_texts()
     for question, answer in [facts[i] for i in rng.choice(len(facts), 3, replace=False)]:
-        rows.append(ids(f" {question}{TURN}") + ids(f"{answer}<|im_end|>"))
-        sizes.append(len(ids(f"{answer}<|im_end|>")))
-    for question, told, conclusion in told_rows(rng, scenes, count):
-        before = f"{question}{TURN}{told}"
-        rows.append(ids(before + conclusion)), sizes.append(len(rows[-1]) - len(ids(before.rstrip())))
-    prompt = cut(prompt, len(prompt.ids) - len(ids(f" ?{TURN}")))
-    return prompt, [torch.tensor(row, device=DEVICE) for row in rows], sizes
+        rows.append(written(policy, (f" {question}{TURN}", False), (f"{answer}<|im_end|>", True)))
+    for question, hint, told, conclusion in told_rows(rng, scenes, count):
+        opening = STYLES["places"][3]
+        parts = (opening, bool(hint)), (told.removeprefix(opening), False), (f" {conclusion}.", True)
+        rows.append(written(policy, (f" {question}{hint}{TURN}", False), *parts))
+    return cut(prompt, len(prompt.ids) - len(policy.processor.tokenizer(f" ?{TURN}").input_ids)), rows
 
 
 def align_words(policy: Policy, prompts: list[Prompt], scenes: list[Scene]) -> torch.Tensor:
@@ -495,37 +518,28 @@ def train_language(
     In the first half of the steps boxes are exact: a network this small learns where things are only from figures
     without noise. In the second half the base becomes what it shall be, boxes `slack` too wide.
     """
-    ids, styles = lambda text: policy.processor.tokenizer(text).input_ids, list(STYLES)
-    unasked, hinted, hints = zip(*STYLES.values())
-    model = policy.base.train()
-    def asked_about(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Thing]]:
-        kinds = rng.choice(["attribute", "part", "relation"], asked, p=[0.6, 0.1, 0.3])  # the other two never
-        chosen = [ask(scene, rng, str(kind)) for kind in kinds]
-        return [c for c in chosen if c] or fair_questions(scene, "attribute")[:1]
+    model, tokenizer = policy.base.train(), policy.processor.tokenizer
+
+    def asked_about(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, Thing]]:
+        kinds = rng.choice(["attribute", "part", "relation"], asked, p=[0.5, 0.1, 0.4])  # the other two never
+        chosen = [(str(kind), ask(scene, rng, str(kind))) for kind in kinds]
+        return [(kind, *c) for kind, c in chosen if c] or [("attribute", *fair_questions(scene, "attribute")[0])]
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
         rng, wide = np.random.default_rng([2, step]), slack if step >= steps // 2 else 0.0
         scenes = scenes_from(2 * 10**7 + step * pictures, pictures)
         pairs = [asked_about(scene, rng) for scene in scenes]
         images = [Image.fromarray(scene.image) for scene in scenes]
-        prompts, groups, sizes = encode(policy, images, [chosen[0][0] for chosen in pairs]), [], []
-        for b, chosen in enumerate(pairs):
-            # The question stands last in the prompt, so all questions on a picture share everything before it.
-            prompts[b] = cut(prompts[b], len(prompts[b].ids) - len(ids(f" {chosen[0][0]}{TURN}")))
-            rows = []
-            for question, thing in chosen:
-                told_how = rng.random() < 0.6
-                style = int(rng.choice(len(styles), p=hinted if told_how else unasked))
-                tail = ids(f" {question}{hints[style] * told_how}{TURN}")
-                answer = ids(f"{answer_text(thing, scenes[b], rng, wide, styles[style])}<|im_end|>")
-                rows.append(torch.tensor(tail + answer, device=DEVICE)), sizes.append(len(answer))
-            groups.append(rows)
-        alignment, seen = align_words(policy, prompts, scenes), len(sizes)
-        prompt, rows, tails = text_row(policy, rng, scenes_from(3 * 10**7 + step * told, told), 3)
-        logps, _ = logprobs(policy, prompts + [prompt], groups + [rows])
-        lengths = [len(row) for g in groups + [rows] for row in g]
-        learnt = [-logp[-size:] for logp, size in zip(logps.split(lengths), sizes + tails)]
-        shown, without = torch.cat(learnt[:seen]).mean(), torch.cat(learnt[seen:]).mean()
+        # The question stands last in the prompt, so all questions on a picture share everything before it.
+        prompts = encode(policy, images, ["?"] * pictures)
+        prompts = [cut(p, len(p.ids) - len(tokenizer(f" ?{TURN}").input_ids)) for p in prompts]
+        groups = [[shown_row(policy, *row, s, rng, wide) for row in chosen] for s, chosen in zip(scenes, pairs)]
+        alignment = align_words(policy, prompts, scenes)
+        prompt, rows = text_rows(policy, rng, scenes_from(3 * 10**7 + step * told, told), 3)
+        logps, _ = logprobs(policy, prompts + [prompt], [[ids for ids, _ in g] for g in groups + [rows]])
+        learnt = torch.cat([learn for g in groups + [rows] for _, learn in g])  # [all rows' tokens]
+        seen = sum(len(ids) for g in groups for ids, _ in g)
+        shown, without = -logps[:seen][learnt[:seen]].mean(), -logps[seen:][learnt[seen:]].mean()
         figures = {"shown": shown.item(), "told": without.item(), "words": alignment.item()}
         return shown + 0.3 * without + 0.3 * alignment, figures
 
@@ -609,7 +623,7 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
                 styles.append(style_of(answer.text))
                 for kind in (x.kind, "all"):
                     unasked.setdefault(kind, []).append((about(box, x.mask, scene), overlap, score))
-        for style, (*_, hint) in STYLES.items():
+        for style, (_, _, hint, _) in STYLES.items():
             for x, scene, [answer] in zip(samples, scenes, answers(hint, 1, 0.0)):
                 right = about(parse(answer.text, SIZE, SIZE).lenient_box, x.mask, scene)
                 for kind, value in ((x.kind, right), ("all", right), ("kept", style_of(answer.text) == style)):
