@@ -255,9 +255,9 @@ class Caught(Exception):
 
 @pytest.fixture
 def lessons(processor, tmp_path, monkeypatch):
-    """The language stage: `of(step)`, each text that is learnt from a picture, with its scene; `policy`, `optimizers`. No
-    network runs."""
-    caught, stage, read, length = {}, {}, processor.tokenizer.decode, 1000
+    """The language stage: `of(step)`, each text that is learnt from a picture, with its scene; `parts(step)`, of each the
+    kind of its question, all that it says and what is learnt of it; `policy`, `optimizers`. No network runs."""
+    caught, stage, read, length, write = {}, {}, processor.tokenizer.decode, 1000, pretrain.shown_row
 
     def prompts_of(policy, images, questions):
         caught["images"] = [np.asarray(image).tobytes() for image in images]
@@ -267,28 +267,39 @@ def lessons(processor, tmp_path, monkeypatch):
         caught["rows"] = [[read(row) for row in rows] for rows in groups]
         raise Caught
 
+    def noted(policy, kind, *rest):
+        ids, learnt = write(policy, kind, *rest)
+        caught["parts"].append((kind, read(ids), read(ids[learnt])))
+        return ids, learnt
+
     monkeypatch.setattr(pretrain, "encode", prompts_of)
     monkeypatch.setattr(pretrain, "align_words", lambda *_: 0)
-    monkeypatch.setattr(pretrain, "text_row", lambda *_: (None, [], []))
+    monkeypatch.setattr(pretrain, "text_rows", lambda *_: (None, []))
+    monkeypatch.setattr(pretrain, "shown_row", noted)
     monkeypatch.setattr(pretrain, "logprobs", rows_of)
     monkeypatch.setattr(pretrain, "learn", lambda *what: stage.update(optimizers=what[2], loss_of=what[5]))
     policy = SimpleNamespace(processor=processor, base=build_policy(processor.tokenizer))
     pretrain.train_language(policy, 1000, tmp_path)
 
-    def lesson(step):
+    def parts(step):
+        caught["parts"] = []
         with pytest.raises(Caught):
             stage["loss_of"](step)
+        return caught["parts"]
+
+    def lesson(step):
+        parts(step)
         scenes = pretrain.scenes_from(2 * 10**7 + step * 8, 8)
         assert [scene.image.tobytes() for scene in scenes] == caught["images"]
         return [(scene, row) for scene, rows in zip(scenes, caught["rows"]) for row in rows]
 
-    return SimpleNamespace(of=lesson, policy=policy, optimizers=stage["optimizers"])
+    return SimpleNamespace(of=lesson, parts=parts, policy=policy, optimizers=stage["optimizers"])
 
 
 def taught(row):
     """A row's question, the style of which its hint is ("" for none), and its answer."""
     question, answer = row.removesuffix("<|im_end|>").split(pretrain.TURN)
-    style = next((style for style, (*_, hint) in STYLES.items() if question.endswith(hint)), "")
+    style = next((style for style, (_, _, hint, _) in STYLES.items() if question.endswith(hint)), "")
     return question.removesuffix(STYLES[style][2] if style else "").strip(), style, answer
 
 
@@ -322,27 +333,49 @@ def test_boxes_that_the_base_learns_are_exact_in_the_first_half_and_40_percent_t
 
 
 def test_the_base_is_asked_for_a_style_in_six_of_ten_answers_and_seldom_measures_unasked(lessons):
-    rows = [taught(row) for step in range(12) for _, row in lessons.of(step)]
-    hinted = [style for _, style, _ in rows if style]
-    unasked = [pretrain.style_of(answer) for _, style, answer in rows if not style]
-    assert 0.55 < len(hinted) / len(rows) < 0.65
-    for style, (share, asked_share, _) in STYLES.items():
+    rows = [(kind, *taught(row)) for step in range(12) for kind, row, _ in lessons.parts(step)]
+    hinted = [style for kind, _, style, _ in rows if style and kind != "relation"]
+    unasked = [pretrain.style_of(answer) for _, _, style, answer in rows if not style]
+    assert 0.55 < 1 - len(unasked) / len(rows) < 0.65
+    for style, (share, asked_share, _, _) in STYLES.items():
         assert hinted.count(style) / len(hinted) == pytest.approx(asked_share, abs=0.07)
         assert unasked.count(style) / len(unasked) == pytest.approx(share, abs=0.07)
 
 
-def test_what_is_told_stands_in_a_row_without_a_picture(processor):
-    table = torch.nn.Embedding(len(processor.tokenizer), 8)
-    policy = SimpleNamespace(processor=processor, base=SimpleNamespace(get_input_embeddings=lambda: table))
-    prompt, rows, sizes = pretrain.text_row(policy, np.random.default_rng(0), pretrain.scenes_from(0, 6), 3)
-    assert not prompt.picture.any() and not (prompt.ids == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).any()
-    told = [processor.decode(row) for row in rows]
-    learnt = [processor.decode(row[-size:]).strip() for row, size in zip(rows, sizes)]
-    assert [text.split(pretrain.TURN)[1].removesuffix("<|im_end|>") for text in told[:3]] == [x.removesuffix("<|im_end|>") for x in learnt[:3]]
-    for text, conclusion in zip(told[3:], learnt[3:]):
-        before, after = text.split(" It is the ")
-        assert "<think>I see the " in before and after == conclusion
-    assert len(told) > 10
+def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_what_it_compares(lessons):
+    learnt_whole, beginnings = {"names": 0, "places": 0}, 0
+    for kind, row, learnt in [part for step in range(12) for part in lessons.parts(step)]:
+        question, style, answer = taught(row)
+        if kind != "relation" or style:
+            assert learnt == f"{answer}<|im_end|>"
+        else:
+            assert learnt == STYLES[pretrain.style_of(answer)][3] and answer.startswith(learnt)
+            beginnings += 1
+        if kind == "relation" and style:
+            learnt_whole[style] += 1
+            assert style == "places" or not {"largest", "smallest", "topmost", "bottommost", "above", "below"} & set(question.split())
+    assert min(learnt_whole.values()) > 10 and beginnings > 50
+
+
+def test_what_is_told_stands_under_a_grey_picture_and_conclusions_are_learnt_and_how_asked_for_lists_begin(processor, monkeypatch):
+    shown = []
+
+    def prompts_of(policy, images, questions):
+        shown.extend(np.asarray(image) for image in images)
+        return [Prompt(*map(torch.zeros, (1000, (1000, 1), (3, 1000), 1000))) for _ in images]
+
+    monkeypatch.setattr(pretrain, "encode", prompts_of)
+    _, rows = pretrain.text_rows(SimpleNamespace(processor=processor), np.random.default_rng(0), pretrain.scenes_from(0, 6), 3)
+    assert len(shown) == 1 and shown[0].shape == (112, 112, 3) and len(np.unique(shown[0])) == 1
+    told = [(processor.decode(row), processor.decode(row[learnt])) for row, learnt in rows]
+    assert all(text.split(pretrain.TURN)[1] == learnt for text, learnt in told[:3])
+    hinted = 0
+    for text, learnt in told[3:]:
+        question, answer = text.split(pretrain.TURN)
+        asked = question.endswith(("Measure first.", "Look around first."))
+        assert answer.startswith("<think>I see the ") and learnt == "<think>I see the" * asked + answer.split(" It is the")[1]
+        hinted += asked
+    assert 3 < hinted < len(told) - 6
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
@@ -372,7 +405,7 @@ def answered(monkeypatch):
         def prompts_of(policy, images, questions):
             prompts = []
             for image, question in zip(images, questions):
-                style = next((style for style, (*_, hint) in STYLES.items() if question.endswith(hint)), None)
+                style = next((style for style, (_, _, hint, _) in STYLES.items() if question.endswith(hint)), None)
                 question = question.removesuffix(STYLES[style][2] if style else "")
                 prompts.append((*pairs[question][np.asarray(image).tobytes()], style))
             return prompts

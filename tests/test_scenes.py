@@ -333,19 +333,27 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
     assert 0.15 < min(overlaps) and max(overlaps) < 0.7 and 0.28 < np.mean(overlaps) < 0.38
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_an_answer_begins_as_its_style_does(style):
+    rng, scene = np.random.default_rng(0), drawn(0)
+    for thing in scene.things:
+        text, opening = answer_text(thing, scene, rng, 0.4, style), STYLES[style][3]
+        assert text.startswith(opening) and text.removeprefix(opening).strip().split()[0] in COLOURS
+
+
 @pytest.mark.parametrize("text", ["", "the red star", "[1, 2, 3, 4]", '{"bbox": [1, 2, 3, 4]}', "Here: <think>I see the red star."])
 def test_an_answer_in_none_of_the_styles_is_other(text):
     assert style_of(text) == "other"
 
 
 def test_the_shares_of_the_styles_sum_to_one_unasked_and_asked():
-    unasked, asked, hints = zip(*STYLES.values())
+    unasked, asked, hints, _ = zip(*STYLES.values())
     assert sum(unasked) == pytest.approx(1) and sum(asked) == pytest.approx(1) and len(set(hints)) == len(hints)
 
 
 def read_told(text):
     """What a thought tells: [(colour, shape, x, y)], with the place in the row for x and no y where no places are told."""
-    told = text.partition("I see the ")[2].partition(". It is the ")[0].split(", the ")
+    told = text.partition("I see the ")[2].partition(". It is the")[0].split(", the ")
     parts = [re.fullmatch(r"(\w+) (\w+)(?: \((\d+), (\d+)\))?", part).groups() for part in told]
     return [(colour, shape, int(x) if x else 1000 * i, int(y) if y else None) for i, (colour, shape, x, y) in enumerate(parts)]
 
@@ -369,9 +377,8 @@ def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_concl
     """The second reading knows the told names and places alone: no sizes, and heights only where places are told."""
     rng, kinds, hinted, places = np.random.default_rng(0), Counter(), [], []
     for seed in range(200):
-        for text, told, conclusion in told_rows(rng, [drawn(seed)], 6):
-            hint = next((hint for *_, hint in STYLES.values() if text.endswith(hint)), "")
-            question, objects = text.removesuffix(hint).strip(), []
+        for question, hint, told, conclusion in told_rows(rng, [drawn(seed)], 6):
+            objects = []
             for colour, shape, x, y in read_told(told):
                 objects.append(Thing(shape, colour, x, y, 0, None))
                 objects[-1].box = (x, y, x, y)
