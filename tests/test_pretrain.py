@@ -256,7 +256,8 @@ class Caught(Exception):
 @pytest.fixture
 def lessons(processor, tmp_path, monkeypatch):
     """The language stage: `of(step)`, each text that is learnt from a picture, with its scene; `parts(step)`, of each the
-    kind of its question, all that it says and what is learnt of it; `policy`, `optimizers`. No network runs."""
+    kind of its question, all that it says and what is learnt of it; `told(step)`, each picture's scene with the one that is
+    told under it; `policy`, `optimizers`. No network runs."""
     caught, stage, read, length, write = {}, {}, processor.tokenizer.decode, 1000, pretrain.shown_row
 
     def prompts_of(policy, images, questions):
@@ -274,7 +275,7 @@ def lessons(processor, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrain, "encode", prompts_of)
     monkeypatch.setattr(pretrain, "align_words", lambda *_: 0)
-    monkeypatch.setattr(pretrain, "text_rows", lambda *_: (None, []))
+    monkeypatch.setattr(pretrain, "text_rows", lambda policy, rng, scene, count: caught["told"].append(scene) or [])
     monkeypatch.setattr(pretrain, "shown_row", noted)
     monkeypatch.setattr(pretrain, "logprobs", rows_of)
     monkeypatch.setattr(pretrain, "learn", lambda *what: stage.update(optimizers=what[2], loss_of=what[5]))
@@ -282,7 +283,7 @@ def lessons(processor, tmp_path, monkeypatch):
     pretrain.train_language(policy, 1000, tmp_path)
 
     def parts(step):
-        caught["parts"] = []
+        caught.update(parts=[], told=[])
         with pytest.raises(Caught):
             stage["loss_of"](step)
         return caught["parts"]
@@ -293,7 +294,11 @@ def lessons(processor, tmp_path, monkeypatch):
         assert [scene.image.tobytes() for scene in scenes] == caught["images"]
         return [(scene, row) for scene, rows in zip(scenes, caught["rows"]) for row in rows]
 
-    return SimpleNamespace(of=lesson, parts=parts, policy=policy, optimizers=stage["optimizers"])
+    def told(step):
+        parts(step)
+        return list(zip(pretrain.scenes_from(2 * 10**7 + step * 8, 8), caught["told"], strict=True))
+
+    return SimpleNamespace(of=lesson, parts=parts, told=told, policy=policy, optimizers=stage["optimizers"])
 
 
 def taught(row):
@@ -357,25 +362,26 @@ def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_wh
     assert min(learnt_whole.values()) > 10 and beginnings > 50
 
 
-def test_what_is_told_stands_under_a_grey_picture_and_conclusions_are_learnt_and_how_asked_for_lists_begin(processor, monkeypatch):
-    shown = []
+def test_what_is_told_stands_under_the_picture_of_another_scene(lessons):
+    for step in (0, 700):
+        pictures, told = zip(*lessons.told(step))
+        assert len(told) == 8 and not {scene.image.tobytes() for scene in pictures} & {scene.image.tobytes() for scene in told}
 
-    def prompts_of(policy, images, questions):
-        shown.extend(np.asarray(image) for image in images)
-        return [Prompt(*map(torch.zeros, (1000, (1000, 1), (3, 1000), 1000))) for _ in images]
 
-    monkeypatch.setattr(pretrain, "encode", prompts_of)
-    _, rows = pretrain.text_rows(SimpleNamespace(processor=processor), np.random.default_rng(0), pretrain.scenes_from(0, 6), 3)
-    assert len(shown) == 1 and shown[0].shape == (112, 112, 3) and len(np.unique(shown[0])) == 1
-    told = [(processor.decode(row), processor.decode(row[learnt])) for row, learnt in rows]
-    assert all(text.split(pretrain.TURN)[1] == learnt for text, learnt in told[:3])
-    hinted = 0
-    for text, learnt in told[3:]:
-        question, answer = text.split(pretrain.TURN)
-        asked = question.endswith(("Measure first.", "Look around first."))
-        assert answer.startswith("<think>I see the ") and learnt == "<think>I see the" * asked + answer.split(" It is the")[1]
-        hinted += asked
-    assert 3 < hinted < len(told) - 6
+def test_of_what_is_told_facts_and_conclusions_are_learnt_and_how_a_list_begins_that_a_hint_asks_for(processor):
+    policy, rng, hinted, count = SimpleNamespace(processor=processor), np.random.default_rng(0), 0, 0
+    for scene in pretrain.scenes_from(0, 12):
+        rows = [(processor.decode(row), processor.decode(row[learnt])) for row, learnt in pretrain.text_rows(policy, rng, scene, 3)]
+        (fact, known), *rows = rows
+        question, answer = fact.split(pretrain.TURN)
+        assert known == answer and (question.strip(), answer.removesuffix("<|im_end|>")) in pretrain.fact_texts()
+        for text, learnt in rows:
+            question, answer = text.split(pretrain.TURN)
+            asked = question.endswith(("Measure first.", "Look around first."))
+            assert answer.startswith("<think>I see the ") and learnt == "<think>I see the" * asked + answer.split(" It is the")[1]
+            assert all(thing.name in answer for thing in scene.things)
+            hinted, count = hinted + asked, count + 1
+    assert 5 < hinted < count - 5
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured

@@ -643,7 +643,7 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
 
 # ---------------------------------------------------------------------------------------------------- all of it
 
-STEPS = {"sam": 3000, "vision": 2400, "ground": 1500, "language": 3000}  # updates of each stage
+STEPS = {"sam": 6000, "vision": 2400, "ground": 1500, "language": 3000}  # updates of each stage
 SCENES = 500  # held-out ones that the policy is measured on
 
 
