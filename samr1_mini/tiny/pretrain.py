@@ -328,13 +328,14 @@ def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: flo
         return f"The {name} is at {box}."
     if style == "json":
         return f'[{{"label": "{name}", "bbox_2d": {box}}}]'
-    thought = f"The {name} fits best."
+    thought = f"The {name} fits best"
     if style != "short":
-        thought = f"{look_around(scene, style == 'places')}{name}."
-    return f'<think>{thought}</think><answer>{{"bbox": {box}, "points": {loose_points(thing, rng, slack)}}}</answer>'
+        thought = f"{look_around(scene, style == 'places')}{name}"
+    return f'<think>{thought}{ANSWER}{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>'
 
 
 TURN = "<|im_end|>\n<|im_start|>assistant\n"  # from a question to its answer
+ANSWER = '.</think><answer>{"bbox": ['  # from a thought to the first number
 
 
 def fact_texts() -> list[tuple[str, str]]:
@@ -408,12 +409,13 @@ def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Sce
 def text_rows(policy: Policy, rng: np.random.Generator, scene: Scene, count: int) -> list[Written]:
     """A fact, and conclusions from `count` questions about a scene that is told. They stand under the picture of another
     scene, which says nothing of it: what was learnt to conclude where there was no picture, or a grey one, was not used
-    where there was one. Where a hint asks for a list its beginning is learnt too, or it breaks on such questions."""
+    where there was one. Learnt is also how the list begins, where a hint asks for it, and how the answer goes on: else
+    lists broke on such questions, and conclusions were said again and again."""
     question, answer = fact_texts()[rng.integers(len(fact_texts()))]
     rows = [written(policy, (f" {question}{TURN}", False), (f"{answer}<|im_end|>", True))]
     for question, hint, told, conclusion in told_rows(rng, [scene], count):
         opening = STYLES["places"][3]
-        parts = (opening, bool(hint)), (told.removeprefix(opening), False), (f" {conclusion}.", True)
+        parts = (opening, bool(hint)), (told.removeprefix(opening), False), (f" {conclusion}{ANSWER}", True)
         rows.append(written(policy, (f" {question}{hint}{TURN}", False), *parts))
     return rows
 
