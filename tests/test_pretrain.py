@@ -369,7 +369,7 @@ def test_what_is_told_stands_under_the_picture_of_another_scene(lessons):
 
 
 def test_of_what_is_told_facts_and_conclusions_are_learnt_and_how_a_list_begins_that_a_hint_asks_for(processor):
-    policy, rng, hinted, count = SimpleNamespace(processor=processor), np.random.default_rng(0), 0, 0
+    policy, rng, hinted, offhand, count = SimpleNamespace(processor=processor), np.random.default_rng(0), 0, [], 0
     for scene in pretrain.scenes_from(0, 12):
         rows = [(processor.decode(row), processor.decode(row[learnt])) for row, learnt in pretrain.text_rows(policy, rng, scene, 3)]
         (fact, known), *rows = rows
@@ -378,10 +378,14 @@ def test_of_what_is_told_facts_and_conclusions_are_learnt_and_how_a_list_begins_
         for text, learnt in rows:
             question, answer = text.split(pretrain.TURN)
             asked = question.endswith(("Measure first.", "Look around first."))
+            if answer == learnt:  # a beginning, and nothing else
+                assert not asked and learnt in {opening for *_, opening in STYLES.values()}
+                offhand.append(learnt)
+                continue
             assert answer.startswith("<think>I see the ") and learnt == "<think>I see the" * asked + answer.split(" It is the")[1]
             assert all(thing.name in answer for thing in scene.things)
             hinted, count = hinted + asked, count + 1
-    assert 5 < hinted < count - 5
+    assert 5 < hinted < count - 3 and len(offhand) > 3 and len(set(offhand)) > 1
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
