@@ -377,7 +377,7 @@ def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_concl
     """The second reading knows the told names and places alone: no sizes, and heights only where places are told."""
     rng, kinds, hinted, places = np.random.default_rng(0), Counter(), [], []
     for seed in range(200):
-        for question, hint, told, conclusion in told_rows(rng, [drawn(seed)], 6):
+        for question, hint, told, conclusion in told_rows(rng, drawn(seed), 6):
             objects = []
             for colour, shape, x, y in read_told(told):
                 objects.append(Thing(shape, colour, x, y, 0, None))

@@ -300,6 +300,11 @@ STYLES = {
 }
 
 
+def draw_style(rng: np.random.Generator, asked: bool) -> str:
+    """A style, as often as the base uses it unasked, or as often as it is asked for it in pretraining."""
+    return str(rng.choice(list(STYLES), p=[how_often[asked] for how_often in STYLES.values()]))
+
+
 def style_of(text: str) -> str:
     """In which of the base's styles an answer is, "other" if in none."""
     thought = text.removeprefix("<think>").partition("</think>")[0]
@@ -361,22 +366,20 @@ def corpus() -> list[str]:
 HEIGHTS, SIZES = {"above", "below", "topmost", "bottommost"}, {"largest", "smallest"}
 
 
-def told_rows(rng: np.random.Generator, scenes: list[Scene], count: int) -> list[tuple[str, str, str, str]]:
-    """`count` questions a scene about things that are told, not shown: (question, hint, what is told, conclusion).
+def told_rows(rng: np.random.Generator, scene: Scene, count: int) -> list[tuple[str, str, str, str]]:
+    """Up to `count` questions about a scene that is told, not shown: (question, hint, what is told, conclusion).
 
-    The base learns here to conclude from what it has said: of all kinds, those that it never meets with a picture too.
+    The base learns here to conclude from what it has said: of all kinds, those too that it never meets about a picture.
     """
     rows = []
-    for scene in scenes:
-        for _ in range(count):
-            kind = str(rng.choice(["attribute", "relation", "indirect", "combined"], p=[0.1, 0.2, 0.4, 0.3]))
-            if not (found := ask(scene, rng, kind)):
-                continue
-            (question, thing), places = found, bool(rng.random() < 0.7)
-            words = set(question.split())
-            if not words & (SIZES if places else SIZES | HEIGHTS):
-                hint = STYLES["places" if places else "names"][2] if rng.random() < 0.5 else ""
-                rows.append((question, hint, f"<think>{look_around(scene, places)}".rstrip(), thing.name))
+    for _ in range(count):
+        kind = str(rng.choice(["attribute", "relation", "indirect", "combined"], p=[0.1, 0.2, 0.4, 0.3]))
+        if not (found := ask(scene, rng, kind)):
+            continue
+        (question, thing), places = found, bool(rng.random() < 0.7)
+        if not set(question.split()) & (SIZES if places else SIZES | HEIGHTS):
+            hint = STYLES["places" if places else "names"][2] if rng.random() < 0.5 else ""
+            rows.append((question, hint, f"<think>{look_around(scene, places)}".rstrip(), thing.name))
     return rows
 
 
@@ -396,8 +399,8 @@ def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Sce
     Comparing is learnt only where the answer first tells what it compares. Answers off-hand to such questions learn
     how they begin, and no more.
     """
-    styles, asked, compares = list(STYLES), rng.random() < 0.6, kind == "relation"
-    style = styles[rng.choice(len(styles), p=[row[1 if asked else 0] for row in STYLES.values()])]
+    asked, compares = rng.random() < 0.6, kind == "relation"
+    style = draw_style(rng, asked)
     if asked and compares:
         style = "names" if rng.random() < 0.4 and not set(question.split()) & (HEIGHTS | SIZES) else "places"
     _, _, hint, opening = STYLES[style]
@@ -407,16 +410,17 @@ def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Sce
 
 
 def text_rows(policy: Policy, rng: np.random.Generator, scene: Scene, count: int) -> list[Written]:
-    """A fact, and conclusions from `count` questions about a scene that is told. They stand under the picture of another
-    scene, which says nothing of it: what was learnt to conclude where there was no picture, or a grey one, was not used
-    where there was one. Learnt is also how the list begins, where a hint asks for it, and how the answer goes on: else
-    lists broke on such questions, and conclusions were said again and again."""
+    """A fact, and conclusions from `count` questions about a scene that is told.
+
+    They stand under the picture of another scene, which says nothing of it: what was learnt to conclude where there was
+    no picture, or a grey one, was not used where there was one. Learnt is also how the list begins, where a hint asks
+    for it, and how the answer goes on: else lists broke on such questions, and conclusions were said again and again.
+    """
     question, answer = fact_texts()[rng.integers(len(fact_texts()))]
     rows = [written(policy, (f" {question}{TURN}", False), (f"{answer}<|im_end|>", True))]
-    for question, hint, told, conclusion in told_rows(rng, [scene], count):
+    for question, hint, told, conclusion in told_rows(rng, scene, count):
         if not hint and rng.random() < 0.5:  # else the base would list at once wherever nothing is named
-            style = rng.choice(list(STYLES), p=[share for share, *_ in STYLES.values()])
-            rows.append(written(policy, (f" {question}{TURN}", False), (STYLES[style][3], True)))
+            rows.append(written(policy, (f" {question}{TURN}", False), (STYLES[draw_style(rng, False)][3], True)))
             continue
         opening = STYLES["places"][3]
         parts = (opening, bool(hint)), (told.removeprefix(opening), False), (f" {conclusion}{ANSWER}", True)
@@ -523,7 +527,7 @@ def train_language(
     In the first half of the steps boxes are exact: a network this small learns where things are only from figures
     without noise. In the second half the base becomes what it shall be, boxes `slack` too wide.
     """
-    model, tokenizer = policy.base.train(), policy.processor.tokenizer
+    model, tail = policy.base.train(), len(policy.processor.tokenizer(f" ?{TURN}").input_ids)
 
     def asked_about(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, Thing]]:
         kinds = rng.choice(["attribute", "part", "relation"], asked, p=[0.4, 0.1, 0.5])  # the other two never
@@ -537,17 +541,18 @@ def train_language(
         images = [Image.fromarray(scene.image) for scene in scenes]
         # The question stands last in the prompt, so all questions on a picture share everything before it.
         prompts = encode(policy, images, ["?"] * pictures)
-        prompts = [cut(p, len(p.ids) - len(tokenizer(f" ?{TURN}").input_ids)) for p in prompts]
+        prompts = [cut(p, len(p.ids) - tail) for p in prompts]
         groups = [[shown_row(policy, *row, s, rng, wide) for row in chosen] for s, chosen in zip(scenes, pairs)]
         others = [text_rows(policy, rng, other, told) for other in scenes_from(3 * 10**7 + step * pictures, pictures)]
         alignment = align_words(policy, prompts, scenes)
-        rows = [[(row, False) for row in group] + [(row, True) for row in other] for group, other in zip(groups, others)]
-        logps, _ = logprobs(policy, prompts, [[ids for (ids, _), _ in group] for group in rows])  # [all rows' tokens]
-        seen, heard = (
-            torch.cat([learnt & (is_told == which) for group in rows for (_, learnt), is_told in group])
-            for which in (False, True)
-        )
-        shown, heard = -logps[seen].mean(), -logps[heard].mean()
+        rows = [group + other for group, other in zip(groups, others)]
+        logps, _ = logprobs(policy, prompts, [[ids for ids, _ in row] for row in rows])  # [all rows' tokens]
+        learnt = torch.cat([mask for row in rows for _, mask in row])
+        is_told = torch.cat([
+            torch.full_like(mask, i >= len(group))
+            for group, row in zip(groups, rows) for i, (_, mask) in enumerate(row)
+        ])
+        shown, heard = -logps[learnt & ~is_told].mean(), -logps[learnt & is_told].mean()
         figures = {"shown": shown.item(), "told": heard.item(), "words": alignment.item()}
         return shown + 0.5 * heard + 0.3 * alignment, figures
 
