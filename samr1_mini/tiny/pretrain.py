@@ -319,11 +319,11 @@ def called(thing: Thing, scene: Scene) -> str:
     return next((f"dot of the {t.name}" for t in scene.things if t.dot is thing), thing.name)
 
 
-def look_around(scene: Scene, places: bool) -> str:
+def listed(scene: Scene, places: bool) -> str:
     """What there is, from left to right, with each thing's middle where places are told."""
     things = sorted(scene.things, key=lambda t: middle(t)[0])
     told = [t.name + f" ({', '.join(map(str, middle(t)))})" * places for t in things]
-    return f"I see the {', the '.join(told)}. It is the "
+    return f"<think>I see the {', the '.join(told)}. It is the"
 
 
 def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str) -> str:
@@ -333,10 +333,10 @@ def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: flo
         return f"The {name} is at {box}."
     if style == "json":
         return f'[{{"label": "{name}", "bbox_2d": {box}}}]'
-    thought = f"The {name} fits best"
+    thought = f"<think>The {name} fits best"
     if style != "short":
-        thought = f"{look_around(scene, style == 'places')}{name}"
-    return f'<think>{thought}{ANSWER}{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>'
+        thought = f"{listed(scene, style == 'places')} {name}"
+    return f'{thought}{ANSWER}{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>'
 
 
 TURN = "<|im_end|>\n<|im_start|>assistant\n"  # from a question to its answer
@@ -362,24 +362,22 @@ def corpus() -> list[str]:
     return texts
 
 
-# Words whose questions a list of names from left to right cannot answer, and those that no list here can.
-HEIGHTS, SIZES = {"above", "below", "topmost", "bottommost"}, {"largest", "smallest"}
+SIZES = {"largest", "smallest"}  # words of questions that no list here can answer: it tells no sizes
 
 
 def told_rows(rng: np.random.Generator, scene: Scene, count: int) -> list[tuple[str, str, str, str]]:
     """Up to `count` questions about a scene that is told, not shown: (question, hint, what is told, conclusion).
 
     The base learns here to conclude from what it has said: of all kinds, those too that it never meets about a picture.
+    From names it concludes what has the colour or the shape of something; to compare, it needs places.
     """
     rows = []
     for _ in range(count):
         kind = str(rng.choice(["attribute", "relation", "indirect", "combined"], p=[0.1, 0.2, 0.4, 0.3]))
-        if not (found := ask(scene, rng, kind)):
-            continue
-        (question, thing), places = found, bool(rng.random() < 0.7)
-        if not set(question.split()) & (SIZES if places else SIZES | HEIGHTS):
+        found, places = ask(scene, rng, kind), kind in ("relation", "combined") or rng.random() < 0.6
+        if found and not set(found[0].split()) & SIZES:
             hint = STYLES["places" if places else "names"][2] if rng.random() < 0.5 else ""
-            rows.append((question, hint, f"<think>{look_around(scene, places)}".rstrip(), thing.name))
+            rows.append((found[0], hint, listed(scene, places), found[1].name))
     return rows
 
 
@@ -396,17 +394,17 @@ def written(policy: Policy, *texts: tuple[str, bool]) -> Written:
 def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Scene, rng, slack: float) -> Written:
     """A question on a picture and its answer, in six of ten cases in the style for which its hint asks.
 
-    Comparing is learnt only where the answer first tells what it compares. Answers off-hand to such questions learn
-    how they begin, and no more.
+    Comparing is learnt only where the answer first tells the places that it compares. Other answers to such questions
+    learn how they begin, or what they list, and no more.
     """
     asked, compares = rng.random() < 0.6, kind == "relation"
-    style = draw_style(rng, asked)
-    if asked and compares:
-        style = "names" if rng.random() < 0.4 and not set(question.split()) & (HEIGHTS | SIZES) else "places"
-    _, _, hint, opening = STYLES[style]
-    answer = answer_text(thing, scene, rng, slack, style).removeprefix(opening)
+    style = "places" if asked and compares else draw_style(rng, asked)
+    _, _, hint, begins = STYLES[style]
+    if style in ("names", "places"):
+        begins = listed(scene, style == "places")
+    answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins)
     whole = asked or not compares
-    return written(policy, (f" {question}{hint * asked}{TURN}", False), (opening, True), (f"{answer}<|im_end|>", whole))
+    return written(policy, (f" {question}{hint * asked}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
 
 
 def text_rows(policy: Policy, rng: np.random.Generator, scene: Scene, count: int) -> list[Written]:
