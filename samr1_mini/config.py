@@ -233,7 +233,7 @@ def check(s: Settings) -> None:
         raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the rest of its group")
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
-    if s.image_size < 56:  # which multiple it must be depends on the policy: load_policy looks
+    if s.image_size < 56:  # which multiple it must be depends on the policy: check_policy looks
         raise UserError(f"--image-size must be at least 56, not {s.image_size}")
     if s.updates > s.questions:
         raise UserError(f"--updates {s.updates} is more than --questions {s.questions}: an update needs a question")

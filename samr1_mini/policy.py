@@ -24,7 +24,7 @@ from .config import UserError, check_size
 from .running.memory import compute_dtype
 from .tokens import banned_ids, draw, stop_ids, token_logits
 
-TINY = Path(__file__).parent / "tiny" / "policy"
+TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder: from_pretrained reads it
 
 PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside \
 <think> </think>, then give the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, \
@@ -132,7 +132,7 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def load_policy(
     name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu",
-    checkpointing: bool = False, coordinates: str = "auto", image_size: int | None = None,
+    checkpointing: bool = False, coordinates: str = "auto",
 ) -> Policy:
     """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32),
     with a trainable LoRA adapter.
@@ -140,7 +140,7 @@ def load_policy(
     `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
     "tiny" is the folder in the package. Raises UserError as check_policy does.
     """
-    check_policy(str(name), image_size)
+    check_policy(str(name))
     name, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
     base = AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map={"": device},

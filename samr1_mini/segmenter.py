@@ -73,12 +73,16 @@ class Segmenter:
         """predict_torch, not upscaled: n prompts in SAM's own pixels -> logits [n, 3, h, w], predicted IoU [n, 3]."""
         if isinstance(self.predictor, Sam2Predictor):
             return self.predictor.decode(points, labels, boxes)
-        sam, points = self.predictor.model, None if points is None else (points, labels)
-        sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
-        return sam.mask_decoder(
-            image_embeddings=self.predictor.features, image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
-        )
+        return decode(self.predictor.model, self.predictor.features, points, labels, boxes)
+
+
+def decode(sam, embedding: torch.Tensor, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
+    """Segmenter.decode on one encoded picture [1, C, h, w], with gradients where there are any."""
+    sparse, dense = sam.prompt_encoder(points=None if points is None else (points, labels), boxes=boxes, masks=None)
+    return sam.mask_decoder(
+        image_embeddings=embedding, image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
+    )
 
 
 class Sam2Predictor:

@@ -11,7 +11,7 @@ from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import roll_out
 from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
-from samr1_mini.tiny.pretrain import both_boxes, meant, neighbour, points_on
+from samr1_mini.tiny.pretrain import box_around, meant, neighbour, points_on
 from samr1_mini.tiny.scenes import SPLITS, make_scene
 
 ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
@@ -53,7 +53,7 @@ def test_in_a_box_of_two_objects_the_tiny_sam_draws_both_or_the_one_that_the_poi
     for scene in map(make_scene, range(SPLITS["test"][0], SPLITS["test"][0] + 25)):
         for thing in scene.things:
             other = neighbour(thing, scene)
-            box = both_boxes(thing, other)
+            box = box_around(thing, other)
             on, on_other = (points_on(a.mask, rng, 1, 1) + points_on(b.mask, rng, 1, 0) for a, b in ((thing, other), (other, thing)))
             prompts = [[], on, on_other]
             masks = segmenter.masks(scene.image, [box] * 3, prompts)

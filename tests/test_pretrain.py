@@ -19,7 +19,7 @@ from samr1_mini.reward import parse
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
 from samr1_mini.tiny import pretrain
 from samr1_mini.tiny.build import build_policy, build_processor
-from samr1_mini.tiny.pretrain import STYLES, both_boxes, meant, neighbour, points_on, wide_box
+from samr1_mini.tiny.pretrain import STYLES, box_around, meant, neighbour, points_on, wide_box
 from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
 
 
@@ -37,7 +37,7 @@ def things_of(count):
 
 def alone(a, b, scene):
     """Whether no third thing reaches into the box around two."""
-    return all(box_iou(both_boxes(a, b), t.box) == 0 for t in scene.things if t is not a and t is not b)
+    return all(box_iou(box_around(a, b), t.box) == 0 for t in scene.things if t is not a and t is not b)
 
 
 def test_the_exact_box_of_a_thing_or_of_a_dot_means_it_alone():
@@ -54,7 +54,7 @@ def test_the_box_around_two_things_means_both_and_points_for_one_and_against_the
     rng, pairs = np.random.default_rng(0), 0
     for scene in map(make_scene, range(100)):
         for a, b in combinations(scene.things, 2):
-            box = both_boxes(a, b)
+            box = box_around(a, b)
             if box in (a.box, b.box):
                 continue
             assert (meant(scene, box, []) == a.mask | b.mask).all()
@@ -74,7 +74,7 @@ def test_a_point_on_one_thing_speaks_against_another_that_helps_to_fill_the_box_
         x1, y1, x2, y2 = thing.box
         box = (x1, y1, x2 + (x2 - x1) / 3, y2)
         without, on = meant(scene, box, []), meant(scene, box, [[*np.argwhere(thing.mask)[0][::-1].tolist(), 1]])
-        grown = [both_boxes(thing, t) for t in scene.things if t is not thing]
+        grown = [box_around(thing, t) for t in scene.things if t is not thing]
         if max(box_iou(box, b) for b in grown) < 0.84:
             assert (on == thing.mask).all()
             said += (without != on).any()
@@ -154,6 +154,16 @@ def test_the_committed_sam_draws_a_thing_from_its_exact_box_and_what_a_wide_one_
 # ---------------------------------------------------------------------------------------------------- stages
 
 
+def test_a_command_that_is_done_begins_anew_the_next_time_and_one_that_was_cut_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "run_stage", lambda stage, work: (work / f"{stage}.pt").touch())
+    pretrain.main(["--stages", "sam,vision", "--work", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(pretrain, "run_stage", lambda stage, work: (work / f"{stage}.pt").touch() if stage == "sam" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain.main(["--stages", "sam,vision", "--work", str(tmp_path)])
+    assert [file.name for file in tmp_path.iterdir()] == ["sam.pt"]
+
+
 def learn_a_line(work, steps=250, cut=None, model_seed=0):
     """A Linear learns from numbers that depend on the step alone; `cut`: Ctrl-C in that step. Its weights, and the steps it took."""
     torch.manual_seed(model_seed)
@@ -190,6 +200,17 @@ def test_a_state_of_another_number_of_steps_is_refused(tmp_path):
         learn_a_line(tmp_path, steps=300)
 
 
+def test_what_is_left_by_another_network_or_damaged_is_one_line_that_names_the_file(tmp_path, capsys):
+    torch.save({"steps": pretrain.STEPS["sam"], "parts": [{}, {}, {}]}, tmp_path / "sam.pt")
+    for name in ("vision", "ground"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"nothing of use")
+    for stage, file in (("sam", "sam.pt"), ("ground", "vision.safetensors"), ("language", "ground.safetensors")):
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main(["--stages", stage, "--work", str(tmp_path)])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and str(tmp_path / file) in said and said.count("\n") == 1
+
+
 def test_what_the_language_stage_learns_from_one_row_of_answers_is_what_each_is_alone(processor):
     torch.manual_seed(0)
     model = build_policy(processor.tokenizer)
@@ -206,10 +227,26 @@ def test_what_the_language_stage_learns_from_one_row_of_answers_is_what_each_is_
         Policy(other, processor, policy.banned, policy.stop)
 
 
+def test_a_question_stands_in_pretraining_as_it_stands_in_use_token_by_token(processor, tmp_path, monkeypatch):
+    caught, stage = {}, {}
+    monkeypatch.setattr(pretrain, "learn", lambda *what: stage.update(loss_of=what[5]))
+    monkeypatch.setattr(pretrain, "align_words", lambda *_: 0)
+    monkeypatch.setattr(pretrain, "logprobs", lambda policy, prompts, rows: caught.update(prompts=prompts, rows=rows) or 1 / 0)
+    policy = Policy(build_policy(processor.tokenizer), processor, torch.zeros(1), torch.tensor([2]))
+    pretrain.train_language(policy, 10, tmp_path, pictures=3)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        stage["loss_of"](0)
+    image = Image.fromarray(pretrain.make_scene(0).image)
+    for prompt, rows in zip(caught["prompts"], caught["rows"]):
+        questions = [processor.decode(row).partition(pretrain.TURN)[0].strip() for row in rows]
+        used = encode(policy, [image] * len(rows), questions)
+        assert len(rows) >= 9 and all(torch.cat([prompt.ids, row])[: len(u.ids)].equal(u.ids) for row, u in zip(rows, used))
+
+
 def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "STEPS", dict.fromkeys(pretrain.STEPS, 2))
     monkeypatch.setattr(pretrain, "SCENES", 5)
-    monkeypatch.setattr(pretrain, "POLICY", tmp_path / "tiny" / "policy")
+    monkeypatch.setattr(pretrain, "TINY", tmp_path / "tiny" / "policy")
     monkeypatch.setattr(pretrain, "TINY_SAM", tmp_path / "tiny" / "sam")
     monkeypatch.setattr(pretrain.measure_sam, "__defaults__", ("tiny", 3))
     (tmp_path / "tiny" / "sam").mkdir(parents=True)
@@ -223,7 +260,7 @@ def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured
     end = {name.replace(".base_layer", ""): value for name, value in end.items()}
     assert all((ground[name] - end[name]).abs().max() < 0.1 for name in ground if "language_model" in name) and moved({n: v for n, v in ground.items() if "language_model" in n}, end)
     found = json.loads((tmp_path / "tiny" / "measured.json").read_text())
-    assert sum(found["policy"]["styles"].values()) == pytest.approx(1, abs=0.01) and set(found["policy"]["asked"]) == set(STYLES)
+    assert sum(found["policy"]["styles"].values()) == pytest.approx(1, abs=0.01) and set(found["policy"]["hinted"]) == set(STYLES)
     assert found == json.loads(capsys.readouterr().out) and 0 <= found["sam"]["true box"] <= 1
 
 
@@ -304,8 +341,8 @@ def lessons(processor, tmp_path, monkeypatch):
 def taught(row):
     """A row's question, the style of which its hint is ("" for none), and its answer."""
     question, answer = row.removesuffix("<|im_end|>").split(pretrain.TURN)
-    style = next((style for style, (_, _, hint, _) in STYLES.items() if question.endswith(hint)), "")
-    return question.removesuffix(STYLES[style][2] if style else "").strip(), style, answer
+    style = next((style for style, x in STYLES.items() if question.endswith(x.hint)), "")
+    return question.removesuffix(STYLES[style].hint if style else "").strip(), style, answer
 
 
 def test_every_weight_of_the_base_is_learnt_by_exactly_one_optimizer(lessons):
@@ -337,14 +374,14 @@ def test_boxes_that_the_base_learns_are_exact_in_the_first_half_and_40_percent_t
         assert (min(overlaps) == 1) if exact else (np.mean(overlaps) < 0.6), step
 
 
-def test_the_base_is_asked_for_a_style_in_six_of_ten_answers_and_seldom_measures_unasked(lessons):
+def test_hints_ask_for_a_style_in_six_of_ten_answers_and_seldom_measures_without_a_hint(lessons):
     rows = [(kind, *taught(row)) for step in range(30) for kind, row, _ in lessons.parts(step)]
     hinted = [style for kind, _, style, _ in rows if style and kind != "relation"]
-    unasked = [pretrain.style_of(answer) for _, _, style, answer in rows if not style]
-    assert 0.55 < 1 - len(unasked) / len(rows) < 0.65
-    for style, (share, asked_share, _, _) in STYLES.items():
-        assert hinted.count(style) / len(hinted) == pytest.approx(asked_share, abs=0.07)
-        assert unasked.count(style) / len(unasked) == pytest.approx(share, abs=0.07)
+    unhinted = [pretrain.style_of(answer) for _, _, style, answer in rows if not style]
+    assert 0.55 < 1 - len(unhinted) / len(rows) < 0.65
+    for style, (share, hinted_share, _, _) in STYLES.items():
+        assert hinted.count(style) / len(hinted) == pytest.approx(hinted_share, abs=0.07)
+        assert unhinted.count(style) / len(unhinted) == pytest.approx(share, abs=0.07)
 
 
 def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_the_places_that_it_compares(lessons):
@@ -357,7 +394,7 @@ def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_th
             measured += kind == "relation"
         else:
             lists = answer.startswith("<think>I see the ")
-            assert learnt == (answer.partition(" It is the")[0] + " It is the" if lists else STYLES[pretrain.style_of(answer)][3])
+            assert learnt == (answer.partition(" It is the")[0] + " It is the" if lists else STYLES[pretrain.style_of(answer)].begins)
             assert answer.startswith(learnt)
             beginnings.append(lists)
     assert measured > 50 and beginnings.count(False) > 50 and beginnings.count(True) > 3
@@ -380,7 +417,7 @@ def test_of_what_is_told_facts_and_conclusions_are_learnt_and_how_a_list_begins_
             question, answer = text.split(pretrain.TURN)
             asked = question.endswith(("Measure first.", "Look around first."))
             if answer == learnt:  # a beginning, and nothing else
-                assert not asked and learnt in {opening for *_, opening in STYLES.values()}
+                assert not asked and learnt in {style.begins for style in STYLES.values()}
                 offhand.append(learnt)
                 continue
             assert answer.startswith("<think>I see the ") and learnt == "<think>I see the" * asked + answer.split(" It is the")[1]
@@ -416,8 +453,8 @@ def answered(monkeypatch):
         def prompts_of(policy, images, questions):
             prompts = []
             for image, question in zip(images, questions):
-                style = next((style for style, (_, _, hint, _) in STYLES.items() if question.endswith(hint)), None)
-                question = question.removesuffix(STYLES[style][2] if style else "")
+                style = next((style for style, x in STYLES.items() if question.endswith(x.hint)), None)
+                question = question.removesuffix(STYLES[style].hint if style else "")
                 prompts.append((*pairs[question][np.asarray(image).tobytes()], style))
             return prompts
 
@@ -433,11 +470,11 @@ def test_a_base_that_answers_rightly_in_the_style_asked_for_measures_one_everywh
     rng = np.random.default_rng(0)
     found = answered(lambda scene, thing, style: pretrain.answer_text(thing, scene, rng, 0, style or "short"))
     assert found["styles"] == {style: float(style == "short") for style in (*STYLES, "other")}
-    assert set(found["unasked"]) == {"attribute", "part", "relation", "indirect", "combined", "all"}
-    for row in found["unasked"].values():
+    assert set(found["sampled"]) == {"attribute", "part", "relation", "indirect", "combined", "all"}
+    for row in found["sampled"].values():
         assert row == {"about": 1, "box IoU": 1, "mask IoU": 1, "graded": 0}
-    for style, kinds in found["asked"].items():
-        assert set(kinds) == {*found["unasked"], "kept"} and set(kinds.values()) == {1}
+    for style, kinds in found["hinted"].items():
+        assert set(kinds) == {*found["sampled"], "kept"} and set(kinds.values()) == {1}
 
 
 def test_a_base_that_answers_about_a_neighbour_measures_nothing_about_the_object(answered):
@@ -446,18 +483,18 @@ def test_a_base_that_answers_about_a_neighbour_measures_nothing_about_the_object
         other = neighbour(next((t for t in scene.things if t.dot is thing), thing), scene)
         return pretrain.answer_text(other, scene, rng, 0, "json")
     found = answered(say)
-    assert found["styles"]["json"] == 1 and found["unasked"]["all"]["about"] == 0 and found["unasked"]["all"]["mask IoU"] < 0.05
-    assert {style: kinds["kept"] for style, kinds in found["asked"].items()} == {style: float(style == "json") for style in STYLES}
-    assert all(kinds["all"] == 0 for kinds in found["asked"].values())
+    assert found["styles"]["json"] == 1 and found["sampled"]["all"]["about"] == 0 and found["sampled"]["all"]["mask IoU"] < 0.05
+    assert {style: kinds["kept"] for style, kinds in found["hinted"].items()} == {style: float(style == "json") for style in STYLES}
+    assert all(kinds["all"] == 0 for kinds in found["hinted"].values())
 
 
 def test_a_text_without_a_box_measures_nothing_and_half_of_a_mask_is_graded(answered):
     found = answered(lambda scene, thing, style: "I do not know.")
-    assert found["styles"]["other"] == 1 and found["unasked"]["all"] == {"about": 0, "box IoU": 0, "mask IoU": 0, "graded": 0}
+    assert found["styles"]["other"] == 1 and found["sampled"]["all"] == {"about": 0, "box IoU": 0, "mask IoU": 0, "graded": 0}
 
     def half(scene, box, points):
         mask = meant(scene, box, points)
         return mask & (mask.cumsum().reshape(mask.shape) <= mask.sum() / 2)
     rng = np.random.default_rng(0)
     found = answered(lambda scene, thing, style: pretrain.answer_text(thing, scene, rng, 0, "short"), half)
-    assert found["unasked"]["all"]["graded"] == 1 and found["unasked"]["all"]["mask IoU"] == pytest.approx(0.5, abs=0.01)
+    assert found["sampled"]["all"]["graded"] == 1 and found["sampled"]["all"]["mask IoU"] == pytest.approx(0.5, abs=0.01)

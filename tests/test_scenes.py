@@ -337,7 +337,7 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
 def test_an_answer_begins_as_its_style_does(style):
     rng, scene = np.random.default_rng(0), drawn(0)
     for thing in scene.things:
-        text, opening = answer_text(thing, scene, rng, 0.4, style), STYLES[style][3]
+        text, opening = answer_text(thing, scene, rng, 0.4, style), STYLES[style].begins
         assert text.startswith(opening) and text.removeprefix(opening).strip().split()[0] in COLOURS
 
 
@@ -346,9 +346,9 @@ def test_an_answer_in_none_of_the_styles_is_other(text):
     assert style_of(text) == "other"
 
 
-def test_the_shares_of_the_styles_sum_to_one_unasked_and_asked():
-    unasked, asked, hints, _ = zip(*STYLES.values())
-    assert sum(unasked) == pytest.approx(1) and sum(asked) == pytest.approx(1) and len(set(hints)) == len(hints)
+def test_the_shares_of_the_styles_sum_to_one_with_hints_and_without():
+    unhinted, hinted, hints, _ = zip(*STYLES.values())
+    assert sum(unhinted) == pytest.approx(1) and sum(hinted) == pytest.approx(1) and len(set(hints)) == len(hints)
 
 
 def read_told(text):
@@ -386,7 +386,7 @@ def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_concl
                 assert [t.name for t in read_question(scene, question)] == [conclusion], (question, told)
             assert not re.search(r"\b(largest|smallest)\b", question)
             assert "(" in told or not re.search(r"\b(above|below|left|right|\w+most)\b", question)
-            assert hint in ("", STYLES["places" if "(" in told else "names"][2])
+            assert hint in ("", STYLES["places" if "(" in told else "names"].hint)
             hinted.append(bool(hint)), places.append("(" in told)
             kinds[next(kind for kind, forms in FORMS.items() if form_of(question) in forms)] += 1
     assert set(kinds) == set(KINDS) - {"part"} and min(kinds.values()) > 100

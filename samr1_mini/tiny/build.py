@@ -1,7 +1,5 @@
 """The tiny policy's shape, the public class with small numbers (the tiny SAM's are in sam/sam.json), and tokenizer."""
 
-from pathlib import Path
-
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -13,10 +11,6 @@ from transformers import (
 )
 
 from ..attention import IMPLEMENTATION
-
-HERE = Path(__file__).parent
-POLICY = HERE / "policy"  # an ordinary model folder: from_pretrained reads it
-
 
 # ---------------------------------------------------------------------------------------------------- the policy
 

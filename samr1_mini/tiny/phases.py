@@ -4,12 +4,11 @@ Draws the styles (pretrain.STYLES) of the sampled answers that a run keeps in an
 runs are taken together, as far as the shortest goes. A run that is still on its way can be looked at too.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from ..config import Parser, UserError
+from ..config import Parser, UserError, exit_with
 from ..plots import BLACK, BLUE, GREEN, ORANGE, PINK, plt, smooth
 from ..running.runs import read_log
 from .pretrain import STYLES, style_of
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--out {options.out}: this must be a .png in a folder that is there")
         draw(options.out, [read_run(folder) for folder in options.runs])
     except (UserError, OSError) as error:
-        sys.exit(f"phases.py: error: {error}")
+        exit_with(error, "phases.py")
     print(options.out)
 
 

@@ -6,7 +6,7 @@ Supervised training stands here for what Qwen and SAM already know before SAM-R1
     ground    the whole policy learns to find things: names, each at once followed by the numbers of its box
     language  it learns to answer questions, in several styles and in the end with wide boxes, and to conclude from
               what it has said
-A stage that was cut goes on with the same command.
+A command that was cut goes on where it was. What is made replaces the weights in the package.
 """
 
 import argparse
@@ -14,22 +14,24 @@ import json
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..config import Parser, UserError, exit_with
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
-from ..policy import Policy, Prompt, encode, instruction, load_policy, logprobs, sample
+from ..policy import TINY, Policy, Prompt, encode, instruction, load_policy, logprobs, sample
 from ..reward import parse
-from ..segmenter import TINY_SAM, load_segmenter, random_sam
+from ..segmenter import TINY_SAM, decode, load_segmenter, random_sam
 from ..tokens import banned_ids, stop_ids
-from .build import POLICY, build_policy, build_processor
+from .build import build_policy, build_processor
 from .scenes import (
     COLOUR_OF, COLOURS, KINDS, PRETRAIN, SHAPE_WITH, SHAPES, SIZE, SPLITS,
     Scene, Thing, ask, fair_questions, make_scene,
@@ -44,6 +46,8 @@ def scenes_from(start: int, count: int) -> list[Scene]:
 
 
 def one_cycle(optimizer, steps: int):
+    """Learning rates that rise for a tenth of the steps and fall to nearly 0; Adam's first beta goes from 0.95 to 0.85
+    and back."""
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=0.1, final_div_factor=20,
         cycle_momentum="betas" in optimizer.defaults,  # Adam's, not Muon's
@@ -59,8 +63,11 @@ def learn(name: str, model: torch.nn.Module, optimizers: list, steps: int, work:
         saved = torch.load(state, map_location=DEVICE, weights_only=True)
         if saved["steps"] != steps:
             raise UserError(f"{state} is of a stage of {saved['steps']} steps, not {steps}: delete it to begin anew")
-        for part, has in zip(parts, saved["parts"], strict=True):
-            part.load_state_dict(has)
+        try:
+            for part, has in zip(parts, saved["parts"], strict=True):
+                part.load_state_dict(has)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{state} is of another network: delete it to begin anew ({first_line(error)})") from None
         first, shown = saved["step"], saved["shown"]
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
     for step in bar:
@@ -89,9 +96,10 @@ def wide_box(box, rng: np.random.Generator, slack: float) -> list[float]:
     return (np.array([x1, y1, x2, y2]) + out).clip(0, SIZE).tolist()
 
 
-def both_boxes(a: Thing, b: Thing) -> tuple[int, int, int, int]:
-    """The box around two things."""
-    return (*map(min, a.box[:2], b.box[:2]), *map(max, a.box[2:], b.box[2:]))
+def box_around(*things: Thing) -> tuple[int, int, int, int]:
+    """The box that holds all of these."""
+    x1, y1, x2, y2 = zip(*(t.box for t in things))
+    return min(x1), min(y1), max(x2), max(y2)
 
 
 def neighbour(thing: Thing, scene: Scene) -> Thing:
@@ -110,16 +118,15 @@ def meant(scene: Scene, box, points: list[list[int]]) -> np.ndarray:
     inside = [t for t in scene.things if t.box[0] < x2 and t.box[2] > x1 and t.box[1] < y2 and t.box[3] > y1]
     groups = [group for n in range(1, 5) for group in combinations(inside or scene.things, n)]
     groups += [(t.dot,) for t in scene.things if t.dot]
+    has_positive = any(label for *_, label in points)
     on = lambda things, wanted: [any(t.mask[y, x] for t in things) for x, y, label in points if label == wanted]
     allowed = [g for g in groups if all(on(g, 1)) and not any(on(g, 0))]
     if not allowed:  # nothing is as the points say
         return meant(scene, box, [])
 
     def fit(group: tuple[Thing, ...]) -> float:
-        boxes = np.array([t.box for t in group])  # [n, 4]
-        around = (*boxes[:, :2].min(0), *boxes[:, 2:].max(0))
-        bare = sum(not any(on([t], 1)) for t in group) if on(group, 1) else 0
-        return box_iou(box, around) - 0.1 * bare
+        without_point = sum(not any(on([t], 1)) for t in group) if has_positive else 0
+        return box_iou(box, box_around(*group)) - 0.1 * without_point
 
     return np.logical_or.reduce([t.mask for t in max(allowed, key=fit)])
 
@@ -138,7 +145,7 @@ def sam_prompt(thing: Thing, scene: Scene, rng: np.random.Generator, count: int)
     """
     negative, other = int(rng.integers(0, count)) if count else 0, neighbour(thing, scene)
     if count and rng.random() < 0.33:
-        box, off = wide_box(both_boxes(thing, other), rng, rng.uniform(0, 0.08)), other.mask & ~thing.mask
+        box, off = wide_box(box_around(thing, other), rng, rng.uniform(0, 0.08)), other.mask & ~thing.mask
     else:
         box, off = wide_box(thing.box, rng, rng.uniform(0, 0.08) if rng.random() < 0.5 else rng.uniform(0, 0.6)), None
     if off is None:
@@ -147,18 +154,6 @@ def sam_prompt(thing: Thing, scene: Scene, rng: np.random.Generator, count: int)
         off[y1:y2, x1:x2] = ~thing.mask[y1:y2, x1:x2]
     points = points_on(thing.mask, rng, count - negative, 1) + points_on(off, rng, negative, 0)
     return box, points
-
-
-def sam_masks(
-    sam, embedding: torch.Tensor, boxes: torch.Tensor, points: torch.Tensor | None, labels: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask logits [N, 3, SIZE, SIZE] and predicted IoU [N, 3] for N prompts on one encoded picture [1, C, h, w]."""
-    sparse, dense = sam.prompt_encoder(points=None if points is None else (points, labels), boxes=boxes, masks=None)
-    low, quality = sam.mask_decoder(
-        image_embeddings=embedding, image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
-    )
-    return sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE)), quality
 
 
 def train_sam(steps: int, out: Path, work: Path, pictures: int = 12) -> None:
@@ -182,20 +177,20 @@ def train_sam(steps: int, out: Path, work: Path, pictures: int = 12) -> None:
                 padded = [(p + [[0, 0, -1]] * count)[:count] for p in labelled]
                 padded = torch.tensor(padded, dtype=torch.float32, device=DEVICE)  # [N, count, 3]
                 points, labels = padded[..., :2], padded[..., 2]  # the encoder moves points to their pixel's middle
-            m, q = sam_masks(sam, embedding[None], boxes, points, labels)
-            logits.append(m), quality.append(q)
+            low, q = decode(sam, embedding[None], points, labels, boxes)  # [N, 3, h, w], [N, 3]
+            logits.append(sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE))), quality.append(q)
         logits, quality = torch.cat(logits), torch.cat(quality)  # [N, 3, H, W], [N, 3]
         truth = torch.stack(truth).to(DEVICE).float()[:, None].expand_as(logits)
-        chance = logits.sigmoid()
-        dice = 1 - (2 * (chance * truth).sum((2, 3)) + 1) / (chance.sum((2, 3)) + truth.sum((2, 3)) + 1)
-        cross = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))
-        loss_mask = dice + 10 * cross  # [N, 3]
+        probability = logits.sigmoid()
+        dice = 1 - (2 * (probability * truth).sum((2, 3)) + 1) / (probability.sum((2, 3)) + truth.sum((2, 3)) + 1)
+        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))
+        loss_mask = dice + 10 * bce  # [N, 3]
         with torch.no_grad():
             hard = logits > 0
-            found = (hard & (truth > 0.5)).sum((2, 3)) / (hard | (truth > 0.5)).sum((2, 3)).clamp(min=1)
+            overlap = (hard & (truth > 0.5)).sum((2, 3)) / (hard | (truth > 0.5)).sum((2, 3)).clamp(min=1)
         # As in SAM: only the best of the three masks learns, and the quality head learns the IoU of all three.
-        loss = loss_mask.min(1).values.mean() + 0.05 * loss_mask.mean() + F.mse_loss(quality, found)
-        chosen = found.gather(1, quality.argmax(1, keepdim=True)).mean().item()
+        loss = loss_mask.min(1).values.mean() + 0.05 * loss_mask.mean() + F.mse_loss(quality, overlap)
+        chosen = overlap.gather(1, quality.argmax(1, keepdim=True)).mean().item()
         return loss, {"IoU": chosen, "loss": loss.item()}
 
     learn("sam", sam, [torch.optim.AdamW(sam.parameters(), lr=1e-3, weight_decay=0.01)], steps, work, loss_of)
@@ -288,21 +283,26 @@ def loose_points(thing: Thing, rng: np.random.Generator, slack: float) -> list[l
     return points
 
 
-# The base's styles: how often it uses each unasked, how often it is asked for it in pretraining, the hint with which
-# a user may ask, and how its answers begin. As in a large model, what pays best is what it seldom does: to find that
-# out is left to reward.
+class Style(NamedTuple):
+    unhinted: float  # how often the base uses it where no hint asks for one
+    hinted: float  # which share of the hints in pretraining asks for it
+    hint: str  # with which a user may ask
+    begins: str  # how its answers begin
+
+
+# The base's styles. As in a large model, what pays best is what it seldom does: to find that out is left to reward.
 STYLES = {
-    "sentence": (0.39, 0.15, " Answer in a sentence.", "The"),
-    "json": (0.15, 0.1, " Answer in JSON.", '[{"label": "'),
-    "short": (0.385, 0.2, " Think first.", "<think>The"),
-    "names": (0.06, 0.2, " Look around first.", "<think>I see the"),
-    "places": (0.015, 0.35, " Measure first.", "<think>I see the"),
+    "sentence": Style(0.39, 0.15, " Answer in a sentence.", "The"),
+    "json": Style(0.15, 0.1, " Answer in JSON.", '[{"label": "'),
+    "short": Style(0.385, 0.2, " Think first.", "<think>The"),
+    "names": Style(0.06, 0.2, " Look around first.", "<think>I see the"),
+    "places": Style(0.015, 0.35, " Measure first.", "<think>I see the"),
 }
 
 
-def draw_style(rng: np.random.Generator, asked: bool) -> str:
-    """A style, as often as the base uses it unasked, or as often as it is asked for it in pretraining."""
-    return str(rng.choice(list(STYLES), p=[how_often[asked] for how_often in STYLES.values()]))
+def draw_style(rng: np.random.Generator, hinted: bool) -> str:
+    """A style, as often as hints ask for it in pretraining, or as the base uses it where none does."""
+    return str(rng.choice(list(STYLES), p=[x.hinted if hinted else x.unhinted for x in STYLES.values()]))
 
 
 def style_of(text: str) -> str:
@@ -340,6 +340,7 @@ def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: flo
 
 
 TURN = "<|im_end|>\n<|im_start|>assistant\n"  # from a question to its answer
+A_WORD = "the"  # stands where questions will: they begin with a word, so the prompt before them has the same tokens
 ANSWER = '.</think><answer>{"bbox": ['  # from a thought to the first number
 
 
@@ -353,12 +354,13 @@ def corpus() -> list[str]:
     """Every word and number that the tiny world writes, for the tokenizer."""
     texts = [instruction("{question}", "{width}", "{height}"), "You are a helpful assistant."]
     texts += ["system\n", "user\n", "assistant\n"]
+    # Numbers go a little beyond the picture: an answer outside it shall not fall apart into digits.
     texts += [f"[{i}, {i}" for i in range(SIZE + 29)] + [t for pair in fact_texts() for t in pair]
     rng = np.random.default_rng(0)
     for scene in scenes_from(10**8, 400):
         texts += [f" {text}" for kind in KINDS for text, _ in fair_questions(scene, kind)]
         texts += [answer_text(t, scene, rng, 0.1, style) for t in scene.things for style in STYLES]
-    texts += [hint for _, _, hint, _ in STYLES.values()]
+    texts += [style.hint for style in STYLES.values()]
     return texts
 
 
@@ -368,15 +370,15 @@ SIZES = {"largest", "smallest"}  # words of questions that no list here can answ
 def told_rows(rng: np.random.Generator, scene: Scene, count: int) -> list[tuple[str, str, str, str]]:
     """Up to `count` questions about a scene that is told, not shown: (question, hint, what is told, conclusion).
 
-    The base learns here to conclude from what it has said: of all kinds, those too that it never meets about a picture.
-    From names it concludes what has the colour or the shape of something; to compare, it needs places.
+    The base learns here to conclude from what it has said, of all kinds but part: those too that it never meets about a
+    picture. From names it concludes what has the colour or the shape of something; to compare, it needs places.
     """
     rows = []
     for _ in range(count):
         kind = str(rng.choice(["attribute", "relation", "indirect", "combined"], p=[0.1, 0.2, 0.4, 0.3]))
         found, places = ask(scene, rng, kind), kind in ("relation", "combined") or rng.random() < 0.6
         if found and not set(found[0].split()) & SIZES:
-            hint = STYLES["places" if places else "names"][2] if rng.random() < 0.5 else ""
+            hint = STYLES["places" if places else "names"].hint if rng.random() < 0.5 else ""
             rows.append((found[0], hint, listed(scene, places), found[1].name))
     return rows
 
@@ -394,34 +396,34 @@ def written(policy: Policy, *texts: tuple[str, bool]) -> Written:
 def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Scene, rng, slack: float) -> Written:
     """A question on a picture and its answer, in six of ten cases in the style for which its hint asks.
 
-    Comparing is learnt only where the answer first tells the places that it compares. Other answers to such questions
-    learn how they begin, or what they list, and no more.
+    The base learns to compare only where the answer first lists the places that it compares (sizes it reads off the
+    picture then). Other answers to such questions learn how they begin, or what they list, and no more.
     """
-    asked, compares = rng.random() < 0.6, kind == "relation"
-    style = "places" if asked and compares else draw_style(rng, asked)
-    _, _, hint, begins = STYLES[style]
-    if style in ("names", "places"):
-        begins = listed(scene, style == "places")
+    hinted, compares = rng.random() < 0.6, kind == "relation"
+    style = "places" if hinted and compares else draw_style(rng, hinted)
+    hint = STYLES[style].hint * hinted
+    begins = listed(scene, style == "places") if style in ("names", "places") else STYLES[style].begins
     answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins)
-    whole = asked or not compares
-    return written(policy, (f" {question}{hint * asked}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
+    whole = hinted or not compares
+    return written(policy, (f" {question}{hint}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
 
 
 def text_rows(policy: Policy, rng: np.random.Generator, scene: Scene, count: int) -> list[Written]:
-    """A fact, and conclusions from `count` questions about a scene that is told.
+    """A fact, and conclusions from up to `count` questions about a scene that is told.
 
-    They stand under the picture of another scene, which says nothing of it: what was learnt to conclude where there was
-    no picture, or a grey one, was not used where there was one. Learnt is also how the list begins, where a hint asks
-    for it, and how the answer goes on: else lists broke on such questions, and conclusions were said again and again.
+    They stand under the picture of another scene, which says nothing of it. When these rows had no picture, or a grey
+    one, the policy did not use what it learnt from them once there was a picture. The loss covers the conclusion up to
+    the first number, and where a hint asks for a list also its beginning; without these, conclusions were repeated and
+    lists broke off. Of half of the rows without a hint only the beginning of an answer is learnt, and nothing is told.
     """
     question, answer = fact_texts()[rng.integers(len(fact_texts()))]
     rows = [written(policy, (f" {question}{TURN}", False), (f"{answer}<|im_end|>", True))]
     for question, hint, told, conclusion in told_rows(rng, scene, count):
         if not hint and rng.random() < 0.5:  # else the base would list at once wherever nothing is named
-            rows.append(written(policy, (f" {question}{TURN}", False), (STYLES[draw_style(rng, False)][3], True)))
+            rows.append(written(policy, (f" {question}{TURN}", False), (STYLES[draw_style(rng, False)].begins, True)))
             continue
-        opening = STYLES["places"][3]
-        parts = (opening, bool(hint)), (told.removeprefix(opening), False), (f" {conclusion}{ANSWER}", True)
+        begins = STYLES["places"].begins
+        parts = (begins, bool(hint)), (told.removeprefix(begins), False), (f" {conclusion}{ANSWER}", True)
         rows.append(written(policy, (f" {question}{hint}{TURN}", False), *parts))
     return rows
 
@@ -434,7 +436,7 @@ def align_words(policy: Policy, prompts: list[Prompt], scenes: list[Scene]) -> t
     """
     tokenizer, words = policy.processor.tokenizer, policy.base.get_input_embeddings().weight
     token = lambda names: words[torch.tensor([tokenizer(f" {n}").input_ids[0] for n in names], device=words.device)]
-    features = torch.cat([p.embeds[p.ids == policy.base.config.image_token_id] for p in prompts])  # [B * 16, D]
+    features = torch.cat([p.embeds[p.picture] for p in prompts])  # [B * 64, D]
     target = torch.from_numpy(np.concatenate([cell_targets(s) for s in scenes])).to(DEVICE)
     on = target[:, 0] == 1
     loss = F.cross_entropy(features[on] @ token(COLOURS).T, target[on, 1])
@@ -518,27 +520,27 @@ def train_ground(policy: Policy, steps: int, out: Path, work: Path, pictures: in
 
 
 def train_language(
-    policy: Policy, steps: int, work: Path, slack: float = 0.4, pictures: int = 8, asked: int = 8, told: int = 2
+    policy: Policy, steps: int, work: Path, slack: float = 0.4, pictures: int = 8, questions: int = 8, told: int = 2
 ) -> None:
-    """Supervised answers to `asked` questions a picture in one packed row, and what is told beside it.
+    """Supervised answers to `questions` questions a picture in one packed row, and what is told beside it.
 
     In the first half of the steps boxes are exact: a network this small learns where things are only from figures
     without noise. In the second half the base becomes what it shall be, boxes `slack` too wide.
     """
-    model, tail = policy.base.train(), len(policy.processor.tokenizer(f" ?{TURN}").input_ids)
+    model, tail = policy.base.train(), len(policy.processor.tokenizer(f" {A_WORD}{TURN}").input_ids)
 
-    def asked_about(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, Thing]]:
-        kinds = rng.choice(["attribute", "part", "relation"], asked, p=[0.4, 0.1, 0.5])  # the other two never
+    def questions_on(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, Thing]]:
+        kinds = rng.choice(["attribute", "part", "relation"], questions, p=[0.4, 0.1, 0.5])  # the other two never
         chosen = [(str(kind), ask(scene, rng, str(kind))) for kind in kinds]
         return [(kind, *c) for kind, c in chosen if c] or [("attribute", *fair_questions(scene, "attribute")[0])]
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
         rng, wide = np.random.default_rng([2, step]), slack if step >= steps // 2 else 0.0
         scenes = scenes_from(2 * 10**7 + step * pictures, pictures)
-        pairs = [asked_about(scene, rng) for scene in scenes]
+        pairs = [questions_on(scene, rng) for scene in scenes]
         images = [Image.fromarray(scene.image) for scene in scenes]
         # The question stands last in the prompt, so all questions on a picture share everything before it.
-        prompts = encode(policy, images, ["?"] * pictures)
+        prompts = encode(policy, images, [A_WORD] * pictures)
         prompts = [cut(p, len(p.ids) - tail) for p in prompts]
         groups = [[shown_row(policy, *row, s, rng, wide) for row in chosen] for s, chosen in zip(scenes, pairs)]
         others = [text_rows(policy, rng, other, told) for other in scenes_from(3 * 10**7 + step * pictures, pictures)]
@@ -561,6 +563,7 @@ def train_language(
 
 
 def held_out(count: int) -> list[Scene]:
+    """The first `count` validation scenes."""
     return [make_scene(SPLITS["validation"][0] + i) for i in range(count)]
 
 
@@ -571,7 +574,7 @@ def measure_sam(folder: str = "tiny", count: int = 200) -> dict:
     for scene in held_out(count):
         things = scene.things
         dots = [t.dot for t in things if t.dot]
-        shared = [both_boxes(t, neighbour(t, scene)) for t in things]
+        shared = [box_around(t, neighbour(t, scene)) for t in things]
         on = [points_on(t.mask, rng, 1, 1) for t in things]
         beside = [p + points_on(neighbour(t, scene).mask, rng, 1, 0) for p, t in zip(on, things)]
         none = [[] for _ in things]
@@ -609,16 +612,17 @@ def about(box, mask: np.ndarray, scene: Scene) -> bool:
 def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) -> dict:
     """The base on held-out scenes.
 
-    "styles": how often each is drawn unasked. "unasked", by kind of question: the share of drawn answers whose box is
-    `about` the object, their box IoU, and IoU of the mask from any text with a box; "graded": the share of masks
-    between 0.2 and 0.8 among answers about the object. "asked", by style and kind: the share of greedy answers about
+    "styles": how often each is drawn without a hint. "sampled", by kind of question: the share of drawn answers whose
+    box is `about` the object, their box IoU, and IoU of the mask from any text with a box; "graded": the share of masks
+    between 0.2 and 0.8 among answers about the object. "hinted", by style and kind: the share of greedy answers about
     the object, where the style's hint is given; "kept": the share in that style.
     """
-    data, styles, unasked, asked = load_data("shapes", "validation", count), [], {}, {style: {} for style in STYLES}
+    data, all_scenes = load_data("shapes", "validation", count), held_out(count)
+    styles, sampled, hinted = [], {}, {style: {} for style in STYLES}
     torch.manual_seed(0)
     for start in range(0, count, 50):
         samples = [data[i] for i in range(start, min(start + 50, count))]
-        scenes = [make_scene(SPLITS["validation"][0] + start + i) for i in range(len(samples))]
+        scenes = all_scenes[start : start + 50]
 
         def answers(hint: str, group: int, temperature: float) -> list:
             with torch.no_grad():
@@ -633,26 +637,26 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
                     score, overlap = iou(*intersection_union(mask, x.mask)), box_iou(box, tight_box(x.mask))
                 styles.append(style_of(answer.text))
                 for kind in (x.kind, "all"):
-                    unasked.setdefault(kind, []).append((about(box, x.mask, scene), overlap, score))
-        for style, (_, _, hint, _) in STYLES.items():
-            for x, scene, [answer] in zip(samples, scenes, answers(hint, 1, 0.0)):
+                    sampled.setdefault(kind, []).append((about(box, x.mask, scene), overlap, score))
+        for style in STYLES:
+            for x, scene, [answer] in zip(samples, scenes, answers(STYLES[style].hint, 1, 0.0)):
                 right = about(parse(answer.text, SIZE, SIZE).lenient_box, x.mask, scene)
                 for kind, value in ((x.kind, right), ("all", right), ("kept", style_of(answer.text) == style)):
-                    asked[style].setdefault(kind, []).append(value)
+                    hinted[style].setdefault(kind, []).append(value)
     share = lambda values: round(float(np.mean(values)), 3)
-    found = {"styles": {style: share([s == style for s in styles]) for style in (*STYLES, "other")}, "unasked": {}}
-    for kind, rows in unasked.items():
+    found = {"styles": {style: share([s == style for s in styles]) for style in (*STYLES, "other")}, "sampled": {}}
+    for kind, rows in sampled.items():
         right, overlap, score = np.array(rows, float).T  # [answers] each
         graded = ((score > 0.2) & (score < 0.8))[right == 1]
         row = {"about": right, "box IoU": overlap, "mask IoU": score, "graded": graded if len(graded) else 0.0}
-        found["unasked"][kind] = {name: share(values) for name, values in row.items()}
-    found["asked"] = {style: {kind: share(v) for kind, v in kinds.items()} for style, kinds in asked.items()}
+        found["sampled"][kind] = {name: share(values) for name, values in row.items()}
+    found["hinted"] = {style: {kind: share(v) for kind, v in kinds.items()} for style, kinds in hinted.items()}
     return found
 
 
 # ---------------------------------------------------------------------------------------------------- all of it
 
-STEPS = {"sam": 6000, "vision": 2400, "ground": 1500, "language": 6000}  # updates of each stage
+STEPS = {"sam": 6000, "vision": 2400, "ground": 1500, "language": 4500}  # updates of each stage
 SCENES = 500  # held-out ones that the policy is measured on
 
 
@@ -669,8 +673,21 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for stage in chosen:
             run_stage(stage, work)
+        for stage in chosen:  # all is done: the same command begins anew
+            (work / f"{stage}.pt").unlink(missing_ok=True)
     except (UserError, OSError) as error:
         exit_with(error, "pretrain.py")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def load_weights(module: torch.nn.Module, file: Path) -> None:
+    try:
+        module.load_state_dict(load_file(file))
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{file} does not fit: run the stage that makes it again ({first_line(error)})") from None
 
 
 def run_stage(stage: str, work: Path) -> None:
@@ -681,17 +698,17 @@ def run_stage(stage: str, work: Path) -> None:
         train_vision(STEPS[stage], work / "vision.safetensors", work)
     elif stage == "ground":
         policy = new_policy()
-        policy.base.model.visual.load_state_dict(load_file(work / "vision.safetensors"))
+        load_weights(policy.base.model.visual, work / "vision.safetensors")
         train_ground(policy, STEPS[stage], work / "ground.safetensors", work)
     elif stage == "language":
         policy = new_policy()
-        policy.base.load_state_dict(load_file(work / "ground.safetensors"))
+        load_weights(policy.base, work / "ground.safetensors")
         train_language(policy, STEPS[stage], work)
-        policy.base.to(torch.bfloat16).save_pretrained(POLICY), policy.processor.save_pretrained(POLICY)
+        policy.base.to(torch.bfloat16).save_pretrained(TINY), policy.processor.save_pretrained(TINY)
     else:
-        sam, policy = measure_sam(str(TINY_SAM)), load_policy(str(POLICY))
+        sam, policy = measure_sam(str(TINY_SAM)), load_policy(str(TINY))
         measured = {"sam": sam, "policy": measure_policy(policy, load_segmenter(str(TINY_SAM)), SCENES)}
-        (POLICY.parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+        (TINY.parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
         print(json.dumps(measured, indent=1))
 
 

@@ -242,14 +242,14 @@ def right_objects(scene: Scene, question: tuple) -> list[Thing]:
     """Every object that a reader could take for the answer; a question is fair when this is one object.
 
     `question` is (form, ...): ("is", colour, shape), ("dot", colour, shape), ("extreme", word, colour, shape), ("side",
-    side, colour, shape), with None for any colour or shape and a tuple for one of these shapes. For sides, an object
-    within 7 px of the line is neither in nor out: it counts. A dot is a part and no object, so it is never the answer
+    side, colour, shape), with None for any colour or shape and a tuple for one of these shapes. An object within
+    7 px of the line of a side makes the question unfair. A dot is a part and no object, so it is never the answer
     but where it is asked for; where a reader may take it for a small circle, nothing is.
     """
     form, *rest, colour, shape = question
     found = [t for t in scene.things if _fits(t, colour, shape)]
     if form == "dot":
-        return [t.dot for t in found if t.dot] * len(found)
+        return [t.dot for t in found if t.dot] * len(found)  # unfair where two could be meant, though one has no dot
     round_too = shape is None or "circle" in ((shape,) if isinstance(shape, str) else shape)
     dotted = [t for t in scene.things if t.dot and colour in (None, t.dot.colour) and round_too]
     if form == "is":
@@ -259,7 +259,7 @@ def right_objects(scene: Scene, question: tuple) -> list[Thing]:
             return []
         measure, anchor = _SIDES[rest[0]], found[0]
         found = [t for t in scene.things if t is not anchor and measure(t, anchor) > -7]
-        return found if all(measure(t, anchor) > 7 for t in found) else found * 2
+        return found if all(measure(t, anchor) > 7 for t in found) else found * 2  # twice: not one object
     if len(found) < 2 or rest[0] == "smallest" and dotted:  # among one object there is nothing to compare
         return []
     best = _extreme(found + [t.dot for t in dotted if t not in found], rest[0])

@@ -9,8 +9,8 @@ from .scenes import KINDS, SPLITS, ask, make_scene
 
 
 class Shapes(Data):
-    """`count` questions about drawn scenes, one a scene, the five kinds in turn; drawn when asked for. Another seed,
-    other scenes."""
+    """`count` questions about drawn scenes, one a scene, the five kinds in turn; drawn when asked for. Seeds 0
+    to 999 have other scenes each."""
 
     def __init__(self, split: str, count: int, seed: int = 0):
         first, last = SPLITS[split]
