@@ -200,6 +200,14 @@ MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "m
               "save_minutes")
 
 
+def read_settings(file: Path) -> dict:
+    """What a run wrote down of its settings: those that still exist."""
+    try:
+        return {name: value for name, value in json.loads(file.read_text()).items() if name in asdict(Settings())}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read as a run's settings ({error})") from None
+
+
 def resumed_settings(given: dict) -> tuple[Settings, str]:
     """The settings that a run was started with. What would make it another run is refused."""
     if not given.get("run"):
@@ -207,7 +215,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    saved = asdict(Settings()) | json.loads(file.read_text())  # what an older version did not know takes its default
+    saved = asdict(Settings()) | read_settings(file)  # what an older version did not know takes its default
     for name, value in given.items():
         if name not in MAY_CHANGE and saved[name] != value:
             raise UserError(f"--resume: this run was started with {option(name)} {saved[name]}, not {value}")

@@ -108,8 +108,7 @@ class Completion:
 
 def check_policy(name: str, image_size: int | None = None):
     """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind
-    of model, and where pictures of `image_size` pixels a side do not divide into its cells. Nothing large is
-    loaded."""
+    of model, and where pictures of `image_size` pixels a side do not divide into its cells. It loads no weights."""
     try:
         config = AutoConfig.from_pretrained(str(TINY) if name == "tiny" else name)
     except (OSError, ValueError) as error:
@@ -164,7 +163,10 @@ def add_adapter(
     if checkpointing:  # keep only each layer's input and recompute the rest in the backward
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is not None:
-        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        try:
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"adapter {adapter} does not fit this policy ({str(error)[:200]})") from None
     else:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
         model = get_peft_model(base, lora)

@@ -97,6 +97,21 @@ def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_
     assert len({command[command.index("--run") + 1] for command in commands}) == 1 + len(ablations.ROWS)
 
 
+@pytest.mark.parametrize("options, words", [
+    (["--workers", "0"], "--seeds and --workers must be at least 1"), (["--figure", "no/such/folder/x.png"], "--figure no/such/folder/x.png: its folder is not there"),
+    (["--table"], "holds no runs yet"), (["--rows", "base"], "base, seed 0: disk full"),
+])
+def test_a_mistake_is_told_in_one_line_before_hours_of_runs_and_so_is_a_run_that_fails(options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations, "FILE", tmp_path / "ablations.csv")
+    monkeypatch.setattr(ablations.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=1, stderr="disk full"))
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--seeds", "1", *options])
+    with pytest.raises(SystemExit) as left:
+        ablations.main()
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
+
+
 def ablation_lines(shifts, seeds=5, scenes=200):
     """Lines as ablations.read() gives them: a row's shift, what seeds and scenes add to all rows alike, and a rest of their own."""
     rng = np.random.default_rng(0)

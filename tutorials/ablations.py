@@ -118,8 +118,7 @@ def figures_of(folder: Path) -> dict:
     steps, answers = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("metrics", "answers"))
     tested = summary["trained"] | {kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
-    middle = lambda name: statistics.median if name == "kl" else statistics.mean  # one token can make the KL of a step a thousand: eq. (3) has no bound
-    last = {name: middle(name)(step[name] for step in steps[-10:]) for name in LAST}
+    last = {name: statistics.mean(step[name] for step in steps[-10:]) for name in LAST}
     styles = [style_of(answer["text"]) for answer in answers[-max(1, len(answers) // 10) :]]
     values = {name: tested[name] for name in TESTED} | last | {way: styles.count(way) / len(styles) for way in WAYS}
     return {name: f"{value:.4g}" for name, value in values.items()} | {"scenes": [round(x["iou_strict"], 3) for x in each]}
@@ -280,6 +279,10 @@ def main() -> None:
     parser.add_argument("--figure", help="write a figure of all rows to this file")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
+    if min(args.seeds, args.workers) < 1:
+        parser.error("--seeds and --workers must be at least 1")
+    if args.figure and not Path(args.figure).absolute().parent.is_dir():
+        parser.error(f"--figure {args.figure}: its folder is not there")
     if not args.table:
         there, lock = {(line["row"], line["seed"]) for line in read()}, Lock()
         # Seed after seed: whenever it is stopped, rows have about as many runs as one another.
@@ -296,9 +299,12 @@ def main() -> None:
                     future.result()
             except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
                 sys.exit("stopping; the same command goes on from here")
+            except RuntimeError as error:
+                parser.error(str(error))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # else those in the queue would still be started
-    lines = read()
+    if not (lines := read()):
+        parser.error(f"{FILE} holds no runs yet")
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]
     for title in titles:
         print_table(lines, title)
