@@ -68,6 +68,8 @@ def scores(rows: list[Row]) -> dict:
 
 @dataclass
 class Report:
+    """What an evaluation found: a row a question."""
+
     rows: list[Row]
 
     def summary(self) -> dict:

@@ -230,6 +230,7 @@ def rows_of(lines: list[dict], title: str) -> list[str]:
 
 
 def print_table(lines: list[dict], title: str) -> None:
+    """One of the TABLES on the screen, as far as its rows have runs."""
     rows = {row: cells(lines, row) for row in rows_of(lines, title)}
     print(f"\n{title:<26}{'runs':>5}{'gIoU':>16}{'against base':>18}   {'paper':<10}predicted")
     for row, (runs, mean, apart, paper, predicted) in rows.items():

@@ -84,6 +84,8 @@ class Thing:
 
 @dataclass
 class Scene:
+    """A picture, and what is drawn on it."""
+
     image: np.ndarray  # uint8 [SIZE, SIZE, 3], RGB
     things: list[Thing]
 
