@@ -292,8 +292,8 @@ class Caught(Exception):
 
 @pytest.fixture
 def lessons(processor, tmp_path, monkeypatch):
-    """The language stage: `of(step)`, each text that is learnt from a picture, with its scene; `parts(step)`, of each the
-    kind of its question, all that it says and what is learnt of it; `told(step)`, each picture's scene with the one that is
+    """The language stage: `of(step)`, each text that is learnt from a picture, with its scene and what is learnt of it;
+    `parts(step)`, of each the kind of its question, all that it says and what is learnt of it; `told(step)`, each picture's scene with the one that is
     told under it; `policy`, `optimizers`. No network runs."""
     caught, stage, read, length, write = {}, {}, processor.tokenizer.decode, 1000, pretrain.shown_row
 
@@ -329,7 +329,9 @@ def lessons(processor, tmp_path, monkeypatch):
         parts(step)
         scenes = pretrain.scenes_from(2 * 10**7 + step * 8, 8)
         assert [scene.image.tobytes() for scene in scenes] == caught["images"]
-        return [(scene, row) for scene, rows in zip(scenes, caught["rows"]) for row in rows]
+        rows = [(scene, row) for scene, rows in zip(scenes, caught["rows"]) for row in rows]
+        assert [row for _, row in rows] == [row for _, row, _ in caught["parts"]]
+        return [(scene, row, learnt) for (scene, row), (_, _, learnt) in zip(rows, caught["parts"])]
 
     def told(step):
         parts(step)
@@ -345,6 +347,11 @@ def taught(row):
     return question.removesuffix(STYLES[style].hint if style else "").strip(), style, answer
 
 
+def astray(learnt):
+    """Whether a row learns a box and points alone, of what its thought named instead of what its question means."""
+    return learnt[0].isdigit()
+
+
 def test_every_weight_of_the_base_is_learnt_by_exactly_one_optimizer(lessons):
     learnt = [id(p) for optimizer in lessons.optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(learnt) == sorted(id(p) for p in lessons.policy.base.parameters())
@@ -353,13 +360,13 @@ def test_every_weight_of_the_base_is_learnt_by_exactly_one_optimizer(lessons):
 def test_with_a_picture_the_base_meets_questions_that_name_their_object_and_never_an_indirect_or_combined_one(lessons):
     kinds = []
     for step in (0, 1, 500, 999):
-        for scene, row in lessons.of(step):
+        for scene, row, learnt in lessons.of(step):
             question, style, answer = taught(row)
             fair = {kind: dict(fair_questions(scene, kind)) for kind in ("attribute", "part", "relation")}
             assert any(question in questions for questions in fair.values()), question
             kind = next(kind for kind, questions in fair.items() if question in questions)
             kinds.append(kind)
-            assert pretrain.called(fair[kind][question], scene) in answer
+            assert pretrain.called(fair[kind][question], scene) in answer or astray(learnt)
             assert not style or style == pretrain.style_of(answer)
     assert len(kinds) > 200 and [kinds.count(kind) > 0.03 * len(kinds) for kind in ("attribute", "part", "relation")] == [True] * 3
 
@@ -367,7 +374,7 @@ def test_with_a_picture_the_base_meets_questions_that_name_their_object_and_neve
 def test_boxes_that_the_base_learns_are_exact_in_the_first_half_and_40_percent_too_wide_in_the_second(lessons):
     for step, exact in ((0, True), (499, True), (500, False), (999, False)):
         overlaps = []
-        for scene, row in lessons.of(step):
+        for scene, row, _ in lessons.of(step):
             box = parse(taught(row)[2], 112, 112).lenient_box
             dots = [t.dot for t in scene.things if t.dot]
             overlaps.append(max(box_iou(box, t.box) for t in scene.things + dots))
@@ -375,7 +382,7 @@ def test_boxes_that_the_base_learns_are_exact_in_the_first_half_and_40_percent_t
 
 
 def test_hints_ask_for_a_style_in_six_of_ten_answers_and_seldom_measures_without_a_hint(lessons):
-    rows = [(kind, *taught(row)) for step in range(30) for kind, row, _ in lessons.parts(step)]
+    rows = [(kind, *taught(row)) for step in range(60) for kind, row, _ in lessons.parts(step)]
     hinted = [style for kind, _, style, _ in rows if style and kind != "relation"]
     unhinted = [pretrain.style_of(answer) for _, _, style, answer in rows if not style]
     assert 0.55 < 1 - len(unhinted) / len(rows) < 0.65
@@ -388,6 +395,8 @@ def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_th
     measured, beginnings = 0, []
     for kind, row, learnt in [part for step in range(12) for part in lessons.parts(step)]:
         question, style, answer = taught(row)
+        if astray(learnt):
+            continue
         if kind != "relation" or style:
             assert learnt == f"{answer}<|im_end|>"
             assert kind != "relation" or style == "places"
@@ -398,6 +407,21 @@ def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_th
             assert answer.startswith(learnt)
             beginnings.append(lists)
     assert measured > 50 and beginnings.count(False) > 50 and beginnings.count(True) > 3
+
+
+def test_one_of_five_thoughts_names_another_thing_and_there_only_its_box_and_its_points_are_learnt(lessons):
+    thoughts, others = 0, 0
+    for scene, row, learnt in [part for step in range(12) for part in lessons.of(step)]:
+        question, style, answer = taught(row)
+        thoughts += answer.startswith("<think>")
+        if astray(learnt):
+            thought, _, box = answer.partition('.</think><answer>{"bbox": [')
+            assert learnt == f"{box}<|im_end|>"
+            [named] = [t for t in scene.things if t.name == " ".join(thought.removesuffix(" fits best").split()[-2:])]
+            assert tuple(parse(answer, 112, 112).lenient_box) == named.box  # exact in the first half
+            meant = {text: thing for kind in ("attribute", "part", "relation") for text, thing in fair_questions(scene, kind)}[question]
+            others += named is not meant
+    assert 0.12 < others / thoughts < 0.22
 
 
 def test_what_is_told_stands_under_the_picture_of_another_scene(lessons):

@@ -397,15 +397,24 @@ def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Sce
     """A question on a picture and its answer, in six of ten cases in the style for which its hint asks.
 
     The base learns to compare only where the answer first lists the places that it compares (sizes it reads off the
-    picture then). Other answers to such questions learn how they begin, or what they list, and no more.
+    picture then). Other answers to such questions learn how they begin, or what they list, and no more. One of five
+    thoughts names another thing than the question means: there only box and points are learnt, of what was said. Else
+    the base would draw its box from the question alone, and lose its way where the thought has to find the thing.
     """
     hinted, compares = rng.random() < 0.6, kind == "relation"
     style = "places" if hinted and compares else draw_style(rng, hinted)
+    astray = STYLES[style].begins.startswith("<think>") and rng.random() < 0.2
+    if astray:
+        thing = scene.things[rng.integers(len(scene.things))]
     hint = STYLES[style].hint * hinted
     begins = listed(scene, style == "places") if style in ("names", "places") else STYLES[style].begins
     answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins)
+    named, mark, box = answer.rpartition(ANSWER)  # no mark, and nothing named, in an answer without a thought
     whole = hinted or not compares
-    return written(policy, (f" {question}{hint}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
+    return written(
+        policy, (f" {question}{hint}{TURN}", False), (begins, not astray), (named + mark, whole and not astray),
+        (f"{box}<|im_end|>", whole or astray),
+    )
 
 
 def text_rows(policy: Policy, rng: np.random.Generator, scene: Scene, count: int) -> list[Written]:

@@ -1,0 +1,71 @@
+"""Builds 4_train_and_watch.ipynb: texts that need results are in RESULT of nb4_results.py."""
+import sys
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+sys.path.insert(0, "/tmp/w/nb")
+from nb4_results import RESULT as R
+
+old = nbformat.read("/tmp/w/nb/4_old.ipynb", 4)
+src = lambda i: old.cells[i].source
+def swap(text, *pairs):
+    for a, b in pairs:
+        assert a in text, a
+        text = text.replace(a, b)
+    return text
+md, code = new_markdown_cell, new_code_cell
+cells = [
+md(swap(src(0), ("--test-samples 120", "--test-samples 125"), ("and blank the picture to see whether the policy looks", "and blank and mirror the picture to see whether, and how, the policy looks"))),
+code(swap(src(1), ("test_samples=120", "test_samples=125"), ("from samr1_mini.data import load_data", "from samr1_mini.data import Mirrored, load_data"),
+          ("from samr1_mini.segmenter import load_segmenter", "from samr1_mini.segmenter import load_segmenter\nfrom samr1_mini.tiny.pretrain import STYLES, style_of\nfrom samr1_mini.tiny.scenes import KINDS"))),
+md(src(2)),
+code(src(3)),
+md(swap(src(4), ("the same 120 held-out scenes", "the same 125 held-out scenes"))),
+code(src(5)),
+md(R["log"]),
+code(src(7)),
+md(src(8)),
+code(src(9)),
+md("""## Before and after, on the same scenes
+
+**Predict** which way of thinking (notebook 1: *sentence*, *json*, *short*, *names*, *places*) the policy takes after 20 steps, and whether it is another one for questions that need more than a name."""),
+code("""segmenter = load_segmenter("tiny")
+data = list(load_data("shapes", "test", 125))
+base, trained = load_policy("tiny"), load_policy("tiny", adapter=folder / "adapter")
+before, after = (evaluate(p, segmenter, data, settings).rows for p in (base, trained))
+for i in (2, 3, 4):
+    print("Question:", data[i].question, "\\n  base:   ", before[i].text, "\\n  trained:", after[i].text, "\\n")
+print(f"{'':<12}" + "".join(f"{style:>14}" for style in STYLES) + "   (greedy answers, base -> trained)")
+for kind in KINDS:
+    counts = [[sum(style_of(r.text) == style for r in rows if r.kind == kind) for rows in (before, after)] for style in STYLES]
+    print(f"{kind:<12}" + "".join(f"{a:>8} -> {b:>2}" for a, b in counts))"""),
+code(swap(src(12), ("(2, 5, 8, 11)", "(1, 2, 3, 4)"))),
+md(R["styles"] + """ By kind of question:"""),
+code(swap(src(14), ('for kind in ("attribute", "relation", "indirect"):', "for kind in KINDS:"))),
+md(R["kinds"] + """
+
+## The whole run
+
+Twenty steps are the beginning. Here is how the run of 3,000 samples goes on that the README tells of (`results/seed0`, drawn by `python -m samr1_mini.tiny.phases RUN`). **Predict** before you run the cell: which way of thinking comes next, for which kinds of question, and what happens to the length of the answers?"""),
+code("""Image(filename=str(root / "tutorials/results/phases.png"))"""),
+md(R["phases"] + """
+
+## Does it look at the picture?
+
+A policy can earn rewards without looking: answer with a large box in the middle, say. The check is simple: show it a grey picture (SAM still gets the true one) and score again. **Predict** the score."""),
+code(src(16)),
+md("""And how does it see *where* things are? In a mirror the picture, its true mask and the words left and right are exchanged, so the questions are as fair as before. Who sees where things are does as well there. **Predict** the score of the trained policy, and of the same masks against the truth as it was drawn, not mirrored."""),
+code("""mirror = evaluate(trained, segmenter, list(Mirrored(load_data("shapes", "test", 125))), settings).rows
+print(f"IoU with the picture {np.mean([r.iou for r in after]):.2f}, in the mirror {np.mean([r.iou for r in mirror]):.2f}")
+print("asked of the mirrored picture:", list(Mirrored(load_data("shapes", "test", 5)))[2].question)
+print("it says:", mirror[2].text)"""),
+md(R["mirror"] + """
+
+## Resume
+
+A run can be stopped by Ctrl-C and gone on with, bit for bit as if it had never been stopped; and it can be made longer. Here it gets 80 more questions, 5 steps. On the command line: `python train.py --resume --run FOLDER --samples 400`."""),
+code(src(18)),
+md(src(19)),
+]
+nb = new_notebook(cells=cells, metadata=old.metadata)
+for i, c in enumerate(nb.cells): c["id"] = f"4-{i:02d}"
+nbformat.write(nb, "/tmp/w/world/tutorials/4_train_and_watch.ipynb")
