@@ -375,7 +375,7 @@ def told_rows(rng: np.random.Generator, scene: Scene, count: int) -> list[tuple[
     """
     rows = []
     for _ in range(count):
-        kind = str(rng.choice(["attribute", "relation", "indirect", "combined"], p=[0.1, 0.2, 0.4, 0.3]))
+        kind = str(rng.choice(["attribute", "relation", "indirect", "combined"], p=[0.05, 0.15, 0.3, 0.5]))
         found, places = ask(scene, rng, kind), kind in ("relation", "combined") or rng.random() < 0.6
         if found and not set(found[0].split()) & SIZES:
             hint = STYLES["places" if places else "names"].hint if rng.random() < 0.5 else ""
@@ -397,23 +397,35 @@ def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Sce
     """A question on a picture and its answer, in six of ten cases in the style for which its hint asks.
 
     The base learns to compare only where the answer first lists the places that it compares (sizes it reads off the
-    picture then). Other answers to such questions learn how they begin, or what they list, and no more. One of five
-    thoughts names another thing than the question means: there only box and points are learnt, of what was said. Else
-    the base would draw its box from the question alone, and lose its way where the thought has to find the thing.
+    picture then). Other answers to such questions learn how they begin, or what they list, and no more.
     """
     hinted, compares = rng.random() < 0.6, kind == "relation"
     style = "places" if hinted and compares else draw_style(rng, hinted)
-    astray = STYLES[style].begins.startswith("<think>") and rng.random() < 0.2
-    if astray:
-        thing = scene.things[rng.integers(len(scene.things))]
     hint = STYLES[style].hint * hinted
     begins = listed(scene, style == "places") if style in ("names", "places") else STYLES[style].begins
     answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins)
-    named, mark, box = answer.rpartition(ANSWER)  # no mark, and nothing named, in an answer without a thought
     whole = hinted or not compares
+    return written(policy, (f" {question}{hint}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
+
+
+def astray_row(policy: Policy, scene: Scene, other: Scene, rng, slack: float) -> Written:
+    """A question of any kind about another scene, and an answer about some thing in this picture.
+
+    Learnt is what the answer lists and, of the thing that its thought names, the box and the points; not which thing it
+    names. So a list is of what is seen and a box of what was said, whatever was asked. Without such rows, lists and
+    boxes went wrong under the questions that the base never meets with a picture that they are about.
+    """
+    kinds = rng.permutation(["attribute", "relation", "indirect", "combined"])
+    question, _ = next(found for kind in kinds if (found := ask(other, rng, kind)))
+    style, thing = str(rng.choice(["short", "names", "places"])), scene.things[rng.integers(len(scene.things))]
+    hint = STYLES[style].hint * bool(rng.random() < 0.5)
+    begins = STYLES[style].begins
+    listing = "" if style == "short" else listed(scene, style == "places").removeprefix(begins)
+    answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins + listing)
+    named, mark, box = answer.partition(ANSWER)
     return written(
-        policy, (f" {question}{hint}{TURN}", False), (begins, not astray), (named + mark, whole and not astray),
-        (f"{box}<|im_end|>", whole or astray),
+        policy, (f" {question}{hint}{TURN}{begins}", False), (listing, True), (named + mark, False),
+        (f"{box}<|im_end|>", True),
     )
 
 
@@ -529,9 +541,10 @@ def train_ground(policy: Policy, steps: int, out: Path, work: Path, pictures: in
 
 
 def train_language(
-    policy: Policy, steps: int, work: Path, slack: float = 0.4, pictures: int = 8, questions: int = 8, told: int = 2
+    policy: Policy, steps: int, work: Path, slack: float = 0.4, pictures: int = 8, questions: int = 7, others: int = 2
 ) -> None:
-    """Supervised answers to `questions` questions a picture in one packed row, and what is told beside it.
+    """Supervised answers to `questions` questions a picture in one packed row; beside them `others` about another scene
+    that go astray, and up to as many about that scene as it is told.
 
     In the first half of the steps boxes are exact: a network this small learns where things are only from figures
     without noise. In the second half the base becomes what it shall be, boxes `slack` too wide.
@@ -552,9 +565,12 @@ def train_language(
         prompts = encode(policy, images, [A_WORD] * pictures)
         prompts = [cut(p, len(p.ids) - tail) for p in prompts]
         groups = [[shown_row(policy, *row, s, rng, wide) for row in chosen] for s, chosen in zip(scenes, pairs)]
-        others = [text_rows(policy, rng, other, told) for other in scenes_from(3 * 10**7 + step * pictures, pictures)]
+        strangers = scenes_from(3 * 10**7 + step * pictures, pictures)
+        for group, scene, other in zip(groups, scenes, strangers):
+            group += [astray_row(policy, scene, other, rng, wide) for _ in range(others)]
+        told = [text_rows(policy, rng, other, others) for other in strangers]
         alignment = align_words(policy, prompts, scenes)
-        rows = [group + other for group, other in zip(groups, others)]
+        rows = [group + texts for group, texts in zip(groups, told)]
         logps, _ = logprobs(policy, prompts, [[ids for ids, _ in row] for row in rows])  # [all rows' tokens]
         learnt = torch.cat([mask for row in rows for _, mask in row])
         is_told = torch.cat([
