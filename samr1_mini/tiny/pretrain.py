@@ -292,12 +292,15 @@ class Style(NamedTuple):
 
 # The base's styles. As in a large model, what pays best is what it seldom does: to find that out is left to reward.
 STYLES = {
-    "sentence": Style(0.39, 0.15, " Answer in a sentence.", "The"),
+    "sentence": Style(0.4, 0.15, " Answer in a sentence.", "The"),
     "json": Style(0.15, 0.1, " Answer in JSON.", '[{"label": "'),
-    "short": Style(0.385, 0.2, " Think first.", "<think>The"),
-    "names": Style(0.06, 0.2, " Look around first.", "<think>I see the"),
-    "places": Style(0.015, 0.35, " Measure first.", "<think>I see the"),
+    "short": Style(0.392, 0.2, " Think first.", "<think>The"),
+    "names": Style(0.05, 0.2, " Look around first.", "<think>I see the"),
+    "places": Style(0.008, 0.35, " Measure first.", "<think>I see the"),
 }
+
+
+LISTING = ("names", "places")  # those that list first what there is
 
 
 def draw_style(rng: np.random.Generator, hinted: bool) -> str:
@@ -402,7 +405,7 @@ def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Sce
     hinted, compares = rng.random() < 0.6, kind == "relation"
     style = "places" if hinted and compares else draw_style(rng, hinted)
     hint = STYLES[style].hint * hinted
-    begins = listed(scene, style == "places") if style in ("names", "places") else STYLES[style].begins
+    begins = listed(scene, style == "places") if style in LISTING else STYLES[style].begins
     answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins)
     whole = hinted or not compares
     return written(policy, (f" {question}{hint}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
@@ -417,10 +420,11 @@ def astray_row(policy: Policy, scene: Scene, other: Scene, rng, slack: float) ->
     """
     kinds = rng.permutation(["attribute", "relation", "indirect", "combined"])
     question, _ = next(found for kind in kinds if (found := ask(other, rng, kind)))
-    style, thing = str(rng.choice(["short", "names", "places"])), scene.things[rng.integers(len(scene.things))]
-    hint = STYLES[style].hint * bool(rng.random() < 0.5)
-    begins = STYLES[style].begins
-    listing = "" if style == "short" else listed(scene, style == "places").removeprefix(begins)
+    hinted, thing, style = rng.random() < 0.75, scene.things[rng.integers(len(scene.things))], ""
+    while style not in ("short", *LISTING):
+        style = draw_style(rng, hinted)
+    hint, begins = STYLES[style].hint * hinted, STYLES[style].begins
+    listing = listed(scene, style == "places").removeprefix(begins) if style in LISTING else ""
     answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins + listing)
     named, mark, box = answer.partition(ANSWER)
     return written(
