@@ -298,8 +298,6 @@ STYLES = {
     "names": Style(0.05, 0.2, " Look around first.", "<think>I see the"),
     "places": Style(0.008, 0.35, " Measure first.", "<think>I see the"),
 }
-
-
 LISTING = ("names", "places")  # those that list first what there is
 
 
