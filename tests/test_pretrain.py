@@ -418,7 +418,7 @@ def test_an_answer_that_goes_astray_learns_lists_of_its_picture_and_the_box_of_w
         if styles[-1] == "short":
             assert len(pieces) == 1
         else:
-            assert len(pieces) == 2 and f"<think>I see the{pieces[0]}" == pretrain.listed(scene, styles[-1] == "places")
+            assert len(pieces) == 2 and f"<think>I see the{pieces[0]}" == pretrain.listed(scene, styles[-1], question)
     assert kinds == {"attribute", "relation", "indirect", "combined"} and {*styles} == {"short", "names", "places"}
 
 

@@ -359,37 +359,36 @@ def read_told(text):
 
 
 @pytest.mark.parametrize("style", ["names", "places"])
-def test_all_things_are_told_from_left_to_right_and_their_places_are_the_middles_of_their_tight_boxes(style):
-    rng = np.random.default_rng(0)
-    for seed in range(100):
+@pytest.mark.parametrize("question, axis", [("the red star", 0), ("the object right of the red star", 0), ("the topmost object", 1), ("the object below the thing that has the colour of grass", 1)])
+def test_all_things_are_told_from_left_to_right_and_who_measures_tells_middles_and_from_above_where_that_is_asked_for(style, question, axis):
+    rng, axis = np.random.default_rng(0), axis if style == "places" else 0
+    for seed in range(60):
         scene = drawn(seed)
-        told = read_told(answer_text(scene.things[0], scene, rng, 0.4, style))
+        told = read_told(answer_text(scene.things[0], scene, rng, 0.4, style, question))
         things = [next(t for t in scene.things if (t.colour, t.shape) == (colour, shape)) for colour, shape, *_ in told]
         assert len(told) == len(scene.things) == len(set(things))
         middles = [(middle(t, 0) / 2, middle(t, 1) / 2) for t in things]
-        assert all(b[0] - a[0] > -1 for a, b in itertools.pairwise(middles))
+        assert all(b[axis] - a[axis] > -1 for a, b in itertools.pairwise(middles))
         if style == "places":
             assert all(abs(x - mx) < 1 and abs(y - my) < 1 for (*_, x, y), (mx, my) in zip(told, middles))
-            assert [x for *_, x, _ in told] == sorted(x for *_, x, _ in told)
 
 
 def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_conclusion_is_the_right_object():
-    """The second reading knows the told names and places alone: no sizes, and nothing to compare where only names are told."""
+    """The second reading knows what is told alone: names, places, and for sizes the order in which they are told."""
     rng, kinds, hinted, places = np.random.default_rng(0), Counter(), [], []
     for seed in range(200):
         for question, hint, told, conclusion in told_rows(rng, drawn(seed), 6):
             objects = []
             for colour, shape, x, y in read_told(told):
-                objects.append(Thing(shape, colour, x, y, 0, None))
+                objects.append(Thing(shape, colour, x, y, 0, np.ones(1 + len(objects))))  # each larger than the last
                 objects[-1].box = (x, y, x, y)
             for scene in (drawn(seed), Scene(None, objects)):
                 assert [t.name for t in read_question(scene, question)] == [conclusion], (question, told)
-            assert not re.search(r"\b(largest|smallest)\b", question)
-            assert "(" in told or not re.search(r"\b(above|below|left|right|\w+most)\b", question)
+            assert "(" in told or not re.search(r"\b(above|below|left|right|\w+most|largest|smallest)\b", question)
             assert hint in ("", STYLES["places" if "(" in told else "names"].hint)
             hinted.append(bool(hint)), places.append("(" in told)
             kinds[next(kind for kind, forms in FORMS.items() if form_of(question) in forms)] += 1
-    assert set(kinds) == set(KINDS) - {"part"} and min(kinds.values()) > 100
+    assert set(kinds) == set(KINDS) - {"part"} and min(kinds.values()) > 50
     assert 0.4 < np.mean(hinted) < 0.6 and 0.6 < np.mean(places) < 0.9
 
 

@@ -320,14 +320,23 @@ def called(thing: Thing, scene: Scene) -> str:
     return next((f"dot of the {t.name}" for t in scene.things if t.dot is thing), thing.name)
 
 
-def listed(scene: Scene, places: bool) -> str:
-    """What there is, from left to right, with each thing's middle where places are told."""
-    things = sorted(scene.things, key=lambda t: middle(t)[0])
+# Who measures lists things in the order of what is asked for, downwards or from small to large; else left to right.
+ORDER = dict.fromkeys(("above", "below", "topmost", "bottommost"), lambda t: middle(t)[1])
+ORDER |= dict.fromkeys(("smallest", "largest"), lambda t: t.extent)
+
+
+def listed(scene: Scene, style: str, question: str) -> str:
+    """What there is, from left to right; who measures lists each thing's middle, and in the question's order."""
+    places = style == "places"
+    orders = [ORDER[word] for word in question.split() if word in ORDER and places]
+    things = sorted(scene.things, key=orders[0] if orders else lambda t: middle(t)[0])
     told = [t.name + f" ({', '.join(map(str, middle(t)))})" * places for t in things]
     return f"<think>I see the {', the '.join(told)}. It is the"
 
 
-def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str) -> str:
+def answer_text(
+    thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str, question: str = ""
+) -> str:
     """An answer in a style of the base: a sentence, JSON as Qwen likes it, or the format, with three ways to think."""
     box, name = loose_box(thing, rng, slack), called(thing, scene)
     if style == "sentence":
@@ -336,7 +345,7 @@ def answer_text(thing: Thing, scene: Scene, rng: np.random.Generator, slack: flo
         return f'[{{"label": "{name}", "bbox_2d": {box}}}]'
     thought = f"<think>The {name} fits best"
     if style != "short":
-        thought = f"{listed(scene, style == 'places')} {name}"
+        thought = f"{listed(scene, style, question)} {name}"
     return f'{thought}{ANSWER}{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>'
 
 
@@ -365,22 +374,20 @@ def corpus() -> list[str]:
     return texts
 
 
-SIZES = {"largest", "smallest"}  # words of questions that no list here can answer: it tells no sizes
-
-
 def told_rows(rng: np.random.Generator, scene: Scene, count: int) -> list[tuple[str, str, str, str]]:
     """Up to `count` questions about a scene that is told, not shown: (question, hint, what is told, conclusion).
 
     The base learns here to conclude from what it has said, of all kinds but part: those too that it never meets about a
-    picture. From names it concludes what has the colour or the shape of something; to compare, it needs places.
+    picture. From names it concludes what has the colour or the shape of something; to compare, it measures.
     """
     rows = []
     for _ in range(count):
         kind = str(rng.choice(["attribute", "relation", "indirect", "combined"], p=[0.05, 0.15, 0.3, 0.5]))
-        found, places = ask(scene, rng, kind), kind in ("relation", "combined") or rng.random() < 0.6
-        if found and not set(found[0].split()) & SIZES:
-            hint = STYLES["places" if places else "names"].hint if rng.random() < 0.5 else ""
-            rows.append((found[0], hint, listed(scene, places), found[1].name))
+        style = "places" if kind in ("relation", "combined") or rng.random() < 0.6 else "names"
+        if found := ask(scene, rng, kind):
+            question, thing = found
+            hint = STYLES[style].hint if rng.random() < 0.5 else ""
+            rows.append((question, hint, listed(scene, style, question), thing.name))
     return rows
 
 
@@ -397,14 +404,14 @@ def written(policy: Policy, *texts: tuple[str, bool]) -> Written:
 def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Scene, rng, slack: float) -> Written:
     """A question on a picture and its answer, in six of ten cases in the style for which its hint asks.
 
-    The base learns to compare only where the answer first lists the places that it compares (sizes it reads off the
-    picture then). Other answers to such questions learn how they begin, or what they list, and no more.
+    The base learns to compare only where the answer first measures what it compares. Other answers to such questions
+    learn how they begin, or what they list, and no more.
     """
     hinted, compares = rng.random() < 0.6, kind == "relation"
     style = "places" if hinted and compares else draw_style(rng, hinted)
     hint = STYLES[style].hint * hinted
-    begins = listed(scene, style == "places") if style in LISTING else STYLES[style].begins
-    answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins)
+    begins = listed(scene, style, question) if style in LISTING else STYLES[style].begins
+    answer = answer_text(thing, scene, rng, slack, style, question).removeprefix(begins)
     whole = hinted or not compares
     return written(policy, (f" {question}{hint}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
 
@@ -422,8 +429,8 @@ def astray_row(policy: Policy, scene: Scene, other: Scene, rng, slack: float) ->
     while style not in ("short", *LISTING):
         style = draw_style(rng, hinted)
     hint, begins = STYLES[style].hint * hinted, STYLES[style].begins
-    listing = listed(scene, style == "places").removeprefix(begins) if style in LISTING else ""
-    answer = answer_text(thing, scene, rng, slack, style).removeprefix(begins + listing)
+    listing = listed(scene, style, question).removeprefix(begins) if style in LISTING else ""
+    answer = answer_text(thing, scene, rng, slack, style, question).removeprefix(begins + listing)
     named, mark, box = answer.partition(ANSWER)
     return written(
         policy, (f" {question}{hint}{TURN}{begins}", False), (listing, True), (named + mark, False),
