@@ -15,7 +15,7 @@ for i in range(N):
         if q: qs.append((s,k,*q))
 out={}
 for style in ('short','places'):
-    with torch.no_grad(): pr=encode(pol,[Image.fromarray(s.image) for s,_,_,_ in qs],[q+p.STYLES[style][2] for _,_,q,_ in qs])
+    with torch.no_grad(): pr=encode(pol,[Image.fromarray(s.image) for s,_,_,_ in qs],[q+p.STYLES[style].hint for _,_,q,_ in qs])
     for (s,k,q,t),[a] in zip(qs,sample(pol,pr,1,112,temperature=0)):
         ok=p.about(parse(a.text,112,112).lenient_box,t.mask,s); out.setdefault((style,k),[]).append(ok)
         if style=='places' and len(out[style,k])<6: print(ok,'Q',q,'| T',p.called(t,s),'|',a.text)
