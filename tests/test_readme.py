@@ -115,9 +115,6 @@ def test_minutes_and_memory_of_the_first_command_are_those_of_its_log():
     lines = [json.loads(line) for line in (RESULTS / "seed0/metrics.jsonl").read_text().splitlines()]
     minutes, memory = load("seed0/summary.json")["seconds"] / 60, max(line["peak_memory_gib"] for line in lines)
     assert f"{minutes:.0f} minutes and {memory:.1f} GiB of memory" in TEXT
-    slower = load("slower-machine.json")
-    stated = f"{slower['seconds'] / 60:.0f} minutes and {slower['peak_memory_gib']:.1f} GiB and came to the same {slower['trained']['gIoU']:.2f}"
-    assert slower["command"] in TEXT and stated in TEXT and f"→ {slower['trained']['gIoU']:.2f}" in next(result_rows())
 
 
 def test_a_whole_step_is_as_much_faster_than_trl_as_promised_and_grows_slowly_with_the_group():
@@ -140,25 +137,20 @@ def committed_runs(accuracy_weight):
             yield json.loads(file.read_text())
 
 
-def test_the_reward_rises_on_held_out_scenes_for_each_of_three_seeds_and_within_twelve_minutes():
+def test_learning_goes_on_through_the_whole_run_for_each_of_three_seeds():
+    """What the run of 3,000 samples is for: rewards that still rise late, more right objects of all kinds, tighter boxes."""
     runs = list(committed_runs(1.0))
     assert {run["seed"] for run in runs} == {0, 1, 2}
     for run in runs:
-        base, trained, indirect = run["base"], run["trained"], [run[x]["by_kind"]["indirect"]["gIoU_lenient"] for x in ("base", "trained")]
-        assert 0.35 <= base["gIoU_lenient"] <= 0.65 and base["count"] >= 500
-        assert trained["gIoU"] >= base["gIoU"] + 0.20 and trained["gIoU_lenient"] >= base["gIoU_lenient"] + 0.10
-        assert indirect[1] >= indirect[0] + 0.15 and trained["format"] >= 0.98
-        assert run["samples"] >= 2990 and run["seconds"] <= 720
-
-
-def test_what_gets_worse_is_said_too():
-    text, runs, [unpaid] = " ".join(TEXT.split()), list(committed_runs(1.0)), committed_runs(0.0)
-    relation = lambda run, x: f"{run[x]['by_kind']['relation']['gIoU_lenient']:.2f}"
-    a, b, c = (relation(run, "trained") for run in runs)
-    assert f"Relations fall, from {relation(runs[0], 'base')} to {a}, {b} and {c} lenient" in text
-    assert f"They do in the run without the accuracy term too ({relation(unpaid, 'trained')})" in text
-    a, b, c = (f"{100 * run['trained']['box_accuracy']:.0f}" for run in runs)
-    assert f"{a}, {b} and {c} % of them have an IoU above 0.5 with the true box, and {100 * unpaid['trained']['box_accuracy']:.0f} % without the accuracy term" in text
+        base, trained = run["base"], run["trained"]
+        kinds = {kind: trained["by_kind"][kind]["gIoU_lenient"] - base["by_kind"][kind]["gIoU_lenient"] for kind in KINDS}
+        assert 0.30 <= base["gIoU_lenient"] <= 0.55 and base["count"] >= 500 and run["ceiling"]["gIoU"] >= 0.9
+        assert trained["gIoU_lenient"] >= base["gIoU_lenient"] + 0.35 and trained["format"] >= 0.98
+        assert kinds["relation"] >= 0.15 and kinds["combined"] >= 0.15 and trained["box_accuracy"] >= 0.6
+        assert run["samples"] >= 2990
+        steps = [json.loads(line) for line in (RESULTS / f"seed{run['seed']}/metrics.jsonl").read_text().splitlines()]
+        mean = lambda name, part: sum(step[name] for step in part) / len(part)
+        assert mean("reward", steps[-20:]) >= mean("reward", steps[20:40]) + 0.4 and mean("zero_variance", steps[-20:]) < 0.4
 
 
 def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs():
@@ -169,14 +161,6 @@ def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs()
     assert f"({mirrored['gIoU']:.2f} against {run['trained']['gIoU']:.2f}, `python eval.py --mirror`" in notebook
     assert f"exchanged) it falls to {mirrored['gIoU']:.2f}." in text and mirrored["count"] == load("seed0/blank.json")["count"] == 500
     assert f"True boxes through the same SAM reach {run['ceiling']['gIoU']:.2f}" in text
-
-
-def test_the_jump_of_the_kl_that_the_readme_tells_of_is_in_the_log():
-    log = [json.loads(line) for line in (RESULTS / "seed1/metrics.jsonl").read_text().splitlines()]
-    worst, text = max(log, key=lambda line: line["kl"]), " ".join(TEXT.split())
-    assert f"(in seed 1 to {worst['kl']:,.0f} at step {worst['step']})" in text
-    norms = sorted(line["grad_norm"] for line in log)
-    assert f"gradient's norm was {worst['grad_norm']:,.0f}, against a median of {norms[len(norms) // 2]:.2f}" in text
 
 
 def test_what_the_readme_says_of_limits_and_defaults_is_what_the_code_has():
