@@ -19,7 +19,8 @@ from samr1_mini.reward import parse
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
 from samr1_mini.tiny import pretrain
 from samr1_mini.tiny.build import build_policy, build_processor
-from samr1_mini.tiny.pretrain import STYLES, box_around, meant, neighbour, points_on, wide_box
+from samr1_mini.tiny.answers import STYLES, wide_box
+from samr1_mini.tiny.pretrain import box_around, meant, neighbour, points_on
 from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
 
 

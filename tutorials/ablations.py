@@ -28,7 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
 
-from samr1_mini.tiny.pretrain import style_of
+from samr1_mini.tiny.answers import style_of
 from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
 
@@ -56,7 +56,7 @@ PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it print
     "base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6",
     "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1", "10000 samples": "no gain", "beta 0": "collapse",
 }
-PREDICTED = {  # gIoU against base, and why; "names" and "places" are ways of thinking: see STYLES in samr1_mini/tiny/pretrain.py
+PREDICTED = {  # gIoU against base, and why; "names" and "places" are ways of thinking: see STYLES in samr1_mini/tiny/answers.py
     "base": "first the format, then names, then places; boxes get tighter all the while",
     "threshold 0.5": "lower: above 0.5 nothing more is paid, so boxes stay wide",
     "threshold 0.7": "as base: it pays for tight boxes, though half-right masks pay nothing at the start",

@@ -1,6 +1,6 @@
 """How one way of thinking follows another as training goes on: `python -m samr1_mini.tiny.phases RUN [RUN ...]`.
 
-Draws the styles (pretrain.STYLES) of the sampled answers that a run keeps in answers.jsonl, one a question. Several
+Draws the styles (answers.STYLES) of the sampled answers that a run keeps in answers.jsonl, one a question. Several
 runs are taken together, as far as the shortest goes. A run that is still on its way can be looked at too.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..config import Parser, UserError, exit_with
 from ..plots import BLACK, BLUE, GREEN, ORANGE, PINK, plt, smooth
 from ..running.runs import read_log
-from .pretrain import STYLES, style_of
+from .answers import STYLES, style_of
 from .scenes import KINDS
 
 # Greys: styles outside the asked format.

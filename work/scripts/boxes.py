@@ -10,7 +10,7 @@ print(open(f'{R}/summary.json').read()[:1500])
 from samr1_mini.reward import parse
 from samr1_mini.metrics import box_iou, tight_box
 from samr1_mini.data import load_data
-from samr1_mini.tiny.pretrain import style_of
+from samr1_mini.tiny.answers import style_of
 data=load_data('shapes','train',3008)
 an=[json.loads(l) for l in open(f'{R}/answers.jsonl')]
 out=collections.defaultdict(list); ki=collections.defaultdict(list)

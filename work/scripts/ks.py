@@ -1,5 +1,5 @@
 import json, sys, numpy as np
-from samr1_mini.tiny.pretrain import style_of
+from samr1_mini.tiny.answers import style_of
 R,a,b=sys.argv[1],int(sys.argv[2]),int(sys.argv[3]); an=[]
 for l in open(R+'/answers.jsonl'):
     try: an.append(json.loads(l))

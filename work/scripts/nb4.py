@@ -16,7 +16,7 @@ md, code = new_markdown_cell, new_code_cell
 cells = [
 md(swap(src(0), ("--test-samples 120", "--test-samples 125"), ("and blank the picture to see whether the policy looks", "and blank and mirror the picture to see whether, and how, the policy looks"))),
 code(swap(src(1), ("test_samples=120", "test_samples=125"), ("from samr1_mini.data import load_data", "from samr1_mini.data import Mirrored, load_data"),
-          ("from samr1_mini.segmenter import load_segmenter", "from samr1_mini.segmenter import load_segmenter\nfrom samr1_mini.tiny.pretrain import STYLES, style_of\nfrom samr1_mini.tiny.scenes import KINDS"))),
+          ("from samr1_mini.segmenter import load_segmenter", "from samr1_mini.segmenter import load_segmenter\nfrom samr1_mini.tiny.answers import STYLES, style_of\nfrom samr1_mini.tiny.scenes import KINDS"))),
 md(src(2)),
 code(src(3)),
 md(swap(src(4), ("the same 120 held-out scenes", "the same 125 held-out scenes"))),

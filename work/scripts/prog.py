@@ -1,6 +1,6 @@
 import json, sys, numpy as np
 from collections import Counter
-from samr1_mini.tiny.pretrain import style_of
+from samr1_mini.tiny.answers import style_of
 R=sys.argv[1]
 def rd(f):
     out=[]
