@@ -1,5 +1,5 @@
 import torch, numpy as np, sys, collections
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 from PIL import Image
 from samr1_mini.tiny import pretrain as p
 from samr1_mini.tiny.scenes import *
@@ -20,7 +20,7 @@ for i in range(N):
             if not f: continue
             q,th=f
             if th not in sc.things: continue
-            ids,m=p.written(pol,(f" {q} Measure first.{p.TURN}{p.listed(sc,True)}",False),(f" {th.name}",True))
+            ids,m=p.written(pol,(f" {q} Measure first.{p.TURN}{p.listed(sc,'places',q)}",False),(f" {th.name}",True))
             rows.append(ids);meta.append((kind,q,m))
     if not rows: continue
     with torch.no_grad(): lp,_=logprobs(pol,[pr],[rows])
