@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -267,6 +268,13 @@ def check_size(model, image_size: int) -> None:
         nearest = round(image_size / cell) * cell
         need = f"must be a multiple of {cell} for a {model.model_type}"
         raise UserError(f"--image-size {need}, not {image_size}: try {nearest}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; a library's message may have many."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "this disk is full; make room and run again, what was fetched is kept"
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def exit_with(error: Exception, prog: str) -> None:

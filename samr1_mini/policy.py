@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .attention import IMPLEMENTATION, Cache, Row
-from .config import UserError, check_size
+from .config import UserError, check_size, first_line
 from .running.memory import compute_dtype
 from .tokens import banned_ids, draw, stop_ids, token_logits
 
@@ -112,8 +112,8 @@ def check_policy(name: str, image_size: int | None = None):
     try:
         config = AutoConfig.from_pretrained(str(TINY) if name == "tiny" else name)
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--policy {name}: no model folder of that name, nor does the hub give one ({why})") from None
+        why = f"no model folder of that name, nor does the hub give one ({first_line(error)})"
+        raise UserError(f"--policy {name}: {why}") from None
     if config.model_type not in COORDINATES:
         raise UserError(f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}")
     if image_size is not None:
@@ -166,7 +166,7 @@ def add_adapter(
         try:
             model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"adapter {adapter} does not fit this policy ({str(error)[:200]})") from None
+            raise UserError(f"adapter {adapter} does not fit this policy ({first_line(error)})") from None
     else:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
         model = get_peft_model(base, lora)

@@ -497,7 +497,7 @@ def answered(monkeypatch):
 
 def test_a_base_that_answers_rightly_in_the_style_asked_for_measures_one_everywhere(answered):
     rng = np.random.default_rng(0)
-    found = answered(lambda scene, thing, style: pretrain.answer_text(thing, scene, rng, 0, style or "short"))
+    found = answered(lambda scene, thing, style: "".join(pretrain.answer_parts(thing, scene, rng, 0, style or "short")))
     assert found["styles"] == {style: float(style == "short") for style in (*STYLES, "other")}
     assert set(found["sampled"]) == {"attribute", "part", "relation", "indirect", "combined", "all"}
     for row in found["sampled"].values():
@@ -510,7 +510,7 @@ def test_a_base_that_answers_about_a_neighbour_measures_nothing_about_the_object
     rng = np.random.default_rng(0)
     def say(scene, thing, style):
         other = neighbour(next((t for t in scene.things if t.dot is thing), thing), scene)
-        return pretrain.answer_text(other, scene, rng, 0, "json")
+        return "".join(pretrain.answer_parts(other, scene, rng, 0, "json"))
     found = answered(say)
     assert found["styles"]["json"] == 1 and found["sampled"]["all"]["about"] == 0 and found["sampled"]["all"]["mask IoU"] < 0.05
     assert {style: kinds["kept"] for style, kinds in found["hinted"].items()} == {style: float(style == "json") for style in STYLES}
@@ -525,5 +525,5 @@ def test_a_text_without_a_box_measures_nothing_and_half_of_a_mask_is_graded(answ
         mask = meant(scene, box, points)
         return mask & (mask.cumsum().reshape(mask.shape) <= mask.sum() / 2)
     rng = np.random.default_rng(0)
-    found = answered(lambda scene, thing, style: pretrain.answer_text(thing, scene, rng, 0, "short"), half)
+    found = answered(lambda scene, thing, style: "".join(pretrain.answer_parts(thing, scene, rng, 0, "short")), half)
     assert found["sampled"]["all"]["graded"] == 1 and found["sampled"]["all"]["mask IoU"] == pytest.approx(0.5, abs=0.01)

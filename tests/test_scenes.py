@@ -13,7 +13,7 @@ from samr1_mini.data import Mirrored, load_data
 from samr1_mini.metrics import box_iou
 from samr1_mini.reward import parse
 from samr1_mini.tiny import scenes
-from samr1_mini.tiny.answers import STYLES, answer_text, fact_texts, loose_points, style_of
+from samr1_mini.tiny.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
 from samr1_mini.tiny.pretrain import told_rows
 from samr1_mini.tiny.scenes import (
     COLOUR_OF,
@@ -325,7 +325,7 @@ def things_and_dots(count):
 def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style):
     rng, overlaps = np.random.default_rng(0), []
     for scene, thing in things_and_dots(30):
-        text = answer_text(thing, scene, rng, 0.4, style)
+        text = "".join(answer_parts(thing, scene, rng, 0.4, style))
         answer = parse(text, 112, 112)
         assert style_of(text) == style and answer.in_format == (style in ("short", "names", "places"))
         overlaps.append(box_iou(answer.lenient_box, thing.box))
@@ -338,7 +338,7 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
 def test_an_answer_begins_as_its_style_does(style):
     rng, scene = np.random.default_rng(0), drawn(0)
     for thing in scene.things:
-        text, opening = answer_text(thing, scene, rng, 0.4, style), STYLES[style].begins
+        text, opening = "".join(answer_parts(thing, scene, rng, 0.4, style)), STYLES[style].begins
         assert text.startswith(opening) and text.removeprefix(opening).strip().split()[0] in COLOURS
 
 
@@ -365,7 +365,7 @@ def test_all_things_are_told_from_left_to_right_and_who_measures_tells_middles_a
     rng, axis = np.random.default_rng(0), axis if style == "places" else 0
     for seed in range(60):
         scene = drawn(seed)
-        told = read_told(answer_text(scene.things[0], scene, rng, 0.4, style, question))
+        told = read_told("".join(answer_parts(scene.things[0], scene, rng, 0.4, style, question)))
         things = [next(t for t in scene.things if (t.colour, t.shape) == (colour, shape)) for colour, shape, *_ in told]
         assert len(told) == len(scene.things) == len(set(things))
         middles = [(middle(t, 0) / 2, middle(t, 1) / 2) for t in things]

@@ -97,19 +97,21 @@ def listed(scene: Scene, style: str, question: str) -> str:
     return f"<think>I see the {', the '.join(told)}. It is the"
 
 
-def answer_text(
+def answer_parts(
     thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str, question: str = ""
-) -> str:
-    """An answer in a style of the base: a sentence, JSON as Qwen likes it, or the format, with three ways to think."""
-    box, name = loose_box(thing, rng, slack), called(thing, scene)
+) -> tuple[str, str, str, str]:
+    """An answer in a style of the base: a sentence, JSON as Qwen likes it, or the format, with three ways to think.
+
+    In four parts: how it begins, what it lists, what it then names, and the numbers of box and points.
+    """
+    box, name, begins = loose_box(thing, rng, slack), called(thing, scene), STYLES[style].begins
     if style == "sentence":
-        return f"The {name} is at {box}."
+        return begins, "", f" {name} is at", f" {box}."
     if style == "json":
-        return f'[{{"label": "{name}", "bbox_2d": {box}}}]'
-    thought = f"<think>The {name} fits best"
-    if style != "short":
-        thought = f"{listed(scene, style, question)} {name}"
-    return f'{thought}{ANSWER}{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>'
+        return begins, "", f'{name}", "bbox_2d":', f" {box}}}]"
+    listing = listed(scene, style, question).removeprefix(begins) if style in LISTING else ""
+    named = f" {name}{ANSWER}" if listing else f" {name} fits best{ANSWER}"
+    return begins, listing, named, f'{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>'
 
 
 def fact_texts() -> list[tuple[str, str]]:
@@ -127,6 +129,6 @@ def corpus() -> list[str]:
     rng = np.random.default_rng(0)
     for scene in (make_scene(PRETRAIN[0] + 10**8 + i) for i in range(400)):
         texts += [f" {text}" for kind in KINDS for text, _ in fair_questions(scene, kind)]
-        texts += [answer_text(t, scene, rng, 0.1, style) for t in scene.things for style in STYLES]
+        texts += ["".join(answer_parts(t, scene, rng, 0.1, style)) for t in scene.things for style in STYLES]
     texts += [style.hint for style in STYLES.values()]
     return texts

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..config import Parser, UserError, exit_with
+from ..config import Parser, UserError, exit_with, first_line
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import TINY, Policy, Prompt, encode, load_policy, logprobs, sample
@@ -31,7 +31,7 @@ from ..reward import parse
 from ..segmenter import TINY_SAM, decode, load_segmenter, random_sam
 from ..tokens import banned_ids, stop_ids
 from .answers import (
-    ANSWER, LISTING, STYLES, answer_text, called, corpus, draw_style, fact_texts, listed, middle, style_of, wide_box,
+    ANSWER, LISTING, STYLES, answer_parts, called, corpus, draw_style, fact_texts, listed, middle, style_of, wide_box,
 )
 from .build import build_policy, build_processor
 from .scenes import COLOURS, PRETRAIN, SHAPES, SIZE, SPLITS, Scene, Thing, ask, fair_questions, make_scene
@@ -289,10 +289,11 @@ def shown_row(policy: Policy, kind: str, question: str, thing: Thing, scene: Sce
     hinted, compares = rng.random() < 0.6, kind == "relation"
     style = "places" if hinted and compares else draw_style(rng, hinted)
     hint = STYLES[style].hint * hinted
-    begins = listed(scene, style, question) if style in LISTING else STYLES[style].begins
-    answer = answer_text(thing, scene, rng, slack, style, question).removeprefix(begins)
+    begins, listing, named, numbers = answer_parts(thing, scene, rng, slack, style, question)
     whole = hinted or not compares
-    return written(policy, (f" {question}{hint}{TURN}", False), (begins, True), (f"{answer}<|im_end|>", whole))
+    return written(
+        policy, (f" {question}{hint}{TURN}", False), (begins + listing, True), (f"{named}{numbers}<|im_end|>", whole)
+    )
 
 
 def astray_row(policy: Policy, scene: Scene, other: Scene, rng, slack: float) -> Written:
@@ -307,13 +308,10 @@ def astray_row(policy: Policy, scene: Scene, other: Scene, rng, slack: float) ->
     hinted, thing, style = rng.random() < 0.75, scene.things[rng.integers(len(scene.things))], ""
     while style not in ("short", *LISTING):
         style = draw_style(rng, hinted)
-    hint, begins = STYLES[style].hint * hinted, STYLES[style].begins
-    listing = listed(scene, style, question).removeprefix(begins) if style in LISTING else ""
-    answer = answer_text(thing, scene, rng, slack, style, question).removeprefix(begins + listing)
-    named, mark, box = answer.partition(ANSWER)
+    begins, listing, named, numbers = answer_parts(thing, scene, rng, slack, style, question)
     return written(
-        policy, (f" {question}{hint}{TURN}{begins}", False), (listing, True), (named + mark, False),
-        (f"{box}<|im_end|>", True),
+        policy, (f" {question}{STYLES[style].hint * hinted}{TURN}{begins}", False), (listing, True), (named, False),
+        (f"{numbers}<|im_end|>", True),
     )
 
 
@@ -551,8 +549,8 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
                 styles.append(style_of(answer.text))
                 for kind in (x.kind, "all"):
                     sampled.setdefault(kind, []).append((about(box, x.mask, scene), overlap, score))
-        for style in STYLES:
-            for x, scene, [answer] in zip(samples, scenes, answers(STYLES[style].hint, 1, 0.0)):
+        for style, how in STYLES.items():
+            for x, scene, [answer] in zip(samples, scenes, answers(how.hint, 1, 0.0)):
                 right = about(parse(answer.text, SIZE, SIZE).lenient_box, x.mask, scene)
                 for kind, value in ((x.kind, right), ("all", right), ("kept", style_of(answer.text) == style)):
                     hinted[style].setdefault(kind, []).append(value)
@@ -590,10 +588,6 @@ def main(argv: list[str] | None = None) -> None:
             (work / f"{stage}.pt").unlink(missing_ok=True)
     except (UserError, OSError) as error:
         exit_with(error, "pretrain.py")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def load_weights(module: torch.nn.Module, file: Path) -> None:
