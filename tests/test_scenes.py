@@ -15,6 +15,7 @@ from samr1_mini.reward import parse
 from samr1_mini.tiny import scenes
 from samr1_mini.tiny.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
 from samr1_mini.tiny.pretrain import told_rows
+from samr1_mini.tiny.shapes import ASKED
 from samr1_mini.tiny.scenes import (
     COLOUR_OF,
     COLOURS,
@@ -288,10 +289,11 @@ def test_test_scenes_are_the_same_for_every_seed():
 def test_kinds_come_in_turn_and_where_a_scene_allows_none_of_its_kind_the_next_one_does():
     kinds = [s.kind for s in load_data("shapes", "test", 300)]
     for i, kind in enumerate(kinds):
-        turn = [KINDS[(i + j) % 5] for j in range(5)]
+        turn = [ASKED[(i + j) % 7] for j in range(7)]
         assert kind == next(k for k in turn if fair_questions(drawn(SPLITS["test"][0] + i), k))
     counts = Counter(kinds)
-    assert counts.pop("part") >= 25 and len(counts) == 4 and min(counts.values()) >= 50
+    assert counts.pop("part") >= 15 and len(counts) == 4 and min(counts.values()) >= 30
+    assert counts["relation"] + counts["combined"] > 150
 
 
 def mirrored(thing):

@@ -103,24 +103,18 @@ def meant(scene: Scene, box, points: list[list[int]]) -> np.ndarray:
     """The mask that a box and points [[x, y, label], ...] stand for, bool [SIZE, SIZE]: SAM takes a box at its word.
 
     Of the dots, things and groups of up to four things that hold all points labelled 1 and none labelled 0, the one
-    that fills the box best: the highest IoU of tight box and box. So a wide box means the neighbours too. A point on
-    one thing speaks against the others: where there are points labelled 1, each thing without one costs 0.1.
+    that fills the box best: the highest IoU of tight box and box. So a wide box means the neighbours too.
     """
     x1, y1, x2, y2 = box
     inside = [t for t in scene.things if t.box[0] < x2 and t.box[2] > x1 and t.box[1] < y2 and t.box[3] > y1]
     groups = [group for n in range(1, 5) for group in combinations(inside or scene.things, n)]
     groups += [(t.dot,) for t in scene.things if t.dot]
-    has_positive = any(label for *_, label in points)
     on = lambda things, wanted: [any(t.mask[y, x] for t in things) for x, y, label in points if label == wanted]
     allowed = [g for g in groups if all(on(g, 1)) and not any(on(g, 0))]
     if not allowed:  # nothing is as the points say
         return meant(scene, box, [])
-
-    def fit(group: tuple[Thing, ...]) -> float:
-        without_point = sum(not any(on([t], 1)) for t in group) if has_positive else 0
-        return box_iou(box, box_around(*group)) - 0.1 * without_point
-
-    return np.logical_or.reduce([t.mask for t in max(allowed, key=fit)])
+    best = max(allowed, key=lambda group: box_iou(box, box_around(*group)))
+    return np.logical_or.reduce([t.mask for t in best])
 
 
 def points_on(mask: np.ndarray, rng: np.random.Generator, count: int, label: int) -> list[list[int]]:

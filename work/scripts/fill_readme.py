@@ -1,24 +1,21 @@
-"""Puts the figures of committed logs in the README's places: run in the project's root."""
-import json, sys, pathlib
-sys.path[:0] = ['tests', '.', 'tutorials']
-import re
-R = pathlib.Path('tutorials/results'); s = open('README.md').read()
-from samr1_mini.tiny.scenes import KINDS
-row = lambda *c: "| " + " | ".join(x if isinstance(x, str) else f"{x:.2f}" for x in c) + " |"
-if (f := pathlib.Path('samr1_mini/tiny/measured.json')).exists():
-    m = json.load(open(f)); p = m['policy']; ks = (*KINDS, 'all')
-    s = s.replace('SAM_ROWS', '\n'.join(row(n, v) for n, v in m['sam'].items()))
-    s = s.replace('STYLE_ROWS', '\n'.join(row(st, f"{100 * p['styles'][st]:.1f} %", *(k[x] for x in ks)) for st, k in p['hinted'].items()))
-    s = s.replace('KIND_ROWS', '\n'.join(row(k, *p['sampled'][k].values()) for k in ks))
-if (R / 'seed0/mirror.json').exists():
-    import test_readme as t
-    rows = list(t.result_rows())
-    s = s.replace('KIND_RESULT_ROWS', '\n'.join(rows[1::2])).replace('RESULT_ROWS', '\n'.join(rows[::2]))
-    run = json.load(open(R / 'seed0/summary.json')); lines = [json.loads(l) for l in open(R / 'seed0/metrics.jsonl')]
-    v = dict(minutes=f"{run['seconds'] / 60:.0f}", memory=f"{max(l['peak_memory_gib'] for l in lines):.1f}", ceiling=f"{run['ceiling']['gIoU']:.2f}",
-             trained=f"{run['trained']['gIoU']:.2f}", blank=f"{json.load(open(R / 'seed0/blank.json'))['gIoU']:.2f}", mirror=f"{json.load(open(R / 'seed0/mirror.json'))['gIoU']:.2f}")
-    for k, x in v.items(): s = s.replace(f'<<{k}>>', x)
-if (R / 'ablations.csv').exists():
-    import test_ablations as ta
-    s = s.replace('ABLATION_ROWS', '\n'.join(ta.ablation_rows()))
-open('README.md', 'w').write(s)
+"""Run in the project's root when measured.json, tutorials/results and ablations.csv are there: fills the README's places."""
+import json, sys
+sys.path[:0] = ["tests", ".", "tutorials"]
+import test_readme as t
+s = open("README.md").read()
+put = lambda name, text: globals().update(s=s.replace(name, text))
+results = list(t.result_rows()); kinds, results = results[1::2], results[0::2]
+measured = list(t.measured_rows()); m = json.load(open("samr1_mini/tiny/measured.json"))
+n_sam, n_style = len(m["sam"]), len(m["policy"]["hinted"])
+put("KIND_RESULT_ROWS", "\n".join(kinds)); put("RESULT_ROWS", "\n".join(results))
+put("SAM_ROWS", "\n".join(measured[:n_sam])); put("STYLE_ROWS", "\n".join(measured[n_sam:n_sam + n_style]))
+put("KIND_ROWS", "\n".join(measured[n_sam + n_style:]))
+run = t.load("seed0/summary.json")
+lines = [json.loads(x) for x in open("tutorials/results/seed0/metrics.jsonl")]
+put("<<minutes>>", f"{run['seconds'] / 60:.0f}"); put("<<memory>>", f"{max(x['peak_memory_gib'] for x in lines):.1f}")
+put("<<ceiling>>", f"{run['ceiling']['gIoU']:.2f}"); put("<<trained>>", f"{run['trained']['gIoU']:.2f}")
+put("<<blank>>", f"{t.load('seed0/blank.json')['gIoU']:.2f}"); put("<<mirror>>", f"{t.load('seed0/mirror.json')['gIoU']:.2f}")
+import test_ablations as a
+if a.ablations.FILE.exists():
+    put("ABLATION_ROWS", "\n".join(a.ablation_rows()))
+open("README.md", "w").write(s)

@@ -11,4 +11,10 @@ one() { [ -f $O/$1/results.json ] || PYTHONPATH=. $PY eval.py --adapter $O/seed0
 (one blank --blank) & (one mirror --mirror) & wait
 PYTHONPATH=. $PY tutorials/animate.py $O/film --out $O/learning.gif
 PYTHONPATH=. $PY -m samr1_mini.tiny.phases $O/seed0 $O/seed1 $O/seed2 --out $O/phases.png
+$PY - $O <<P
+import json, sys
+for name in ("blank", "mirror"):
+    found = json.load(open(f"{sys.argv[1]}/{name}/results.json"))["summary"]
+    json.dump(found, open(f"{sys.argv[1]}/{name}.json", "w"), indent=1)
+P
 echo done > $O/done
