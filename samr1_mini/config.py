@@ -81,7 +81,7 @@ class Settings:
     points: bool = _reward(True, "prompt SAM with the answer's box and points, or (--no-points) with the box alone")
     max_points: int = _reward(8, "most points an answer may give; beyond, the segmentation format is lost")
 
-    lr: float = _optimisation(5e-4, "learning rate of the adapter")
+    lr: float = _optimisation(1e-4, "learning rate of the adapter")
     beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
     kl_bound: float = _optimisation(5.0, "log(pi_ref / pi) counts at most this in the KL, so no token rules an update")
     skip_flat: bool = _optimisation(False, "leave groups whose answers all got the same reward out of the updates: "
