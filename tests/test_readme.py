@@ -6,10 +6,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from samr1_mini.config import Settings
 from samr1_mini.data import fetch
+from samr1_mini.tiny.answers import style_of
 from samr1_mini.tiny.scenes import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +153,26 @@ def test_learning_goes_on_through_the_whole_run_for_each_of_three_seeds():
         steps = [json.loads(line) for line in (RESULTS / f"seed{run['seed']}/metrics.jsonl").read_text().splitlines()]
         mean = lambda name, part: sum(step[name] for step in part) / len(part)
         assert mean("reward", steps[-20:]) >= mean("reward", steps[20:40]) + 0.4 and mean("zero_variance", steps[-20:]) < 0.4
+
+
+def ways():
+    """The sampled answers of the three committed runs, each with its "style" and how far into its run it was given, "part" of 1."""
+    for seed in range(3):
+        answers = [json.loads(line) for line in (RESULTS / f"seed{seed}/answers.jsonl").read_text().splitlines()]
+        yield [answer | {"style": style_of(answer["text"]), "part": answer["step"] / answers[-1]["step"]} for answer in answers]
+
+
+def test_ways_of_thinking_follow_one_another_in_each_run_and_the_readme_says_for_which_kinds_they_pay():
+    runs, text = list(ways()), " ".join(TEXT.split())
+    for answers in runs:
+        when = {style: np.mean([a["part"] for a in answers if a["style"] == style]) for style in ("sentence", "short", "names", "places")}
+        assert when["sentence"] < when["short"] < when["names"] < when["places"]
+    late = [a for answers in runs for a in answers if a["part"] > 0.9]
+    share = lambda *kinds: np.mean([a["style"] == "places" for a in late if a["kind"] in kinds])
+    combined, relation, others = share("combined"), share("relation"), share("attribute", "part", "indirect")
+    assert f"in the last tenth of the three runs {combined:.2f} of the answers to combined questions, {relation:.2f} of those to relations and {others:.2f} of the others" in text
+    tokens = [np.mean([a["tokens"] for answers in runs for a in answers if low < a["part"] <= high]) for low, high in ((0, 0.05), (0.9, 1))]
+    assert f"grow from {tokens[0]:.0f} to {tokens[1]:.0f} tokens" in text and min(combined, relation) > others
 
 
 def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs():

@@ -15,6 +15,12 @@ lines = [json.loads(x) for x in open("tutorials/results/seed0/metrics.jsonl")]
 put("<<minutes>>", f"{run['seconds'] / 60:.0f}"); put("<<memory>>", f"{max(x['peak_memory_gib'] for x in lines):.1f}")
 put("<<ceiling>>", f"{run['ceiling']['gIoU']:.2f}"); put("<<trained>>", f"{run['trained']['gIoU']:.2f}")
 put("<<blank>>", f"{t.load('seed0/blank.json')['gIoU']:.2f}"); put("<<mirror>>", f"{t.load('seed0/mirror.json')['gIoU']:.2f}")
+import numpy as np
+runs = list(t.ways()); late = [a for answers in runs for a in answers if a["part"] > 0.9]
+share = lambda *kinds: f"{np.mean([a['style'] == 'places' for a in late if a['kind'] in kinds]):.2f}"
+put("<<combined>>", share("combined")); put("<<relation>>", share("relation")); put("<<others>>", share("attribute", "part", "indirect"))
+for name, low, high in (("<<start>>", 0, 0.05), ("<<end>>", 0.9, 1)):
+    put(name, f"{np.mean([a['tokens'] for answers in runs for a in answers if low < a['part'] <= high]):.0f}")
 import test_ablations as a
 if a.ablations.FILE.exists():
     put("ABLATION_ROWS", "\n".join(a.ablation_rows()))

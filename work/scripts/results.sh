@@ -1,20 +1,14 @@
 #!/bin/bash
-# results.sh CODE OUT: all committed runs, from the networks in CODE. Needs ~75 minutes on two quiet cores. Each step is skipped if it is done.
+# results.sh CODE: all committed runs, into CODE/runs, from the networks in CODE. About 75 minutes on two quiet cores. Each step is skipped if it is done.
 set -e
-cd $1; O=$2; mkdir -p $O; PY=/tmp/w/venv/bin/python
+cd $1; O=runs; mkdir -p $O; PY=/tmp/w/venv/bin/python
 train() { [ -f $O/$1/summary.json ] || PYTHONPATH=. $PY train.py --samples 3000 --run $O/$1 "${@:2}" $([ -f $O/$1/state.pt ] && echo --resume) > $O/$1.log 2>&1; }
-OMP_NUM_THREADS=2 train seed0
+OMP_NUM_THREADS=2 train tiny-seed0
 export OMP_NUM_THREADS=1
-(train seed1 --seed 1) & (train seed2 --seed 2) & wait
-(train seed0-no-accuracy --accuracy-weight 0) & (train film --eval-every 8) & wait
-one() { [ -f $O/$1/results.json ] || PYTHONPATH=. $PY eval.py --adapter $O/seed0/adapter --count 500 --out $O/$1 "${@:2}" > $O/$1.log 2>&1; }
+(train tiny-seed1 --seed 1) & (train tiny-seed2 --seed 2) & wait
+(train tiny-seed0-no-accuracy --accuracy-weight 0) & (train film --eval-every 8) & wait
+one() { [ -f $O/$1/results.json ] || PYTHONPATH=. $PY eval.py --adapter $O/tiny-seed0/adapter --count 500 --out $O/$1 "${@:2}" > $O/$1.log 2>&1; }
 (one blank --blank) & (one mirror --mirror) & wait
 PYTHONPATH=. $PY tutorials/animate.py $O/film --out $O/learning.gif
-PYTHONPATH=. $PY -m samr1_mini.tiny.phases $O/seed0 $O/seed1 $O/seed2 --out $O/phases.png
-$PY - $O <<P
-import json, sys
-for name in ("blank", "mirror"):
-    found = json.load(open(f"{sys.argv[1]}/{name}/results.json"))["summary"]
-    json.dump(found, open(f"{sys.argv[1]}/{name}.json", "w"), indent=1)
-P
+PYTHONPATH=. $PY -m samr1_mini.tiny.phases $O/tiny-seed0 $O/tiny-seed1 $O/tiny-seed2 --out $O/phases.png
 echo done > $O/done
