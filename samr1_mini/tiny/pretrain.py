@@ -562,7 +562,7 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
 # ---------------------------------------------------------------------------------------------------- all of it
 
 STEPS = {"sam": 6000, "vision": 2400, "ground": 1500, "language": 4500}  # updates of each stage
-SCENES = 500  # held-out ones that the policy is measured on
+SCENES = 1500  # held-out ones that the policy is measured on
 
 
 def main(argv: list[str] | None = None) -> None:
