@@ -65,7 +65,7 @@ PREDICTED = {  # gIoU against base, and why; "names" and "places" are ways of th
     "GRPO": "lower: both of the next two, so places come latest",
     "GRPO + token-level": "a little lower: the clip lets a rare way of thinking grow by a fifth a step, not by 0.3",
     "GRPO + clip-higher": "lower: tokens of long answers count less, and measuring is long: places come later",
-    "box IoU": "as base: tighter boxes, points left to chance; SAM takes a tight box at its word",
+    "box IoU": "far lower: boxes as wide as the base's have an IoU of a third, so hardly any is paid at the start",
     "continuous mask IoU": "as base: the same order within a group, by finer steps",
     "no points": "lower: a box that is a little wide cannot say which thing is meant",
     "G = 2": "far lower: places hardly ever turn up, and one other answer is a poor yardstick",
