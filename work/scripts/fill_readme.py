@@ -21,6 +21,11 @@ share = lambda *kinds: f"{np.mean([a['style'] == 'places' for a in late if a['ki
 put("<<combined>>", share("combined")); put("<<relation>>", share("relation")); put("<<others>>", share("attribute", "part", "indirect"))
 for name, low, high in (("<<start>>", 0, 0.05), ("<<end>>", 0.9, 1)):
     put(name, f"{np.mean([a['tokens'] for answers in runs for a in answers if low < a['part'] <= high]):.0f}")
+rises = []
+for seed in range(3):
+    steps = [json.loads(x)["reward"] for x in open(f"tutorials/results/seed{seed}/metrics.jsonl")]
+    rises.append(sum(steps[-20:]) / 20 - sum(steps[20:40]) / 20)
+put("<<rise>>", "{:.2f}, {:.2f} and {:.2f}".format(*rises))
 import test_ablations as a
 if a.ablations.FILE.exists():
     put("ABLATION_ROWS", "\n".join(a.ablation_rows()))
