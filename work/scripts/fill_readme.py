@@ -21,6 +21,8 @@ share = lambda *kinds: f"{np.mean([a['style'] == 'places' for a in late if a['ki
 put("<<combined>>", share("combined")); put("<<relation>>", share("relation")); put("<<others>>", share("attribute", "part", "indirect"))
 for name, low, high in (("<<start>>", 0, 0.05), ("<<end>>", 0.9, 1)):
     put(name, f"{np.mean([a['tokens'] for answers in runs for a in answers if low < a['part'] <= high]):.0f}")
+for seed, answers in enumerate(runs):
+    put(f"<<places{seed}>>", f"{np.mean([a['style'] == 'places' for a in answers if a['part'] > 0.9]):.2f}")
 rises = []
 for seed in range(3):
     steps = [json.loads(x)["reward"] for x in open(f"tutorials/results/seed{seed}/metrics.jsonl")]
