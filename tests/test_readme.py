@@ -231,7 +231,7 @@ def test_line_counts_are_right_and_within_reach_of_an_afternoon():
         assert len((ROOT / name).read_text().splitlines()) == int(count), name
     assert all(int(stated[f"samr1_mini/{name}.py"]) <= 350 for name in ("policy", "reward", "grpo"))
     lines = {p: p.read_text().splitlines() for p in (ROOT / "samr1_mini").rglob("*.py")}
-    assert len(lines[ROOT / "samr1_mini/attention.py"]) <= 120 and sum(map(len, lines.values())) < 5200
+    assert len(lines[ROOT / "samr1_mini/attention.py"]) <= 120 and sum(map(len, lines.values())) < 5700
     long = [f"{p.name}:{i}" for p, every in lines.items() for i, line in enumerate(every, 1) if len(line) > 120]
     assert not long, long
 
