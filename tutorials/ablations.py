@@ -87,7 +87,7 @@ TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "bas
 LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")  # over the last ten steps of training
 WAYS = ("names", "places")  # ways of thinking: their shares of the sampled answers in the last tenth of training
 COLUMNS = ("row", "seed", "options", *TESTED, *LAST, *WAYS)
-EDGE = -0.15  # a row that lies further off is written at the figure's edge, so that the others can be told apart
+EDGE = -0.35  # a row that lies further off is written at the figure's edge, so that the others can be told apart
 
 
 def name_of(row: str, seed: int) -> str:
