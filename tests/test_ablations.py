@@ -152,7 +152,7 @@ def test_a_figure_of_ablations_has_a_dot_a_seed_and_the_intervals_of_its_table()
     dots = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     mean = {(line["row"], line["seed"]): np.mean(line["scenes"]) for line in lines}
     assert np.concatenate(dots) == pytest.approx([mean[row, s] - mean["base", s] for row in ("no points", "G = 2") for s in range(5)])
-    lower = [line | {"scenes": [x - 0.2 for x in line["scenes"]]} if line["row"] == "G = 2" else line for line in lines]
+    lower = [line | {"scenes": [x - 0.4 for x in line["scenes"]]} if line["row"] == "G = 2" else line for line in lines]
     far = ablations.draw(lower, ["points", "group"]).axes[0]
     assert far.get_xlim() == figure.axes[0].get_xlim() == ablations.draw(lines, ["points"]).axes[0].get_xlim()  # one scale for all tables
     assert [text.get_text() for text in far.texts] == ["← " + ablations.cells(lower, "G = 2")[2]] and not figure.axes[0].texts

@@ -260,7 +260,7 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
     again = evaluate(policy, segmenter, data[::-1], replace(SETTINGS, eval_batch=1), votes=6)
     assert len(again.rows) == 3 and (torch.get_rng_state() == before).all()
     drawn, redrawn = torch.stack(chances[:3]), torch.stack(chances[3:])
-    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 96) and len(drawn.flatten().unique()) > 1600  # by the place, whatever the batch
+    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 112) and len(drawn.flatten().unique()) > 1600  # by the place, whatever the batch
 
 
 def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(policy, segmenter, samples):
