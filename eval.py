@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from samr1_mini.config import Parser, UserError, add_options, check, exit_with, make_settings
+from samr1_mini.config import Parser, UserError, add_options, check, exit_with, make_settings, read_settings
 
 USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore",
         "empty_truth", "image_size", "coordinates", "max_new_tokens", "max_points", "points", "eval_batch"}
@@ -48,18 +48,19 @@ def parse(argv: list[str] | None):
         if options[name] < 1:
             parser.error(f"--{name} must be at least 1, not {options[name]}")
     if options["adapter"] is not None:
-        if not (Path(options["adapter"]) / "adapter_config.json").is_file():
-            parser.error(f"--adapter {options['adapter']}: no adapter_config.json there")
-        beside = Path(options["adapter"]).resolve().parent / "settings.json"
-        if beside.is_file():
-            given = {k: v for k, v in json.loads(beside.read_text()).items() if k in USED - {"device"}} | given
-    settings, line = make_settings(**given)
-    if options["adapter"] is not None:
-        line = f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}"
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (Path(options["adapter"]) / name).is_file():
+                parser.error(f"--adapter {options['adapter']}: no {name} there")
     try:
+        beside = Path(options["adapter"] or "").resolve().parent / "settings.json"
+        if options["adapter"] is not None and beside.is_file():
+            given = {k: v for k, v in read_settings(beside).items() if k in USED - {"device"}} | given
+        settings, line = make_settings(**given)
         check(settings)
     except UserError as error:
         parser.error(str(error))
+    if options["adapter"] is not None:
+        line = f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}"
     return settings, options, line
 
 
@@ -110,7 +111,7 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
     print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
     how = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
-    print(f"{how}, {batch_size(settings, votes)} questions side by side; SAM's highest-scored mask counts")
+    print(f"{how}, {batch_size(policy, settings, votes)} questions side by side; SAM's highest-scored mask counts")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
     print("an answer that cannot be read counts 0 whatever the truth is")
     results = {**options, "missing": list(data.missing), "summary": summary, "answers": report.each()}
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         data = open_input(settings, options)
         policy, segmenter = load_parts(settings, [] if options["image"] is not None else [data], options["adapter"])
         (answer_one if options["image"] is not None else evaluate_set)(policy, segmenter, data, settings, options)
-    except UserError as error:
+    except (UserError, OSError) as error:
         exit_with(error, "eval.py")
     except OutOfMemoryError as error:
         advice = "lower --eval-batch or --max-new-tokens, or take --load-in nf4"

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
             if settings.device == "cuda" and os.environ.get("RANK", "0") == "0":
                 print(forecast_line(settings), flush=True)
             train(settings)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError: a full disk, most likely
         exit_with(error, "train.py")
     except OutOfMemoryError as error:
         if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks

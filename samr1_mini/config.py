@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -51,7 +52,8 @@ class Settings:
     sam_checkpoint: str = _model("", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)")
     load_in: str = _model("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
     rank: int = _model(32, "rank of the LoRA adapter")
-    image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: of 32)")
+    image_size: int = _model(112, "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: 32, "
+                             "tiny: 14)")
     coordinates: str = _model("auto", "what answers count in: pixels, thousandths of the picture's sides, or auto, "
                               "as that kind of model is used to", ("auto", "pixels", "thousandths"))
 
@@ -68,7 +70,7 @@ class Settings:
 
     questions: int = _rollout(16, "questions a rollout batch")
     group: int = _rollout(8, "G, answers a question")
-    max_new_tokens: int = _rollout(96, "longest answer, tokens")
+    max_new_tokens: int = _rollout(112, "longest answer, tokens")
     temperature: float = _rollout(1.0, "sampling temperature, applied in the loss too")
 
     accuracy: str = _reward("tiered", "accuracy term: eq. (5), one threshold, IoU, or the tiers on the box's IoU",
@@ -79,7 +81,7 @@ class Settings:
     points: bool = _reward(True, "prompt SAM with the answer's box and points, or (--no-points) with the box alone")
     max_points: int = _reward(8, "most points an answer may give; beyond, the segmentation format is lost")
 
-    lr: float = _optimisation(5e-4, "learning rate of the adapter")
+    lr: float = _optimisation(1e-4, "learning rate of the adapter")
     beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
     kl_bound: float = _optimisation(5.0, "log(pi_ref / pi) counts at most this in the KL, so no token rules an update")
     skip_flat: bool = _optimisation(False, "leave groups whose answers all got the same reward out of the updates: "
@@ -199,6 +201,14 @@ MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "m
               "save_minutes")
 
 
+def read_settings(file: Path) -> dict:
+    """What a run wrote down of its settings: those that still exist."""
+    try:
+        return {name: value for name, value in json.loads(file.read_text()).items() if name in asdict(Settings())}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read as a run's settings ({error})") from None
+
+
 def resumed_settings(given: dict) -> tuple[Settings, str]:
     """The settings that a run was started with. What would make it another run is refused."""
     if not given.get("run"):
@@ -206,7 +216,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    saved = asdict(Settings()) | json.loads(file.read_text())  # what an older version did not know takes its default
+    saved = asdict(Settings()) | read_settings(file)  # what an older version did not know takes its default
     for name, value in given.items():
         if name not in MAY_CHANGE and saved[name] != value:
             raise UserError(f"--resume: this run was started with {option(name)} {saved[name]}, not {value}")
@@ -232,7 +242,7 @@ def check(s: Settings) -> None:
         raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the rest of its group")
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
-    if s.image_size < 56:  # which multiple it must be depends on the policy: load_policy looks
+    if s.image_size < 56:  # which multiple it must be depends on the policy: check_policy looks
         raise UserError(f"--image-size must be at least 56, not {s.image_size}")
     if s.updates > s.questions:
         raise UserError(f"--updates {s.updates} is more than --questions {s.questions}: an update needs a question")
@@ -246,13 +256,25 @@ def check(s: Settings) -> None:
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
 
 
+def cell_size(model) -> int:
+    """Pixels a side of one picture token, for a model of the configuration `model`."""
+    return model.vision_config.patch_size * model.vision_config.spatial_merge_size
+
+
 def check_size(model, image_size: int) -> None:
     """Refuse pictures of a size that a model of the configuration `model` cannot cut into whole tokens."""
-    cell = model.vision_config.patch_size * model.vision_config.spatial_merge_size  # pixels a side of one token
+    cell = cell_size(model)
     if image_size % cell:
         nearest = round(image_size / cell) * cell
         need = f"must be a multiple of {cell} for a {model.model_type}"
         raise UserError(f"--image-size {need}, not {image_size}: try {nearest}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; a library's message may have many."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "this disk is full; make room and run again, what was fetched is kept"
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def exit_with(error: Exception, prog: str) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from .config import Settings, UserError
+from .config import Settings, UserError, cell_size
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
@@ -68,6 +68,8 @@ def scores(rows: list[Row]) -> dict:
 
 @dataclass
 class Report:
+    """What an evaluation found: a row a question."""
+
     rows: list[Row]
 
     def summary(self) -> dict:
@@ -103,9 +105,9 @@ def policy_image(sample: Sample, size: int) -> Image.Image:
     return sample.image.resize((size, size))  # a copy where it has that size
 
 
-def batch_size(s: Settings, votes: int = 1) -> int:
+def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     """Questions that are answered side by side: --eval-batch, or about 16,000 prompt tokens, shared among votes."""
-    return s.eval_batch or max(1, 16384 // ((s.image_size // 28) ** 2 + 160) // votes)
+    return s.eval_batch or max(1, 16384 // ((s.image_size // cell_size(policy.base.config)) ** 2 + 160) // votes)
 
 
 def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame: int) -> tuple:
@@ -159,7 +161,7 @@ def answer(
     votes: int,
 ) -> list[Row]:
     """The questions of `share`, answered and scored; see evaluate."""
-    step, rows = batch_size(s, votes), []
+    step, rows = batch_size(policy, s, votes), []
     for i in tqdm(range(0, len(share), step), desc=f"test {name}", disable=not name, leave=False, dynamic_ncols=True):
         samples = {j: data[j] for j in share[i : i + step]}
         if s.empty_truth == "excluded":

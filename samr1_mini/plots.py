@@ -111,7 +111,7 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
             b.plot([0, step[-1]], values, "s", color=colour, ms=6 * wide, mfc="none", label=f"{label}, test")
     if summary:
         b.axhline(summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM")
-    b.set(title="Held-out scenes, greedy", ylabel="gIoU", ylim=(0, 1))
+    b.set(title="Held-out questions, greedy", ylabel="gIoU", ylim=(0, 1))
 
     mean(c, "reasoning_format", BLUE, "reasoning format", width=4.5)
     mean(c, "segmentation_format", ORANGE, "segmentation format")

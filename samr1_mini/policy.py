@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .attention import IMPLEMENTATION, Cache, Row
-from .config import UserError, check_size
+from .config import UserError, check_size, first_line
 from .running.memory import compute_dtype
 from .tokens import banned_ids, draw, stop_ids, token_logits
 
-TINY = Path(__file__).parent / "tiny" / "policy"
+TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder: from_pretrained reads it
 
 PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside \
 <think> </think>, then give the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, \
@@ -108,13 +108,12 @@ class Completion:
 
 def check_policy(name: str, image_size: int | None = None):
     """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind
-    of model, and where pictures of `image_size` pixels a side do not divide into its cells. Nothing large is
-    loaded."""
+    of model, and where pictures of `image_size` pixels a side do not divide into its cells. It loads no weights."""
     try:
         config = AutoConfig.from_pretrained(str(TINY) if name == "tiny" else name)
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--policy {name}: no model folder of that name, nor does the hub give one ({why})") from None
+        why = f"no model folder of that name, nor does the hub give one ({first_line(error)})"
+        raise UserError(f"--policy {name}: {why}") from None
     if config.model_type not in COORDINATES:
         raise UserError(f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}")
     if image_size is not None:
@@ -132,7 +131,7 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def load_policy(
     name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu",
-    checkpointing: bool = False, coordinates: str = "auto", image_size: int | None = None,
+    checkpointing: bool = False, coordinates: str = "auto",
 ) -> Policy:
     """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32),
     with a trainable LoRA adapter.
@@ -140,7 +139,7 @@ def load_policy(
     `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
     "tiny" is the folder in the package. Raises UserError as check_policy does.
     """
-    check_policy(str(name), image_size)
+    check_policy(str(name))
     name, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
     base = AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map={"": device},
@@ -164,7 +163,10 @@ def add_adapter(
     if checkpointing:  # keep only each layer's input and recompute the rest in the backward
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is not None:
-        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        try:
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"adapter {adapter} does not fit this policy ({first_line(error)})") from None
     else:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
         model = get_peft_model(base, lora)
@@ -194,7 +196,7 @@ def prompt_text(processor, question: str, width: int, height: int, coordinates: 
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
     """Encode B questions: the vision tower sees each picture once, here, and never again.
 
-    All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32) a side.
+    All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32, tiny 14) a side.
     """
     base, prompts = policy.base, []
     step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: about 4,096 patches

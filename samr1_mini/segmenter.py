@@ -18,7 +18,7 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
-from .config import UserError
+from .config import UserError, first_line
 
 
 class Segmenter:
@@ -73,12 +73,16 @@ class Segmenter:
         """predict_torch, not upscaled: n prompts in SAM's own pixels -> logits [n, 3, h, w], predicted IoU [n, 3]."""
         if isinstance(self.predictor, Sam2Predictor):
             return self.predictor.decode(points, labels, boxes)
-        sam, points = self.predictor.model, None if points is None else (points, labels)
-        sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
-        return sam.mask_decoder(
-            image_embeddings=self.predictor.features, image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
-        )
+        return decode(self.predictor.model, self.predictor.features, points, labels, boxes)
+
+
+def decode(sam, embedding: torch.Tensor, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
+    """Segmenter.decode on one encoded picture [1, C, h, w], with gradients where there are any."""
+    sparse, dense = sam.prompt_encoder(points=None if points is None else (points, labels), boxes=boxes, masks=None)
+    return sam.mask_decoder(
+        image_embeddings=embedding, image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True,
+    )
 
 
 class Sam2Predictor:
@@ -184,9 +188,8 @@ def check_segmenter(kind: str) -> None:
         if found not in SAM2_KINDS:
             raise ValueError(f"it is a {found} model")
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
         names = f"none of tiny, {', '.join(SAM_FILES)}, nor the folder or hub id of a SAM 2 or 3"
-        raise UserError(f"--sam {kind}: {names} ({why})") from None
+        raise UserError(f"--sam {kind}: {names} ({first_line(error)})") from None
 
 
 def sam_file(kind: str) -> Path:
@@ -216,6 +219,6 @@ def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str 
     try:
         sam.load_state_dict(load_file(path) if small else torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{'' if small else '--sam-checkpoint '}{path}: not the weights of {kind} ({why})") from None
+        why = f"not the weights of {kind} ({first_line(error)})"
+        raise UserError(f"{'' if small else '--sam-checkpoint '}{path}: {why}") from None
     return Segmenter(SamPredictor(sam.to(device).requires_grad_(False)))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
+from safetensors.torch import load_file, save_file
 from test_public import (
     HEIGHT,
     SQUARE,
@@ -30,8 +31,9 @@ from test_public import (
 )
 
 import eval as command
+import train
 from samr1_mini import evaluation, plots
-from samr1_mini.config import UserError, make_settings
+from samr1_mini.config import UserError, make_settings, resumed_settings
 from samr1_mini.data import Mirrored, Sample, load_data
 from samr1_mini.evaluation import Panel, batch_size, evaluate, shown
 from samr1_mini.metrics import tight_box
@@ -180,8 +182,9 @@ def test_the_batch_of_evaluation_is_what_was_asked_for(policy, segmenter, sample
         sizes.clear()
         evaluate(policy, segmenter, samples, replace(SETTINGS, eval_batch=batch))
         assert sizes == expected
-    large = replace(SETTINGS, image_size=840)
-    assert batch_size(large) == 15 and 15 * (900 + 160) <= 16384 < 16 * (900 + 160) and batch_size(large, votes=8) == 1
+    large = replace(SETTINGS, image_size=420)  # 30 x 30 tokens of 14 pixels
+    assert batch_size(policy, large) == 15 and 15 * (900 + 160) <= 16384 < 16 * (900 + 160)
+    assert batch_size(policy, large, votes=8) == 1
 
 
 SHARED = """
@@ -257,7 +260,7 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
     again = evaluate(policy, segmenter, data[::-1], replace(SETTINGS, eval_batch=1), votes=6)
     assert len(again.rows) == 3 and (torch.get_rng_state() == before).all()
     drawn, redrawn = torch.stack(chances[:3]), torch.stack(chances[3:])
-    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 96) and len(drawn.flatten().unique()) > 1600  # by the place, whatever the batch
+    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 112) and len(drawn.flatten().unique()) > 1600  # by the place, whatever the batch
 
 
 def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(policy, segmenter, samples):
@@ -312,6 +315,41 @@ def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(options
         command.main(["--preset", "tiny", *options])
     errors = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
+
+
+def test_an_adapter_without_weights_or_of_another_base_and_damaged_settings_are_one_line(tmp_path, policy, capsys):
+    adapter = tmp_path / "run" / "adapter"
+    policy.model.save_pretrained(adapter)
+    weights, settings = adapter / "adapter_model.safetensors", tmp_path / "run" / "settings.json"
+    whole = load_file(weights)
+    cases = [
+        (lambda: save_file({name: tensor[:, :100].clone() if "lora_A" in name else tensor for name, tensor in whole.items()}, weights), f"adapter {adapter} does not fit"),
+        (lambda: settings.write_text('{"samples": 30'), f"{settings} cannot be read as a run's settings"),
+        (lambda: weights.unlink(), f"--adapter {adapter}: no adapter_model.safetensors there"),
+    ]
+    for break_it, words in cases:
+        break_it()
+        with pytest.raises(SystemExit) as left:
+            command.main(["--preset", "tiny", "--device", "cpu", "--count", "2", "--adapter", str(adapter), "--out", str(tmp_path / "out")])
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert left.value.code == 2 and len(errors) == 1 and words in errors[0], errors
+
+
+def test_a_setting_that_no_longer_exists_is_passed_over(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"samples": 48, "was_once_a_setting": 1}))
+    assert resumed_settings({"run": str(tmp_path), "resume": True})[0].samples == 48
+
+
+@pytest.mark.parametrize("program", [train, command])
+def test_a_disk_that_is_full_ends_in_one_line(program, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "results.json")
+
+    monkeypatch.setattr("samr1_mini.grpo.load_parts" if program is train else "samr1_mini.running.loading.load_parts", full)
+    with pytest.raises(SystemExit) as left:
+        program.main(["--preset", "tiny", "--device", "cpu", *(["--run", str(tmp_path / "run")] if program is train else ["--out", str(tmp_path)])])
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert left.value.code == 2 and len(errors) == 1 and "No space left on device" in errors[0]
 
 
 def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_be_voted_on(tmp_path, capsys):

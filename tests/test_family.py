@@ -18,7 +18,7 @@ from samr1_mini.config import UserError, make_settings
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import roll_out
 from samr1_mini.metrics import tight_box
-from samr1_mini.policy import TINY, encode, load_policy, logprobs, prompt_text, sample
+from samr1_mini.policy import TINY, check_policy, encode, load_policy, logprobs, prompt_text, sample
 from samr1_mini.reward import score_group
 
 TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)
@@ -130,4 +130,4 @@ def test_rollouts_and_evaluation_run_with_them(other, samples, segmenter):
 def test_a_size_that_does_not_divide_into_cells_is_refused_before_anything_is_loaded(folders, kind, size, words, monkeypatch):
     monkeypatch.setattr("samr1_mini.policy.AutoModelForImageTextToText.from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=f"--image-size must be a {words}"):
-        load_policy(folders[kind], image_size=size)
+        check_policy(folders[kind], size)

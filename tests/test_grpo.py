@@ -483,7 +483,7 @@ def refuse(what):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(data="typo"), "--data typo"), (dict(policy="./none"), "--policy ./none"), (dict(sam="./none"), "--sam ./none"),
-    (dict(image_size=100), "multiple of 28"), (dict(data="empty-folder"), "empty-folder"), (dict(run="/proc/run"), "--run /proc/run: nothing can be written")])
+    (dict(image_size=100), "multiple of 14"), (dict(data="empty-folder"), "empty-folder"), (dict(run="/proc/run"), "--run /proc/run: nothing can be written")])
 def test_whatever_can_be_refused_at_once_is_refused_before_anything_is_loaded(changes, words, settings, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty-folder").mkdir()
@@ -525,11 +525,11 @@ def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settin
 
 def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_answers_stay_the_same(policy, segmenter, settings, monkeypatch):
     whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.sample
-    assert questions_per_batch(policy.base, 4, 160, settings, float("inf")) == 4
-    assert questions_per_batch(policy.base, 4, 160, settings, 0) == 1
-    enough = next(mib for mib in range(1, 1000) if questions_per_batch(policy.base, 4, 160, settings, mib * 2**20) == 2)
+    assert questions_per_batch(policy.base, 4, 220, settings, float("inf")) == 4
+    assert questions_per_batch(policy.base, 4, 220, settings, 0) == 1
+    enough = next(mib for mib in range(1, 1000) if questions_per_batch(policy.base, 4, 220, settings, mib * 2**20) == 2)
     assert questions_per_batch(policy.base, 4, 1000, settings, enough * 2**20) == 1  # longer prompts take more
-    assert questions_per_batch(policy.base, 4, 160, replace(settings, max_new_tokens=1000), enough * 2**20) == 1
+    assert questions_per_batch(policy.base, 4, 220, replace(settings, max_new_tokens=1000), enough * 2**20) == 1
     monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
     monkeypatch.setattr(grpo, "sample", lambda *args: sizes.append(len(args[1])) or real(*args))
     parts = rollouts_of(policy, segmenter, settings)

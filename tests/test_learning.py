@@ -11,8 +11,9 @@ from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import roll_out
 from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
-from samr1_mini.tiny.pretrain import points_on, shared_box
-from samr1_mini.tiny.scenes import SPLITS, make_scene
+from samr1_mini.tiny.answers import style_of
+from samr1_mini.tiny.pretrain import box_around, meant, neighbour, points_on
+from samr1_mini.tiny.scenes import KINDS, SPLITS, make_scene
 
 ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
 
@@ -32,9 +33,10 @@ def test_a_blanked_picture_costs_the_trained_policy_most_of_its_score(trained):
     assert trained[True].summary()["gIoU_lenient"] < 0.4 * trained[False].summary()["gIoU_lenient"]
 
 
-def test_the_trained_policy_looks_around_for_most_indirect_questions_and_for_hardly_any_that_name_their_object(trained):
-    looks = lambda kind: np.mean(["<think>I see" in row.text for row in trained[False].rows if row.kind == kind])
-    assert looks("indirect") > 0.5 and looks("attribute") < 0.15
+def test_the_trained_policy_measures_most_where_objects_are_compared_and_always_says_what_it_sees(trained):
+    shown = lambda styles, *kinds: np.mean([style_of(row.text) in styles for row in trained[False].rows if row.kind in kinds])
+    assert shown(["places"], "relation", "combined") > 0.7 and shown(["places"], "attribute", "part") < 0.6
+    assert shown(["names", "places"], *KINDS) > 0.9
 
 
 @pytest.mark.parametrize("options, shown", [([], True), (["--no-points"], False)])
@@ -48,13 +50,16 @@ def test_points_reach_sam_in_training_and_in_evaluation_unless_the_user_switches
         assert seen and any(seen) == shown
 
 
-def test_in_a_box_of_two_objects_the_tiny_sam_takes_the_one_that_the_points_mean(segmenter):
+def test_in_a_box_of_two_objects_the_tiny_sam_draws_both_or_the_one_that_the_points_mean(segmenter):
     rng, found = np.random.default_rng(0), []
     for scene in map(make_scene, range(SPLITS["test"][0], SPLITS["test"][0] + 25)):
         for thing in scene.things:
-            box, other = shared_box(thing, scene)
-            on, on_other = points_on(thing, rng, 1, 0), points_on(other, rng, 1, 0)
-            masks = segmenter.masks(scene.image, [box] * 3, [[], on, on_other])
-            found.append([iou(*intersection_union(m, thing.mask)) for m in masks])
-    box_alone, on, on_other = np.mean(found, 0)
-    assert on > 0.85 and on_other < 0.1 and on_other < box_alone < 0.6
+            other = neighbour(thing, scene)
+            box = box_around(thing, other)
+            on, on_other = (points_on(a.mask, rng, 1, 1) + points_on(b.mask, rng, 1, 0) for a, b in ((thing, other), (other, thing)))
+            prompts = [[], on, on_other]
+            masks = segmenter.masks(scene.image, [box] * 3, prompts)
+            wanted = [meant(scene, box, points) for points in prompts]
+            found.append([[iou(*intersection_union(m, w)), (m & thing.mask).sum() / thing.mask.sum()] for m, w in zip(masks, wanted)])
+    (both, both_hold), (one, one_holds), (rest, rest_holds) = np.mean(found, 0)
+    assert both > 0.85 and min(one, rest) > 0.6 and min(both_hold, one_holds) > 0.85 and rest_holds < 0.45

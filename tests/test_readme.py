@@ -6,10 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from samr1_mini.config import Settings
 from samr1_mini.data import fetch
+from samr1_mini.tiny.answers import style_of
+from samr1_mini.tiny.scenes import KINDS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -26,21 +29,24 @@ def row(*cells):
 
 
 def result_rows():
-    """The table of the committed runs: base and trained on held-out test scenes."""
+    """The tables of the committed runs, base and trained on held-out test scenes: all questions, and lenient gIoU by kind."""
     for folder in sorted(RESULTS.glob("*/summary.json")):
         s, settings = json.loads(folder.read_text()), json.loads((folder.parent / "settings.json").read_text())
         label = f"seed {s['seed']}" + (", `--accuracy-weight 0`" if settings["accuracy_weight"] == 0 else "")
         base, trained = s["base"], s["trained"]
-        cells = [f"{base[key]:.2f} → {trained[key]:.2f}" for key in ("gIoU", "gIoU_lenient", "cIoU")]
-        indirect = " → ".join(f"{x['by_kind']['indirect']['gIoU_lenient']:.2f}" for x in (base, trained))
-        yield row(label, *cells, indirect, f"{base['format']:.2f} → {trained['format']:.2f}", f"{s['seconds'] / 60:.1f}")
+        cells = [f"{base[key]:.2f} → {trained[key]:.2f}" for key in ("gIoU", "gIoU_lenient", "cIoU", "box_accuracy", "format")]
+        yield row(label, *cells, f"{s['seconds'] / 60:.1f}")
+        yield row(label, *(" → ".join(f"{x['by_kind'][kind]['gIoU_lenient']:.2f}" for x in (base, trained)) for kind in KINDS))
 
 
 def measured_rows():
     """What the pretrained networks can do."""
     measured = json.loads((ROOT / "samr1_mini/tiny/measured.json").read_text())
+    policy = measured["policy"]
     yield from (row(name, value) for name, value in measured["sam"].items())
-    yield from (row(kind, *values.values()) for kind, values in measured["policy"].items())
+    for style, kinds in policy["hinted"].items():
+        yield row(style, f"{100 * policy['styles'][style]:.1f} %", *(kinds[kind] for kind in (*KINDS, "all")))
+    yield from (row(kind, *policy["sampled"][kind].values()) for kind in (*KINDS, "all"))
 
 
 def benchmark_rows():
@@ -103,7 +109,7 @@ def test_every_row_of_figures_comes_from_a_committed_log(rows):
 
 def test_no_table_row_of_figures_is_without_its_log():
     known = {line for rows in ALL_ROWS for line in rows()}
-    seed_rows = [line for line in TEXT.splitlines() if re.match(r"\| (seed \d|\d+ px|\d+ \| (as|rep)|7B \| \d|(RTX|A10G|L4|A100|H100)|true box|box of two|sides moved|`--load-in)", line)]
+    seed_rows = [line for line in TEXT.splitlines() if re.match(r"\| (seed \d|\d+ px|\d+ \| (as|rep)|7B \| \d|(RTX|A10G|L4|A100|H100)|true box|dot|box of two|sides|sentence|json|short|names|places|attribute|part|relation|indirect|combined|`--load-in)", line)]
     assert len(seed_rows) >= 10 and all(line in known for line in seed_rows)
 
 
@@ -111,20 +117,18 @@ def test_minutes_and_memory_of_the_first_command_are_those_of_its_log():
     lines = [json.loads(line) for line in (RESULTS / "seed0/metrics.jsonl").read_text().splitlines()]
     minutes, memory = load("seed0/summary.json")["seconds"] / 60, max(line["peak_memory_gib"] for line in lines)
     assert f"{minutes:.0f} minutes and {memory:.1f} GiB of memory" in TEXT
-    slower = load("slower-machine.json")
-    stated = f"{slower['seconds'] / 60:.0f} minutes and {slower['peak_memory_gib']:.1f} GiB and came to the same {slower['trained']['gIoU']:.2f}"
-    assert slower["command"] in TEXT and stated in TEXT and f"→ {slower['trained']['gIoU']:.2f}" in next(result_rows())
 
 
 def test_a_whole_step_is_as_much_faster_than_trl_as_promised_and_grows_slowly_with_the_group():
     steps = {(a["image_size"], a["group"], a["max_new_tokens"]): (a["seconds"], b["seconds"]) for a, b in whole_steps()}
-    (tiny, tiny_trl), (long, long_trl) = steps[112, 8, 48], steps[840, 8, 48]
-    assert tiny_trl >= 2.5 * tiny and long_trl >= 7 * long and steps[840, 16, 48][0] <= 1.5 * long
+    large = max(size for size, *_ in steps)
+    (tiny, tiny_trl), (long, long_trl) = steps[112, 8, 48], steps[large, 8, 48]
+    assert tiny_trl >= 2.5 * tiny and long_trl >= 7 * long and steps[large, 16, 48][0] <= 1.5 * long
     assert load("benchmark-step.json")["versions"]["trl"] in TEXT
     ours = {(r["image_size"], r["group"], r["max_new_tokens"]): r for r in load("benchmark-step.json")["rows"] if r["way"] == "ours"}
-    a, b = ours[112, 8, 48], ours[840, 8, 48]
+    a, b = ours[112, 8, 48], ours[large, 8, 48]
     text = " ".join(TEXT.split())
-    assert f"cost {ours[840, 16, 48]['seconds'] / b['seconds']:.2f} times the step" in text
+    assert f"cost {ours[large, 16, 48]['seconds'] / b['seconds']:.2f} times the step" in text
     assert "Of our {seconds:.2f} seconds at 112 px, {seconds_rollout:.2f} are the rollout, {seconds_reward:.2f} SAM and the reward and {seconds_update:.2f}".format(**a) in text
     assert "of {seconds:.2f} with the long prompt, {seconds_rollout:.2f} and {seconds_update:.2f} are".format(**b) in text
 
@@ -135,25 +139,47 @@ def committed_runs(accuracy_weight):
             yield json.loads(file.read_text())
 
 
-def test_the_reward_rises_on_held_out_scenes_for_each_of_three_seeds_and_within_twelve_minutes():
-    runs = list(committed_runs(1.0))
+def test_learning_goes_on_through_the_whole_run_for_each_of_three_seeds():
+    """What the run of 3,000 samples is for: rewards that still rise late, more right objects of all kinds, tighter boxes."""
+    runs, rises, flat, gains = list(committed_runs(1.0)), [], [], []
     assert {run["seed"] for run in runs} == {0, 1, 2}
     for run in runs:
-        base, trained, indirect = run["base"], run["trained"], [run[x]["by_kind"]["indirect"]["gIoU_lenient"] for x in ("base", "trained")]
-        assert 0.35 <= base["gIoU_lenient"] <= 0.65 and base["count"] >= 500
-        assert trained["gIoU"] >= base["gIoU"] + 0.20 and trained["gIoU_lenient"] >= base["gIoU_lenient"] + 0.10
-        assert indirect[1] >= indirect[0] + 0.15 and trained["format"] >= 0.98
-        assert run["samples"] >= 2990 and run["seconds"] <= 720
+        base, trained = run["base"], run["trained"]
+        kinds = {kind: trained["by_kind"][kind]["gIoU_lenient"] - base["by_kind"][kind]["gIoU_lenient"] for kind in KINDS}
+        assert 0.30 <= base["gIoU_lenient"] <= 0.55 and base["count"] >= 500 and run["ceiling"]["gIoU"] >= 0.9
+        gains.append(trained["gIoU_lenient"] - base["gIoU_lenient"])
+        assert gains[-1] >= 0.25 and trained["format"] >= 0.98
+        assert kinds["relation"] >= 0.15 and kinds["combined"] >= 0.15 and trained["box_accuracy"] >= 0.6
+        assert run["samples"] >= 2990
+        steps = [json.loads(line) for line in (RESULTS / f"seed{run['seed']}/metrics.jsonl").read_text().splitlines()]
+        mean = lambda name, part: sum(step[name] for step in part) / len(part)
+        rises.append(mean("reward", steps[-20:]) - mean("reward", steps[20:40]))
+        flat.append(mean("zero_variance", steps[-20:]))
+        assert rises[-1] >= 0.4
+    assert np.mean(gains) >= 0.35 and np.mean(flat) < 0.4
+    assert "lies {:.2f}, {:.2f} and {:.2f} (seeds 0 to 2) above that of steps 20 to 40".format(*rises) in " ".join(TEXT.split())
 
 
-def test_what_gets_worse_is_said_too():
-    text, runs, [unpaid] = " ".join(TEXT.split()), list(committed_runs(1.0)), committed_runs(0.0)
-    relation = lambda run, x: f"{run[x]['by_kind']['relation']['gIoU_lenient']:.2f}"
-    a, b, c = (relation(run, "trained") for run in runs)
-    assert f"Relations fall, from {relation(runs[0], 'base')} to {a}, {b} and {c} lenient" in text
-    assert f"They do in the run without the accuracy term too ({relation(unpaid, 'trained')})" in text
-    a, b, c = (f"{100 * run['trained']['box_accuracy']:.0f}" for run in runs)
-    assert f"{a}, {b} and {c} % of them have an IoU above 0.5 with the true box, and {100 * unpaid['trained']['box_accuracy']:.0f} % without the accuracy term" in text
+def ways():
+    """The sampled answers of the three committed runs, each with its "style" and how far into its run it was given, "part" of 1."""
+    for seed in range(3):
+        answers = [json.loads(line) for line in (RESULTS / f"seed{seed}/answers.jsonl").read_text().splitlines()]
+        yield [answer | {"style": style_of(answer["text"]), "part": answer["step"] / answers[-1]["step"]} for answer in answers]
+
+
+def test_ways_of_thinking_follow_one_another_in_each_run_and_the_readme_says_for_which_kinds_they_pay():
+    runs, text = list(ways()), " ".join(TEXT.split())
+    for answers in runs:
+        when = {style: np.mean([a["part"] for a in answers if a["style"] == style]) for style in ("sentence", "short", "places")}
+        assert when["sentence"] < when["short"] < when["places"]
+    late = [a for answers in runs for a in answers if a["part"] > 0.9]
+    share = lambda *kinds: np.mean([a["style"] == "places" for a in late if a["kind"] in kinds])
+    combined, relation, others = share("combined"), share("relation"), share("attribute", "part", "indirect")
+    assert f"in the last tenth of the three runs {combined:.2f} of the answers to combined questions, {relation:.2f} of those to relations and {others:.2f} of the others" in text
+    measured = [np.mean([a["style"] == "places" for a in answers if a["part"] > 0.9]) for answers in runs]
+    assert "seed 1 measures in {1:.2f} of its answers, seed 0 in {0:.2f}".format(*measured) in text and f"and seed 2 in {measured[2]:.2f}: it ends lower" in text
+    tokens = [np.mean([a["tokens"] for answers in runs for a in answers if low < a["part"] <= high]) for low, high in ((0, 0.05), (0.9, 1))]
+    assert f"grow from {tokens[0]:.0f} to {tokens[1]:.0f} tokens" in text and min(combined, relation) > others
 
 
 def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs():
@@ -164,14 +190,6 @@ def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs()
     assert f"({mirrored['gIoU']:.2f} against {run['trained']['gIoU']:.2f}, `python eval.py --mirror`" in notebook
     assert f"exchanged) it falls to {mirrored['gIoU']:.2f}." in text and mirrored["count"] == load("seed0/blank.json")["count"] == 500
     assert f"True boxes through the same SAM reach {run['ceiling']['gIoU']:.2f}" in text
-
-
-def test_the_jump_of_the_kl_that_the_readme_tells_of_is_in_the_log():
-    log = [json.loads(line) for line in (RESULTS / "seed1/metrics.jsonl").read_text().splitlines()]
-    worst, text = max(log, key=lambda line: line["kl"]), " ".join(TEXT.split())
-    assert f"(in seed 1 to {worst['kl']:,.0f} at step {worst['step']})" in text
-    norms = sorted(line["grad_norm"] for line in log)
-    assert f"gradient's norm was {worst['grad_norm']:,.0f}, against a median of {norms[len(norms) // 2]:.2f}" in text
 
 
 def test_what_the_readme_says_of_limits_and_defaults_is_what_the_code_has():
@@ -190,9 +208,14 @@ def test_without_the_accuracy_term_the_format_is_learnt_and_no_lenient_gain():
     assert run["trained"]["format"] > 0.95 and run["trained"]["gIoU_lenient"] < run["base"]["gIoU_lenient"] + 0.03
 
 
-def test_the_base_answers_in_the_format_now_and_then():
-    measured = json.loads((ROOT / "samr1_mini/tiny/measured.json").read_text())
-    assert 0.1 <= measured["policy"]["all"]["format, sampled"] <= 0.6
+def test_what_pays_the_base_can_do_and_seldom_does():
+    policy = json.loads((ROOT / "samr1_mini/tiny/measured.json").read_text())["policy"]
+    styles, hinted, sampled = policy["styles"], policy["hinted"], policy["sampled"]
+    # It finds what is named: 0.95 of the objects, give or take the 0.015 that some 210 questions leave open.
+    assert all(kinds["attribute"] >= 0.935 and kinds["kept"] >= 0.95 for kinds in hinted.values())
+    assert styles["places"] < 0.015 and styles["names"] < 0.1 < styles["short"] < 0.6 and styles["other"] < 0.02
+    assert hinted["places"]["relation"] > hinted["short"]["relation"] + 0.15 and hinted["places"]["combined"] > hinted["short"]["combined"] + 0.15
+    assert sampled["all"]["graded"] >= 0.25
 
 
 def test_links_and_pictures_lead_somewhere():
@@ -208,7 +231,7 @@ def test_line_counts_are_right_and_within_reach_of_an_afternoon():
         assert len((ROOT / name).read_text().splitlines()) == int(count), name
     assert all(int(stated[f"samr1_mini/{name}.py"]) <= 350 for name in ("policy", "reward", "grpo"))
     lines = {p: p.read_text().splitlines() for p in (ROOT / "samr1_mini").rglob("*.py")}
-    assert len(lines[ROOT / "samr1_mini/attention.py"]) <= 120 and sum(map(len, lines.values())) < 5200
+    assert len(lines[ROOT / "samr1_mini/attention.py"]) <= 120 and sum(map(len, lines.values())) < 5700
     long = [f"{p.name}:{i}" for p, every in lines.items() for i, line in enumerate(every, 1) if len(line) > 120]
     assert not long, long
 

@@ -91,10 +91,10 @@ def test_a_size_that_the_shape_cannot_cut_is_refused_in_one_line():
 def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path, monkeypatch):
     options = ["--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5", "--out", str(tmp_path / "b.json")]
     monkeypatch.setattr(sys, "argv", ["benchmark", *options])
-    monkeypatch.setattr(benchmark, "SIZES", ((112, 2), (168, 1)))
+    monkeypatch.setattr(benchmark, "SIDES", ((8, 2), (12, 1)))
     benchmark.main()
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert rows["shape"] == "small" and [r["size"] for r in rows["results"]] == [112, 168] and set(rows["weights"]) >= {"nf4, update", "bf16, rollout"}
+    assert rows["shape"] == "small" and [r["size"] for r in rows["results"]] == [224, 336] and set(rows["weights"]) >= {"nf4, update", "bf16, rollout"}
     assert [r["answer_tokens"] for r in rows["updates"]] == [3, 3, 5] and all(set(r["update"]) == {"as it is", "masked row"} for r in rows["updates"])
     assert rows["decoding"][1]["traffic"]["as it is"] < 1.5
 

@@ -354,11 +354,12 @@ def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):
 def test_without_points_sam_gets_the_box_alone(segmenter):
     scene = make_scene(3)
     thing, other = scene.things[:2]
-    middle = [int((other.box[0] + other.box[2]) / 2), int((other.box[1] + other.box[3]) / 2), 1]
-    sample, text = Sample(Image.fromarray(scene.image), "", thing.mask, "1"), answer_text(str(list(map(int, thing.box))), str([middle]))
-    [misled], [alone] = (score_group(segmenter, sample, [text], 112, points=points) for points in (True, False))
+    off = [int((other.box[0] + other.box[2]) / 2), int((other.box[1] + other.box[3]) / 2), 0]
+    both = [min(thing.box[0], other.box[0]), min(thing.box[1], other.box[1]), max(thing.box[2], other.box[2]), max(thing.box[3], other.box[3])]
+    sample, text = Sample(Image.fromarray(scene.image), "", thing.mask, "1"), answer_text(str(list(map(int, both))), str([off]))
+    [told], [alone] = (score_group(segmenter, sample, [text], 112, points=points) for points in (True, False))
     [mask] = segmenter.masks(scene.image, [alone.answer.box], [[]])
-    assert (alone.mask == mask).all() and (misled.mask != mask).any()
+    assert (alone.mask == mask).all() and (told.mask != mask).any()
 
 
 def test_another_kind_of_model_is_no_segmenter(tmp_path):

@@ -1,7 +1,9 @@
 """Ablations in the miniature: `python tutorials/ablations.py` makes the runs that ablations.csv lacks, a line a run. Stop it by Ctrl-C and start it
 again: runs halfway go on from there (they lie in runs/ablations). `python tutorials/ablations.py --table` prints what is there, with 95 % intervals.
 
-Every row differs from "base" in the options that it names. A seed draws the same questions for every row, so rows are compared seed by seed.
+Every row differs from "base" in the options that it names. A seed draws the same questions for every row, and all runs are tested on the same scenes, so
+a row is compared with base seed by seed and scene by scene: beside its line each run leaves its gIoU of each scene, in results/ablations/ROW-seedN.json.
+What the mechanism lets one expect of each row (PREDICTED) was committed before the first of these runs.
 `--figure FILE` draws them. Each run has one thread, so that the lines do not depend on the machine's number of cores; as many run side by side as there are cores.
 """
 
@@ -20,12 +22,21 @@ from pathlib import Path
 from threading import Lock
 
 import matplotlib.pyplot as plt
+import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
+
+from samr1_mini.tiny.answers import style_of
+from samr1_mini.tiny.scenes import KINDS
+from samr1_mini.tiny.shapes import Shapes
+
 FILE = ROOT / "tutorials" / "results" / "ablations.csv"
-FIXED = ["--preset", "tiny", "--device", "cpu", "--eval-every", "0", "--test-samples", "300"]
-SAMPLES = 640
+SCENES = 1000  # held-out scenes of the test, the same for all runs
+# A third of the first command's questions at three times its rate: its 187 steps in 63, and five seeds a row in reach.
+SAMPLES, LR = 1008, "3e-4"
+FIXED = ["--preset", "tiny", "--device", "cpu", "--eval-every", "0", "--test-samples", str(SCENES), "--lr", LR]
 
 # Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
 TABLES = {
@@ -38,27 +49,55 @@ TABLES = {
     "reward from": {"box IoU": "--accuracy box-iou", "continuous mask IoU": "--accuracy iou"},
     "points": {"no points": "--no-points"},
     "group": {"G = 2": "--group 2", "G = 4": "--group 4", "G = 16": "--group 16"},
-    "LoRA": {"rank 4": "--rank 4", "rank 128": "--rank 128", "lr 1e-4": "--lr 1e-4", "lr 2e-3": "--lr 2e-3"},
+    "LoRA": {"rank 4": "--rank 4", "rank 128": "--rank 128", "lr 1e-4": "--lr 1e-4", "lr 1e-3": "--lr 1e-3"},
     "KL": {"beta 0": "--beta 0", "beta 0.05": "--beta 0.05"},
-    "samples": {f"{n} samples": f"--samples {n}" for n in (112, 320, 1280, 3008, 10000)},
-    "KL, against 3008 samples": {"3008 samples, beta 0": "--samples 3008 --beta 0"},
+    "samples": {f"{n} samples": f"--samples {n}" for n in (112, 320, 3008, 10000)},
 }
 PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it prints one
     "base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6",
-    "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1", "3008 samples": "60.2", "10000 samples": "no gain",
-    "beta 0": "collapse", "3008 samples, beta 0": "collapse",
+    "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1", "10000 samples": "no gain", "beta 0": "collapse",
 }
-BASE = {"3008 samples, beta 0": "3008 samples"}  # what a row is compared with where that is not "base"
+PREDICTED = {  # gIoU against base, and why; "names" and "places" are ways of thinking: see STYLES in samr1_mini/tiny/answers.py
+    "base": "first the format, then names, then places; boxes get tighter all the while",
+    "threshold 0.5": "lower: above 0.5 nothing more is paid, so boxes stay wide",
+    "threshold 0.7": "as base: it pays for tight boxes, though half-right masks pay nothing at the start",
+    "threshold 0.8": "lower: wide boxes hardly ever get there, so tight ones are found later",
+    "GRPO": "lower: both of the next two, so places come latest",
+    "GRPO + token-level": "a little lower: the clip lets a rare way of thinking grow by a fifth a step, not by 0.3",
+    "GRPO + clip-higher": "lower: tokens of long answers count less, and measuring is long: places come later",
+    "box IoU": "far lower: boxes as wide as the base's have an IoU of a third, so hardly any is paid at the start",
+    "continuous mask IoU": "as base: the same order within a group, by finer steps",
+    "no points": "lower: a box that is a little wide cannot say which thing is meant",
+    "G = 2": "far lower: places hardly ever turn up, and one other answer is a poor yardstick",
+    "G = 4": "lower: places turn up half as often, so they come later",
+    "G = 16": "higher: places turn up twice as often, so they come sooner",
+    "rank 4": "lower: room enough, but Adam moves B A less far a step, so places come later",
+    "rank 128": "as base or higher: Adam moves B A further a step, as a higher rate does",
+    "lr 1e-4": "lower: a third of the way a step, so hardly any names and no places (a trial)",
+    "lr 1e-3": "lower: places come sooner, then the policy drifts and the KL charges for it (a trial)",
+    "beta 0": "as base: so short a run does not drift; boxes a little tighter",
+    "beta 0.05": "lower: places and tight boxes are rare in the base, so the KL charges for both",
+    "112 samples": "far lower: seven steps teach a part of the format",
+    "320 samples": "far lower: the format, and about as many names as before",
+    "3008 samples": "higher: places for nearly all, and boxes still get tighter",
+    "10000 samples": "as 3008 samples: nothing is left to find but tighter boxes",
+}
 ROWS = {"base": ""} | {name: options for table in TABLES.values() for name, options in table.items()}
-TESTED = ("gIoU", "gIoU_lenient", "cIoU", "attribute", "relation", "indirect", "format", "box_accuracy", "base_gIoU_lenient")  # on 300 held-out scenes, greedy
+TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "base_gIoU_lenient")  # on the held-out scenes, greedy; kinds are lenient
 LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")  # over the last ten steps of training
-COLUMNS = ("row", "seed", "options", *TESTED, *LAST)
-EDGE = -0.15  # a row that lies further off is written at the figure's edge, so that the others can be told apart
+WAYS = ("names", "places")  # ways of thinking: their shares of the sampled answers in the last tenth of training
+COLUMNS = ("row", "seed", "options", *TESTED, *LAST, *WAYS)
+EDGE = -0.35  # a row that lies further off is written at the figure's edge, so that the others can be told apart
+
+
+def name_of(row: str, seed: int) -> str:
+    """A run's name in file names."""
+    return f"{re.sub(r'[^a-z0-9.]+', '-', row.lower())}-seed{seed}"
 
 
 def one_run(row: str, seed: int) -> dict:
-    """Train and test once, or go on with such a run that was stopped; the CSV line."""
-    folder = ROOT / "runs" / "ablations" / f"{re.sub(r'[^a-z0-9.]+', '-', row.lower())}-seed{seed}"
+    """Train and test once, or go on with such a run that was stopped; the CSV line, and under "scenes" the gIoU of each test scene, in their order."""
+    folder = ROOT / "runs" / "ablations" / name_of(row, seed)
     halfway = (folder / "state.pt").exists()
     if not halfway:
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,70 +106,143 @@ def one_run(row: str, seed: int) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]}")
-    summary = json.loads((folder / "summary.json").read_text())
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-10:]
+    line = {"row": row, "seed": seed, "options": ROWS[row]} | figures_of(folder)
     shutil.rmtree(folder)
+    return line
+
+
+def figures_of(folder: Path) -> dict:
+    """What is kept of a run that is done: figures for the CSV, as text, and "scenes"."""
+    summary, each = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "test-trained"))
+    if [x["id"] for x in each] != Shapes("test", SCENES).ids:
+        raise RuntimeError(f"{folder} was not tested on the first {SCENES} test scenes in their order, as the other runs are")
+    steps, answers = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("metrics", "answers"))
     tested = summary["trained"] | {kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
-    line = {"row": row, "seed": seed, "options": ROWS[row]} | {name: f"{tested[name]:.4g}" for name in TESTED}
-    middle = lambda name: statistics.median if name == "kl" else statistics.mean  # one token can make the KL of a step a thousand: eq. (3) has no bound
-    return line | {name: f"{middle(name)(step[name] for step in last):.4g}" for name in LAST}
+    last = {name: statistics.mean(step[name] for step in steps[-10:]) for name in LAST}
+    styles = [style_of(answer["text"]) for answer in answers[-max(1, len(answers) // 10) :]]
+    values = {name: tested[name] for name in TESTED} | last | {way: styles.count(way) / len(styles) for way in WAYS}
+    return {name: f"{value:.4g}" for name, value in values.items()} | {"scenes": [round(x["iou_strict"], 3) for x in each]}
+
+
+def write(line: dict) -> None:
+    """Keep what one_run returned. Its scenes come first: a line in the CSV says that all is there."""
+    file = FILE.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(line["scenes"], separators=(",", ":")))
+    new = not FILE.exists()
+    with FILE.open("a", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
 
 
 def read() -> list[dict]:
-    """The lines that are there, numbers as numbers."""
+    """The lines that are there, numbers as numbers, with their "scenes"."""
     if not FILE.exists():
         return []
-    text = ("row", "options")
+    text, lines = ("row", "options"), []
     with FILE.open(newline="") as file:
-        return [{k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            sys.exit(f"ablations.py: error: {FILE} has other columns than these runs: move it away")
+        for line in reader:
+            scenes = FILE.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
+            if not scenes.exists():
+                sys.exit(f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, seed {line['seed']}, in {FILE}, and it is run again")
+            numbers = {k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()}
+            lines.append(numbers | {"scenes": json.loads(scenes.read_text())})
+    return lines
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval (Student's t)."""
-    t = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[len(values) - 1] if len(values) <= 10 else 1.96
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+def student(freedom: float) -> float:
+    """How many standard errors to either side hold 95 % of Student's t: its 97.5 % quantile, by summing up its density."""
+    x = np.linspace(0, 20, 20_001)
+    height = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi * freedom)
+    density = height * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    return float(np.interp(0.475, 0.001 * (np.cumsum(density) - (density + density[0]) / 2), x))
 
 
-def differences(lines: list[dict], row: str, measure: str = "gIoU") -> list[float]:
-    """A row minus its base, a number for each seed that both have."""
-    base = {line["seed"]: line[measure] for line in lines if line["row"] == BASE.get(row, "base")}
-    return [line[measure] - base[line["seed"]] for line in lines if line["row"] == row and line["seed"] in base]
+def interval(values) -> tuple[float, float]:
+    """Mean of values [seeds, scenes], or of one value a seed [seeds], and half of its 95 % interval.
+
+    The mean would be another one with other seeds, and with other scenes. All seeds share the scenes, so 5 x 1,000 values are not 5,000 independent
+    ones. A value is taken as: mean + what its seed adds + what its scene adds + a rest that belongs to this seed on this scene. The spread of the seeds'
+    means shows the first and a part of the rest, the spread of the scenes' means the second and a part of the rest, so the rest is in both and is
+    taken off once:
+
+        variance of the mean = var(seeds' means) / seeds + var(scenes' means) / scenes - var(rest) / (seeds * scenes)
+
+    (crossed random effects, see Searle, Casella and McCulloch, Variance Components, 1992). How sure this estimate is depends on which of its parts is large:
+    five seeds tell little of their spread, a thousand scenes much. Satterthwaite (1946) makes one number of degrees of freedom of that, for Student's t.
+    (A bootstrap that draws seeds and scenes takes the spread of five seeds for known, and so is too narrow where seeds matter.) One seed alone says
+    nothing of other seeds: then the interval is over scenes only. With one value a seed it is over seeds only.
+    """
+    if not len(values):
+        return math.nan, math.nan
+    table = np.array(values, float).reshape(len(values), -1)  # [seeds, scenes]
+    seeds, scenes = table.shape
+    mean, by_seed, by_scene = table.mean(), table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    rest = table - by_seed - by_scene + mean
+    squares = np.array([scenes * ((by_seed - mean) ** 2).sum(), seeds * ((by_scene - mean) ** 2).sum(), (rest**2).sum()])
+    freedom = np.array([seeds - 1, scenes - 1, (seeds - 1) * (scenes - 1)])
+    known = freedom > 0
+    if not known.any():  # one value
+        return float(mean), math.nan
+    squares /= np.maximum(freedom, 1)  # mean squares: each is its variance above, times seeds * scenes
+    a, b, c = squares
+    total = max(a + b - c, a, b)  # what seeds or scenes add is not below 0, whatever its estimate
+    if not total:
+        return float(mean), 0.0
+    degrees = max(total**2 / (squares[known] ** 2 / freedom[known]).sum(), freedom[known].min())
+    return float(mean), student(degrees) * math.sqrt(total / (seeds * scenes))
 
 
-def compare(lines: list[dict], row: str, measure: str = "gIoU") -> dict:
-    """A row's mean over seeds, and its difference from its base seed by seed, each with half of its 95 % interval."""
-    values = [line[measure] for line in lines if line["row"] == row]
-    return {"runs": len(values), "mean": interval(values), "difference": interval(differences(lines, row, measure))}
+def values_of(lines: list[dict], row: str, measure: str) -> dict[int, np.ndarray]:
+    """For each seed of a row: the gIoU of each scene [scenes], or its one value [1] of another measure."""
+    return {line["seed"]: np.array(line["scenes"] if measure == "gIoU" else [line[measure]]) for line in lines if line["row"] == row}
 
 
-def cells(lines: list[dict], row: str) -> tuple[str, str, str, str]:
-    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure."""
+def differences(lines: list[dict], row: str, measure: str = "gIoU", base: str = "base") -> list[np.ndarray]:
+    """A row minus base, scene by scene, for each seed that both have."""
+    ours, theirs = (values_of(lines, name, measure) for name in (row, base))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def compare(lines: list[dict], row: str, measure: str = "gIoU", base: str = "base") -> dict:
+    """A row's mean, and its difference from base seed by seed and scene by scene, each with half of its 95 % interval (see `interval`)."""
+    values = list(values_of(lines, row, measure).values())
+    return {"runs": len(values), "mean": interval(values), "difference": interval(differences(lines, row, measure, base))}
+
+
+def cells(lines: list[dict], row: str) -> tuple[str, str, str, str, str]:
+    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure, the prediction. A star: one seed, so over scenes only."""
     x = compare(lines, row)
-    mean, apart = (f"{value:{sign}.3f} ± {half:.3f}" for (value, half), sign in ((x["mean"], ""), (x["difference"], "+")))
-    apart += f" against {BASE[row]}" if row in BASE else ""
-    return str(x["runs"]), mean, "" if row == "base" else apart, PAPER.get(row, "")
+    seeds = {"mean": x["runs"], "difference": len(differences(lines, row))}
+    text = lambda name, sign: f"{x[name][0]:{sign}.3f} ± {x[name][1]:.3f}{'*' * (seeds[name] == 1)}" if seeds[name] else ""
+    return str(x["runs"]), text("mean", ""), "" if row == "base" else text("difference", "+"), PAPER.get(row, ""), PREDICTED.get(row, "")
 
 
 def rows_of(lines: list[dict], title: str) -> list[str]:
-    """The rows of one table that have runs, what they are compared with first."""
+    """The rows of one table that have runs, base first."""
     there = {line["row"] for line in lines}
-    return [BASE.get(next(iter(TABLES[title])), "base"), *(row for row in TABLES[title] if row in there)]
+    return ["base", *(row for row in TABLES[title] if row in there)]
 
 
 def print_table(lines: list[dict], title: str) -> None:
-    first, *_ = rows = rows_of(lines, title)
-    print(f"\n{title:<28}{'runs':>5}{'gIoU':>16}{'against ' + first:>22}   paper")
-    for row in rows:
-        runs, mean, apart, paper = cells(lines, row)
-        apart = "" if row == first else apart.removesuffix(f" against {first}")
-        print(f"{row:<28}{runs:>5}{mean:>16}{apart:>22}   {paper}")
+    """One of the TABLES on the screen, as far as its rows have runs."""
+    rows = {row: cells(lines, row) for row in rows_of(lines, title)}
+    print(f"\n{title:<26}{'runs':>5}{'gIoU':>16}{'against base':>18}   {'paper':<10}predicted")
+    for row, (runs, mean, apart, paper, predicted) in rows.items():
+        print(f"{row:<26}{runs:>5}{mean:>16}{apart:>18}   {paper:<10}{predicted}")
+    if any("*" in mean + apart for _, mean, apart, *_ in rows.values()):
+        print("* one seed: the interval is over scenes only, and says nothing of other seeds")
 
 
 def draw(lines: list[dict], titles: list[str]):
-    """A figure: for each row its difference in gIoU from its base, the mean with its 95 % interval and, under it, a dot a seed."""
-    rows = [(title, row) for title in titles for row in rows_of(lines, title)[1:]]
-    height = 0.22 * (len(rows) + len(titles)) + 0.9
+    """A figure: for each row its difference in gIoU from base, the mean with its 95 % interval and, under it, a dot a seed."""
+    height = 0.22 * (sum(len(rows_of(lines, title)) for title in titles)) + 1.1
     figure, axes = plt.subplots(figsize=(8, height))
     axes.axvline(0, color="0.6", lw=1)
     y, ticks = 0.0, []
@@ -138,12 +250,12 @@ def draw(lines: list[dict], titles: list[str]):
         ticks.append((y, title))
         for row in rows_of(lines, title)[1:]:
             y -= 1
-            seeds = differences(lines, row)
-            mean, half = interval(seeds)
+            apart = differences(lines, row)
+            mean, half = interval(apart)
             if mean < EDGE:
                 axes.annotate(f"← {mean:.3f} ± {half:.3f}", (0.01, y), xycoords=("axes fraction", "data"), va="center", color="#D55E00", fontsize=9)
-            else:
-                axes.plot(seeds, [y - 0.35] * len(seeds), "o", color="#56B4E9", ms=3.5)
+            elif apart:
+                axes.plot(np.mean(apart, 1), [y - 0.35] * len(apart), "o", color="#56B4E9", ms=3.5)
                 axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
             ticks.append((y, row))
         y -= 1
@@ -153,10 +265,9 @@ def draw(lines: list[dict], titles: list[str]):
     axes.set_ylim(y + 0.4, 0.6), axes.tick_params("y", length=0), axes.grid(axis="x", alpha=0.25)
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))  # one scale for every table, so that a small difference looks small
-    first, *others = dict.fromkeys(rows_of(lines, title)[0] for title in titles)
     axes.set_xlabel(
-        f"gIoU on held-out scenes minus that of {first} with the same seed\n" + "".join(f"(last block: minus that of {other})\n" for other in others)
-        + f"dots: runs; diamond: mean with its 95 % interval; {first}: {cells(lines, first)[1]}"
+        "gIoU minus that of base, with the same seed and on the same held-out scenes\n"
+        f"dots: runs; diamond: mean with its 95 % interval over seeds and scenes\nbase: {cells(lines, 'base')[1]}"
     )
     figure.tight_layout()
     return figure
@@ -170,20 +281,19 @@ def main() -> None:
     parser.add_argument("--figure", help="write a figure of all rows to this file")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
+    if min(args.seeds, args.workers) < 1:
+        parser.error("--seeds and --workers must be at least 1")
+    if args.figure and not Path(args.figure).absolute().parent.is_dir():
+        parser.error(f"--figure {args.figure}: its folder is not there")
     if not args.table:
-        FILE.parent.mkdir(exist_ok=True)
         there, lock = {(line["row"], line["seed"]) for line in read()}, Lock()
-        missing = [(row, seed) for row in args.rows for seed in range(args.seeds) if (row, seed) not in there]
+        # Seed after seed: whenever it is stopped, rows have about as many runs as one another.
+        missing = [(row, seed) for seed in range(args.seeds) for row in args.rows if (row, seed) not in there]
 
         def job(row: str, seed: int) -> None:
             line = one_run(row, seed)
             with lock:
-                new = not FILE.exists()
-                with FILE.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(line)
+                write(line)
 
         with ThreadPoolExecutor(args.workers) as pool:
             try:
@@ -191,9 +301,12 @@ def main() -> None:
                     future.result()
             except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
                 sys.exit("stopping; the same command goes on from here")
+            except RuntimeError as error:
+                parser.error(str(error))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # else those in the queue would still be started
-    lines = read()
+    if not (lines := read()):
+        parser.error(f"{FILE} holds no runs yet")
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]
     for title in titles:
         print_table(lines, title)

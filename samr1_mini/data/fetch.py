@@ -1,6 +1,5 @@
 """Pictures from a web server, one file each: whole or not at all, tried again, and never waited for without end."""
 
-import errno
 import io
 import os
 import re
@@ -14,7 +13,7 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from ..config import UserError
+from ..config import UserError, first_line
 from .samples import open_picture
 
 WORKERS = 16  # pictures on their way at a time
@@ -115,10 +114,3 @@ def keep(data: bytes, file: Path) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"{file.parent}: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return "this disk is full; make room and run again, what was fetched is kept"
-    return (str(error) or repr(error)).splitlines()[0]

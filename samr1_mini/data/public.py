@@ -29,9 +29,9 @@ import pyarrow.parquet
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ..config import UserError
+from ..config import UserError, first_line
 from ..metrics import filled
-from .fetch import fetch_pictures, first_line, is_there, picture_name
+from .fetch import fetch_pictures, is_there, picture_name
 from .samples import Data, Sample, draw, inside, of_size, open_picture, read_mask
 
 # Name on the command line: for each split, the hub's id and what that split is called there.

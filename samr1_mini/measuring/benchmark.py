@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..attention import Cache
+from ..config import cell_size
 from ..data import load_data
 from ..evaluation import policy_image
 from ..policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
@@ -30,7 +31,7 @@ from ..running.memory import device_name
 from .rehearse import SHAPES, random_policy, shape_config
 
 
-SIZES = ((112, 8), (840, 1))  # pixels a side of the pictures, and how many questions
+SIDES = ((8, 8), (30, 1))  # picture tokens a side, and how many questions
 
 
 def seconds(functions: dict, rounds: int) -> dict:
@@ -227,8 +228,8 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = make_policy(args.shape, "nf4", device)
-    results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in SIZES]
-    (small, large), (short, long) = SIZES, args.lengths
+    (small, large), (short, long) = [(side * cell_size(policy.base.config), n) for side, n in SIDES], args.lengths
+    results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in (small, large)]
     rows = ((*small, 8, short), (*large, 8, short), (*large, 8, long))
     updates = [compare_updates(policy, *row, args.rounds) for row in rows]
     decoding = [compare_decoding(tokens, args.rounds, device) for tokens in (64, 511)]

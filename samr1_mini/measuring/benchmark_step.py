@@ -29,7 +29,7 @@ from ..running.memory import device_name, peak_memory
 from ..segmenter import load_segmenter
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
-LONG = dict(image_size=840, questions=1, updates=1, group=8, max_new_tokens=48)
+LONG = dict(image_size=420, questions=1, updates=1, group=8, max_new_tokens=48)
 # The two sizes first; then the long prompt with more answers, and with longer ones.
 ROWS = [TINY, LONG, *(LONG | dict(group=g) for g in (4, 16)), *(LONG | dict(max_new_tokens=n) for n in (96, 192))]
 

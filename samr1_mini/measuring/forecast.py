@@ -26,11 +26,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor, ProcessorMixin, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from ..attention import IMPLEMENTATION
-from ..config import Settings
+from ..config import Settings, cell_size
 from ..grpo import full_rollouts, new_optimizer, update
 from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
 from ..segmenter import SAM_FILES, Segmenter, is_small, random_sam
@@ -62,6 +62,14 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
         tie_word_embeddings=shape == "3b", image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
     )
+
+
+def shape_processor(config: Qwen2_5_VLConfig) -> ProcessorMixin:
+    """The tiny policy's processor, which cuts pictures as a model of this shape does."""
+    processor, cell = AutoProcessor.from_pretrained(TINY), cell_size(config)
+    processor.image_processor.patch_size = config.vision_config.patch_size
+    processor.image_processor.size["longest_edge"] = cell * cell * 1280  # pixels
+    return processor
 
 
 def empty_base(config: Qwen2_5_VLConfig, load_in: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
@@ -222,7 +230,7 @@ def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, count
     """
     base = empty_base(config, s.load_in, dtype)
     with init_empty_weights():
-        policy = add_adapter(base, AutoProcessor.from_pretrained(TINY), s.rank, checkpointing=s.checkpointing)
+        policy = add_adapter(base, shape_processor(config), s.rank, checkpointing=s.checkpointing)
     with counter:
         for module in policy.model.modules():
             for name, old in list(module.named_parameters(recurse=False)):

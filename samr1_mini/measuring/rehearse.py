@@ -19,18 +19,18 @@ import torch
 from bitsandbytes.nn import Params4bit
 from segment_anything import SamPredictor
 from tqdm import tqdm
-from transformers import AutoProcessor, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 
 from ..config import Settings, UserError, check_size
 from ..evaluation import evaluate
 from ..grpo import Rollout, advantages, full_rollouts, new_optimizer, read_questions, sample_in_turn, update
-from ..policy import TINY, Policy, Prompt, add_adapter
+from ..policy import Policy, Prompt, add_adapter
 from ..reward import score_group
 from ..running.memory import compute_dtype, peak_memory
 from ..segmenter import Segmenter, random_sam
 from ..tiny.shapes import Shapes
 from .forecast import (GIB, GRID, SHAPES, Counter, beside, build, count, empty_base, forecast, forecast_lines,
-                       known_card, peaks, sam_kind, shape_config)
+                       known_card, peaks, sam_kind, shape_config, shape_processor)
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
@@ -48,7 +48,7 @@ def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str
                 drawn = torch.nn.Parameter(value)
             setattr(module, name, drawn)
     base.tie_weights()
-    return add_adapter(base.to(device), AutoProcessor.from_pretrained(TINY), rank, checkpointing=checkpointing)
+    return add_adapter(base.to(device), shape_processor(config), rank, checkpointing=checkpointing)
 
 
 class Meter:

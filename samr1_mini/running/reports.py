@@ -97,7 +97,7 @@ def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: P
     }
     if is_first():
         write_json(folder / "summary.json", summary), write_json(folder / "test-trained.json", report.each())
-        title = "Held-out test scenes after training"
+        title = "Held-out test questions after training"
         write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, title)
         curves(folder / "curves.png", read_log(folder), summary)
         print(before_after(summary))

@@ -95,6 +95,7 @@ def next_name(s: Settings) -> str:
 
 
 def resume_command(folder: Path, s: Settings) -> str:
+    """What a user types to go on with the run in this folder."""
     return f"python train.py --resume --run {folder} --samples {s.samples}"
 
 

@@ -1,7 +1,5 @@
 """The tiny policy's shape, the public class with small numbers (the tiny SAM's are in sam/sam.json), and tokenizer."""
 
-from pathlib import Path
-
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -13,10 +11,6 @@ from transformers import (
 )
 
 from ..attention import IMPLEMENTATION
-
-HERE = Path(__file__).parent
-POLICY = HERE / "policy"  # an ordinary model folder: from_pretrained reads it
-
 
 # ---------------------------------------------------------------------------------------------------- the policy
 
@@ -51,10 +45,9 @@ def build_processor(texts: list[str]) -> Qwen2_5_VLProcessor:
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL,
         padding_side="left",
     )
-    pixels = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
-    return Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels), chat_template=CHAT_TEMPLATE
-    )
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 1280}
+    images, videos = Qwen2VLImageProcessor(size=pixels, patch_size=7), Qwen2VLVideoProcessor(size=pixels)
+    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
@@ -62,8 +55,8 @@ def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         vision_config=dict(
-            depth=4, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=192, patch_size=14,
-            spatial_merge_size=2, window_size=112, fullatt_block_indexes=[1, 3],
+            depth=4, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=192, patch_size=7,
+            spatial_merge_size=2, window_size=56, fullatt_block_indexes=[1, 3],
         ),
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,

@@ -1,10 +1,14 @@
 """Drawn scenes with questions that have exactly one right answer.
 
-A scene is a 112 x 112 picture with three to six coloured shapes on a varied background. Questions come in three kinds:
+A scene is a 112 x 112 picture with four to seven coloured things on a varied background. They stand in groups: some
+touch a neighbour of their own colour, some hide a corner of one, some carry a dot, some are faint. So a mask can be
+right by degrees, and a box that is too wide takes in a neighbour. Questions come in five kinds:
 
     attribute   "the red star", "the blue object", "the ring"
+    part        "the dot of the blue square"
     relation    "the leftmost object", "the largest circle", "the object left of the blue ring"
     indirect    "the object with three corners", "the thing that has the colour of grass": the answer is never named
+    combined    "the object left of the thing that has the colour of grass", "the largest of the things with corners"
 
 `make_scene(seed)` is a pure function of its seed, so the supply is endless, and train, validation and test scenes come
 from disjoint ranges of seeds (`SPLITS`). A question is asked only where `right_objects` clearly finds one object.
@@ -19,16 +23,18 @@ from PIL import Image, ImageDraw
 
 from ..metrics import tight_box
 
-SIZE = 112  # pixels a side: 8 x 8 patches of 14, merged two by two into 16 picture tokens
+SIZE = 112  # pixels a side: 16 x 16 patches of 7, merged two by two into 64 picture tokens
 SPLITS = {"train": (0, 10**9), "validation": (10**9, 10**9 + 10**6), "test": (2 * 10**9, 2 * 10**9 + 10**6)}
 PRETRAIN = (3 * 10**9, 4 * 10**9)  # the base networks learn from scenes that no split holds
-KINDS = ("attribute", "relation", "indirect")
+KINDS = ("attribute", "part", "relation", "indirect", "combined")
 
 COLOURS = {
     "red": (215, 40, 40), "orange": (245, 140, 20), "yellow": (245, 225, 50), "green": (40, 165, 60),
     "blue": (40, 80, 225), "purple": (150, 50, 190), "white": (245, 245, 245), "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
+CORNERED = ("square", "triangle", "star", "cross")  # plainly with corners; of a heart and a moon one could argue
+DOTTED = ("square", "triangle", "heart")  # have room for a dot in their middle; a circle with one looks like a ring
 
 # What is never drawn or named, only known: each fact's subject stands for one colour or one shape.
 COLOUR_OF = {
@@ -44,7 +50,8 @@ SHAPE_WITH = {
 
 @dataclass(eq=False)
 class Thing:
-    """One drawn object: what it is, the centre and size it was drawn with in pixels, its mask, bool [SIZE, SIZE]."""
+    """One drawn object: what it is, the centre and size it was drawn with in pixels, what is seen of it, bool [SIZE,
+    SIZE], and its dot, a part of it, if it has one."""
 
     shape: str
     colour: str
@@ -52,6 +59,7 @@ class Thing:
     y: float
     size: float
     mask: np.ndarray
+    dot: "Thing | None" = None
 
     @property
     def name(self) -> str:
@@ -76,6 +84,8 @@ class Thing:
 
 @dataclass
 class Scene:
+    """A picture, and what is drawn on it."""
+
     image: np.ndarray  # uint8 [SIZE, SIZE, 3], RGB
     things: list[Thing]
 
@@ -139,28 +149,63 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return image
 
 
+def _place(rng: np.random.Generator, things: list[Thing], size: float) -> tuple[float, float, str | None] | None:
+    """Where a new thing of this size may stand: free, or close to one that is there. The colour, where it must be that
+    one's: two of a colour touch, they never overlap."""
+    x, y = rng.uniform(size / 2 + 1, SIZE - size / 2 - 1, 2)
+    beside, colour = None, None
+    if things and rng.random() < 0.5:
+        beside, angle = things[rng.integers(len(things))], rng.uniform(0, 2 * math.pi)
+        alike = rng.random() < 0.4
+        colour = beside.colour if alike else None
+        away = (rng.uniform(0.95, 1.05) if alike else rng.uniform(0.6, 1.0)) * (size + beside.size) / 2
+        x, y = beside.x + away * math.cos(angle), beside.y + away * math.sin(angle)
+        if not all(size / 2 + 1 <= v <= SIZE - size / 2 - 1 for v in (x, y)):
+            return None
+    if any(math.hypot(x - t.x, y - t.y) < 0.5 * (size + t.size) for t in things if t is not beside):
+        return None
+    return x, y, colour
+
+
 def make_scene(seed: int) -> Scene:
     """Draw the scene of one seed."""
     rng = np.random.default_rng(seed)
     image, things = _background(rng), []
     grain = rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(2, 7)
-    wanted = int(rng.integers(3, 7))
-    for _ in range(60):
+    wanted = int(rng.integers(4, 8))
+    for _ in range(80):
         if len(things) == wanted:
             break
-        shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
-        size = rng.uniform(17, 40)
-        x, y = rng.uniform(size / 2 + 1, SIZE - size / 2 - 1, 2)
-        if any(math.hypot(x - t.x, y - t.y) < 0.5 * (size + t.size) for t in things):
-            continue  # neighbours may touch each other's boxes, never each other
-        if any(t.name == f"{colour} {shape}" for t in things):
+        shape, colour, size = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), rng.uniform(17, 38)
+        if (place := _place(rng, things, size)) is None:
             continue
+        x, y, colour = float(place[0]), float(place[1]), place[2] or colour
         angle = rng.uniform(-0.3, 0.3) + (rng.choice([0, math.pi]) if shape == "moon" else 0)
         cover = _coverage(shape, x, y, size, angle)
+        solid = cover > 0.5
+        clash = any(t.name == f"{colour} {shape}" or t.colour == colour and (t.mask & solid).any() for t in things)
+        if clash or not all(_still_seen(t, solid) for t in things):
+            continue
         paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
+        if rng.random() < 0.15:  # faint: a third of what lies behind shines through
+            paint = 0.67 * paint + 0.33 * image[solid].mean(0)
         image = image * (1 - cover[..., None]) + paint * cover[..., None]
-        things.append(Thing(shape, colour, float(x), float(y), float(size), cover > 0.5))
+        thing = Thing(shape, colour, x, y, float(size), solid)
+        if shape in DOTTED and size > 22 and rng.random() < 0.7:
+            dot_colour = str(rng.choice([c for c in COLOURS if c != colour]))
+            cover = _coverage("circle", x, y, 0.42 * size, 0)
+            image = image * (1 - cover[..., None]) + np.array(COLOURS[dot_colour], np.float32) * cover[..., None]
+            thing.dot = Thing("dot", dot_colour, x, y, 0.42 * float(size), (cover > 0.5) & solid)
+        for other in things:
+            other.mask &= ~solid
+        things.append(thing)
     return Scene((image + grain).clip(0, 255).astype(np.uint8), things)
+
+
+def _still_seen(thing: Thing, solid: np.ndarray) -> bool:
+    """A thing under a new one shows at least seven tenths of what it showed, and all of its dot."""
+    kept = (thing.mask & ~solid).sum() >= 0.7 * thing.mask.sum()
+    return bool(kept and not (thing.dot and (thing.dot.mask & solid).any()))
 
 
 # ---------------------------------------------------------------------------------------------------- questions
@@ -189,55 +234,86 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
     return found
 
 
+def _fits(thing: Thing, colour: str | None, shape: str | tuple | None) -> bool:
+    """Whether the thing has this colour (None: any) and this shape or one of these (None: any)."""
+    shapes = (shape,) if isinstance(shape, str) else shape
+    return colour in (None, thing.colour) and (shapes is None or thing.shape in shapes)
+
+
 def right_objects(scene: Scene, question: tuple) -> list[Thing]:
     """Every object that a reader could take for the answer; a question is fair when this is one object.
 
-    `question` is (form, ...): ("is", colour, shape), ("extreme", word, colour, shape), ("side", side, name) with None
-    for "any colour" and "object". For sides, an object within 7 px of the line is neither in nor out: it counts.
+    `question` is (form, ...): ("is", colour, shape), ("dot", colour, shape), ("extreme", word, colour, shape), ("side",
+    side, colour, shape), with None for any colour or shape and a tuple for one of these shapes. An object within
+    7 px of the line of a side makes the question unfair. A dot is a part and no object, so it is never the answer
+    but where it is asked for; where a reader may take it for a small circle, nothing is.
     """
-    form, *rest = question
+    form, *rest, colour, shape = question
+    found = [t for t in scene.things if _fits(t, colour, shape)]
+    if form == "dot":
+        return [t.dot for t in found if t.dot] * len(found)  # unfair where two could be meant, though one has no dot
+    round_too = shape is None or "circle" in ((shape,) if isinstance(shape, str) else shape)
+    dotted = [t for t in scene.things if t.dot and colour in (None, t.dot.colour) and round_too]
+    if form == "is":
+        return [] if dotted else found
     if form == "side":
-        side, name = rest
-        anchors = [t for t in scene.things if t.name == name]
-        if len(anchors) != 1:
+        if len(found) != 1 or dotted:
             return []
-        found = [t for t in scene.things if t is not anchors[0] and _SIDES[side](t, anchors[0]) > -7]
-        return found if all(_SIDES[side](t, anchors[0]) > 7 for t in found) else found * 2
-    colour, shape = rest[-2:]
-    found = [t for t in scene.things if colour in (None, t.colour) and shape in (None, t.shape)]
-    if form == "extreme":  # among one object there is nothing to compare
-        return _extreme(found, rest[0]) if len(found) > 1 else []
-    return found
+        measure, anchor = _SIDES[rest[0]], found[0]
+        found = [t for t in scene.things if t is not anchor and measure(t, anchor) > -7]
+        return found if all(measure(t, anchor) > 7 for t in found) else found * 2  # twice: not one object
+    if len(found) < 2 or rest[0] == "smallest" and dotted:  # among one object there is nothing to compare
+        return []
+    best = _extreme(found + [t.dot for t in dotted if t not in found], rest[0])
+    return best if all(t in found for t in best) else []
 
 
 def _noun(colour: str | None, shape: str | None) -> str:
     return f"{colour} {shape or 'object'}" if colour else (shape or "object")
 
 
-def fair_questions(scene: Scene, kind: str) -> list[tuple[str, Thing]]:
-    """All questions of one kind that have exactly one right object here: (text, object) pairs."""
+def _forms(scene: Scene, kind: str) -> list[list[tuple[str, tuple]]]:
+    """What could be asked of a scene, (text, formal question) pairs, one list for each form of a kind."""
     of_colour = [(c, None) for c in sorted({t.colour for t in scene.things})]
     of_shape = [(None, s) for s in sorted({t.shape for t in scene.things})]
-    asked = []  # (text, formal question)
+    named = [(t.colour, t.shape) for t in scene.things]
     if kind == "attribute":
-        for colour, shape in [(t.colour, t.shape) for t in scene.things] + of_colour + of_shape:
-            asked.append((f"the {_noun(colour, shape)}", ("is", colour, shape)))
-    elif kind == "relation":
-        for word in _EXTREMES:
-            for colour, shape in [(None, None)] + of_colour + of_shape:
-                asked.append((f"the {word} {_noun(colour, shape)}", ("extreme", word, colour, shape)))
-        for side in _SIDES:
-            asked += [(f"the object {side} the {t.name}", ("side", side, t.name)) for t in scene.things]
-    elif kind == "indirect":
-        asked += [(f"the thing that has the colour of {subject}", ("is", c, None)) for subject, c in COLOUR_OF.items()]
-        asked += [(f"the object with {feature}", ("is", None, s)) for feature, s in SHAPE_WITH.items()]
-    else:
-        raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
-    found = [(text, right_objects(scene, question)) for text, question in asked]
+        return [[(f"the {_noun(*what)}", ("is", *what)) for what in form] for form in (named, of_colour + of_shape)]
+    if kind == "part":
+        return [[(f"the dot of the {_noun(*what)}", ("dot", *what)) for what in named + of_shape]]
+    if kind == "relation":
+        extremes = [(f"the {word} {_noun(*what)}", ("extreme", word, *what))
+                    for word in _EXTREMES for what in [(None, None)] + of_colour + of_shape]
+        sides = [(f"the object {side} the {_noun(*what)}", ("side", side, *what)) for side in _SIDES for what in named]
+        return [extremes, sides]
+    things = [(f"thing that has the colour of {subject}", (c, None)) for subject, c in COLOUR_OF.items()]
+    things += [(f"object with {feature}", (None, s)) for feature, s in SHAPE_WITH.items()]
+    if kind == "indirect":
+        return [[(f"the {text}", ("is", *what)) for text, what in things]]
+    if kind == "combined":
+        sides = [(f"the object {side} the {text}", ("side", side, *what)) for side in _SIDES for text, what in things]
+        groups = [(f"things that have the colour of {subject}", (c, None)) for subject, c in COLOUR_OF.items()]
+        if not {"heart", "moon"} & {t.shape for t in scene.things}:
+            groups += [("things with corners", (None, CORNERED))] * 4
+        return [sides, [(f"the {word} of the {text}", ("extreme", word, *what))
+                        for word in _EXTREMES for text, what in groups]]
+    raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
+
+
+def _fair(scene: Scene, form: list[tuple[str, tuple]]) -> list[tuple[str, Thing]]:
+    found = [(text, right_objects(scene, question)) for text, question in form]
     return [(text, things[0]) for text, things in found if len(things) == 1]
 
 
+def fair_questions(scene: Scene, kind: str) -> list[tuple[str, Thing]]:
+    """All questions of one kind that have exactly one right object here: (text, object) pairs."""
+    return [question for form in _forms(scene, kind) for question in _fair(scene, form)]
+
+
 def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] | None:
-    """One fair question of this kind, or None where the scene allows none."""
-    questions = fair_questions(scene, kind)
-    return questions[int(rng.integers(len(questions)))] if questions else None
+    """One fair question of this kind, its forms equally often, or None where the scene allows none."""
+    forms = [fair for form in _forms(scene, kind) if (fair := _fair(scene, form))]
+    if not forms:
+        return None
+    questions = forms[int(rng.integers(len(forms)))]
+    return questions[int(rng.integers(len(questions)))]
