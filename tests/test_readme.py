@@ -11,7 +11,7 @@ import pytest
 
 from samr1_mini.config import Settings
 from samr1_mini.data import fetch
-from samr1_mini.tiny.answers import style_of
+from samr1_mini.tiny import phases
 from samr1_mini.tiny.scenes import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -163,8 +163,8 @@ def test_learning_goes_on_through_the_whole_run_for_each_of_three_seeds():
 def ways():
     """The sampled answers of the three committed runs, each with its "style" and how far into its run it was given, "part" of 1."""
     for seed in range(3):
-        answers = [json.loads(line) for line in (RESULTS / f"seed{seed}/answers.jsonl").read_text().splitlines()]
-        yield [answer | {"style": style_of(answer["text"]), "part": answer["step"] / answers[-1]["step"]} for answer in answers]
+        _, answers = phases.read_run(RESULTS / f"seed{seed}")
+        yield [answer | {"part": answer["step"] / answers[-1]["step"]} for answer in answers]
 
 
 def test_ways_of_thinking_follow_one_another_in_each_run_and_the_readme_says_for_which_kinds_they_pay():
