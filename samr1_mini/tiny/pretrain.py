@@ -27,7 +27,7 @@ from ..config import Parser, UserError, exit_with, first_line
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import TINY, Policy, Prompt, encode, load_policy, logprobs, sample
-from ..reward import parse
+from ..reward import parse, score_group
 from ..segmenter import TINY_SAM, decode, load_segmenter, random_sam
 from ..tokens import banned_ids, stop_ids
 from .answers import (
@@ -535,14 +535,12 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
             return sample(policy, prompts, group, 112, temperature=temperature)
 
         for x, scene, drawn in zip(samples, scenes, answers("", group, 1.0)):
-            for answer in drawn:
-                parsed, score, overlap = parse(answer.text, SIZE, SIZE), 0.0, 0.0
-                if box := parsed.lenient_box:
-                    [mask] = segmenter.masks(np.asarray(x.image), [box], [parsed.points])
-                    score, overlap = iou(*intersection_union(mask, x.mask)), box_iou(box, tight_box(x.mask))
-                styles.append(style_of(answer.text))
+            texts = [answer.text for answer in drawn]
+            styles += map(style_of, texts)
+            for reward in score_group(segmenter, x, texts, SIZE, lenient=True):
+                row = about(reward.answer.lenient_box, x.mask, scene), reward.box_iou, reward.iou
                 for kind in (x.kind, "all"):
-                    sampled.setdefault(kind, []).append((about(box, x.mask, scene), overlap, score))
+                    sampled.setdefault(kind, []).append(row)
         for style, how in STYLES.items():
             for x, scene, [answer] in zip(samples, scenes, answers(how.hint, 1, 0.0)):
                 right = about(parse(answer.text, SIZE, SIZE).lenient_box, x.mask, scene)
