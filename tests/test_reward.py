@@ -34,6 +34,7 @@ from samr1_mini.data import Sample
 from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, vote
 from samr1_mini.reward import accuracy_term, parse, score_group, tight_box, to_picture
 from samr1_mini.segmenter import load_segmenter, random_sam, Segmenter
+from samr1_mini.tiny.pretrain import box_around
 from samr1_mini.tiny.scenes import make_scene
 
 
@@ -355,8 +356,7 @@ def test_without_points_sam_gets_the_box_alone(segmenter):
     scene = make_scene(3)
     thing, other = scene.things[:2]
     off = [int((other.box[0] + other.box[2]) / 2), int((other.box[1] + other.box[3]) / 2), 0]
-    both = [min(thing.box[0], other.box[0]), min(thing.box[1], other.box[1]), max(thing.box[2], other.box[2]), max(thing.box[3], other.box[3])]
-    sample, text = Sample(Image.fromarray(scene.image), "", thing.mask, "1"), answer_text(str(list(map(int, both))), str([off]))
+    sample, text = Sample(Image.fromarray(scene.image), "", thing.mask, "1"), answer_text(str(list(box_around(thing, other))), str([off]))
     [told], [alone] = (score_group(segmenter, sample, [text], 112, points=points) for points in (True, False))
     [mask] = segmenter.masks(scene.image, [alone.answer.box], [[]])
     assert (alone.mask == mask).all() and (told.mask != mask).any()
