@@ -59,7 +59,8 @@ def samples():
     return list(load_data("shapes", "validation", 6))
 
 
-VOCABULARY = Path(__file__).parent.parent.parent / "shared" / "qwen2_5_vl"  # Qwen2.5-VL's tokenizer and configs, where at hand
+# Qwen2.5-VL's tokenizer and configs, where at hand
+VOCABULARY = Path(__file__).parent.parent.parent / "shared" / "qwen2_5_vl"
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +69,16 @@ def real_vocabulary(tmp_path_factory):
     if not VOCABULARY.is_dir():
         pytest.skip("the real vocabulary is not at hand")
     folder, config = tmp_path_factory.mktemp("qwen2_5_vl"), AutoConfig.from_pretrained(VOCABULARY)
-    for part, small in ((config.text_config, dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)),
-                        (config.vision_config, dict(hidden_size=32, intermediate_size=64, depth=2, num_heads=2, fullatt_block_indexes=[1], out_hidden_size=64))):
+    for part, small in (
+        (config.text_config, dict(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)),
+        (config.vision_config, dict(
+            hidden_size=32, intermediate_size=64, depth=2, num_heads=2, fullatt_block_indexes=[1], out_hidden_size=64)),
+    ):
         for name, value in small.items():
             setattr(part, name, value)
-    config.text_config.layer_types, config.text_config.rope_parameters["mrope_section"] = ["full_attention"] * 2, [2, 3, 3]
+    config.text_config.layer_types, config.text_config.rope_parameters["mrope_section"] = (
+        ["full_attention"] * 2, [2, 3, 3])
     torch.manual_seed(0)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     for file in VOCABULARY.iterdir():
@@ -85,6 +91,6 @@ def real_vocabulary(tmp_path_factory):
 def settings(tmp_path):
     """Settings of a run so short that tests can afford it."""
     return make_settings(
-        preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=8, questions=4, group=4, micro=2, updates=2, eval_every=0,
-        eval_samples=4, test_samples=4, warmup=1,
+        preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=8, questions=4, group=4, micro=2, updates=2,
+        eval_every=0, eval_samples=4, test_samples=4, warmup=1,
     )[0]

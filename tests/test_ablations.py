@@ -35,7 +35,8 @@ def ablation_rows():
     """The README's table: every row that has runs, with the options it changes."""
     lines = ablations.read()
     for row in dict.fromkeys(row for title in ablations.TABLES for row in ablations.rows_of(lines, title)):
-        yield f"| {row} | {f'`{ablations.ROWS[row]}`' if ablations.ROWS[row] else ''} | " + " | ".join(ablations.cells(lines, row)) + " |"
+        yield (f"| {row} | {f'`{ablations.ROWS[row]}`' if ablations.ROWS[row] else ''} | "
+               + " | ".join(ablations.cells(lines, row)) + " |")
 
 
 def test_the_readmes_table_of_ablations_is_what_the_committed_runs_say():
@@ -46,17 +47,21 @@ def test_the_readmes_table_of_ablations_is_what_the_committed_runs_say():
 
 def test_the_readme_names_every_row_that_is_apart_from_the_base_by_more_than_its_interval():
     lines, text = ablations.read(), " ".join((TUTORIALS.parent / "README.md").read_text().split())
-    apart = {row: ablations.compare(lines, row)["difference"] for row in list(ablations.ROWS)[1:] if row in {line["row"] for line in lines}}
+    apart = {row: ablations.compare(lines, row)["difference"] for row in list(ablations.ROWS)[1:]
+             if row in {line["row"] for line in lines}}
     worse = [row for row, (difference, half) in apart.items() if difference + half < 0]
     better = [row for row, (difference, half) in apart.items() if difference - half > 0]
-    assert f"{len(worse) + len(better)} of {len(apart)} rows are apart from the base by more than their interval" in text
-    assert f"Below it lie {', '.join(worse)}" in text and f"above it {', '.join(better) or 'none'}" in text, (worse, better)
+    assert (f"{len(worse) + len(better)} of {len(apart)} rows are apart from the base by more than their interval"
+            in text)
+    assert (f"Below it lie {', '.join(worse)}" in text
+            and f"above it {', '.join(better) or 'none'}" in text), (worse, better)
 
 
 def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs():
     lines, known = ablations.read(), set()
     for base, rows in (("base", list(ablations.ROWS)[1:]), ("G = 16", ["G = 4"]), ("3008 samples", ["10000 samples"])):
-        known |= {"{:+.3f} ± {:.3f}".format(*ablations.compare(lines, row, measure, base)["difference"]) for row in rows for measure in ablations.TESTED}
+        known |= {"{:+.3f} ± {:.3f}".format(*ablations.compare(lines, row, measure, base)["difference"])
+                  for row in rows for measure in ablations.TESTED}
     [notebook] = TUTORIALS.glob("5*.ipynb")
     texts = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "markdown"]
     quoted = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", "\n".join(texts))
@@ -64,19 +69,28 @@ def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs():
 
 
 def test_the_papers_figures_stand_beside_the_rows_that_repeat_its_tables():
-    shown = {row: ablations.cells([], row)[3] for row in ("base", "threshold 0.5", "threshold 0.7", "threshold 0.8", "G = 2")}
-    assert shown == {"base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6", "G = 2": ""}
-    assert [ablations.PAPER[row] for row in ("GRPO", "GRPO + token-level", "GRPO + clip-higher")] == ["57.8", "58.0", "59.1"]
-    switched = {row: parse_settings(["--preset", "tiny", "--device", "cpu", *options.split()], "train.py", "")[0] for row, options in ablations.ROWS.items()}
-    assert (switched["GRPO"].normalise, switched["GRPO"].eps_high, switched["base"].normalise, switched["base"].eps_high) == ("sequence", 0.2, "token", 0.3)
+    shown = {row: ablations.cells([], row)[3]
+             for row in ("base", "threshold 0.5", "threshold 0.7", "threshold 0.8", "G = 2")}
+    assert shown == {"base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6",
+                     "G = 2": ""}
+    assert ([ablations.PAPER[row] for row in ("GRPO", "GRPO + token-level", "GRPO + clip-higher")]
+            == ["57.8", "58.0", "59.1"])
+    switched = {row: parse_settings(["--preset", "tiny", "--device", "cpu", *options.split()], "train.py", "")[0]
+                for row, options in ablations.ROWS.items()}
+    assert (switched["GRPO"].normalise, switched["GRPO"].eps_high,
+            switched["base"].normalise, switched["base"].eps_high) == ("sequence", 0.2, "token", 0.3)
     assert (switched["GRPO + token-level"].normalise, switched["GRPO + token-level"].eps_high) == ("token", 0.2)
     assert (switched["GRPO + clip-higher"].normalise, switched["GRPO + clip-higher"].eps_high) == ("sequence", 0.3)
 
 
-def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_folder_of_its_own(tmp_path, monkeypatch):
+def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_folder_of_its_own(
+    tmp_path, monkeypatch
+):
     commands = []
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
-    monkeypatch.setattr(ablations.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1, stderr="disk full"))
+    monkeypatch.setattr(
+        ablations.subprocess, "run",
+        lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1, stderr="disk full"))
     folder = tmp_path / "runs" / "ablations" / "112-samples-seed0"
     for saved in ("metrics.jsonl", "state.pt"):  # a run without a saved state cannot go on
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,13 +105,17 @@ def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--workers", "0"], "--seeds and --workers must be at least 1"), (["--figure", "no/such/folder/x.png"], "--figure no/such/folder/x.png: its folder is not there"),
+    (["--workers", "0"], "--seeds and --workers must be at least 1"),
+    (["--figure", "no/such/folder/x.png"], "--figure no/such/folder/x.png: its folder is not there"),
     (["--table"], "holds no runs yet"), (["--rows", "base"], "base, seed 0: disk full"),
 ])
-def test_a_mistake_is_told_in_one_line_before_hours_of_runs_and_so_is_a_run_that_fails(options, words, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_told_in_one_line_before_hours_of_runs_and_so_is_a_run_that_fails(
+    options, words, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     monkeypatch.setattr(ablations, "FILE", tmp_path / "ablations.csv")
-    monkeypatch.setattr(ablations.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=1, stderr="disk full"))
+    monkeypatch.setattr(ablations.subprocess, "run",
+                        lambda command, **_: SimpleNamespace(returncode=1, stderr="disk full"))
     monkeypatch.setattr(sys, "argv", ["ablations.py", "--seeds", "1", *options])
     with pytest.raises(SystemExit) as left:
         ablations.main()
@@ -106,12 +124,15 @@ def test_a_mistake_is_told_in_one_line_before_hours_of_runs_and_so_is_a_run_that
 
 
 def ablation_lines(shifts, seeds=5, scenes=200):
-    """Lines as ablations.read() gives them: a row's shift, what seeds and scenes add to all rows alike, and a rest of their own."""
+    """Lines as ablations.read() gives them: a row's shift, what seeds and scenes add to all rows alike, and a rest of
+    their own."""
     rng = np.random.default_rng(0)
     shared, rows = 0.6 + 0.03 * rng.normal(size=(seeds, 1)) + 0.2 * rng.normal(size=scenes), []
     for row, shift in shifts.items():
-        table = shared + shift + 0.02 * rng.normal(size=(seeds, 1)) + 0.1 * rng.normal(size=scenes) + 0.1 * rng.normal(size=(seeds, scenes))
-        rows += [{"row": row, "seed": seed, "gIoU": figures.mean(), "scenes": figures.tolist()} for seed, figures in enumerate(table)]
+        table = (shared + shift + 0.02 * rng.normal(size=(seeds, 1)) + 0.1 * rng.normal(size=scenes)
+                 + 0.1 * rng.normal(size=(seeds, scenes)))
+        rows += [{"row": row, "seed": seed, "gIoU": figures.mean(), "scenes": figures.tolist()}
+                 for seed, figures in enumerate(table)]
     return rows
 
 
@@ -120,14 +141,18 @@ def test_a_run_leaves_a_line_and_the_giou_of_each_scene_and_both_are_read_again(
     monkeypatch.setattr(ablations, "FILE", tmp_path / "results" / "ablations.csv")
     monkeypatch.setattr(ablations, "SCENES", 3)
     figures, ids = [0.25, 0.0, 0.98765], ["shapes-2000000000", "shapes-2000000001", "shapes-2000000002"]
-    texts = ["The red star"] * 36 + ["<think>I see the red star. It", "<think>I see the red star. It", "<think>I see the red star (3, 4). It", "A star"]
+    texts = ["The red star"] * 36 + ["<think>I see the red star. It", "<think>I see the red star. It",
+                                     "<think>I see the red star (3, 4). It", "A star"]
 
     def train(command, **_):
         folder = ablations.Path(command[command.index("--run") + 1])
         folder.mkdir(parents=True)
-        scores = {"gIoU": 0.41, "gIoU_lenient": 0.5, "cIoU": 0.4, "format": 1.0, "box_accuracy": 0.2, "by_kind": {kind: {"gIoU_lenient": 0.1 * i} for i, kind in enumerate(ablations.KINDS)}}
-        contents = {"summary.json": [{"trained": scores, "base": scores | {"gIoU_lenient": 0.3}}], "test-trained.json": [[{"id": i, "iou": 1.0, "iou_strict": x} for i, x in zip(ids, figures)]],
-                    "metrics.jsonl": [{name: step for name in ablations.LAST} for step in range(20)], "answers.jsonl": [{"text": text} for text in texts]}
+        scores = {"gIoU": 0.41, "gIoU_lenient": 0.5, "cIoU": 0.4, "format": 1.0, "box_accuracy": 0.2,
+                  "by_kind": {kind: {"gIoU_lenient": 0.1 * i} for i, kind in enumerate(ablations.KINDS)}}
+        contents = {"summary.json": [{"trained": scores, "base": scores | {"gIoU_lenient": 0.3}}],
+                    "test-trained.json": [[{"id": i, "iou": 1.0, "iou_strict": x} for i, x in zip(ids, figures)]],
+                    "metrics.jsonl": [{name: step for name in ablations.LAST} for step in range(20)],
+                    "answers.jsonl": [{"text": text} for text in texts]}
         for name, lines in contents.items():
             (folder / name).write_text("\n".join(map(json.dumps, lines)))
         return SimpleNamespace(returncode=0)
@@ -136,8 +161,10 @@ def test_a_run_leaves_a_line_and_the_giou_of_each_scene_and_both_are_read_again(
     for seed in (0, 1):
         ablations.write(ablations.one_run("no points", seed))
     first, second = ablations.read()
-    assert first["scenes"] == [0.25, 0.0, 0.988] and second == first | {"seed": 1} and not list((tmp_path / "runs" / "ablations").iterdir())
-    assert (first["names"], first["places"], first["combined"], first["length"], first["base_gIoU_lenient"]) == (0.5, 0.25, 0.4, 14.5, 0.3)
+    assert (first["scenes"] == [0.25, 0.0, 0.988] and second == first | {"seed": 1}
+            and not list((tmp_path / "runs" / "ablations").iterdir()))
+    assert (first["names"], first["places"], first["combined"], first["length"],
+            first["base_gIoU_lenient"]) == (0.5, 0.25, 0.4, 14.5, 0.3)
     ids.reverse()
     with pytest.raises(RuntimeError, match="was not tested on the first 3 test scenes in their order"):
         ablations.one_run("no points", 2)
@@ -151,11 +178,14 @@ def test_a_figure_of_ablations_has_a_dot_a_seed_and_the_intervals_of_its_table()
     figure = ablations.draw(lines, ["points", "group"])
     dots = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
     mean = {(line["row"], line["seed"]): np.mean(line["scenes"]) for line in lines}
-    assert np.concatenate(dots) == pytest.approx([mean[row, s] - mean["base", s] for row in ("no points", "G = 2") for s in range(5)])
+    assert np.concatenate(dots) == pytest.approx(
+        [mean[row, s] - mean["base", s] for row in ("no points", "G = 2") for s in range(5)])
     lower = [line | {"scenes": [x - 0.4 for x in line["scenes"]]} if line["row"] == "G = 2" else line for line in lines]
     far = ablations.draw(lower, ["points", "group"]).axes[0]
-    assert far.get_xlim() == figure.axes[0].get_xlim() == ablations.draw(lines, ["points"]).axes[0].get_xlim()  # one scale for all tables
-    assert [text.get_text() for text in far.texts] == ["← " + ablations.cells(lower, "G = 2")[2]] and not figure.axes[0].texts
+    # one scale for all tables
+    assert far.get_xlim() == figure.axes[0].get_xlim() == ablations.draw(lines, ["points"]).axes[0].get_xlim()
+    assert ([text.get_text() for text in far.texts] == ["← " + ablations.cells(lower, "G = 2")[2]]
+            and not figure.axes[0].texts)
     assert len([line for line in far.get_lines() if line.get_marker() == "o"]) == 1
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["points", "no points", "group", "G = 2"]
@@ -171,11 +201,13 @@ def test_intervals_of_one_value_a_seed_hold_95_percent_of_students_t(count):
     assert mean == pytest.approx(values.mean()) and inside == pytest.approx(0.95, abs=2e-3)
 
 
-@pytest.mark.parametrize("seeds, of_seed, of_scene, of_rest", [(5, 0.02, 0.3, 0.3), (5, 0.1, 0.1, 0.3), (5, 0.0, 0.5, 0.1), (1, 0.0, 0.3, 0.3)])
+@pytest.mark.parametrize("seeds, of_seed, of_scene, of_rest", [
+    (5, 0.02, 0.3, 0.3), (5, 0.1, 0.1, 0.3), (5, 0.0, 0.5, 0.1), (1, 0.0, 0.3, 0.3)])
 def test_an_interval_over_seeds_and_scenes_holds_the_true_mean_19_times_of_20(seeds, of_seed, of_scene, of_rest):
     rng, held, tries = np.random.default_rng(0), 0, 400
     for _ in range(tries):
-        table = of_seed * rng.normal(size=(seeds, 1)) + of_scene * rng.normal(size=(1, 100)) + of_rest * rng.normal(size=(seeds, 100))
+        table = (of_seed * rng.normal(size=(seeds, 1)) + of_scene * rng.normal(size=(1, 100))
+                 + of_rest * rng.normal(size=(seeds, 100)))
         mean, half = ablations.interval(table)
         held += abs(mean) <= half
     assert 0.92 <= held / tries <= 0.98  # four standard errors of 400 tries are 0.04
@@ -186,14 +218,16 @@ def test_a_difference_is_taken_seed_by_seed_and_scene_by_scene():
     moved = [line | {"row": "no points", "scenes": [x + 0.01 for x in line["scenes"]]} for line in base[::-1]]
     other = base + moved[:-1] + [moved[0] | {"seed": 9}]  # a seed that base lacks, and one that it has alone
     assert ablations.compare(other, "no points")["difference"] == pytest.approx((0.01, 0.0), abs=1e-9)
-    assert ablations.compare(other, "no points")["mean"][1] > 0.01 and len(ablations.differences(other, "no points")) == 4
+    assert (ablations.compare(other, "no points")["mean"][1] > 0.01
+            and len(ablations.differences(other, "no points")) == 4)
     assert ablations.compare(other, "base", base="no points")["difference"] == pytest.approx((-0.01, 0.0), abs=1e-9)
 
 
 def test_a_table_says_where_one_seed_speaks_of_scenes_only(capsys):
     ablations.print_table(ablation_lines({"base": 0, "no points": 0.1}, seeds=1), "points")
     table = capsys.readouterr().out
-    assert table.count("*") == 4 and "one seed: the interval is over scenes only" in table and ablations.PREDICTED["no points"] in table
+    assert (table.count("*") == 4 and "one seed: the interval is over scenes only" in table
+            and ablations.PREDICTED["no points"] in table)
     ablations.print_table(ablation_lines({"base": 0, "no points": 0.1}), "points")
     assert "*" not in capsys.readouterr().out
 
@@ -201,9 +235,11 @@ def test_a_table_says_where_one_seed_speaks_of_scenes_only(capsys):
 def test_the_variance_over_seeds_and_scenes_counts_what_belongs_to_neither_once():
     rng = np.random.default_rng(0)
     table = 0.2 * rng.normal(size=(5, 1)) + 0.4 * rng.normal(size=(1, 80)) + 0.3 * rng.normal(size=(5, 80))
-    rest = np.array([[table[i, j] - table[i].mean() - table[:, j].mean() + table.mean() for j in range(80)] for i in range(5)])
+    rest = np.array([[table[i, j] - table[i].mean() - table[:, j].mean() + table.mean() for j in range(80)]
+                     for i in range(5)])
     parts = np.array([table.mean(1).var(ddof=1) / 5, table.mean(0).var(ddof=1) / 80, (rest**2).sum() / (4 * 79) / 400])
     assert min(parts[:2]) > parts[2]
     variance = parts @ [1, 1, -1]
     degrees = variance**2 / (parts**2 / [4, 79, 4 * 79]).sum()  # Satterthwaite
-    assert ablations.interval(table) == pytest.approx((table.mean(), ablations.student(degrees) * variance**0.5)) and degrees > 4
+    assert (ablations.interval(table) == pytest.approx((table.mean(), ablations.student(degrees) * variance**0.5))
+            and degrees > 4)

@@ -62,7 +62,8 @@ def test_in_a_row_each_token_sees_its_prompt_and_what_its_own_answer_said_before
 
 
 def test_in_the_cache_each_new_token_sees_its_prompt_and_its_own_answer_while_questions_leave(monkeypatch):
-    """Prompts of different lengths, more tokens than a block holds, two layers, and questions that end one after another."""
+    """Prompts of different lengths, more tokens than a block holds, two layers, and questions that end one after
+    another."""
     monkeypatch.setattr(Cache, "BLOCK", 4)
     torch.manual_seed(0)
     lengths, group = [5, 3, 7, 4], 2
@@ -71,7 +72,8 @@ def test_in_the_cache_each_new_token_sees_its_prompt_and_its_own_answer_while_qu
         q, k, v = (torch.randn(4, n, 7, D) for n in (H, KV, KV))
         seen = cache.attend(layer, q, k, v, 0.3)  # [b, P, H, d]
         for b, n in enumerate(lengths):
-            expected = torch.stack([softmax_attention(q[b, :, i], k[b, :, : i + 1], v[b, :, : i + 1], 0.3) for i in range(n)])
+            expected = torch.stack([softmax_attention(q[b, :, i], k[b, :, : i + 1], v[b, :, : i + 1], 0.3)
+                                    for i in range(n)])
             torch.testing.assert_close(seen[b, :n], expected, atol=1e-5, rtol=1e-5)
             for g in range(group):
                 read[layer, b, g] = k[b, :, :n], v[b, :, :n]
@@ -86,7 +88,8 @@ def test_in_the_cache_each_new_token_sees_its_prompt_and_its_own_answer_while_qu
             seen = cache.attend(layer, q, k, v, 0.3)  # [b, G, H, d]
             for i, b in enumerate(there.tolist()):
                 for g in range(group):
-                    read[layer, b, g] = tuple(torch.cat([x, y[i, :, g, None]], 1) for x, y in zip(read[layer, b, g], (k, v)))
+                    read[layer, b, g] = tuple(torch.cat([x, y[i, :, g, None]], 1)
+                                              for x, y in zip(read[layer, b, g], (k, v)))
                     expected = softmax_attention(q[i, :, g], *read[layer, b, g], 0.3)
                     torch.testing.assert_close(seen[i, g], expected, atol=1e-5, rtol=1e-5)
     assert there.tolist() == [2]
@@ -97,7 +100,8 @@ def test_a_question_that_leaves_is_replaced_in_place_by_the_last_one():
     cache.attend(0, torch.randn(8, H, 50, D), *torch.randn(2, 8, KV, 50, D), 1.0)
     cache.grow()
     cache.answers[0].normal_()
-    places, last = [x.data_ptr() for x in cache.prompt + cache.answers], [x[:, 7].clone() for x in cache.prompt + cache.answers]
+    places, last = ([x.data_ptr() for x in cache.prompt + cache.answers],
+                    [x[:, 7].clone() for x in cache.prompt + cache.answers])
     with Shapes() as shapes:
         assert cache.drop(torch.arange(8) == 2).tolist() == [0, 1, 7, 3, 4, 5, 6]
     assert [x.data_ptr() for x in cache.prompt + cache.answers] == places  # nothing was laid out anew
@@ -146,18 +150,22 @@ def test_the_same_numbers_come_out_bit_for_bit_twice(policy, samples):
     for _ in range(2):
         prompts, groups = draw(policy, samples[:3], group=4, tokens=30)
         logps, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
-        results.append([logps.detach(), torch.cat([a.logps for g in groups for a in g]), *torch.autograd.grad(logps.sum(), parameters)])
+        results.append([logps.detach(), torch.cat([a.logps for g in groups for a in g]),
+                        *torch.autograd.grad(logps.sum(), parameters)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_without_a_layout_the_model_is_an_ordinary_one_padding_and_all(policy, samples):
     """Two prompts of different lengths in the model's own forward, padded on the left, give what each gives alone."""
     config, processor = policy.base.config, policy.processor
-    assert config.text_config._attn_implementation == "shared_prompt" and config.vision_config._attn_implementation == "sdpa"
-    texts, images = [prompt_text(processor, q, 112, 112) for q in ("the star", samples[0].question + " and no other")], [samples[0].image] * 2
+    assert (config.text_config._attn_implementation == "shared_prompt"
+            and config.vision_config._attn_implementation == "sdpa")
+    texts, images = ([prompt_text(processor, q, 112, 112) for q in ("the star", samples[0].question + " and no other")],
+                     [samples[0].image] * 2)
     logits = []
     for batch in ([0, 1], [0], [1]):
-        inputs = processor(text=[texts[i] for i in batch], images=[images[i] for i in batch], padding=True, padding_side="left", return_tensors="pt")
+        inputs = processor(text=[texts[i] for i in batch], images=[images[i] for i in batch], padding=True,
+                           padding_side="left", return_tensors="pt")
         assert bool((inputs.attention_mask == 0).any()) == (len(batch) == 2)
         policy.base.model.rope_deltas = None
         with torch.no_grad():

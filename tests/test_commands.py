@@ -29,10 +29,13 @@ ONLY_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def run(*command, cwd=ROOT):
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=ONLY_CPU | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=ONLY_CPU | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "samr1_mini.tiny.pretrain"], ["-m", "samr1_mini.measuring.benchmark"]])
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["eval.py"], ["-m", "samr1_mini.tiny.pretrain"], ["-m", "samr1_mini.measuring.benchmark"]]
+)
 def test_help_of_every_command(command):
     out = run(*command, "--help")
     assert out.returncode == 0 and "usage" in out.stdout
@@ -112,17 +115,21 @@ def test_a_users_mistake_ends_in_one_line_and_nothing_is_begun(main, argv, words
 # What these cards report as their whole memory, in GiB, and their compute capability.
 CARDS = [
     ("NVIDIA A10G", 21.99, (8, 6), "7b"), ("NVIDIA L4", 22.03, (8, 9), "7b"), ("NVIDIA A10", 22.06, (8, 6), "7b"),
-    ("NVIDIA GeForce RTX 3090", 23.69, (8, 6), "7b"), ("NVIDIA GeForce RTX 4090", 23.64, (8, 9), "7b"), ("NVIDIA RTX A5000", 23.68, (8, 6), "7b"),
-    ("NVIDIA GeForce RTX 5090", 31.36, (12, 0), "7b"), ("NVIDIA A100-SXM4-40GB", 39.39, (8, 0), "7b"), ("NVIDIA H100 80GB HBM3", 79.11, (9, 0), "7b"),
-    ("NVIDIA RTX A4000", 15.73, (8, 6), "3b"), ("NVIDIA GeForce RTX 4080", 15.70, (8, 9), "3b"), ("NVIDIA GeForce RTX 3060", 11.66, (8, 6), "3b"),
-    ("NVIDIA GeForce RTX 3080", 9.77, (8, 6), "tiny"), ("Tesla T4", 14.56, (7, 5), "tiny"), ("Tesla V100-SXM2-32GB", 31.73, (7, 0), "tiny"),
+    ("NVIDIA GeForce RTX 3090", 23.69, (8, 6), "7b"), ("NVIDIA GeForce RTX 4090", 23.64, (8, 9), "7b"),
+    ("NVIDIA RTX A5000", 23.68, (8, 6), "7b"), ("NVIDIA GeForce RTX 5090", 31.36, (12, 0), "7b"),
+    ("NVIDIA A100-SXM4-40GB", 39.39, (8, 0), "7b"), ("NVIDIA H100 80GB HBM3", 79.11, (9, 0), "7b"),
+    ("NVIDIA RTX A4000", 15.73, (8, 6), "3b"), ("NVIDIA GeForce RTX 4080", 15.70, (8, 9), "3b"),
+    ("NVIDIA GeForce RTX 3060", 11.66, (8, 6), "3b"),
+    ("NVIDIA GeForce RTX 3080", 9.77, (8, 6), "tiny"), ("Tesla T4", 14.56, (7, 5), "tiny"),
+    ("Tesla V100-SXM2-32GB", 31.73, (7, 0), "tiny"),
 ]
 
 
 def put_in(monkeypatch, name, memory, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=int(memory * 2**30)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda *_: SimpleNamespace(total_memory=int(memory * 2**30)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
 
 
@@ -144,7 +151,8 @@ def test_a_gpu_that_emulates_bf16_trains_3b_only_if_told_and_then_not_in_bf16(mo
     put_in(monkeypatch, "Tesla T4", 14.56, (7, 5))
     settings, line = make_settings(preset="3b")
     check(settings)
-    assert "kept in fp32: slow, and nobody has measured it" in line and compute_dtype(settings.load_in, settings.device) == torch.float32
+    assert ("kept in fp32: slow, and nobody has measured it" in line
+            and compute_dtype(settings.load_in, settings.device) == torch.float32)
     with pytest.raises(UserError, match="--load-in bf16: Tesla T4 emulates bf16; take --load-in nf4"):
         check(make_settings(preset="3b", load_in="bf16")[0])
 
@@ -154,11 +162,12 @@ def test_every_preset_is_valid():
         check(make_settings(preset=preset, device="cpu")[0])
 
 
-# ---------------------------------------------------------------------------------------------------- a folder of your own
+# ------------------------------------------------------------------------------------------------- a folder of your own
 
 
 def write_folder(folder, count=20):
-    """A data.jsonl of drawn scenes, masks in turn as a 0/1 PNG, a 0/255 PNG, compressed RLE, uncompressed RLE and polygons."""
+    """A data.jsonl of drawn scenes, masks in turn as a 0/1 PNG, a 0/255 PNG, compressed RLE, uncompressed RLE and
+    polygons."""
     (folder / "pictures").mkdir(parents=True)
     lines, truths = [], []
     for i in range(count):
@@ -175,7 +184,8 @@ def write_folder(folder, count=20):
         elif i % 5 == 3:
             flat = thing.mask.flatten(order="F").astype(int)
             edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [0]])))
-            mask = {"size": list(thing.mask.shape), "counts": np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()}
+            mask = {"size": list(thing.mask.shape),
+                    "counts": np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()}
         else:
             mask, truth = [[10, 10, 40, 10, 40, 30, 10, 30]], np.zeros((112, 112), bool)
             truth[10:30, 10:40] = True
@@ -316,8 +326,8 @@ def test_whatever_is_broken_in_a_picture_its_error_is_one_that_is_caught(format)
 
 def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     write_folder(tmp_path / "mine", 24)
-    out = run("train.py", "--data", str(tmp_path / "mine"), "--samples", "8", "--questions", "4", "--group", "4", "--updates", "2", "--eval-every", "1",
-              "--run", str(tmp_path / "run"))
+    out = run("train.py", "--data", str(tmp_path / "mine"), "--samples", "8", "--questions", "4", "--group", "4",
+              "--updates", "2", "--eval-every", "1", "--run", str(tmp_path / "run"))
     assert out.returncode == 0, out.stderr[-2000:]
     assert "held-out test, greedy" in out.stdout and (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     adapter = str(tmp_path / "run/adapter")
@@ -326,8 +336,8 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     results = json.loads((tmp_path / "eval/results.json").read_text())
     assert results["summary"]["count"] == 2 == len(results["answers"]) and (tmp_path / "eval/sheet.png").exists()
     assert "95 % bootstrap interval" in out.stdout
-    evaluate.main(["--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"), "--question", "the leftmost object",
-                   "--out", str(tmp_path / "eval")])
+    evaluate.main(["--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"),
+                   "--question", "the leftmost object", "--out", str(tmp_path / "eval")])
     assert (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -335,9 +345,11 @@ def test_a_set_that_has_only_a_train_split_is_evaluated_on_another(tmp_path):
     write_folder(tmp_path / "mine", 8)
     lines = [json.loads(line) | {"split": "train"} for line in (tmp_path / "mine/data.jsonl").read_text().splitlines()]
     (tmp_path / "mine/data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    train.main(["--preset", "tiny", "--device", "cpu", "--data", str(tmp_path / "mine"), "--eval-data", "shapes", "--samples", "8", "--questions", "4",
-                "--group", "4", "--updates", "2", "--eval-every", "0", "--test-samples", "3", "--run", str(tmp_path / "run")])
-    assert set(json.loads((tmp_path / "run/summary.json").read_text())["trained"]["by_kind"]) == {x.kind for x in load_data("shapes", "test", 3)}
+    train.main(["--preset", "tiny", "--device", "cpu", "--data", str(tmp_path / "mine"), "--eval-data", "shapes",
+                "--samples", "8", "--questions", "4", "--group", "4", "--updates", "2", "--eval-every", "0",
+                "--test-samples", "3", "--run", str(tmp_path / "run")])
+    assert set(json.loads((tmp_path / "run/summary.json").read_text())["trained"]["by_kind"]) == {
+        x.kind for x in load_data("shapes", "test", 3)}
     assert set(json.loads((tmp_path / "run/samples.json").read_text())) == set("01234567")
 
 

@@ -43,25 +43,33 @@ from samr1_mini.running import loading
 
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
 # Boxes that miss the object by more and more, in the policy's 112 x 112 square.
-BOXES = ['<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>' % (19 + 8 * i, 56 + 8 * i) for i in range(5)]
+BOXES = [
+    '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>' % (19 + 8 * i, 56 + 8 * i)
+    for i in range(5)
+]
 
 
 def say(monkeypatch, words):
     """Let the policy answer these, in turn; all that comes after it is real."""
     words = cycle(words)
-    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts])
+    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [
+        [Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts])
 
 
 def bool_rows(*masks):
-    return [{"image": png(i), "text": "the largest object", "mask": m.tolist(), "image_id": str(i), "ann_id": str(i), "img_height": HEIGHT, "img_width": WIDTH}
+    return [{"image": png(i), "text": "the largest object", "mask": m.tolist(), "image_id": str(i), "ann_id": str(i),
+             "img_height": HEIGHT, "img_width": WIDTH}
             for i, m in enumerate(masks)]
 
 
 def layouts(folder, coco_dir):  # noqa: F811
     """Small copies of three published layouts under their options."""
-    yield load_data(parquet(folder / "a", "test", [r | {"split": "test"} for r in coco_rows()]), "test", 6, coco_dir=str(coco_dir))
+    yield load_data(parquet(folder / "a", "test", [r | {"split": "test"} for r in coco_rows()]), "test", 6,
+                    coco_dir=str(coco_dir))
     yield load_data(parquet(folder / "b", "test", bool_rows(square(), ~square(), square())), "test", 6)
-    polygon = [{"question_id": str(i), "image": png(i), "question": "", "answer": ["the left object"], "segmentation": [float(v) for v in SQUARE]} for i in range(3)]
+    polygon = [{"question_id": str(i), "image": png(i), "question": "", "answer": ["the left object"],
+                "segmentation": [float(v) for v in SQUARE]}
+               for i in range(3)]
     yield load_data(parquet(folder / "c", "val", polygon), "validation", 6)
     (folder / "d").mkdir()
     reasonseg_folder(folder / "d")
@@ -73,7 +81,9 @@ def code(mask):
     return coco.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
-def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(policy, segmenter, tmp_path, coco_dir, monkeypatch):  # noqa: F811
+def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(
+    policy, segmenter, tmp_path, coco_dir, monkeypatch  # noqa: F811
+):
     say(monkeypatch, [*BOXES, "nothing"])
     seen = 0
     for data in layouts(tmp_path, coco_dir):
@@ -89,7 +99,8 @@ def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(policy, segmente
             unions += int(coco.area(coco.merge(pair)))
             seen += row.in_format
         summary = report.summary()
-        assert summary["gIoU"] == pytest.approx(np.mean(ious)) and summary["cIoU"] == pytest.approx(intersections / unions)
+        assert (summary["gIoU"] == pytest.approx(np.mean(ious))
+                and summary["cIoU"] == pytest.approx(intersections / unions))
         assert 0 < summary["cIoU"] < 1
     assert seen == 14  # of 16: two could not be read
 
@@ -98,33 +109,44 @@ def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(pol
     say(monkeypatch, BOXES[:1])
     empty = np.zeros((HEIGHT, WIDTH), bool)
     data = load_data(parquet(tmp_path / "a", "test", bool_rows(square(), empty)), "test", 6)
-    both, one = evaluate(policy, segmenter, data, SETTINGS), evaluate(policy, segmenter, data, replace(SETTINGS, empty_truth="excluded"))
+    both, one = (
+        evaluate(policy, segmenter, data, SETTINGS),
+        evaluate(policy, segmenter, data, replace(SETTINGS, empty_truth="excluded")))
     assert len(both.rows) == 2 and len(one.rows) == 1 and both.summary()["count"] == 2 and one.summary()["count"] == 1
     assert both.rows[1].pair[1] > 0 == both.rows[1].iou  # something was predicted where nothing is
     assert 0 < both.summary()["gIoU"] == pytest.approx(one.summary()["gIoU"] / 2)
     monkeypatch.setattr(segmenter, "masks", lambda image, boxes, points: np.zeros((len(boxes), *image.shape[:2]), bool))
     silent = evaluate(policy, segmenter, data, SETTINGS)
-    assert silent.rows[1].pair == silent.rows[1].strict == (0, 0)  # an answer that was read, and a mask with nothing in it
-    assert silent.summary()["gIoU"] == silent.summary()["gIoU_lenient"] == 0.5  # right about the empty one, wrong about the other
+    # an answer that was read, and a mask with nothing in it
+    assert silent.rows[1].pair == silent.rows[1].strict == (0, 0)
+    # right about the empty one, wrong about the other
+    assert silent.summary()["gIoU"] == silent.summary()["gIoU_lenient"] == 0.5
     with pytest.raises(UserError, match="--empty-truth"):
-        evaluate(policy, segmenter, load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1), replace(SETTINGS, empty_truth="excluded"))
+        evaluate(policy, segmenter, load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1),
+                 replace(SETTINGS, empty_truth="excluded"))
 
 
-def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_and_in_evaluation(policy, segmenter, monkeypatch):
+def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_and_in_evaluation(
+    policy, segmenter, monkeypatch
+):
     say(monkeypatch, ["nothing"])
-    data = [Sample(Image.new("RGB", (112, 112)), "?", truth, "x") for truth in (np.zeros((112, 112), bool), np.eye(112, dtype=bool))]
+    data = [Sample(Image.new("RGB", (112, 112)), "?", truth, "x")
+            for truth in (np.zeros((112, 112), bool), np.eye(112, dtype=bool))]
     report = evaluate(policy, segmenter, data, SETTINGS)
     assert [row.strict for row in report.rows] == [row.pair for row in report.rows] == [(0, 1), (0, 112)]
     assert report.summary()["gIoU"] == report.summary()["gIoU_lenient"] == report.summary()["cIoU"] == 0
     for x in data:
-        [trained], [evaluated] = (score_group(segmenter, x, ["nothing"], 112, "iou", lenient=lenient) for lenient in (False, True))
+        [trained], [evaluated] = (
+            score_group(segmenter, x, ["nothing"], 112, "iou", lenient=lenient) for lenient in (False, True))
         assert trained.iou == evaluated.iou == trained.accuracy == 0 and trained.pair == evaluated.pair
 
 
-# ---------------------------------------------------------------------------------------------------- how it goes about it
+# ------------------------------------------------------------------------------------------------ how it goes about it
 
 
-def test_the_ceiling_is_that_of_the_true_boxes_and_each_picture_is_encoded_once(policy, segmenter, samples, monkeypatch):
+def test_the_ceiling_is_that_of_the_true_boxes_and_each_picture_is_encoded_once(
+    policy, segmenter, samples, monkeypatch
+):
     say(monkeypatch, BOXES)
     calls, encode = [], segmenter.predictor.model.image_encoder.forward
     monkeypatch.setattr(segmenter.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
@@ -177,7 +199,9 @@ def test_the_batch_of_evaluation_is_what_was_asked_for(policy, segmenter, sample
     sizes = []
     say(monkeypatch, BOXES)
     speak = evaluation.sample
-    monkeypatch.setattr(evaluation, "sample", lambda policy, prompts, *a, **k: sizes.append(len(prompts)) or speak(policy, prompts, *a, **k))
+    monkeypatch.setattr(
+        evaluation, "sample",
+        lambda policy, prompts, *a, **k: sizes.append(len(prompts)) or speak(policy, prompts, *a, **k))
     for batch, expected in ((0, [6]), (4, [4, 2]), (1, [1] * 6)):
         sizes.clear()
         evaluate(policy, segmenter, samples, replace(SETTINGS, eval_batch=batch))
@@ -207,23 +231,28 @@ class Watched(Sequence):
 
 text = '<think>.</think><answer>{"bbox": [%d, 10, 90, 90], "points": [[40, 40, 1]]}</answer>'
 lefts = iter(range(0, 80, 10))
-evaluation.sample = lambda _, prompts, *a, **k: [[Completion(torch.ones(1), torch.zeros(1), False, text % next(lefts))] for _ in prompts]
+evaluation.sample = lambda _, prompts, *a, **k: [
+    [Completion(torch.ones(1), torch.zeros(1), False, text % next(lefts))] for _ in prompts]
 data, (settings, _) = Watched(), make_settings(preset="tiny", device="cpu", eval_batch=2)
 report = evaluation.evaluate(load_policy("tiny", "fp32"), load_segmenter("tiny"), data, settings, with_ceiling=True)
 rank = PartialState(cpu=True).process_index
-json.dump({"asked": data.asked, "rows": [vars(r) for r in report.rows], "summary": report.summary(), "ceiling": report.ceiling}, open(sys.argv[1] + f"/{rank}.json", "w"))
+found = {"asked": data.asked, "rows": [vars(r) for r in report.rows], "summary": report.summary(),
+         "ceiling": report.ceiling}
+json.dump(found, open(sys.argv[1] + f"/{rank}.json", "w"))
 """
 
 
 def test_two_processes_evaluate_half_each_and_both_end_with_the_whole_report(policy, segmenter, tmp_path, monkeypatch):
     (tmp_path / "shared.py").write_text(SHARED)
-    root, launch = Path(__file__).parent.parent, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(tmp_path / "shared.py")]
-    out = subprocess.run([sys.executable, *launch, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=300,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+    root, launch = Path(__file__).parent.parent, [
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(tmp_path / "shared.py")]
+    out = subprocess.run([sys.executable, *launch, str(tmp_path)], cwd=root, capture_output=True, text=True,
+                         timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
     assert out.returncode == 0, out.stderr[-3000:]
     a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert a.pop("asked") == [0, 2, 4, 6] and b.pop("asked") == [1, 3, 5] and a == b
-    say(monkeypatch, [answer([10 * i, 10, 90, 90]) for i in (0, 0, 1, 1, 2, 2, 3)])  # what each says to its first, second, ... question
+    # what each says to its first, second, ... question
+    say(monkeypatch, [answer([10 * i, 10, 90, 90]) for i in (0, 0, 1, 1, 2, 2, 3)])
     alone = evaluate(policy, segmenter, load_data("shapes", "validation", 7), SETTINGS, with_ceiling=True)
     assert [row["index"] for row in a["rows"]] == list(range(7)) and a["ceiling"] == alone.ceiling
     assert [(row["id"], row["strict"]) for row in a["rows"]] == [(row.id, list(row.strict)) for row in alone.rows]
@@ -234,9 +263,12 @@ def answer(box, think="."):
     return '<think>%s</think><answer>{"bbox": %s, "points": [[40, 40, 1]]}</answer>' % (think, json.dumps(box))
 
 
-def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all(policy, segmenter, samples, monkeypatch):
+def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all(
+    policy, segmenter, samples, monkeypatch
+):
     """The group of each question: two alike in the format, three alike that are not, one that says nothing."""
-    texts = [answer([60, 60, 100, 100]), "no idea", answer([60, 60, 100, 100], "2"), *[f"At [10, 10, {x}, 50]." for x in (50, 51, 50)]]
+    texts = [answer([60, 60, 100, 100]), "no idea", answer([60, 60, 100, 100], "2"),
+             *[f"At [10, 10, {x}, 50]." for x in (50, 51, 50)]]
     chances = []
 
     def speak(_, prompts, group, length, temperature, chance):
@@ -245,13 +277,16 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
         return [[Completion(torch.ones(1), torch.zeros(1), False, text) for text in texts] for _ in prompts]
 
     monkeypatch.setattr(evaluation, "sample", speak)
-    boxes = lambda image, boxes, points: np.stack([np.pad(np.ones((int(d - b), int(c - a)), bool), ((int(b), 112 - int(d)), (int(a), 112 - int(c)))) for a, b, c, d in boxes])
+    boxes = lambda image, boxes, points: np.stack([
+        np.pad(np.ones((int(d - b), int(c - a)), bool), ((int(b), 112 - int(d)), (int(a), 112 - int(c))))
+        for a, b, c, d in boxes])
     monkeypatch.setattr(segmenter, "masks", boxes)
     low, high = np.zeros((2, 112, 112), bool)
     low[60:100, 60:100], high[10:50, 10:50] = True, True
     data = [replace(samples[0], mask=low), replace(samples[1], mask=high), replace(samples[2], mask=low | high)]
     report = evaluate(policy, segmenter, data, SETTINGS, votes=6)
-    assert [row.strict for row in report.rows] == [(1600, 1600), (0, 3200), (1600, 3200)]  # the two, wherever the object is
+    # the two, wherever the object is
+    assert [row.strict for row in report.rows] == [(1600, 1600), (0, 3200), (1600, 3200)]
     assert [row.pair for row in report.rows] == [(0, 3200), (1600, 1600), (1600, 3200)]  # the three
     assert all(row.in_format and row.text == texts[0] and row.texts == texts for row in report.rows)
     [panel] = shown(segmenter, data, report.rows[:1], SETTINGS, 112)
@@ -260,7 +295,8 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
     again = evaluate(policy, segmenter, data[::-1], replace(SETTINGS, eval_batch=1), votes=6)
     assert len(again.rows) == 3 and (torch.get_rng_state() == before).all()
     drawn, redrawn = torch.stack(chances[:3]), torch.stack(chances[3:])
-    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 112) and len(drawn.flatten().unique()) > 1600  # by the place, whatever the batch
+    # by the place, whatever the batch
+    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 112) and len(drawn.flatten().unique()) > 1600
 
 
 def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(policy, segmenter, samples):
@@ -270,7 +306,7 @@ def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(pol
     assert all(len(row.texts) == 3 for row in first.rows) and any(len(set(row.texts)) > 1 for row in first.rows)
 
 
-# ---------------------------------------------------------------------------------------------------- the command and its pictures
+# ----------------------------------------------------------------------------------------- the command and its pictures
 
 
 @pytest.fixture
@@ -297,18 +333,24 @@ def mistakes(folder):
 def test_a_file_that_is_no_usable_picture_ends_in_one_line_before_a_model_is_loaded(tmp_path, no_model, capsys):
     for name in mistakes(tmp_path):
         with pytest.raises(SystemExit) as left:
-            command.main(["--preset", "tiny", "--image", str(tmp_path / name), "--question", "the star", "--out", str(tmp_path / "out")])
+            command.main(["--preset", "tiny", "--image", str(tmp_path / name), "--question", "the star",
+                          "--out", str(tmp_path / "out")])
         errors = capsys.readouterr().err.splitlines()
-        assert left.value.code == 2 and len(errors) == 1 and f"--image {tmp_path / name}: " in errors[0] and not errors[0].endswith(": "), (name, errors)
+        assert (left.value.code == 2 and len(errors) == 1 and f"--image {tmp_path / name}: " in errors[0]
+                and not errors[0].endswith(": ")), (name, errors)
 
 
 @pytest.mark.parametrize(
     "options, words",
-    [(["--data", "typo"], "--data typo"), (["--out", "taken/below"], "--out taken/below: nothing can be written there (Not a directory)"),
-     (["--votes", "0"], "--votes must be at least 1, not 0"), (["--eval-batch", "-1"], "--eval-batch must not be below 0"),
-     (["--data", "empty"], "--data"), (["--mirror", "--image", "a.png", "--question", "the star"], "--mirror goes with a data set")],
+    [(["--data", "typo"], "--data typo"),
+     (["--out", "taken/below"], "--out taken/below: nothing can be written there (Not a directory)"),
+     (["--votes", "0"], "--votes must be at least 1, not 0"),
+     (["--eval-batch", "-1"], "--eval-batch must not be below 0"), (["--data", "empty"], "--data"),
+     (["--mirror", "--image", "a.png", "--question", "the star"], "--mirror goes with a data set")],
 )
-def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(options, words, tmp_path, monkeypatch, no_model, capsys):
+def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(
+    options, words, tmp_path, monkeypatch, no_model, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
     with pytest.raises(SystemExit) as left:
@@ -323,14 +365,17 @@ def test_an_adapter_without_weights_or_of_another_base_and_damaged_settings_are_
     weights, settings = adapter / "adapter_model.safetensors", tmp_path / "run" / "settings.json"
     whole = load_file(weights)
     cases = [
-        (lambda: save_file({name: tensor[:, :100].clone() if "lora_A" in name else tensor for name, tensor in whole.items()}, weights), f"adapter {adapter} does not fit"),
+        (lambda: save_file({name: tensor[:, :100].clone() if "lora_A" in name else tensor
+                            for name, tensor in whole.items()}, weights),
+         f"adapter {adapter} does not fit"),
         (lambda: settings.write_text('{"samples": 30'), f"{settings} cannot be read as a run's settings"),
         (lambda: weights.unlink(), f"--adapter {adapter}: no adapter_model.safetensors there"),
     ]
     for break_it, words in cases:
         break_it()
         with pytest.raises(SystemExit) as left:
-            command.main(["--preset", "tiny", "--device", "cpu", "--count", "2", "--adapter", str(adapter), "--out", str(tmp_path / "out")])
+            command.main(["--preset", "tiny", "--device", "cpu", "--count", "2", "--adapter", str(adapter),
+                          "--out", str(tmp_path / "out")])
         errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert left.value.code == 2 and len(errors) == 1 and words in errors[0], errors
 
@@ -345,26 +390,34 @@ def test_a_disk_that_is_full_ends_in_one_line(program, tmp_path, monkeypatch, ca
     def full(*_, **__):
         raise OSError(28, "No space left on device", "results.json")
 
-    monkeypatch.setattr("samr1_mini.grpo.load_parts" if program is train else "samr1_mini.running.loading.load_parts", full)
+    monkeypatch.setattr(
+        "samr1_mini.grpo.load_parts" if program is train else "samr1_mini.running.loading.load_parts", full)
     with pytest.raises(SystemExit) as left:
-        program.main(["--preset", "tiny", "--device", "cpu", *(["--run", str(tmp_path / "run")] if program is train else ["--out", str(tmp_path)])])
+        program.main(["--preset", "tiny", "--device", "cpu",
+                      *(["--run", str(tmp_path / "run")] if program is train else ["--out", str(tmp_path)])])
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert left.value.code == 2 and len(errors) == 1 and "No space left on device" in errors[0]
 
 
 def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_be_voted_on(tmp_path, capsys):
-    options = ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path), "--votes", "3", "--max-new-tokens", "40", "--eval-batch", "2"]
+    options = ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path), "--votes", "3",
+               "--max-new-tokens", "40", "--eval-batch", "2"]
     command.main([*options, "--count", "3"])
     out = capsys.readouterr().out
-    assert "the majority of 3 answers at temperature 1, 2 questions side by side" in out and "cannot be read counts 0 whatever the truth is" in out
+    assert ("the majority of 3 answers at temperature 1, 2 questions side by side" in out
+            and "cannot be read counts 0 whatever the truth is" in out)
     assert json.loads((tmp_path / "results.json").read_text())["votes"] == 3 and (tmp_path / "sheet.png").exists()
     load_data("shapes", "test", 1)[0].image.save(tmp_path / "scene.png")
-    command.main([*options, "--image", str(tmp_path / "scene.png"), "--question", "the largest object", "--empty-truth", "excluded"])
+    command.main([*options, "--image", str(tmp_path / "scene.png"), "--question", "the largest object",
+                  "--empty-truth", "excluded"])
     assert (tmp_path / "scene-overlay.png").exists() and "mask: " in capsys.readouterr().out
 
 
-def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_its_number(segmenter, samples, tmp_path, monkeypatch):
-    texts = ["左边的狗在 [10, 20, 30, 40]。", "الكلب على اليسار", "the dog \U0001f415\U0001f44d\U0001f3fd \u202e \x07", "it costs $5 and $6_a^b, \\frac{1}"]
+def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_its_number(
+    segmenter, samples, tmp_path, monkeypatch
+):
+    texts = ["左边的狗在 [10, 20, 30, 40]。", "الكلب على اليسار", "the dog \U0001f415\U0001f44d\U0001f3fd \u202e \x07",
+             "it costs $5 and $6_a^b, \\frac{1}"]
     panels = []
     for text in texts:
         [reward] = score_group(segmenter, samples[0], [text], 112, lenient=True)
@@ -374,24 +427,30 @@ def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_i
         plots.sample_sheet(tmp_path / "a.png", panels, 112, "any script")
         monkeypatch.setattr(plots, "FAMILIES", ["DejaVu Sans"])  # the only one that is there everywhere
         plots.sample_sheet(tmp_path / "b.png", panels, 112, "any script")
-    assert plots.legible("a 左 狗", 40) == "a ⟨U+5DE6⟩ ⟨U+72D7⟩" and plots.legible("é ü Ж ∑ اليسار 😀", 40) == "é ü Ж ∑ اليسار 😀"
-    assert plots.legible("a\x07b\u202ec", 40) == "a⟨U+0007⟩b⟨U+202E⟩c" and plots.legible("one two three four", 9, 1) == "one two"
+    assert (plots.legible("a 左 狗", 40) == "a ⟨U+5DE6⟩ ⟨U+72D7⟩"
+            and plots.legible("é ü Ж ∑ اليسار 😀", 40) == "é ü Ж ∑ اليسار 😀")
+    assert (plots.legible("a\x07b\u202ec", 40) == "a⟨U+0007⟩b⟨U+202E⟩c"
+            and plots.legible("one two three four", 9, 1) == "one two")
     with Image.open(tmp_path / "b.png") as image:
         assert image.width > 1000
 
 
 def test_a_large_photo_is_drawn_by_every_few_pixels_with_all_in_its_place(segmenter, tmp_path):
-    """A photo of 2400 x 1600: what is drawn is a third of it, and box, point and masks lie where they do on the small one."""
+    """A photo of 2400 x 1600: what is drawn is a third of it, and box, point and masks lie where they do on the small
+    one."""
     import matplotlib.pyplot as plt
 
     mask = np.zeros((1600, 2400), bool)
     mask[400:800, 600:1200] = True
-    [reward] = score_group(segmenter, Sample(Image.new("RGB", (2400, 1600)), "?", mask, "x"), [answer([28, 28, 56, 56])], 112)
+    [reward] = score_group(
+        segmenter, Sample(Image.new("RGB", (2400, 1600)), "?", mask, "x"), [answer([28, 28, 56, 56])], 112)
     figure, axes = plt.subplots()
-    plots.draw_answer(axes, Panel(Sample(Image.new("RGB", (2400, 1600)), "?", mask, "x"), "", replace(reward, mask=mask)), 112)
+    plots.draw_answer(
+        axes, Panel(Sample(Image.new("RGB", (2400, 1600)), "?", mask, "x"), "", replace(reward, mask=mask)), 112)
     assert axes.images[0].get_size() == (534, 800)
     box = axes.get_lines()[1]
-    assert box.get_xdata()[:2] == pytest.approx([199.5, 399.5], abs=0.6) and box.get_ydata()[1:3] == pytest.approx([132.8, 266.2], abs=0.6)
+    assert (box.get_xdata()[:2] == pytest.approx([199.5, 399.5], abs=0.6)
+            and box.get_ydata()[1:3] == pytest.approx([132.8, 266.2], abs=0.6))
     rows, columns = np.nonzero(axes.images[1].get_array()[..., 3])
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == (200, 399, 134, 266)
     plt.close(figure)

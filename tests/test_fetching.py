@@ -96,7 +96,9 @@ def stored(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("fault", ["500", "broken off", "broken chunk", "no HTTP", "short", "page", "another size", "silent"])
+@pytest.mark.parametrize(
+    "fault", ["500", "broken off", "broken chunk", "no HTTP", "short", "page", "another size", "silent"]
+)
 def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault):
     server.faults[NAME] = [fault, fault]
     assert fetch_pictures(sizes(1, 2), tmp_path / "a", server.url, 0) == {}
@@ -218,7 +220,8 @@ def test_what_is_left_to_download_counts_the_pictures_that_are_not_here(server, 
 
 
 def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(server, tmp_path, capsys, monkeypatch):
-    """On pictures of noise the base hardly ever finds the format, so one answer of each group is given one; all else is real."""
+    """On pictures of noise the base hardly ever finds the format, so one answer of each group is given one; all else is
+    real."""
     import train
 
     real = grpo.sample

@@ -63,8 +63,10 @@ def test_the_loss_is_the_papers_formula(normalise):
     advantage = rng.normal(0, 1, 4)
     flat = lambda x: torch.tensor(np.concatenate(x))
     each = torch.tensor(advantage).repeat_interleave(torch.tensor(lengths))
-    loss, _ = objective(flat(logp), flat(old), flat(reference), each, token_weights([lengths], normalise).double(), 0.2, 0.3, 0.05)
-    assert loss.item() == pytest.approx(naive_loss(logp, old, reference, advantage, normalise, 0.2, 0.3, 0.05), abs=1e-6)
+    loss, _ = objective(flat(logp), flat(old), flat(reference), each, token_weights([lengths], normalise).double(),
+                        0.2, 0.3, 0.05)
+    assert loss.item() == pytest.approx(naive_loss(logp, old, reference, advantage, normalise, 0.2, 0.3, 0.05),
+                                        abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ def test_the_loss_is_the_papers_formula(normalise):
     [(1, 1.2, 1), (1, 1.4, 0), (1, 0.7, 1), (-1, 0.9, -1), (-1, 0.7, 0), (-1, 1.4, -1), (1, 1.29, 1), (-1, 0.81, -1)],
 )
 def test_all_four_quadrants_of_the_asymmetric_clip(advantage, ratio, slope):
-    """Where the clip holds, the gradient is 0; elsewhere it is ratio * advantage: a bad token that grew likelier is pushed back."""
+    """Where the clip holds, the gradient is 0; elsewhere it is ratio * advantage: a bad token that grew likelier is
+    pushed back."""
     logp = torch.tensor([float(np.log(ratio))], requires_grad=True)
     loss, sums = objective(logp, torch.zeros(1), None, torch.tensor([float(advantage)]), torch.ones(1), 0.2, 0.3, 0.0)
     loss.backward()
@@ -84,13 +87,16 @@ def test_the_kl_is_k3_and_its_mean_is_the_true_kl():
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
-    _, sums = objective(p[tokens], p[tokens], q[tokens], torch.zeros(len(tokens)), torch.zeros(len(tokens)), 0.2, 0.3, 1.0)
-    exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q))
+    _, sums = objective(p[tokens], p[tokens], q[tokens], torch.zeros(len(tokens)), torch.zeros(len(tokens)),
+                        0.2, 0.3, 1.0)
+    exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
+                                              torch.distributions.Categorical(logits=q))
     assert sums["kl"] / len(tokens) == pytest.approx(exact.item(), rel=0.02)
 
 
 def test_one_token_that_the_base_finds_far_likelier_cannot_rule_an_update_and_is_counted():
-    """In the gradient as in the value; below the bound nothing changes. With bound 5 and beta 0.005 its pull is at most 0.74 advantages."""
+    """In the gradient as in the value; below the bound nothing changes. With bound 5 and beta 0.005 its pull is at most
+    0.74 advantages."""
     logp, far = torch.tensor([-1.0, -17.0, -6.5], requires_grad=True), torch.tensor([-1.5, -1.0, -1.0])
     call = lambda bound: objective(logp, logp.detach(), far, torch.zeros(3), torch.ones(3), 0.2, 0.3, 0.005, bound)
     free, held = call(float("inf")), call(5.0)
@@ -105,7 +111,8 @@ def test_advantages_are_eq_1():
     expected = (np.array([6, 2, 0, 6]) - 3.5) / np.array([6, 2, 0, 6]).std()
     assert advantages(rewards)[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert not advantages(rewards)[1:].any()  # no variance: exactly 0, not rounding noise over a tiny std
-    same = torch.linspace(0.01, 6, 500)[:, None].expand(-1, 8)  # the mean of eight equal numbers is often not that number
+    # the mean of eight equal numbers is often not that number
+    same = torch.linspace(0.01, 6, 500)[:, None].expand(-1, 8)
     assert (same != same.mean(1, keepdim=True)).any() and not advantages(same).any()
     assert advantages(rewards, "mean")[0].tolist() == pytest.approx([2.5, -1.5, -3.5, 2.5])
 
@@ -140,8 +147,10 @@ def test_rewards_go_to_the_prompt_they_belong_to(policy, segmenter, settings, mo
     for i, rollout in enumerate(rollouts):
         assert rollout.sample.id[-1] == str(i) and [r.total for r in rollout.rewards] == [i, i + 10, i, i]
         assert rollout.advantage.argmax() == 1 and rollout.advantage.sum().abs() < 1e-5
-    monkeypatch.setattr(grpo, "score_group", lambda *a: [setattr(r, "total", float(a[1].id[-1])) or r for r in real(*a)])
-    assert all(not r.advantage.any() for r in rollouts_of(policy, segmenter, settings, 3))  # equal within each group, not across
+    monkeypatch.setattr(grpo, "score_group",
+                        lambda *a: [setattr(r, "total", float(a[1].id[-1])) or r for r in real(*a)])
+    # equal within each group, not across
+    assert all(not r.advantage.any() for r in rollouts_of(policy, segmenter, settings, 3))
 
 
 def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, settings):
@@ -163,7 +172,9 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, 
         p.grad = None
 
 
-def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(policy, segmenter, settings, monkeypatch):
+def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
+    policy, segmenter, settings, monkeypatch
+):
     rollouts, switched_off = rollouts_of(policy, segmenter, settings), []
     disable = policy.model.disable_adapter
     monkeypatch.setattr(policy.model, "disable_adapter", lambda: switched_off.append(1) or disable())
@@ -182,7 +193,8 @@ def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
 
 def test_every_pass_sees_every_question_once(policy, segmenter, settings, monkeypatch):
     rollouts, seen, real = rollouts_of(policy, segmenter, settings), [], grpo.batch_loss
-    monkeypatch.setattr(grpo, "batch_loss", lambda policy, part, s: seen.append([r.sample.id for r in part]) or real(policy, part, s))
+    monkeypatch.setattr(grpo, "batch_loss",
+                        lambda policy, part, s: seen.append([r.sample.id for r in part]) or real(policy, part, s))
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
     update(policy, optimizer, rollouts, replace(settings, lr=0.0, updates=2, passes=2), 0)
     ids = [r.sample.id for r in rollouts]
@@ -202,7 +214,8 @@ def test_groups_without_variance_get_no_policy_gradient(policy, segmenter, setti
 
 
 def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(policy, segmenter, settings):
-    """With beta > 0 a flat group pulls to the base; left out, its forwards go too, and the mean is still over all questions."""
+    """With beta > 0 a flat group pulls to the base; left out, its forwards go too, and the mean is still over all
+    questions."""
     rollouts = rollouts_of(policy, segmenter, settings)
     for i, rollout in enumerate(rollouts):
         rollout.advantage = torch.linspace(-1, 1, settings.group) if i == 1 else torch.zeros(settings.group)
@@ -254,15 +267,19 @@ def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, sett
         rollout.advantage = torch.tensor([2.0, -2.0, 1.0, -1.0])
         for answer in rollout.answers:
             answer.logps = answer.logps + torch.tensor([0.25, -0.5])[torch.arange(len(answer.ids)) % 2]
-    shifts = torch.cat([torch.tensor([0.25, 0.5])[torch.arange(len(a.ids)) % 2] for r in rollouts[:2] for a in r.answers])
+    shifts = torch.cat([torch.tensor([0.25, 0.5])[torch.arange(len(a.ids)) % 2]
+                        for r in rollouts[:2] for a in r.answers])
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.1)
     log = update(policy, optimizer, rollouts, replace(settings, updates=2, lr=0.1), 100)
-    assert log["sampling_gap"] == pytest.approx(shifts.mean().item(), abs=1e-3) and log["sampling_gap_max"] == pytest.approx(0.5, abs=1e-3)
+    assert (log["sampling_gap"] == pytest.approx(shifts.mean().item(), abs=1e-3)
+            and log["sampling_gap_max"] == pytest.approx(0.5, abs=1e-3))
     assert log["ratio_max"] > 3  # the second update's policy has moved, which is not sampling's doing
 
 
-LOGGED = """step reward accuracy iou reasoning_format segmentation_format zero_variance truncated unique points length loss kl approx_kl
-clip_low clip_high entropy ratio_min ratio_max sampling_gap sampling_gap_max kl_held grad_norm lr seconds_rollout seconds_reward seconds_update tokens_per_second peak_memory_gib"""
+LOGGED = """step reward accuracy iou reasoning_format segmentation_format zero_variance truncated
+unique points length loss kl approx_kl
+clip_low clip_high entropy ratio_min ratio_max sampling_gap sampling_gap_max kl_held grad_norm lr
+seconds_rollout seconds_reward seconds_update tokens_per_second peak_memory_gib"""
 
 
 def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
@@ -280,12 +297,15 @@ def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
     assert summary["ceiling"]["gIoU"] > 0.8
     for when in ("base", "trained"):
         each = json.loads((folder / f"test-{when}.json").read_text())
-        assert len(each) == s.test_samples and np.mean([one["iou_strict"] for one in each]) == pytest.approx(summary[when]["gIoU"])
+        assert (len(each) == s.test_samples
+                and np.mean([one["iou_strict"] for one in each]) == pytest.approx(summary[when]["gIoU"]))
         assert np.mean([one["iou"] for one in each]) == pytest.approx(summary[when]["gIoU_lenient"])
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [one["id"] for one in answers] == json.loads((folder / "samples.json").read_text())
-    assert [one["step"] for one in answers] == [1] * s.questions + [2] * s.questions and all(one["text"] for one in answers)
-    adapter = PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), folder / "adapter")
+    assert ([one["step"] for one in answers] == [1] * s.questions + [2] * s.questions
+            and all(one["text"] for one in answers))
+    adapter = PeftModel.from_pretrained(
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), folder / "adapter")
     assert any(p.any() for n, p in adapter.named_parameters() if "lora_B" in n), "the adapter did not change"
 
 
@@ -357,12 +377,16 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, whole, monkeyp
 
 
 def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_path):
-    """kill -9 from outside, once before anything was saved and once somewhere in a step, with a state saved after each step."""
-    options = ["--samples", "20", "--questions", "4", "--group", "3", "--updates", "2", "--eval-every", "0", "--test-samples", "2", "--warmup", "1",
-               "--max-new-tokens", "40", "--save-minutes", "0.0001", "--device", "cpu"]
-    start = lambda *more: subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--run", str(tmp_path / "cut"), *options, *more],
-                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    wait_for = lambda done, process: [time.sleep(0.02) for _ in iter(lambda: done() or process.poll() is not None, True)]
+    """kill -9 from outside, once before anything was saved and once somewhere in a step, with a state saved after each
+    step."""
+    options = ["--samples", "20", "--questions", "4", "--group", "3", "--updates", "2", "--eval-every", "0",
+               "--test-samples", "2", "--warmup", "1", "--max-new-tokens", "40", "--save-minutes", "0.0001",
+               "--device", "cpu"]
+    start = lambda *more: subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--run", str(tmp_path / "cut"), *options, *more],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for = lambda done, process: [time.sleep(0.02)
+                                      for _ in iter(lambda: done() or process.poll() is not None, True)]
     log = tmp_path / "cut/metrics.jsonl"
     for done, more in ((log.exists, ()), (lambda: log.read_text().count("\n") >= 2, ("--resume",))):
         process = start(*more)
@@ -372,8 +396,8 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_p
     last = start("--resume")
     printed, _ = last.communicate()
     assert last.returncode == 0 and "held-out test, greedy" in printed, printed
-    whole = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "whole"), samples=20, questions=4, group=3, updates=2, eval_every=0, test_samples=2,
-                          warmup=1, max_new_tokens=40)[0]
+    whole = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "whole"), samples=20, questions=4, group=3,
+                          updates=2, eval_every=0, test_samples=2, warmup=1, max_new_tokens=40)[0]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train(whole)
@@ -399,15 +423,19 @@ def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("error, kind", [(lambda: signal.raise_signal(signal.SIGTERM), Terminated), (out_of_memory, torch.OutOfMemoryError)])
-def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before_it(error, kind, settings, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("error, kind", [
+    (lambda: signal.raise_signal(signal.SIGTERM), Terminated), (out_of_memory, torch.OutOfMemoryError)])
+def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before_it(
+    error, kind, settings, whole, monkeypatch, capsys
+):
     s = replace(settings, samples=12)
     expected, folder = whole(s), Path(s.run)
     restore = cut_in_the_second_update(monkeypatch, 3, error)
     with pytest.raises(kind):
         train(s)
     restore()
-    state, adapter = torch.load(folder / "state.pt", weights_only=True), load_file(folder / "adapter/adapter_model.safetensors")
+    state, adapter = (torch.load(folder / "state.pt", weights_only=True),
+                      load_file(folder / "adapter/adapter_model.safetensors"))
     assert state["step"] == 2 and len(adapter) == len(state["adapter"])
     assert all((adapter[name.replace(".default", "")] == value).all() for name, value in state["adapter"].items())
     assert "step 2 is saved" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -417,7 +445,8 @@ def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before
 
 def test_a_state_is_saved_every_so_many_minutes_too(settings, tmp_path, monkeypatch):
     saved, real = [], runs.save_state
-    monkeypatch.setattr(runs, "save_state", lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
+    monkeypatch.setattr(runs, "save_state",
+                        lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
     train(replace(settings, samples=12, save_minutes=1e-9))
     often, saved[:] = list(saved), []
     train(replace(settings, samples=12, save_minutes=60.0, run=str(tmp_path / "other")))
@@ -454,13 +483,16 @@ def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(
     same_runs(expected, tmp_path / "run")
 
 
-# ---------------------------------------------------------------------------------------------------- before the first step
+# ------------------------------------------------------------------------------------------------ before the first step
 
 
 @pytest.mark.parametrize("text, tokens, words", [
-    ("It is there.", 48, "Warning: none is in the asked format, .* 'It is there.'"), (GOOD, 3, "Warning: most are cut off, .* raise --max-new-tokens 3"),
+    ("It is there.", 48, "Warning: none is in the asked format, .* 'It is there.'"),
+    (GOOD, 3, "Warning: most are cut off, .* raise --max-new-tokens 3"),
     (GOOD, 48, r"4 questions, 4 each: in the format 1.00, mean IoU 0\.\d\d, truncated 0.00$")])
-def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_can_be_learnt(text, tokens, words, policy, segmenter, settings):
+def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_can_be_learnt(
+    text, tokens, words, policy, segmenter, settings
+):
     s = replace(settings, max_new_tokens=tokens)
     rollouts = rollouts_of(policy, segmenter, s)
     for rollout in rollouts:
@@ -482,9 +514,13 @@ def refuse(what):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(data="typo"), "--data typo"), (dict(policy="./none"), "--policy ./none"), (dict(sam="./none"), "--sam ./none"),
-    (dict(image_size=100), "multiple of 14"), (dict(data="empty-folder"), "empty-folder"), (dict(run="/proc/run"), "--run /proc/run: nothing can be written")])
-def test_whatever_can_be_refused_at_once_is_refused_before_anything_is_loaded(changes, words, settings, monkeypatch, tmp_path):
+    (dict(data="typo"), "--data typo"), (dict(policy="./none"), "--policy ./none"),
+    (dict(sam="./none"), "--sam ./none"), (dict(image_size=100), "multiple of 14"),
+    (dict(data="empty-folder"), "empty-folder"),
+    (dict(run="/proc/run"), "--run /proc/run: nothing can be written")])
+def test_whatever_can_be_refused_at_once_is_refused_before_anything_is_loaded(
+    changes, words, settings, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty-folder").mkdir()
     for name in ("load_policy", "load_segmenter"):
@@ -493,9 +529,12 @@ def test_whatever_can_be_refused_at_once_is_refused_before_anything_is_loaded(ch
         train(replace(settings, **changes))
 
 
-def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_the_room(settings, monkeypatch, tmp_path, capsys):
+def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_the_room(
+    settings, monkeypatch, tmp_path, capsys
+):
     file = lambda size, wanted: DryRunFileInfo("", size, "model.safetensors", "", not wanted, wanted)
-    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda name, **_: [file(5 * 10**9, True), file(11 * 10**9, True), file(10**9, False)])
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download",
+                        lambda name, **_: [file(5 * 10**9, True), file(11 * 10**9, True), file(10**9, False)])
     monkeypatch.setattr(loading, "SAM_FOLDER", tmp_path)
     monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path)
     sets = [SimpleNamespace(download_bytes=500_000_000), SimpleNamespace(download_bytes=0)]
@@ -505,25 +544,30 @@ def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_
     capsys.readouterr()
     with pytest.raises(UserError, match=r"GB are to be downloaded to .*, and 1.0 GB are free there: make room"):
         loading.check_room(full, sets)
-    assert "to download: policy Qwen/Qwen2.5-VL-7B-Instruct 16.0 GB, pictures 0.5 GB, SAM vit_h 2.6 GB" in capsys.readouterr().out
+    assert ("to download: policy Qwen/Qwen2.5-VL-7B-Instruct 16.0 GB, pictures 0.5 GB, SAM vit_h 2.6 GB"
+            in capsys.readouterr().out)
     loading.check_room(settings, sets[1:])
     assert not capsys.readouterr().out  # nothing to download, nothing to say
 
 
 def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settings, tmp_path):
     train(settings)
-    again, _ = parse_settings(["--resume", "--run", settings.run, "--micro", "1", "--samples", "16", "--checkpointing", "--max-new-tokens", "24"], "train.py", "")
+    again, _ = parse_settings(["--resume", "--run", settings.run, "--micro", "1", "--samples", "16",
+                               "--checkpointing", "--max-new-tokens", "24"], "train.py", "")
     assert again == replace(settings, resume=True, micro=1, samples=16, checkpointing=True, max_new_tokens=24)
     with pytest.raises(SystemExit):
         parse_settings(["--resume", "--run", settings.run, "--group", "2"], "train.py", "")
     assert train(again)["samples"] == 16
-    assert parse_settings(["--resume", "--run", settings.run], "train.py", "")[0] == again  # the next time it need not be said again
+    # the next time it need not be said again
+    assert parse_settings(["--resume", "--run", settings.run], "train.py", "")[0] == again
 
 
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_answers_stay_the_same(policy, segmenter, settings, monkeypatch):
+def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_answers_stay_the_same(
+    policy, segmenter, settings, monkeypatch
+):
     whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.sample
     assert questions_per_batch(policy.base, 4, 220, settings, float("inf")) == 4
     assert questions_per_batch(policy.base, 4, 220, settings, 0) == 1
@@ -533,7 +577,8 @@ def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_ans
     monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
     monkeypatch.setattr(grpo, "sample", lambda *args: sizes.append(len(args[1])) or real(*args))
     parts = rollouts_of(policy, segmenter, settings)
-    assert sizes == [2, 2] and [[a.text for a in r.answers] for r in whole] == [[a.text for a in r.answers] for r in parts]
+    assert (sizes == [2, 2]
+            and [[a.text for a in r.answers] for r in whole] == [[a.text for a in r.answers] for r in parts])
 
 
 def test_the_largest_update_is_tried_at_full_length_and_changes_nothing(policy, settings, monkeypatch):
@@ -557,7 +602,8 @@ def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings,
     with pytest.raises(SystemExit) as left:
         command.main(["--device", "cpu"])
     error = capsys.readouterr().err
-    assert left.value.code == 2 and len(error.splitlines()) == 1 and "--micro" in error and "--resume" in error and "2.00 GiB" in error
+    assert (left.value.code == 2 and len(error.splitlines()) == 1
+            and "--micro" in error and "--resume" in error and "2.00 GiB" in error)
 
 
 def test_a_run_is_not_overwritten(settings, tmp_path):
@@ -574,7 +620,8 @@ def test_a_run_whose_adapter_did_not_change_is_an_error(settings, monkeypatch):
 
 
 def test_a_short_real_training_raises_the_reward(tmp_path):
-    s, _ = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=256, eval_every=0, test_samples=60)
+    s, _ = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=256, eval_every=0,
+                         test_samples=60)
     summary = train(s)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = (np.mean([line["reward"] for line in part]) for part in (lines[:4], lines[-4:]))

@@ -1,4 +1,5 @@
-"""The figure of how ways of thinking follow each other: what it draws is what the runs' answers say, and mistakes are told in one line."""
+"""The figure of how ways of thinking follow each other: what it draws is what the runs' answers say, and mistakes are
+told in one line."""
 
 import json
 
@@ -9,8 +10,9 @@ from samr1_mini.tiny import phases
 from samr1_mini.tiny.scenes import KINDS
 
 TEXTS = {
-    "sentence": "The red star is at [1, 2, 3, 4].", "short": "<think>The red star fits best.</think>", "other": "A star.",
-    "names": "<think>I see the red star. It is the red star.</think>", "places": "<think>I see the red star (3, 4). It is the red star.</think>",
+    "sentence": "The red star is at [1, 2, 3, 4].", "short": "<think>The red star fits best.</think>",
+    "other": "A star.", "names": "<think>I see the red star. It is the red star.</think>",
+    "places": "<think>I see the red star (3, 4). It is the red star.</think>",
 }
 
 
@@ -24,8 +26,10 @@ def write_run(folder, steps, seed):
             style, kind = str(rng.choice(list(TEXTS), p=chance / chance.sum())), str(rng.choice(KINDS))
             rows.append((step, style, kind, float(rng.integers(7))))
     folder.mkdir()
-    answers = [{"step": step, "kind": kind, "text": TEXTS[style], "tokens": 9, "reward": reward} for step, style, kind, reward in rows]
-    metrics = [{"step": step, "length": 10.0 * step, "reward": np.mean([r for s, *_, r in rows if s == step])} for step in range(1, steps + 1)]
+    answers = [{"step": step, "kind": kind, "text": TEXTS[style], "tokens": 9, "reward": reward}
+               for step, style, kind, reward in rows]
+    metrics = [{"step": step, "length": 10.0 * step, "reward": np.mean([r for s, *_, r in rows if s == step])}
+               for step in range(1, steps + 1)]
     for name, lines in (("answers", answers), ("metrics", metrics)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return rows
@@ -36,7 +40,9 @@ def near(rows, step, steps):
     return [row for row in rows if abs(row[0] - step) <= 4 and row[0] <= steps]
 
 
-def test_shares_rewards_and_who_measures_are_those_of_the_answers_of_all_runs_up_to_the_shortests_end(tmp_path, monkeypatch, capsys):
+def test_shares_rewards_and_who_measures_are_those_of_the_answers_of_all_runs_up_to_the_shortests_end(
+    tmp_path, monkeypatch, capsys
+):
     rows, figures = write_run(tmp_path / "a", 30, 0) + write_run(tmp_path / "b", 24, 1), []
     monkeypatch.setattr(phases.plt, "close", figures.append)
     phases.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.png")])
@@ -61,17 +67,20 @@ def test_shares_rewards_and_who_measures_are_those_of_the_answers_of_all_runs_up
                 assert drawn == pytest.approx(np.mean(paid))
     assert {line.get_label() for line in measured.get_lines()} == set(KINDS)
     assert {line.get_label() for line in earned.get_lines()} == {"all", *TEXTS}
-    assert len(length.get_lines()[-1].get_xdata()) == 24 and length.get_lines()[-1].get_ydata()[10] == pytest.approx(110)
+    assert (len(length.get_lines()[-1].get_xdata()) == 24
+            and length.get_lines()[-1].get_ydata()[10] == pytest.approx(110))
 
 
 def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkeypatch):
     figures, seldom = [], {5: 1, 20: 8}  # step: answers with places
-    answers = [{"step": s, "kind": "part", "text": TEXTS["places" if i < seldom.get(s, 0) else "short"], "reward": 3.0} for s in range(1, 31) for i in range(16)]
+    answers = [{"step": s, "kind": "part", "text": TEXTS["places" if i < seldom.get(s, 0) else "short"], "reward": 3.0}
+               for s in range(1, 31) for i in range(16)]
     monkeypatch.setattr(phases.plt, "close", figures.append)
     styled = [answer | {"style": phases.style_of(answer["text"])} for answer in answers]
     phases.draw(tmp_path / "x.png", [([{"step": s, "reward": 3.0, "length": 9.0} for s in range(1, 31)], styled)])
     [places] = [line.get_ydata() for line in figures[0].axes[3].get_lines() if line.get_label() == "places"]
-    assert [i + 1 for i, y in enumerate(places) if not np.isnan(y)] == list(range(16, 25)) and np.nanmax(places) == pytest.approx(3)
+    assert ([i + 1 for i, y in enumerate(places) if not np.isnan(y)] == list(range(16, 25))
+            and np.nanmax(places) == pytest.approx(3))
 
 
 @pytest.mark.parametrize("spoil, told", [

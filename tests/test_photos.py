@@ -1,4 +1,5 @@
-"""Photographs of their own sizes, Qwen2.5-VL's real vocabulary and 840 x 840 pixels: from file to figure, where photos are at hand."""
+"""Photographs of their own sizes, Qwen2.5-VL's real vocabulary and 840 x 840 pixels: from file to figure, where photos
+are at hand."""
 
 import json
 from dataclasses import replace
@@ -43,8 +44,11 @@ def true_answer(x, size=840):
 
 @pytest.fixture
 def settings(real_vocabulary, tmp_path):
-    return make_settings(preset="tiny", device="cpu", policy=str(real_vocabulary), load_in="fp32", data=str(PHOTOS), image_size=840, max_new_tokens=8,
-                         rank=2, run=str(tmp_path / "run"), samples=4, questions=2, group=2, updates=1, warmup=1, eval_every=0, eval_samples=2, test_samples=2)[0]
+    return make_settings(
+        preset="tiny", device="cpu", policy=str(real_vocabulary), load_in="fp32", data=str(PHOTOS), image_size=840,
+        max_new_tokens=8, rank=2, run=str(tmp_path / "run"), samples=4, questions=2, group=2, updates=1, warmup=1,
+        eval_every=0, eval_samples=2, test_samples=2,
+    )[0]
 
 
 def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(settings, real_vocabulary, monkeypatch):
@@ -62,7 +66,8 @@ def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(setti
     report = evaluate(policy, BoxFiller(), data, settings)
     assert len({x.image.size for x in data}) > 1 and all(x.image.size != (840, 840) for x in data)
     for row, x in zip(report.rows, data):
-        best = iou(*intersection_union(filled(tight_box(x.mask), *x.mask.shape), x.mask))  # of the box itself, filled, on the photograph
+        # of the box itself, filled, on the photograph
+        best = iou(*intersection_union(filled(tight_box(x.mask), *x.mask.shape), x.mask))
         assert row.in_format and row.iou == pytest.approx(best, abs=0.01) and row.box_iou > 0.99
     panels = shown(BoxFiller(), data, report.rows, settings, 840)
     assert all(p.reward.mask.shape == p.sample.mask.shape for p in panels)
@@ -77,11 +82,12 @@ def test_a_photographs_prompt_has_900_picture_tokens_and_the_words_of_the_real_v
 
 
 def test_evaluation_of_photographs_from_the_command_line(settings, real_vocabulary, tmp_path, capsys):
-    common = ["--preset", "tiny", "--policy", str(real_vocabulary), "--load-in", "fp32", "--device", "cpu", "--image-size", "840", "--max-new-tokens", "8",
-              "--out", str(tmp_path / "out")]
+    common = ["--preset", "tiny", "--policy", str(real_vocabulary), "--load-in", "fp32", "--device", "cpu",
+              "--image-size", "840", "--max-new-tokens", "8", "--out", str(tmp_path / "out")]
     eval_command.main([*common, "--data", str(PHOTOS), "--count", "3"])
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["summary"]["count"] == 3 and "truncated" in results["summary"] and "conventions" in capsys.readouterr().out
+    assert (results["summary"]["count"] == 3 and "truncated" in results["summary"]
+            and "conventions" in capsys.readouterr().out)
     photo = sorted((PHOTOS / "pictures").iterdir())[0]
     eval_command.main([*common, "--image", str(photo), "--question", "the cup"])
     for name in ("sheet.png", f"{photo.stem}-overlay.png"):
@@ -97,7 +103,8 @@ def test_training_on_photographs(settings, monkeypatch, tmp_path):
         groups = real(policy, prompts, *rest)
         asked.extend(len(p.ids) for p in prompts)
         for group in groups:
-            group[0].text = '<think>There.</think><answer>{"bbox": [210, 210, 630, 630], "points": [[420, 420, 1]]}</answer>'
+            group[0].text = (
+                '<think>There.</think><answer>{"bbox": [210, 210, 630, 630], "points": [[420, 420, 1]]}</answer>')
         return groups
 
     monkeypatch.setattr(grpo, "sample", half_right)

@@ -37,7 +37,8 @@ def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):
 
 
 def one_by_one(policy, item, ids, temperature=1.0):
-    """Log-probs of one answer by the model's own forward on one unpadded, unpacked row, pixels and all: the independent way."""
+    """Log-probs of one answer by the model's own forward on one unpadded, unpacked row, pixels and all: the independent
+    way."""
     inputs = policy.processor(
         text=[prompt_text(policy.processor, item.question, *item.image.size)], images=[item.image], return_tensors="pt"
     )
@@ -53,7 +54,8 @@ def one_by_one(policy, item, ids, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_packed_log_probs_equal_one_by_one_and_sampling(policy, samples, temperature):
-    """Two and more pictures in a batch, prompts and answers of different lengths: each answer goes with its own picture."""
+    """Two and more pictures in a batch, prompts and answers of different lengths: each answer goes with its own
+    picture."""
     prompts, groups = draw(policy, samples[:4], temperature=temperature)
     assert len({len(p.ids) for p in prompts}) > 1 and len({len(a.ids) for g in groups for a in g}) > 1
     packed, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups], temperature)
@@ -100,14 +102,16 @@ def test_the_pictures_matter(policy, samples):
 def test_greedy_sampling_equals_transformers_generate(policy, samples):
     _, groups = draw(policy, samples[:3], group=1, temperature=0)
     for x, [answer] in zip(samples, groups):
-        inputs = policy.processor(text=[prompt_text(policy.processor, x.question, 112, 112)], images=[x.image], return_tensors="pt")
+        inputs = policy.processor(text=[prompt_text(policy.processor, x.question, 112, 112)], images=[x.image],
+                                  return_tensors="pt")
         policy.base.model.rope_deltas = None
         out = policy.base.generate(**inputs, max_new_tokens=40, do_sample=False, num_beams=1)
         assert out[0, inputs.input_ids.shape[1] :].tolist()[: len(answer.ids)] == answer.ids.tolist()
 
 
 def test_sampled_frequencies_are_those_of_the_softmax(policy, samples):
-    """No top-k, no top-p, no penalty, no shipped generation_config: the first token's frequencies against its probabilities."""
+    """No top-k, no top-p, no penalty, no shipped generation_config: the first token's frequencies against its
+    probabilities."""
     with torch.no_grad():
         prompts = encode(policy, [samples[0].image], [samples[0].question])
     torch.manual_seed(0)
@@ -169,13 +173,18 @@ def test_eos_is_part_of_the_answer_and_a_cut_answer_is_marked(policy, samples):
     assert all(a.truncated and len(a.ids) == 5 for g in short for a in g)
 
 
-def test_an_answer_stops_where_the_models_own_generation_config_does_and_padding_is_never_sampled(policy, real_vocabulary, monkeypatch):
-    """Qwen's stops at <|im_end|> and at <|endoftext|>; the tiny policy's at <|im_end|> alone, so there <|endoftext|> is only padding."""
+def test_an_answer_stops_where_the_models_own_generation_config_does_and_padding_is_never_sampled(
+    policy, real_vocabulary, monkeypatch
+):
+    """Qwen's stops at <|im_end|> and at <|endoftext|>; the tiny policy's at <|im_end|> alone, so there <|endoftext|> is
+    only padding."""
     token = policy.processor.tokenizer.convert_tokens_to_ids
-    assert policy.stop.tolist() == [token("<|im_end|>")] and policy.banned[token("<|endoftext|>")] and not policy.banned[policy.stop].any()
+    assert (policy.stop.tolist() == [token("<|im_end|>")] and policy.banned[token("<|endoftext|>")]
+            and not policy.banned[policy.stop].any())
     real = load_policy(real_vocabulary, "fp32", rank=2)
     assert real.stop.tolist() == [151643, 151645] and not real.banned[real.stop].any()
-    assert real.banned[[151652, 151653, 151654, 151655, 151656]].all() and real.banned[len(real.processor.tokenizer) :].all()
+    assert (real.banned[[151652, 151653, 151654, 151655, 151656]].all()
+            and real.banned[len(real.processor.tokenizer) :].all())
     with torch.no_grad():
         prompts = encode(real, [Image.new("RGB", (112, 112))], ["the cup"])
     for end in real.stop:
@@ -230,7 +239,8 @@ class LargestLogits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.ndim and out.shape[-1] == self.vocabulary and out.shape != (self.width, self.vocabulary):
+        if (isinstance(out, torch.Tensor) and out.ndim and out.shape[-1] == self.vocabulary
+                and out.shape != (self.width, self.vocabulary)):
             self.largest = max(self.largest, out.numel())
         return out
 
@@ -243,14 +253,16 @@ def test_logits_are_never_held_whole_and_chunks_change_nothing(policy, samples, 
     whole, entropy = logprobs(policy, prompts, ids)
     gradient = torch.autograd.grad(whole.sum(), parameters)
     split = torch.Tensor.split
-    monkeypatch.setattr(torch.Tensor, "split", lambda self, size, *a, **k: split(self, 7 if self.shape[0] == tokens else size, *a, **k))
+    monkeypatch.setattr(torch.Tensor, "split",
+                        lambda self, size, *a, **k: split(self, 7 if self.shape[0] == tokens else size, *a, **k))
     heads = []
     hook = policy.base.lm_head.register_forward_hook(lambda module, args, out: heads.append(out.numel()))
     with LargestLogits(policy.base.lm_head) as seen:
         chunked, chunked_entropy = logprobs(policy, prompts, ids)
         chunked_gradient = torch.autograd.grad(chunked.sum(), parameters)
     hook.remove()
-    assert max(heads) == 7 * vocabulary and sum(heads) == 2 * tokens * vocabulary  # once forward, once again in the backward
+    # once forward, once again in the backward
+    assert max(heads) == 7 * vocabulary and sum(heads) == 2 * tokens * vocabulary
     assert seen.largest == 7 * vocabulary
     torch.testing.assert_close(whole, chunked, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, chunked_entropy, atol=1e-5, rtol=1e-5)
@@ -265,7 +277,8 @@ def test_over_qwens_whole_vocabulary_no_chunk_of_logits_is_larger_than_256_mb():
     config.text_config.intermediate_size, config.text_config.layer_types = 32, ["full_attention"]
     config.text_config.rope_parameters["mrope_section"], config.vision_config.out_hidden_size = [2, 3, 3], 32
     policy = random_policy(config, "fp32", 2, "cpu", False)
-    prompt = Prompt(torch.arange(300, 308), torch.randn(8, 32), torch.arange(8).expand(3, -1), torch.zeros(8, dtype=torch.bool))
+    prompt = Prompt(torch.arange(300, 308), torch.randn(8, 32), torch.arange(8).expand(3, -1),
+                    torch.zeros(8, dtype=torch.bool))
     with torch.no_grad(), LargestLogits(policy.base.lm_head) as seen:
         logps, _ = logprobs(policy, [prompt], [[torch.randint(300, 1000, (250,)) for _ in range(2)]])
     assert len(logps) == 500 and 100 * 151_936 < seen.largest <= 2**26  # numbers of 4 bytes
@@ -275,7 +288,8 @@ def test_entropy_is_that_of_the_distribution(policy, samples):
     prompts, groups = draw(policy, samples[:1], group=2)
     _, entropy = logprobs(policy, prompts, [[a.ids for a in groups[0]]])
     policy.base.model.rope_deltas = None
-    inputs = policy.processor(text=[prompt_text(policy.processor, samples[0].question, 112, 112)], images=[samples[0].image], return_tensors="pt")
+    inputs = policy.processor(text=[prompt_text(policy.processor, samples[0].question, 112, 112)],
+                              images=[samples[0].image], return_tensors="pt")
     with torch.no_grad():
         logits = policy.base(**inputs).logits[0, -1].float()
     logits[policy.banned] = -float("inf")
@@ -319,10 +333,13 @@ def test_logits_are_not_rounded_to_the_dtype_of_the_head(as_on_a_gpu):
     assert (gradient - true).norm() < 0.01 * true.norm()
 
 
-def test_rollout_reward_reference_and_updates_run_in_the_dtypes_of_a_gpu_and_the_first_ratio_stays_near_1(as_on_a_gpu, samples, segmenter, settings):
+def test_rollout_reward_reference_and_updates_run_in_the_dtypes_of_a_gpu_and_the_first_ratio_stays_near_1(
+    as_on_a_gpu, samples, segmenter, settings
+):
     policy = as_on_a_gpu
     layer = policy.base.model.language_model.layers[0].self_attn.q_proj
-    assert layer.base_layer.compute_dtype == policy.base.lm_head.weight.dtype == policy.base.model.visual.dtype == torch.bfloat16
+    assert (layer.base_layer.compute_dtype == policy.base.lm_head.weight.dtype == policy.base.model.visual.dtype
+            == torch.bfloat16)
     assert all(p.dtype == torch.float32 for p in policy.model.parameters() if p.requires_grad)
     torch.manual_seed(0)
     rollouts, _ = roll_out(policy, segmenter, samples[:4], settings)
@@ -336,11 +353,15 @@ def test_rollout_reward_reference_and_updates_run_in_the_dtypes_of_a_gpu_and_the
 
 
 @pytest.mark.parametrize("load_in, device, capability, dtype", [
-    ("nf4", "cpu", None, torch.float32), ("nf4", "cuda", (8, 6), torch.bfloat16), ("nf4", "cuda", (7, 5), torch.float32),
-    ("bf16", "cpu", None, torch.bfloat16), ("fp32", "cuda", (9, 0), torch.float32)])
-def test_what_is_not_in_four_bits_is_bf16_only_where_a_gpu_computes_in_it(load_in, device, capability, dtype, monkeypatch):
+    ("nf4", "cpu", None, torch.float32), ("nf4", "cuda", (8, 6), torch.bfloat16),
+    ("nf4", "cuda", (7, 5), torch.float32), ("bf16", "cpu", None, torch.bfloat16),
+    ("fp32", "cuda", (9, 0), torch.float32)])
+def test_what_is_not_in_four_bits_is_bf16_only_where_a_gpu_computes_in_it(
+    load_in, device, capability, dtype, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert policy_module.compute_dtype(load_in, device) == dtype and policy_module.four_bits(dtype).bnb_4bit_compute_dtype == dtype
+    assert (policy_module.compute_dtype(load_in, device) == dtype
+            and policy_module.four_bits(dtype).bnb_4bit_compute_dtype == dtype)
 
 
 def test_only_the_language_models_projections_are_in_four_bits(nf4_policy):
@@ -375,12 +396,14 @@ def test_gradients_pass_through_four_bit_layers_as_through_their_dequantised_wei
     for policy in (nf4_policy, plain):
         policy.model.train()
         logps, _ = logprobs(policy, prompts, ids)
-        results.append((logps, torch.autograd.grad(logps.sum(), [p for p in policy.model.parameters() if p.requires_grad])))
+        results.append((logps,
+                        torch.autograd.grad(logps.sum(), [p for p in policy.model.parameters() if p.requires_grad])))
         policy.model.eval()
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
     for a, b in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(torch.cat([a.logps for g in groups for a in g]), results[0][0].detach(), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([a.logps for g in groups for a in g]), results[0][0].detach(),
+                               atol=2e-4, rtol=1e-4)
 
 
 def test_checkpointing_changes_memory_and_not_gradients(samples):
@@ -392,7 +415,8 @@ def test_checkpointing_changes_memory_and_not_gradients(samples):
         prompts, groups = draw(policy, samples[:2], tokens=20)
         policy.model.train()
         calls = []
-        policy.base.model.language_model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+        policy.base.model.language_model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+            lambda *_: calls.append(1))
         logps, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
         logps.sum().backward()
         results.append(([p.grad for p in policy.model.parameters() if p.requires_grad], len(calls)))
@@ -404,8 +428,10 @@ def test_checkpointing_changes_memory_and_not_gradients(samples):
 
 def test_a_saved_adapter_loads_with_peft_on_the_plain_base(policy, samples, tmp_path):
     policy.model.save_pretrained(tmp_path)
-    plain = PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), tmp_path)
-    inputs = policy.processor(text=[prompt_text(policy.processor, samples[0].question, 112, 112)], images=[samples[0].image], return_tensors="pt")
+    plain = PeftModel.from_pretrained(
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), tmp_path)
+    inputs = policy.processor(text=[prompt_text(policy.processor, samples[0].question, 112, 112)],
+                              images=[samples[0].image], return_tensors="pt")
     policy.base.model.rope_deltas = None
     with torch.no_grad():
         torch.testing.assert_close(plain(**inputs).logits, policy.model(**inputs).logits, atol=1e-4, rtol=1e-4)
@@ -420,7 +446,8 @@ def test_a_merged_folder_answers_like_base_and_adapter_up_to_bf16(policy, sample
     merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     assert next(iter(load_file(tmp_path / "merged/model.safetensors").values())).dtype == torch.bfloat16
-    inputs = processor(text=[prompt_text(processor, samples[0].question, 112, 112)], images=[samples[0].image], return_tensors="pt")
+    inputs = processor(text=[prompt_text(processor, samples[0].question, 112, 112)], images=[samples[0].image],
+                       return_tensors="pt")
     policy.base.model.rope_deltas = None
     with torch.no_grad():
         ours, theirs = merged(**inputs).logits.log_softmax(-1), policy.model(**inputs).logits.log_softmax(-1)

@@ -1,5 +1,5 @@
-"""More than one process: two on the CPU do what one does. Gloo carries their sums; Accelerate's own launcher starts CPU processes by MPI only,
-so torchrun starts them here."""
+"""More than one process: two on the CPU do what one does. Gloo carries their sums; Accelerate's own launcher starts CPU
+processes by MPI only, so torchrun starts them here."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from samr1_mini.config import UserError
 from samr1_mini.running import processes
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--samples", "16", "--questions", "8", "--group", "4", "--updates", "2", "--eval-every", "0", "--test-samples", "4", "--max-new-tokens", "60",
-         "--warmup", "1", "--lr", "1e-4"]
+SHORT = ["--samples", "16", "--questions", "8", "--group", "4", "--updates", "2", "--eval-every", "0",
+         "--test-samples", "4", "--max-new-tokens", "60", "--warmup", "1", "--lr", "1e-4"]
 
 
 def launch(count, folder, *options, script=ROOT / "train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--", str(script), "--device", "cpu",
-               "--run", str(folder), *SHORT, *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--",
+               str(script), "--device", "cpu", "--run", str(folder), *SHORT, *options]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
 
@@ -43,9 +43,11 @@ def test_two_processes_draw_the_same_answers_and_take_the_same_steps_as_one(both
     one, two = ([json.loads(line) for line in (both[n] / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
     for a, b in zip(one, two):
-        for name in ("reward", "iou", "length", "unique", "truncated", "zero_variance", "points"):  # the same answers, so exactly the same
+        # the same answers, so exactly the same
+        for name in ("reward", "iou", "length", "unique", "truncated", "zero_variance", "points"):
             assert a[name] == pytest.approx(b[name], abs=1e-9), name
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert (a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+                and a["loss"] == pytest.approx(b["loss"], abs=1e-4))
 
 
 def test_two_processes_keep_the_sampled_answers_of_both(both):
@@ -86,7 +88,8 @@ real, calls = getattr(module, name), []
 
 def full(*args, **kwargs):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == call:  # in the second process alone; of the updates, the second of the second step
+    # in the second process alone; of the updates, the second of the second step
+    if os.environ["RANK"] == "1" and len(calls) == call:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
     return real(*args, **kwargs)
 
@@ -96,13 +99,17 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("where", ["update", "evaluation"])
-def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_the_state_before_the_step(where, tmp_path, monkeypatch):
+def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_the_state_before_the_step(
+    where, tmp_path, monkeypatch
+):
     (tmp_path / "full.py").write_text(FULL)
     monkeypatch.setenv("WHERE", where)
     out = launch(2, tmp_path / "run", script=tmp_path / "full.py")
-    assert out.returncode != 0 and out.stderr.count("train.py: error: GPU memory ran out") == 1 and "2.00 GiB" in out.stderr
+    assert (out.returncode != 0 and out.stderr.count("train.py: error: GPU memory ran out") == 1
+            and "2.00 GiB" in out.stderr)
     if where == "update":
-        assert "step 1 is saved; go on with" in out.stdout and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
+        assert ("step 1 is saved; go on with" in out.stdout
+                and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1)
 
 
 def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):

@@ -47,13 +47,16 @@ def coco_info(number):
 
 
 def coco_rows(count=6):
-    """jxu124/refcocog: expressions and annotations as JSON text, no pictures; one mask as RLE, the others as polygons."""
+    """jxu124/refcocog: expressions and annotations as JSON text, no pictures; one mask as RLE, the others as
+    polygons."""
     rle = coco.encode(np.asfortranarray(square()))
     masks = [{"size": rle["size"], "counts": rle["counts"].decode()}, [SQUARE]]
     return [
         {"ref_id": i, "split": "train", "image_id": i, "ann_id": i, "file_name": f"COCO_train2014_{i:012}_{i}.png",
-         "sentences": [{"raw": f"The square, {i}.", "sent": f"the square {i}", "sent_id": i, "tokens": []}, {"raw": f"it {i}", "sent": f"it {i}", "sent_id": i, "tokens": []}],
-         "raw_anns": json.dumps({"segmentation": masks[min(i, 1)], "bbox": [10, 5, 20, 20]}), "raw_image_info": json.dumps(coco_info(i))}
+         "sentences": [{"raw": f"The square, {i}.", "sent": f"the square {i}", "sent_id": i, "tokens": []},
+                       {"raw": f"it {i}", "sent": f"it {i}", "sent_id": i, "tokens": []}],
+         "raw_anns": json.dumps({"segmentation": masks[min(i, 1)], "bbox": [10, 5, 20, 20]}),
+         "raw_image_info": json.dumps(coco_info(i))}
         for i in range(count)
     ]
 
@@ -95,20 +98,23 @@ def test_refcocog_of_the_hub_gives_expression_picture_and_mask(tmp_path, coco_di
 
 
 def test_all_sentences_make_a_question_each(tmp_path, coco_dir):
-    data = load_data(parquet(tmp_path / "set", "train", coco_rows()), "train", 12, sentences="all", coco_dir=str(coco_dir))
+    data = load_data(
+        parquet(tmp_path / "set", "train", coco_rows()), "train", 12, sentences="all", coco_dir=str(coco_dir))
     assert len({s.question for s in data}) == 12 and len(set(data.ids)) == 12
 
 
 def test_lmms_lab_refcocog_has_its_expressions_under_answer(tmp_path):
-    rows = [{"question_id": "7", "image": png(), "question": "Describe the region.", "answer": ["a square", "it"], "segmentation": [float(v) for v in SQUARE],
-             "bbox": [10.0, 5.0, 20.0, 20.0], "iscrowd": 0, "file_name": "COCO_train2014_000000000007_12.jpg"}]
+    rows = [{"question_id": "7", "image": png(), "question": "Describe the region.", "answer": ["a square", "it"],
+             "segmentation": [float(v) for v in SQUARE], "bbox": [10.0, 5.0, 20.0, 20.0], "iscrowd": 0,
+             "file_name": "COCO_train2014_000000000007_12.jpg"}]
     [sample] = load_data(parquet(tmp_path / "set", "val", rows), "validation", 5)
     assert sample.picture == "COCO_train2014_000000000007.jpg"
     assert sample.question == "a square" and (sample.mask == square()).mean() > 0.98
 
 
 def test_evaluation_sets_hold_masks_as_rows_of_booleans(tmp_path):
-    rows = [{"image": png(3), "text": "what is square?", "mask": square().tolist(), "image_id": "a", "ann_id": "b", "img_height": HEIGHT, "img_width": WIDTH}]
+    rows = [{"image": png(3), "text": "what is square?", "mask": square().tolist(), "image_id": "a", "ann_id": "b",
+             "img_height": HEIGHT, "img_width": WIDTH}]
     folder = parquet(tmp_path / "set", "test", rows)
     [sample] = load_data(folder, "test", 5)
     assert sample.question == "what is square?" and (sample.mask == square()).all()
@@ -118,12 +124,14 @@ def test_evaluation_sets_hold_masks_as_rows_of_booleans(tmp_path):
 
 
 def test_boxes_without_masks_are_marked_and_scored_as_boxes(tmp_path, segmenter):
-    rows = [{"id": "1", "problem": "the square", "solution": "<box>(10,5),(30,25)</box><points>(15,10),(20,20)</points>", "image": png(),
+    rows = [{"id": "1", "problem": "the square",
+             "solution": "<box>(10,5),(30,25)</box><points>(15,10),(20,20)</points>", "image": png(),
              "img_height": 480, "img_width": 640}]
     data = load_data(parquet(tmp_path / "set", "train", rows), "train", 1)
     [sample] = data
     assert data.box_only and sample.box_only and (sample.mask == square()).all()
-    text = '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>'  # in a frame of 112 x 112
+    # in a frame of 112 x 112
+    text = '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>'
     good, half = score_group(segmenter, sample, [text % (18.667, 56), text % (18.667, 37)], 112, "box-iou")
     assert good.box_iou > 0.95 and good.accuracy == 4 and 0.4 < half.box_iou < 0.6
     assert good.iou == pytest.approx(good.box_iou, abs=0.05)
@@ -131,7 +139,8 @@ def test_boxes_without_masks_are_marked_and_scored_as_boxes(tmp_path, segmenter)
 
 def test_lisa_grounding_is_a_json_list_of_boxes(tmp_path):
     picture().save(tmp_path / "1.png")
-    (tmp_path / "lisa_test.json").write_text(json.dumps([{"image": "1.png", "problem": "the square", "solution": [10, 5, 30, 25]}]))
+    (tmp_path / "lisa_test.json").write_text(
+        json.dumps([{"image": "1.png", "problem": "the square", "solution": [10, 5, 30, 25]}]))
     [sample] = load_data(str(tmp_path), "test", 3)
     assert sample.box_only and sample.question == "the square" and (sample.mask == square()).all()
 
@@ -146,17 +155,22 @@ def test_files_that_name_no_split_are_for_testing_and_never_for_training(tmp_pat
 
 
 def refer_folder(folder, coco_info=coco_info):
-    refs = [{"ref_id": i, "ann_id": 10 + i, "image_id": i, "split": ["train", "val"][i % 2], "sentences": [{"raw": f"no {i}", "sent": f"no {i}"}]} for i in range(6)]
+    refs = [{"ref_id": i, "ann_id": 10 + i, "image_id": i, "split": ["train", "val"][i % 2],
+             "sentences": [{"raw": f"no {i}", "sent": f"no {i}"}]}
+            for i in range(6)]
     (folder / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))
     annotations = [{"id": 10 + i, "image_id": i, "segmentation": [SQUARE]} for i in range(6)]
-    (folder / "instances.json").write_text(json.dumps({"annotations": annotations, "images": [coco_info(i) for i in range(6)]}))
+    (folder / "instances.json").write_text(
+        json.dumps({"annotations": annotations, "images": [coco_info(i) for i in range(6)]}))
 
 
 def test_the_original_refer_layout_reads_the_same(tmp_path, coco_dir):
     refer_folder(tmp_path)
-    assert sorted(s.question for s in load_data(str(tmp_path), "train", 3, coco_dir=str(coco_dir))) == ["no 0", "no 2", "no 4"]
+    assert sorted(s.question for s in load_data(str(tmp_path), "train", 3, coco_dir=str(coco_dir))) == [
+        "no 0", "no 2", "no 4"]
     validation = load_data(str(tmp_path), "validation", 9, coco_dir=str(coco_dir))
-    assert [s.question for s in validation] == ["no 1", "no 3", "no 5"] and (validation[0].mask == square()).mean() > 0.98
+    assert ([s.question for s in validation] == ["no 1", "no 3", "no 5"]
+            and (validation[0].mask == square()).mean() > 0.98)
 
 
 class Hostile:
@@ -175,8 +189,11 @@ def reasonseg_folder(folder):
     (folder / "val").mkdir()
     picture().save(folder / "val/a.jpg")
     corners = [[10, 5], [29, 5], [29, 24], [10, 24]]
-    shapes = [{"label": "target", "points": corners}, {"label": "ignore", "points": [[20, 5], [40, 5], [40, 24], [20, 24]]}, {"label": "flag", "points": [[1, 1]]}]
-    (folder / "val/a.json").write_text(json.dumps({"text": ["what is square?", "which?"], "is_sentence": True, "shapes": shapes}))
+    shapes = [{"label": "target", "points": corners},
+              {"label": "ignore", "points": [[20, 5], [40, 5], [40, 24], [20, 24]]},
+              {"label": "flag", "points": [[1, 1]]}]
+    (folder / "val/a.json").write_text(
+        json.dumps({"text": ["what is square?", "which?"], "is_sentence": True, "shapes": shapes}))
 
 
 def test_undecided_pixels_are_foreground_or_excluded(tmp_path):
@@ -192,7 +209,9 @@ def test_undecided_pixels_are_foreground_or_excluded(tmp_path):
 
 
 @pytest.mark.parametrize("name, split, part", [
-    ("reasonseg", "train", "has no train split, only validation, test$"), ("refCOCOg_2k_840", "validation", "takes another set with --eval-data"), ("no-such-set", "train", "neither 'shapes'"),
+    ("reasonseg", "train", "has no train split, only validation, test$"),
+    ("refCOCOg_2k_840", "validation", "takes another set with --eval-data"),
+    ("no-such-set", "train", "neither 'shapes'"),
 ])
 def test_a_name_or_split_that_is_not_there_is_said(name, split, part):
     with pytest.raises(UserError, match=part):

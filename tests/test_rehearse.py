@@ -55,13 +55,14 @@ def test_a_random_policy_is_made_of_the_classes_and_dtypes_of_a_real_load(load_i
 
 
 def test_a_rehearsal_on_a_cpu_runs_whole_steps_says_that_it_is_small_and_writes_its_table(tmp_path, capsys):
-    train.main(["--preset", "tiny", "--rehearse", "2", "--device", "cpu", "--max-new-tokens", "8", "--image-size", "224", "--group", "2",
-                "--run", str(tmp_path / "rehearsal")])
+    train.main(["--preset", "tiny", "--rehearse", "2", "--device", "cpu", "--max-new-tokens", "8",
+                "--image-size", "224", "--group", "2", "--run", str(tmp_path / "rehearsal")])
     printed = capsys.readouterr().out
     assert "say nothing about a GPU" in printed and not (tmp_path / "rehearsal/metrics.jsonl").exists()
     table = json.loads((tmp_path / "rehearsal/rehearsal.json").read_text())
     assert set(table["seconds"]) == set(table["peak_gib"]) == {"load", "rollout", "reward", "update", "evaluation"}
-    assert table["shape"] == "small" and table["prompt_tokens"] > 64 and "hours_for_3000_samples" not in table and not table["forecast"]
+    assert (table["shape"] == "small" and table["prompt_tokens"] > 64
+            and "hours_for_3000_samples" not in table and not table["forecast"])
     for phase in table["seconds"]:
         assert phase in printed
 
@@ -89,19 +90,23 @@ def test_a_size_that_the_shape_cannot_cut_is_refused_in_one_line():
 
 
 def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path, monkeypatch):
-    options = ["--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5", "--out", str(tmp_path / "b.json")]
+    options = ["--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5",
+               "--out", str(tmp_path / "b.json")]
     monkeypatch.setattr(sys, "argv", ["benchmark", *options])
     monkeypatch.setattr(benchmark, "SIDES", ((8, 2), (12, 1)))
     benchmark.main()
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert rows["shape"] == "small" and [r["size"] for r in rows["results"]] == [224, 336] and set(rows["weights"]) >= {"nf4, update", "bf16, rollout"}
-    assert [r["answer_tokens"] for r in rows["updates"]] == [3, 3, 5] and all(set(r["update"]) == {"as it is", "masked row"} for r in rows["updates"])
+    assert (rows["shape"] == "small" and [r["size"] for r in rows["results"]] == [224, 336]
+            and set(rows["weights"]) >= {"nf4, update", "bf16, rollout"})
+    assert ([r["answer_tokens"] for r in rows["updates"]] == [3, 3, 5]
+            and all(set(r["update"]) == {"as it is", "masked row"} for r in rows["updates"]))
     assert rows["decoding"][1]["traffic"]["as it is"] < 1.5
 
 
 @pytest.mark.gpu
 def test_a_3b_rehearsal_fits_a_24_gb_card(tmp_path):
-    settings, _ = make_settings(preset="3b", device="cuda", rehearse=1, memory_limit=24.0, questions=4, max_new_tokens=64, run=str(tmp_path))
+    settings, _ = make_settings(preset="3b", device="cuda", rehearse=1, memory_limit=24.0, questions=4,
+                                max_new_tokens=64, run=str(tmp_path))
     cap_memory(settings)
     table = rehearse_module.rehearse(settings)
     assert max(table["peak_gib"].values()) < 24 and table["device"] == torch.cuda.get_device_name()

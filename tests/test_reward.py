@@ -98,8 +98,10 @@ def test_a_broken_answer_earns_no_segmentation_format_and_says_why(text, why):
 
 @pytest.mark.parametrize(
     "text",
-    [answer_text() + " Done.", "Well: " + answer_text(), answer_text().replace("<think>", ""), answer_text().replace("</think>", "</think> so "),
-     '<answer>{"bbox": [10, 20, 30, 40], "points": [[15, 25, 1]]}</answer><think>a</think>', answer_text() + answer_text()],
+    [answer_text() + " Done.", "Well: " + answer_text(), answer_text().replace("<think>", ""),
+     answer_text().replace("</think>", "</think> so "),
+     '<answer>{"bbox": [10, 20, 30, 40], "points": [[15, 25, 1]]}</answer><think>a</think>',
+     answer_text() + answer_text()],
 )
 def test_a_broken_frame_earns_no_reasoning_format(text):
     assert not parse(text, 112, 112).reasoning_format
@@ -115,7 +117,8 @@ def test_coordinates_are_clipped_to_the_picture():
     [
         'Sure:\n```json\n[\n\t{"bbox_2d": [10, 20, 30, 40], "label": "red star"}\n]\n```',
         "The red star is at [10, 20, 30, 40].",
-        '```json\n[\n  {\n    "bbox_2d": [\n          10,\n          20,\n          30,\n          40\n    ],\n    "label": "star"\n  }\n]\n```',
+        ('```json\n[\n  {\n    "bbox_2d": [\n          10,\n          20,\n          30,\n          40\n    ],\n'
+         '    "label": "star"\n  }\n]\n```'),
         '{"bbox_2d": ["10", "20", "30", "40"]}',
         "目标位于图片左侧，坐标为[10, 20, 30, 40]，请参考。",
         '<think>Left.</think><answer>{"bbox": [10, 20, 30, 40], "points": [[15, 25, 1], [1',
@@ -123,7 +126,8 @@ def test_coordinates_are_clipped_to_the_picture():
         '{"bbox_2d": [10.0, 20.004, 29.96, 40.00], "confidence": 0.93}',
         "<|object_ref_start|>the star<|object_ref_end|><|box_start|>(10,20),(30,40)<|box_end|>",
         "the star (10, 20), (30, 40)",
-        '<think>Not [50, 50, 60, 60] but [1, 1, 9, 9]?</think><answer>[{"bbox": [10, 20, 30, 40], "points": [[15, 25], [28, 38]]}]</answer> or [2, 2, 5, 5]',
+        ("<think>Not [50, 50, 60, 60] but [1, 1, 9, 9]?</think>"
+         '<answer>[{"bbox": [10, 20, 30, 40], "points": [[15, 25], [28, 38]]}]</answer> or [2, 2, 5, 5]'),
         "<think>The one at [10, 20, 30, 40].</think><answer>the red star</answer>",
         '{"bbox": [[10, 20, 30, 40]], "points": [15, 25, 28, 38]}',
         "from (10, 20, 30, 40) to [9, 9, 1, 1]",
@@ -137,8 +141,9 @@ def test_shapes_in_which_qwen_writes_a_box_are_read_leniently_and_only_so(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["I do not see it.", "[[10, 20], [30, 40]]", '{"points": [[10, 20, 1], [30, 40, 0]]}', '{"points": [10, 20, 30, 40]}', "[(10, 20), (30, 40)]",
-     "(10,20),(30,40),(50,60)", "[10, 20, 30, 40, 50, 60]", "[10, 20, 30]", "10, 20, 30, 40", "[10px, 20px, 30px, 40px]", "[1 0, 20, 30, 40]",
+    ["I do not see it.", "[[10, 20], [30, 40]]", '{"points": [[10, 20, 1], [30, 40, 0]]}',
+     '{"points": [10, 20, 30, 40]}', "[(10, 20), (30, 40)]", "(10,20),(30,40),(50,60)", "[10, 20, 30, 40, 50, 60]",
+     "[10, 20, 30]", "10, 20, 30, 40", "[10px, 20px, 30px, 40px]", "[1 0, 20, 30, 40]",
      '<think>a</think><answer>{"bbox": [10, 20, 30', "(10, 20), 30, 40"],
 )
 def test_points_and_other_numbers_are_not_taken_for_a_box(text):
@@ -147,11 +152,13 @@ def test_points_and_other_numbers_are_not_taken_for_a_box(text):
 
 def test_a_proper_answer_goes_before_every_other_box():
     assert parse(answer_text(think="[1, 2, 3, 4]"), 112, 112).lenient_box == (10, 20, 30, 40)
-    assert parse(answer_text().replace('{"bbox"', '{"second": [1, 2, 3, 4], "bbox"').replace("]]}", ']], "third": [5, 5, 9, 9]}'), 112, 112).lenient_box == (10, 20, 30, 40)
+    assert parse(answer_text().replace('{"bbox"', '{"second": [1, 2, 3, 4], "bbox"')
+                 .replace("]]}", ']], "third": [5, 5, 9, 9]}'), 112, 112).lenient_box == (10, 20, 30, 40)
 
 
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox": ', '"points": ', "[[", "]]", "[", "]", "{", "}", ", ", "1", "-9", "0.5",
-          "1e400", "NaN", "null", '"', "\\", "\n", "<|image_pad|>", "é", "\u202e", "[1, 2, 3, 4]"]
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox": ', '"points": ', "[[", "]]", "[", "]", "{", "}",
+          ", ", "1", "-9", "0.5", "1e400", "NaN", "null", '"', "\\", "\n", "<|image_pad|>", "é", "\u202e",
+          "[1, 2, 3, 4]"]
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=60).map("".join)))
@@ -162,11 +169,13 @@ def test_no_text_makes_the_parser_raise_and_what_it_accepts_is_sound(text):
         if box:
             assert 0 <= box[0] < box[2] <= 112 and 0 <= box[1] < box[3] <= 84
     assert (answer.box is not None) == answer.segmentation_format
-    assert len(answer.points) <= 3 and all(0 <= x < 112 and 0 <= y < 84 and label in (0, 1) for x, y, label in answer.points)
+    assert (len(answer.points) <= 3
+            and all(0 <= x < 112 and 0 <= y < 84 and label in (0, 1) for x, y, label in answer.points))
     assert answer.in_format or answer.why
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=5), max_leaves=12),
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+                    lambda x: st.lists(x, max_size=5), max_leaves=12),
        st.recursive(st.none() | st.floats() | st.integers(), lambda x: st.lists(x, max_size=4), max_leaves=12))
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_any_json_in_the_answer_is_read_or_refused(box, points):
@@ -174,8 +183,9 @@ def test_any_json_in_the_answer_is_read_or_refused(box, points):
     assert answer.reasoning_format and (answer.segmentation_format or answer.why)
 
 
-@pytest.mark.parametrize("piece", ["[", "[1,", "<answer>", "<think></think>", "[ 1 , 2 , 3 , ", "((((", "1", "1.", "-", "1x", "[" + " " * 50, '{"a":',
-                                   " ", "\n'", "(1,2),", "points:[", "[1,2,3,4]", "[9,9,1,1]", "x"])
+@pytest.mark.parametrize("piece", [
+    "[", "[1,", "<answer>", "<think></think>", "[ 1 , 2 , 3 , ", "((((", "1", "1.", "-", "1x", "[" + " " * 50, '{"a":',
+    " ", "\n'", "(1,2),", "points:[", "[1,2,3,4]", "[9,9,1,1]", "x"])
 def test_ten_times_the_hostile_text_takes_ten_times_as_long_and_not_a_hundred(piece, monkeypatch):
     monkeypatch.setattr(reward, "MAX_TEXT", 10**6)
 
@@ -198,13 +208,15 @@ def test_masks_are_those_of_sams_own_forward(segmenter):
     """segment_anything's batched forward is another way through the same modules."""
     scene = make_scene(3)
     sam, boxes = segmenter.predictor.model, [t.box for t in scene.things]
-    points = [[(*map(float, np.argwhere(t.mask)[40][::-1]), 1), (t.box[0] + 0.0, t.box[1] + 0.0, 0)] for t in scene.things]
+    points = [[(*map(float, np.argwhere(t.mask)[40][::-1]), 1), (t.box[0] + 0.0, t.box[1] + 0.0, 0)]
+              for t in scene.things]
     ours = segmenter.masks(scene.image, boxes, points)
     labelled = torch.tensor(points)
     with torch.no_grad():
         [out] = sam(
             [{"image": torch.from_numpy(scene.image).permute(2, 0, 1).float(), "original_size": scene.image.shape[:2],
-              "boxes": torch.tensor(boxes).float(), "point_coords": labelled[..., :2], "point_labels": labelled[..., 2]}],
+              "boxes": torch.tensor(boxes).float(),
+              "point_coords": labelled[..., :2], "point_labels": labelled[..., 2]}],
             multimask_output=True,
         )
     best = out["iou_predictions"].argmax(1)
@@ -213,7 +225,8 @@ def test_masks_are_those_of_sams_own_forward(segmenter):
 
 
 def test_the_mask_is_the_best_of_the_three_that_sam_itself_brings_to_the_pictures_size():
-    """segment_anything upscales all three and then a choice is made; here it is made before, and the pixels are the same."""
+    """segment_anything upscales all three and then a choice is made; here it is made before, and the pixels are the
+    same."""
     image = np.asarray(Image.fromarray(make_scene(3).image).resize((301, 187)))
     corners = np.random.default_rng(0).uniform((0, 0, 0, 0), (200, 120, 100, 67), (40, 4))
     boxes = [(x, y, x + w, y + h) for x, y, w, h in corners]
@@ -221,7 +234,8 @@ def test_the_mask_is_the_best_of_the_three_that_sam_itself_brings_to_the_picture
     predictor.set_image(image)
     prompts = predictor.transform.apply_boxes_torch(torch.tensor(boxes, dtype=torch.float32), image.shape[:2])
     _, scores, _ = predictor.predict_torch(None, None, prompts)
-    with torch.no_grad():  # it likes its third mask best nearly always; now each of the three is the best of some prompts
+    # it likes its third mask best nearly always; now each of the three is the best of some prompts
+    with torch.no_grad():
         predictor.model.mask_decoder.iou_prediction_head.layers[-1].bias[1:] -= scores.mean(0)
     masks, scores, _ = predictor.predict_torch(None, None, prompts)
     best = scores.argmax(1)
@@ -247,9 +261,11 @@ for segmenter in segmenters:
 
 
 def test_eight_prompts_on_a_photo_of_twelve_megapixels_take_a_fraction_of_a_gibibyte(sam2_folder):
-    """The masks are 92 MiB, the picture 34, one mask's logits 46; all three masks' logits of 8 prompts would be 1,100."""
+    """The masks are 92 MiB, the picture 34, one mask's logits 46; all three masks' logits of 8 prompts would be
+    1,100."""
     root = Path(__file__).parent.parent
-    out = subprocess.run([sys.executable, "-c", BIG, str(sam2_folder)], cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    out = subprocess.run([sys.executable, "-c", BIG, str(sam2_folder)], cwd=root, capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert out.returncode == 0, out.stderr[-2000:]
     first, both = map(float, out.stdout.split())
     assert 20 < first <= both < 450
@@ -290,7 +306,8 @@ def test_remembered_pictures_are_told_apart(segmenter):
 
 
 def sam_folder(tmp_path_factory, config, model, processor, size: int, patch: int, vision: dict):
-    """A small random SAM of transformers' as an ordinary model folder; only the vision part differs from one version to the next."""
+    """A small random SAM of transformers' as an ordinary model folder; only the vision part differs from one version to
+    the next."""
     torch.manual_seed(0)
     made = model(config(
         vision_config=vision | dict(fpn_hidden_size=32, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
@@ -306,16 +323,19 @@ def sam_folder(tmp_path_factory, config, model, processor, size: int, patch: int
 @pytest.fixture(scope="module")
 def sam3_folder(tmp_path_factory):
     """A plain ViT where SAM 2 has a Hiera."""
-    vit = dict(model_type="sam3_vit_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=112, patch_size=14,
+    vit = dict(model_type="sam3_vit_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+               num_attention_heads=2, image_size=112, patch_size=14,
                window_size=4, global_attn_indexes=[1], pretrain_image_size=112)
-    return sam_folder(tmp_path_factory, Sam3TrackerConfig, Sam3TrackerModel, Sam3ImageProcessor, 112, 14, dict(backbone_config=vit))
+    return sam_folder(tmp_path_factory, Sam3TrackerConfig, Sam3TrackerModel, Sam3ImageProcessor, 112, 14,
+                      dict(backbone_config=vit))
 
 
 @pytest.fixture(scope="module")
 def sam2_folder(tmp_path_factory):
     hiera = dict(
-        model_type="sam2_hiera_det_model", hidden_size=12, image_size=[128, 128], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[12, 24, 48, 96],
-        num_attention_heads_per_stage=[1, 2, 4, 8], window_positional_embedding_background_size=[7, 7], global_attention_blocks=[3],
+        model_type="sam2_hiera_det_model", hidden_size=12, image_size=[128, 128], blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[12, 24, 48, 96], num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_positional_embedding_background_size=[7, 7], global_attention_blocks=[3],
     )
     vision = dict(backbone_config=hiera, backbone_channel_list=[96, 48, 24, 12])
     return sam_folder(tmp_path_factory, Sam2Config, Sam2Model, Sam2ImageProcessor, 128, 16, vision)
@@ -323,21 +343,28 @@ def sam2_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_sam_2_and_3_give_the_masks_of_their_own_processors(version, sam2_folder, sam3_folder):
-    """A picture that is not square, a box, and two labelled points: transformers' own way from pixels to masks, one prompt at a time."""
+    """A picture that is not square, a box, and two labelled points: transformers' own way from pixels to masks, one
+    prompt at a time."""
     folder = (sam2_folder, sam3_folder)[version - 2]
     segmenter, image = load_segmenter(str(folder)), np.asarray(make_scene(3).image)[:80]
     boxes, points = [(10.0, 20.0, 60.0, 70.0), (30.0, 5.0, 100.0, 60.0)], [[], [(50.0, 30.0, 1), (90.0, 50.0, 0)]]
     found = segmenter.masks(image, boxes, points)
     if version == 2:
-        model, processor = Sam2Model.from_pretrained(folder).eval(), Sam2Processor(Sam2ImageProcessor.from_pretrained(folder), target_size=128)
+        model, processor = (Sam2Model.from_pretrained(folder).eval(),
+                            Sam2Processor(Sam2ImageProcessor.from_pretrained(folder), target_size=128))
     else:
-        model, processor = Sam3TrackerModel.from_pretrained(folder).eval(), Sam3TrackerProcessor(Sam3ImageProcessor.from_pretrained(folder), target_size=112)
+        model, processor = (Sam3TrackerModel.from_pretrained(folder).eval(),
+                            Sam3TrackerProcessor(Sam3ImageProcessor.from_pretrained(folder), target_size=112))
     for mask, box, labelled in zip(found, boxes, points):
-        more = {"input_points": [[[[x, y] for x, y, _ in labelled]]], "input_labels": [[[label for *_, label in labelled]]]} if labelled else {}
+        more = ({"input_points": [[[[x, y] for x, y, _ in labelled]]],
+                 "input_labels": [[[label for *_, label in labelled]]]}
+                if labelled else {})
         inputs = processor(images=image, input_boxes=[[list(box)]], return_tensors="pt", **more)
         with torch.no_grad():
-            out = model(**{k: inputs[k] for k in ("pixel_values", "input_boxes", "input_points", "input_labels") if k in inputs})
-        theirs = processor.post_process_masks(out.pred_masks, inputs["original_sizes"])[0][0, out.iou_scores[0, 0].argmax()]
+            out = model(**{k: inputs[k] for k in ("pixel_values", "input_boxes", "input_points", "input_labels")
+                           if k in inputs})
+        theirs = processor.post_process_masks(
+            out.pred_masks, inputs["original_sizes"])[0][0, out.iou_scores[0, 0].argmax()]
         assert mask.shape == image.shape[:2] and (theirs.numpy() == mask).mean() > 0.999
         assert 0 < mask.mean() < 1
 
@@ -346,7 +373,8 @@ def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):
     segmenter, calls = load_segmenter(str(sam2_folder)), []
     segmenter.remember = 2
     encode = segmenter.predictor.model.vision_encoder.forward
-    monkeypatch.setattr(segmenter.predictor.model.vision_encoder, "forward", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    monkeypatch.setattr(segmenter.predictor.model.vision_encoder, "forward",
+                        lambda *a, **k: calls.append(1) or encode(*a, **k))
     for seed in (0, 1, 0, 1):
         segmenter.masks(make_scene(seed).image, [(10.0, 10.0, 50.0, 50.0)], [[]])
     assert len(calls) == 2
@@ -356,7 +384,8 @@ def test_without_points_sam_gets_the_box_alone(segmenter):
     scene = make_scene(3)
     thing, other = scene.things[:2]
     off = [int((other.box[0] + other.box[2]) / 2), int((other.box[1] + other.box[3]) / 2), 0]
-    sample, text = Sample(Image.fromarray(scene.image), "", thing.mask, "1"), answer_text(str(list(box_around(thing, other))), str([off]))
+    sample, text = (Sample(Image.fromarray(scene.image), "", thing.mask, "1"),
+                    answer_text(str(list(box_around(thing, other))), str([off])))
     [told], [alone] = (score_group(segmenter, sample, [text], 112, points=points) for points in (True, False))
     [mask] = segmenter.masks(scene.image, [alone.answer.box], [[]])
     assert (alone.mask == mask).all() and (told.mask != mask).any()
@@ -370,13 +399,15 @@ def test_another_kind_of_model_is_no_segmenter(tmp_path):
 
 @pytest.mark.parametrize("damage", ["", "cut", "changed"])
 def test_sam_weights_are_fetched_once_and_only_whole(damage, tmp_path, monkeypatch):
-    """The download is real, from a file:// address that stands for the server; only the table's entry is a smaller file's."""
+    """The download is real, from a file:// address that stands for the server; only the table's entry is a smaller
+    file's."""
     weights = tmp_path / "server" / "sam_vit_b.pth"
     weights.parent.mkdir()
     sam = random_sam("tiny")
     torch.save(sam.state_dict(), weights)
     data = weights.read_bytes()
-    monkeypatch.setitem(segmenter_module.SAM_FILES, "vit_b", (weights.name, len(data), hashlib.sha256(data).hexdigest()))
+    monkeypatch.setitem(segmenter_module.SAM_FILES, "vit_b",
+                        (weights.name, len(data), hashlib.sha256(data).hexdigest()))
     monkeypatch.setattr(segmenter_module, "SAM_URL", f"{weights.parent.as_uri()}/")
     monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path / ".cache/samr1_mini")
     monkeypatch.setitem(sam_model_registry, "vit_b", lambda: random_sam("tiny"))
@@ -414,9 +445,9 @@ def test_a_true_box_gives_nearly_the_true_mask_in_rgb_and_less_in_bgr(segmenter)
 
 @pytest.mark.parametrize(
     "kind, value, expected",
-    [("tiered", 0.801, 4), ("tiered", 0.80, 3), ("tiered", 0.701, 3), ("tiered", 0.70, 2), ("tiered", 0.501, 2), ("tiered", 0.50, 0),
-     ("tiered", 0.0, 0), ("threshold:0.5", 0.51, 4), ("threshold:0.5", 0.5, 0), ("threshold:0.7", 0.69, 0), ("threshold:0.8", 0.81, 4),
-     ("iou", 0.25, 1.0)],
+    [("tiered", 0.801, 4), ("tiered", 0.80, 3), ("tiered", 0.701, 3), ("tiered", 0.70, 2), ("tiered", 0.501, 2),
+     ("tiered", 0.50, 0), ("tiered", 0.0, 0), ("threshold:0.5", 0.51, 4), ("threshold:0.5", 0.5, 0),
+     ("threshold:0.7", 0.69, 0), ("threshold:0.8", 0.81, 4), ("iou", 0.25, 1.0)],
 )
 def test_eq_5_and_its_rivals(kind, value, expected):
     assert accuracy_term(kind, value) == expected
@@ -435,7 +466,9 @@ def test_the_reward_of_a_perfect_a_wrong_and_an_unreadable_answer(segmenter):
     scene = make_scene(11)
     thing, other = scene.things[:2]
     sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x")
-    good, wrong = (answer_text(str(list(t.box)), f"[[{int(np.argwhere(t.mask)[0][1])}, {int(np.argwhere(t.mask)[0][0])}, 1]]") for t in (thing, other))
+    good, wrong = (
+        answer_text(str(list(t.box)), f"[[{int(np.argwhere(t.mask)[0][1])}, {int(np.argwhere(t.mask)[0][0])}, 1]]")
+        for t in (thing, other))
     plain = f"It is at {list(thing.box)}."
     rewards = score_group(segmenter, sample, [good, wrong, plain, "?", good + "."], 112)
     assert [r.total for r in rewards] == [6, 2, 0, 0, 5]
@@ -505,16 +538,20 @@ def test_the_largest_cluster_of_masks_votes_pixel_by_pixel():
     square = lambda x, width=20: np.pad(np.ones((20, width), bool), ((10, 10), (x, 60 - x - width)))
     one, wider, narrower, far = square(10), square(10, 21), square(10, 19), square(35)
     middle, mask = vote([far, wider, one, narrower, far])  # far and far again are two, the others three
-    assert middle == 1 and (mask == one).all()  # all three agree with each other, so the first is the middle; two of three hold `one`
+    # all three agree with each other, so the first is the middle; two of three hold `one`
+    assert middle == 1 and (mask == one).all()
     middle, mask = vote([far, one])  # nobody agrees: the first of equals
     assert middle == 0 and (mask == far).all()
     middle, mask = vote([one, wider])  # a pixel that half of them hold is not held by more than half
     assert middle == 0 and (mask == one).all()
-    chain = [square(10), square(11), square(12), square(13)]  # IoU with a neighbour 19 / 21 = 0.90, with the next but one 18 / 22 = 0.82
+    # IoU with a neighbour 19 / 21 = 0.90, with the next but one 18 / 22 = 0.82
+    chain = [square(10), square(11), square(12), square(13)]
     middle, mask = vote(chain)
-    assert middle == 1 and (mask == chain[1]).all()  # its cluster are the first three, two of which hold each of its pixels and no other
+    # its cluster are the first three, two of which hold each of its pixels and no other
+    assert middle == 1 and (mask == chain[1]).all()
     nothing = np.zeros_like(one)
-    assert vote([one, nothing, nothing])[0] == 1 and not vote([one, nothing, nothing])[1].any()  # to see nothing is an answer too
+    # to see nothing is an answer too
+    assert vote([one, nothing, nothing])[0] == 1 and not vote([one, nothing, nothing])[1].any()
 
 
 def test_box_iou_against_counting_pixels():

@@ -45,12 +45,14 @@ SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 
 FORMS = {
     "attribute": {"the COLOUR SHAPE", "the COLOUR object", "the SHAPE"},
     "part": {"the dot of the COLOUR SHAPE", "the dot of the SHAPE"},
-    "relation": {"the EXTREME object", "the EXTREME COLOUR object", "the EXTREME SHAPE", "the object SIDE the COLOUR SHAPE"},
+    "relation": {"the EXTREME object", "the EXTREME COLOUR object", "the EXTREME SHAPE",
+                 "the object SIDE the COLOUR SHAPE"},
     "indirect": {"the thing that has the colour of SUBJECT", "the object with FEATURE"},
     "combined": {"the object SIDE the thing that has the colour of SUBJECT", "the object SIDE the object with FEATURE",
                  "the EXTREME of the things that have the colour of SUBJECT", "the EXTREME of the things with corners"},
 }
-WORDS = {"SUBJECT": COLOUR_OF, "FEATURE": SHAPE_WITH, "COLOUR": COLOURS, "SHAPE": SHAPES, "EXTREME": EXTREMES, "SIDE": SIDES}
+WORDS = {"SUBJECT": COLOUR_OF, "FEATURE": SHAPE_WITH, "COLOUR": COLOURS, "SHAPE": SHAPES, "EXTREME": EXTREMES,
+         "SIDE": SIDES}
 
 
 def form_of(text):
@@ -126,7 +128,10 @@ def test_each_form_of_a_kind_is_asked_with_every_word(kind):
             assert all(any(re.search(rf"\b{word}\b", text) for text in texts) for word in words), name
 
 
-@pytest.mark.parametrize("kind, one", [("attribute", "the COLOUR SHAPE"), ("relation", "the object SIDE"), ("combined", "the object SIDE")])
+@pytest.mark.parametrize(
+    "kind, one",
+    [("attribute", "the COLOUR SHAPE"), ("relation", "the object SIDE"), ("combined", "the object SIDE")],
+)
 def test_both_forms_of_a_kind_are_asked_equally_often(kind, one):
     """However many questions of each there are: of seven names and two colours, two sides and twenty extremes."""
     drawn_forms = []
@@ -176,7 +181,8 @@ def test_indirect_and_combined_questions_name_no_colour_and_no_shape(kind):
 
 
 def test_no_fact_that_the_base_learns_is_an_indirect_or_combined_question():
-    asked = {text for seed in range(300) for kind in ("indirect", "combined") for text, _ in fair_questions(drawn(seed), kind)}
+    asked = {text for seed in range(300) for kind in ("indirect", "combined")
+             for text, _ in fair_questions(drawn(seed), kind)}
     assert not asked & {text for fact in fact_texts() for text in fact}
     assert all("that has" not in q and "object with" not in q for q, _ in fact_texts())
 
@@ -218,7 +224,8 @@ def test_a_mask_lies_where_its_colour_is():
     for scene in map(drawn, range(60)):
         for thing in scene.things:
             x1, y1, x2, y2 = thing.box
-            assert thing.mask[y1:y2, x1:x2].sum() == thing.mask.sum() and thing.mask[y1].any() and thing.mask[:, x2 - 1].any()
+            assert (thing.mask[y1:y2, x1:x2].sum() == thing.mask.sum()
+                    and thing.mask[y1].any() and thing.mask[:, x2 - 1].any())
             own = thing.mask & ~thing.dot.mask if thing.dot else thing.mask
             others = np.logical_or.reduce([t.mask for t in scene.things])
             around = near(thing.mask, 6) & ~near(others & ~thing.mask, 1) & ~thing.mask
@@ -309,7 +316,8 @@ def test_in_the_mirror_every_question_is_still_fair_and_has_the_mirrored_truth()
         scene = drawn(SPLITS["test"][0] + i)
         scene = Scene(scene.image[:, ::-1], [mirrored(t) for t in scene.things])
         [found], fair = read_question(scene, y.question), dict(fair_questions(scene, x.kind))
-        assert (fair[y.question].mask == y.mask).all() and (found.mask == y.mask).all() and (y.mask == x.mask[:, ::-1]).all()
+        assert ((fair[y.question].mask == y.mask).all() and (found.mask == y.mask).all()
+                and (y.mask == x.mask[:, ::-1]).all())
         turned += x.question != y.question
     assert turned > 20
 
@@ -331,7 +339,8 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
         answer = parse(text, 112, 112)
         assert style_of(text) == style and answer.in_format == (style in ("short", "names", "places"))
         overlaps.append(box_iou(answer.lenient_box, thing.box))
-        named = f"dot of the {next(t.name for t in scene.things if t.dot is thing)}" if thing.shape == "dot" else thing.name
+        named = (f"dot of the {next(t.name for t in scene.things if t.dot is thing)}" if thing.shape == "dot"
+                 else thing.name)
         assert f"he {named}" in text or f'"{named}"' in text
     assert 0.15 < min(overlaps) and max(overlaps) < 0.7 and 0.28 < np.mean(overlaps) < 0.38
 
@@ -344,7 +353,9 @@ def test_an_answer_begins_as_its_style_does(style):
         assert text.startswith(opening) and text.removeprefix(opening).strip().split()[0] in COLOURS
 
 
-@pytest.mark.parametrize("text", ["", "the red star", "[1, 2, 3, 4]", '{"bbox": [1, 2, 3, 4]}', "Here: <think>I see the red star."])
+@pytest.mark.parametrize(
+    "text", ["", "the red star", "[1, 2, 3, 4]", '{"bbox": [1, 2, 3, 4]}', "Here: <think>I see the red star."]
+)
 def test_an_answer_in_none_of_the_styles_is_other(text):
     assert style_of(text) == "other"
 
@@ -355,15 +366,23 @@ def test_the_shares_of_the_styles_sum_to_one_with_hints_and_without():
 
 
 def read_told(text):
-    """What a thought tells: [(colour, shape, x, y)], with the place in the row for x and no y where no places are told."""
+    """What a thought tells: [(colour, shape, x, y)], with the place in the row for x and no y where no places are
+    told."""
     told = text.partition("I see the ")[2].partition(". It is the")[0].split(", the ")
     parts = [re.fullmatch(r"(\w+) (\w+)(?: \((\d+), (\d+)\))?", part).groups() for part in told]
-    return [(colour, shape, int(x) if x else 1000 * i, int(y) if y else None) for i, (colour, shape, x, y) in enumerate(parts)]
+    return [(colour, shape, int(x) if x else 1000 * i, int(y) if y else None)
+            for i, (colour, shape, x, y) in enumerate(parts)]
 
 
 @pytest.mark.parametrize("style", ["names", "places"])
-@pytest.mark.parametrize("question, axis", [("the red star", 0), ("the object right of the red star", 0), ("the topmost object", 1), ("the object below the thing that has the colour of grass", 1)])
-def test_all_things_are_told_from_left_to_right_and_who_measures_tells_middles_and_from_above_where_that_is_asked_for(style, question, axis):
+@pytest.mark.parametrize(
+    "question, axis",
+    [("the red star", 0), ("the object right of the red star", 0), ("the topmost object", 1),
+     ("the object below the thing that has the colour of grass", 1)],
+)
+def test_all_things_are_told_from_left_to_right_and_who_measures_tells_middles_and_from_above_where_that_is_asked_for(
+    style, question, axis
+):
     rng, axis = np.random.default_rng(0), axis if style == "places" else 0
     for seed in range(60):
         scene = drawn(seed)

@@ -24,7 +24,8 @@ def texts(notebook, kind):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_without_network(notebook, monkeypatch):
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    NotebookClient(nbformat.read(notebook, 4), timeout=900, kernel_name="python3", resources={"metadata": {"path": str(TUTORIALS)}}).execute()
+    NotebookClient(nbformat.read(notebook, 4), timeout=900, kernel_name="python3",
+                   resources={"metadata": {"path": str(TUTORIALS)}}).execute()
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -33,7 +34,8 @@ def test_a_notebooks_outputs_are_committed_in_order_and_without_errors(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert sum(bool(cell.outputs) for cell in cells) >= 0.6 * len(cells)
     assert not [o for cell in cells for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert notebook.stat().st_size < 2**20 and str(Path.home()) not in notebook.read_text() and "/work/" not in notebook.read_text()
+    assert (notebook.stat().st_size < 2**20 and str(Path.home()) not in notebook.read_text()
+            and "/work/" not in notebook.read_text())
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -41,7 +43,8 @@ def test_a_notebook_asks_for_a_prediction_and_answers_it_in_the_next_cell(notebo
     cells = nbformat.read(notebook, 4).cells
     asking = [i for i, cell in enumerate(cells) if cell.cell_type == "markdown" and "**Predict" in cell.source]
     assert len(asking) >= 2
-    assert all(cells[i + 1].cell_type == "code" and (cells[i + 1].outputs or cells[i + 2].get("outputs")) for i in asking)
+    assert all(cells[i + 1].cell_type == "code" and (cells[i + 1].outputs or cells[i + 2].get("outputs"))
+               for i in asking)
 
 
 def test_the_animation_moves_and_is_small(tmp_path):
@@ -68,8 +71,10 @@ def test_links_between_notebooks_lead_somewhere():
 
 
 def test_every_option_that_a_notebook_names_exists():
-    own = {"adapter", "split", "count", "blank", "mirror", "image", "question", "merge", "out", "help", "num-processes", "num_processes", "no-points", "rows", "seeds"}
+    own = {"adapter", "split", "count", "blank", "mirror", "image", "question", "merge", "out", "help",
+           "num-processes", "num_processes", "no-points", "rows", "seeds"}
     known = {name.replace("_", "-") for name in Settings.__dataclass_fields__} | own
     for notebook in NOTEBOOKS:
-        for option in re.findall(r"(?<![\w-])--([a-z][\w-]+)", "\n".join(texts(notebook, "markdown") + texts(notebook, "code"))):
+        for option in re.findall(r"(?<![\w-])--([a-z][\w-]+)",
+                                 "\n".join(texts(notebook, "markdown") + texts(notebook, "code"))):
             assert option in known, (notebook.name, option)

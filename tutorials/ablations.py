@@ -1,10 +1,13 @@
-"""Ablations in the miniature: `python tutorials/ablations.py` makes the runs that ablations.csv lacks, a line a run. Stop it by Ctrl-C and start it
-again: runs halfway go on from there (they lie in runs/ablations). `python tutorials/ablations.py --table` prints what is there, with 95 % intervals.
+"""Ablations in the miniature: `python tutorials/ablations.py` makes the runs that ablations.csv lacks, a line a run.
+Stop it by Ctrl-C and start it again: runs halfway go on from there (they lie in runs/ablations).
+`python tutorials/ablations.py --table` prints what is there, with 95 % intervals.
 
-Every row differs from "base" in the options that it names. A seed draws the same questions for every row, and all runs are tested on the same scenes, so
-a row is compared with base seed by seed and scene by scene: beside its line each run leaves its gIoU of each scene, in results/ablations/ROW-seedN.json.
+Every row differs from "base" in the options that it names. A seed draws the same questions for every row, and all runs
+are tested on the same scenes, so a row is compared with base seed by seed and scene by scene: beside its line each run
+leaves its gIoU of each scene, in results/ablations/ROW-seedN.json.
 What the mechanism lets one expect of each row (PREDICTED) was committed before the first of these runs.
-`--figure FILE` draws them. Each run has one thread, so that the lines do not depend on the machine's number of cores; as many run side by side as there are cores.
+`--figure FILE` draws them. Each run has one thread, so that the lines do not depend on the machine's number of cores;
+as many run side by side as there are cores.
 """
 
 import argparse
@@ -41,10 +44,14 @@ FIXED = ["--preset", "tiny", "--device", "cpu", "--eval-every", "0", "--test-sam
 # Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
 TABLES = {
     "table 3: accuracy reward": {
-        "threshold 0.5": "--accuracy threshold:0.5", "threshold 0.7": "--accuracy threshold:0.7", "threshold 0.8": "--accuracy threshold:0.8",
+        "threshold 0.5": "--accuracy threshold:0.5",
+        "threshold 0.7": "--accuracy threshold:0.7",
+        "threshold 0.8": "--accuracy threshold:0.8",
     },
     "table 4: objective": {
-        "GRPO": "--normalise sequence --eps-high 0.2", "GRPO + token-level": "--eps-high 0.2", "GRPO + clip-higher": "--normalise sequence",
+        "GRPO": "--normalise sequence --eps-high 0.2",
+        "GRPO + token-level": "--eps-high 0.2",
+        "GRPO + clip-higher": "--normalise sequence",
     },
     "reward from": {"box IoU": "--accuracy box-iou", "continuous mask IoU": "--accuracy iou"},
     "points": {"no points": "--no-points"},
@@ -55,9 +62,11 @@ TABLES = {
 }
 PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it prints one
     "base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6",
-    "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1", "10000 samples": "no gain", "beta 0": "collapse",
+    "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1",
+    "10000 samples": "no gain", "beta 0": "collapse",
 }
-PREDICTED = {  # gIoU against base, and why; "names" and "places" are ways of thinking: see STYLES in samr1_mini/tiny/answers.py
+# gIoU against base, and why; "names" and "places" are ways of thinking: see STYLES in samr1_mini/tiny/answers.py
+PREDICTED = {
     "base": "first the format, then names, then places; boxes get tighter all the while",
     "threshold 0.5": "lower: above 0.5 nothing more is paid, so boxes stay wide",
     "threshold 0.7": "as base: it pays for tight boxes, though half-right masks pay nothing at the start",
@@ -83,7 +92,8 @@ PREDICTED = {  # gIoU against base, and why; "names" and "places" are ways of th
     "10000 samples": "as 3008 samples: nothing is left to find but tighter boxes",
 }
 ROWS = {"base": ""} | {name: options for table in TABLES.values() for name, options in table.items()}
-TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "base_gIoU_lenient")  # on the held-out scenes, greedy; kinds are lenient
+# on the held-out scenes, greedy; kinds are lenient
+TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "base_gIoU_lenient")
 LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")  # over the last ten steps of training
 WAYS = ("names", "places")  # ways of thinking: their shares of the sampled answers in the last tenth of training
 COLUMNS = ("row", "seed", "options", *TESTED, *LAST, *WAYS)
@@ -96,14 +106,17 @@ def name_of(row: str, seed: int) -> str:
 
 
 def one_run(row: str, seed: int) -> dict:
-    """Train and test once, or go on with such a run that was stopped; the CSV line, and under "scenes" the gIoU of each test scene, in their order."""
+    """Train and test once, or go on with such a run that was stopped; the CSV line, and under "scenes" the gIoU of each
+    test scene, in their order."""
     folder = ROOT / "runs" / "ablations" / name_of(row, seed)
     halfway = (folder / "state.pt").exists()
     if not halfway:
         shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "train.py"), *FIXED, "--samples", str(SAMPLES), "--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
+    command = [sys.executable, str(ROOT / "train.py"), *FIXED, "--samples", str(SAMPLES), "--seed", str(seed),
+               "--run", str(folder), *ROWS[row].split()]
     command += ["--resume"] * halfway
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]}")
     line = {"row": row, "seed": seed, "options": ROWS[row]} | figures_of(folder)
@@ -115,14 +128,18 @@ def figures_of(folder: Path) -> dict:
     """What is kept of a run that is done: figures for the CSV, as text, and "scenes"."""
     summary, each = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "test-trained"))
     if [x["id"] for x in each] != Shapes("test", SCENES).ids:
-        raise RuntimeError(f"{folder} was not tested on the first {SCENES} test scenes in their order, as the other runs are")
-    steps, answers = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("metrics", "answers"))
-    tested = summary["trained"] | {kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
+        raise RuntimeError(
+            f"{folder} was not tested on the first {SCENES} test scenes in their order, as the other runs are")
+    steps, answers = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+                      for name in ("metrics", "answers"))
+    tested = summary["trained"] | {
+        kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
     last = {name: statistics.mean(step[name] for step in steps[-10:]) for name in LAST}
     styles = [style_of(answer["text"]) for answer in answers[-max(1, len(answers) // 10) :]]
     values = {name: tested[name] for name in TESTED} | last | {way: styles.count(way) / len(styles) for way in WAYS}
-    return {name: f"{value:.4g}" for name, value in values.items()} | {"scenes": [round(x["iou_strict"], 3) for x in each]}
+    return {name: f"{value:.4g}" for name, value in values.items()} | {
+        "scenes": [round(x["iou_strict"], 3) for x in each]}
 
 
 def write(line: dict) -> None:
@@ -150,14 +167,16 @@ def read() -> list[dict]:
         for line in reader:
             scenes = FILE.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
             if not scenes.exists():
-                sys.exit(f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, seed {line['seed']}, in {FILE}, and it is run again")
+                sys.exit(f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, "
+                         f"seed {line['seed']}, in {FILE}, and it is run again")
             numbers = {k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()}
             lines.append(numbers | {"scenes": json.loads(scenes.read_text())})
     return lines
 
 
 def student(freedom: float) -> float:
-    """How many standard errors to either side hold 95 % of Student's t: its 97.5 % quantile, by summing up its density."""
+    """How many standard errors to either side hold 95 % of Student's t: its 97.5 % quantile, by summing up its
+    density."""
     x = np.linspace(0, 20, 20_001)
     height = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi * freedom)
     density = height * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
@@ -167,16 +186,17 @@ def student(freedom: float) -> float:
 def interval(values) -> tuple[float, float]:
     """Mean of values [seeds, scenes], or of one value a seed [seeds], and half of its 95 % interval.
 
-    The mean would be another one with other seeds, and with other scenes. All seeds share the scenes, so 5 x 1,000 values are not 5,000 independent
-    ones. A value is taken as: mean + what its seed adds + what its scene adds + a rest that belongs to this seed on this scene. The spread of the seeds'
-    means shows the first and a part of the rest, the spread of the scenes' means the second and a part of the rest, so the rest is in both and is
-    taken off once:
+    The mean would be another one with other seeds, and with other scenes. All seeds share the scenes, so 5 x 1,000
+    values are not 5,000 independent ones. A value is taken as: mean + what its seed adds + what its scene adds + a rest
+    that belongs to this seed on this scene. The spread of the seeds' means shows the first and a part of the rest, the
+    spread of the scenes' means the second and a part of the rest, so the rest is in both and is taken off once:
 
         variance of the mean = var(seeds' means) / seeds + var(scenes' means) / scenes - var(rest) / (seeds * scenes)
 
-    (crossed random effects, see Searle, Casella and McCulloch, Variance Components, 1992). How sure this estimate is depends on which of its parts is large:
-    five seeds tell little of their spread, a thousand scenes much. Satterthwaite (1946) makes one number of degrees of freedom of that, for Student's t.
-    (A bootstrap that draws seeds and scenes takes the spread of five seeds for known, and so is too narrow where seeds matter.) One seed alone says
+    (crossed random effects, see Searle, Casella and McCulloch, Variance Components, 1992). How sure this estimate is
+    depends on which of its parts is large: five seeds tell little of their spread, a thousand scenes much.
+    Satterthwaite (1946) makes one number of degrees of freedom of that, for Student's t. (A bootstrap that draws seeds
+    and scenes takes the spread of five seeds for known, and so is too narrow where seeds matter.) One seed alone says
     nothing of other seeds: then the interval is over scenes only. With one value a seed it is over seeds only.
     """
     if not len(values):
@@ -185,7 +205,8 @@ def interval(values) -> tuple[float, float]:
     seeds, scenes = table.shape
     mean, by_seed, by_scene = table.mean(), table.mean(1, keepdims=True), table.mean(0, keepdims=True)
     rest = table - by_seed - by_scene + mean
-    squares = np.array([scenes * ((by_seed - mean) ** 2).sum(), seeds * ((by_scene - mean) ** 2).sum(), (rest**2).sum()])
+    squares = np.array([
+        scenes * ((by_seed - mean) ** 2).sum(), seeds * ((by_scene - mean) ** 2).sum(), (rest**2).sum()])
     freedom = np.array([seeds - 1, scenes - 1, (seeds - 1) * (scenes - 1)])
     known = freedom > 0
     if not known.any():  # one value
@@ -201,7 +222,8 @@ def interval(values) -> tuple[float, float]:
 
 def values_of(lines: list[dict], row: str, measure: str) -> dict[int, np.ndarray]:
     """For each seed of a row: the gIoU of each scene [scenes], or its one value [1] of another measure."""
-    return {line["seed"]: np.array(line["scenes"] if measure == "gIoU" else [line[measure]]) for line in lines if line["row"] == row}
+    return {line["seed"]: np.array(line["scenes"] if measure == "gIoU" else [line[measure]])
+            for line in lines if line["row"] == row}
 
 
 def differences(lines: list[dict], row: str, measure: str = "gIoU", base: str = "base") -> list[np.ndarray]:
@@ -211,17 +233,22 @@ def differences(lines: list[dict], row: str, measure: str = "gIoU", base: str = 
 
 
 def compare(lines: list[dict], row: str, measure: str = "gIoU", base: str = "base") -> dict:
-    """A row's mean, and its difference from base seed by seed and scene by scene, each with half of its 95 % interval (see `interval`)."""
+    """A row's mean, and its difference from base seed by seed and scene by scene, each with half of its 95 % interval
+    (see `interval`)."""
     values = list(values_of(lines, row, measure).values())
-    return {"runs": len(values), "mean": interval(values), "difference": interval(differences(lines, row, measure, base))}
+    return {"runs": len(values), "mean": interval(values),
+            "difference": interval(differences(lines, row, measure, base))}
 
 
 def cells(lines: list[dict], row: str) -> tuple[str, str, str, str, str]:
-    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure, the prediction. A star: one seed, so over scenes only."""
+    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure, the prediction. A star: one
+    seed, so over scenes only."""
     x = compare(lines, row)
     seeds = {"mean": x["runs"], "difference": len(differences(lines, row))}
-    text = lambda name, sign: f"{x[name][0]:{sign}.3f} ± {x[name][1]:.3f}{'*' * (seeds[name] == 1)}" if seeds[name] else ""
-    return str(x["runs"]), text("mean", ""), "" if row == "base" else text("difference", "+"), PAPER.get(row, ""), PREDICTED.get(row, "")
+    text = lambda name, sign: (
+        f"{x[name][0]:{sign}.3f} ± {x[name][1]:.3f}{'*' * (seeds[name] == 1)}" if seeds[name] else "")
+    return (str(x["runs"]), text("mean", ""), "" if row == "base" else text("difference", "+"),
+            PAPER.get(row, ""), PREDICTED.get(row, ""))
 
 
 def rows_of(lines: list[dict], title: str) -> list[str]:
@@ -241,7 +268,8 @@ def print_table(lines: list[dict], title: str) -> None:
 
 
 def draw(lines: list[dict], titles: list[str]):
-    """A figure: for each row its difference in gIoU from base, the mean with its 95 % interval and, under it, a dot a seed."""
+    """A figure: for each row its difference in gIoU from base, the mean with its 95 % interval and, under it, a dot a
+    seed."""
     height = 0.22 * (sum(len(rows_of(lines, title)) for title in titles)) + 1.1
     figure, axes = plt.subplots(figsize=(8, height))
     axes.axvline(0, color="0.6", lw=1)
@@ -253,7 +281,8 @@ def draw(lines: list[dict], titles: list[str]):
             apart = differences(lines, row)
             mean, half = interval(apart)
             if mean < EDGE:
-                axes.annotate(f"← {mean:.3f} ± {half:.3f}", (0.01, y), xycoords=("axes fraction", "data"), va="center", color="#D55E00", fontsize=9)
+                axes.annotate(f"← {mean:.3f} ± {half:.3f}", (0.01, y), xycoords=("axes fraction", "data"), va="center",
+                              color="#D55E00", fontsize=9)
             elif apart:
                 axes.plot(np.mean(apart, 1), [y - 0.35] * len(apart), "o", color="#56B4E9", ms=3.5)
                 axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
@@ -264,7 +293,8 @@ def draw(lines: list[dict], titles: list[str]):
         label.set_fontweight("bold" if label.get_text() in titles else "normal")
     axes.set_ylim(y + 0.4, 0.6), axes.tick_params("y", length=0), axes.grid(axis="x", alpha=0.25)
     left, right = axes.get_xlim()
-    axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))  # one scale for every table, so that a small difference looks small
+    # one scale for every table, so that a small difference looks small
+    axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))
     axes.set_xlabel(
         "gIoU minus that of base, with the same seed and on the same held-out scenes\n"
         f"dots: runs; diamond: mean with its 95 % interval over seeds and scenes\nbase: {cells(lines, 'base')[1]}"
@@ -297,7 +327,8 @@ def main() -> None:
 
         with ThreadPoolExecutor(args.workers) as pool:
             try:
-                for future in tqdm(as_completed([pool.submit(job, *m) for m in missing]), total=len(missing), desc="runs"):
+                for future in tqdm(as_completed([pool.submit(job, *m) for m in missing]),
+                                   total=len(missing), desc="runs"):
                     future.result()
             except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
                 sys.exit("stopping; the same command goes on from here")

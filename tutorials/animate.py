@@ -1,6 +1,8 @@
-"""A short animation of the same held-out scenes as training goes on: `python tutorials/animate.py runs/tiny-seed0 --out learning.gif`.
+"""A short animation of the same held-out scenes as training goes on:
+`python tutorials/animate.py runs/tiny-seed0 --out learning.gif`.
 
-The frames are the sheets that the run wrote at each look (`--eval-every`), so a run with more looks moves more smoothly.
+The frames are the sheets that the run wrote at each look (`--eval-every`), so a run with more looks moves more
+smoothly.
 """
 
 import argparse
@@ -14,17 +16,20 @@ def animate(run: Path, out: Path, width: int, seconds: float) -> int:
     """Write the run's validation sheets, oldest first, as an animated GIF; returns the number of frames."""
     sheets = sorted(run.glob("sheet-[0-9]*.png"))
     if len(sheets) < 2:
-        sys.exit(f"animate.py: error: {run} has {len(sheets)} sheets, and at least 2 are needed: train with a lower --eval-every")
+        sys.exit(f"animate.py: error: {run} has {len(sheets)} sheets, and at least 2 are needed: "
+                 "train with a lower --eval-every")
     frames = []
     for sheet in sheets:
         with Image.open(sheet) as image:
-            frames.append(image.convert("RGB").resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS))
+            frames.append(image.convert("RGB").resize(
+                (width, round(image.height * width / image.width)), Image.Resampling.LANCZOS))
     strip = Image.new("RGB", (width, sum(frame.height for frame in frames)))
     for i, frame in enumerate(frames):
         strip.paste(frame, (0, sum(f.height for f in frames[:i])))
     colours = strip.quantize(128)  # one palette for all, so that colours do not flicker
     frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=[round(1000 * seconds)] * (len(frames) - 1) + [4000], loop=0)
+    frames[0].save(out, save_all=True, append_images=frames[1:],
+                   duration=[round(1000 * seconds)] * (len(frames) - 1) + [4000], loop=0)
     return len(frames)
 
 
