@@ -1,4 +1,4 @@
-"""Train the policy with SAM as the reward: `python train.py --samples 3000`. See --help for every setting."""
+"""Train the policy with SAM as the reward: `python train.py --samples 3000`."""
 
 import os
 import sys

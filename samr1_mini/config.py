@@ -37,8 +37,9 @@ class Settings:
     samples: int = _run(3000, "training questions; each is seen once")
     run: str = _run("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
     resume: bool = _run(False, "go on with the run in that folder where it stopped")
-    seed: int = _run(0, "seed of everything: on a CPU the same seed gives the same numbers; on a GPU the same "
-                     "questions and draws, while sums are rounded in another order each time")
+    seed: int = _run(0, "seed of everything: on one kind of CPU, with as many threads, the same seed gives the same "
+                     "numbers; on a GPU the same questions and draws, while sums are rounded in another order each "
+                     "time")
     rehearse: int = _run(0, "do not train: run this many full steps with random weights of the preset's shape; nothing "
                          "is downloaded")
     device: str = _run("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
@@ -107,7 +108,7 @@ class Settings:
 
 
 _FULL_SIZE = dict(sam="vit_h", data="refcocog", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
-                  checkpointing=True, eval_samples=32, test_samples=500)
+                  checkpointing=True, eval_samples=32)
 PRESETS = {
     "tiny": {},
     "3b": dict(policy="Qwen/Qwen2.5-VL-3B-Instruct", **_FULL_SIZE),
@@ -171,7 +172,9 @@ def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) 
 
 def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple[Settings, str]:
     """Command line -> (checked settings, a line that says which preset was chosen and what was overridden)."""
-    parser = Parser(prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False)
+    larger = ", ".join(f"{option(name)} {value}".removesuffix(" True") for name, value in _FULL_SIZE.items())
+    parser = Parser(prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False,
+                    epilog=f"Defaults are those of --preset tiny; 3b and 7b have instead: {larger}, and their policy.")
     add_options(parser)
     given = vars(parser.parse(argv))
     try:

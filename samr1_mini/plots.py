@@ -22,25 +22,26 @@ BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "
 
 
 def legible(text: str, width: int, lines: int = 99) -> str:
-    """At most so many lines of `width` characters; a character that no font here has is written as ⟨U+5DE6⟩."""
+    """At most so many lines of `width` characters, with … where there is more; a character that no font here has is
+    written as ⟨U+5DE6⟩."""
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
     known = lambda c: c.isspace() or (c.isprintable() and any(font.get_char_index(ord(c)) for font in fonts))
     text = "".join(c if known(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
-    return "\n".join(textwrap.wrap(text, width)[:lines])
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
 
 
 def draw_answer(axes, panel, size: int) -> None:
-    """One evaluated answer (evaluation.Panel) on its picture: truth as a dashed outline, SAM's mask filled and
-    outlined, box, points (dot: on the object, cross: off it)."""
+    """One evaluated answer (evaluation.Panel) on its picture: truth as a dashed outline, SAM's mask outlined and in
+    full light, box, points (dot: on the object, cross: off it)."""
     sample, answer = panel.sample, panel.reward.answer
     fine = max(1, max(sample.image.size) // 800)  # a panel is small: of a large photo every few pixels are drawn
     picture, truth = np.asarray(sample.image)[::fine, ::fine], sample.mask[::fine, ::fine]
     mask = np.zeros_like(truth) if panel.reward.mask is None else panel.reward.mask[::fine, ::fine]
-    axes.imshow(picture)
+    # What the mask leaves out is dimmed: a fill would hide the colours that the question may be about.
+    light = np.where(mask | ~mask.any(), 1, 0.65)
+    axes.imshow((picture * light[..., None]).astype(np.uint8))
     axes.set_xticks([]), axes.set_yticks([])
     sx, sy = sample.image.width / size / fine, sample.image.height / size / fine
-    if mask.any():
-        axes.imshow(mask[..., None] * np.array([*matplotlib.colors.to_rgb(ORANGE), 0.55]))
     if truth.any() and not truth.all():
         axes.contour(truth, [0.5], colors="white", linewidths=1.6)
     if mask.any() and not mask.all():  # objects may be orange too
@@ -71,10 +72,10 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
             axes.set_title(legible(panel.sample.question, 40), fontsize=9, parse_math=False)
             verdict = f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.0f}   " if truth else ""
             verdict += "" if panel.reward.answer.in_format else "outside the format"
-            caption = f"{verdict}\n{legible(panel.text, 46, 6)}".strip()
+            caption = f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
             axes.set_xlabel(caption, fontsize=7.5, loc="left", parse_math=False)
-        key = "orange: SAM's mask, blue: the policy's box, dot and cross: its points"
-        figure.suptitle(f"{title}\n{'dashed: truth, ' if truth else ''}{key}", fontsize=11)
+        key = "in full light with an orange outline: SAM's mask; blue: the policy's box; dot and cross: its points"
+        figure.suptitle(f"{title}\n{'dashed: truth; ' if truth else ''}{key}", fontsize=10)
         figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -86,7 +87,8 @@ def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
 
 
 def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
-    """A PNG with a run's curves from the lines of metrics.jsonl; `summary` adds base, trained and ceiling as lines."""
+    """A PNG with a run's curves from the lines of metrics.jsonl; `summary` adds base and trained as squares, and
+    the ceiling as a line."""
     step = np.array([line["step"] for line in log])
     column = lambda name: np.array([line.get(name, np.nan) for line in log], float)
     evaluated = [line for line in log if "validation_gIoU" in line]

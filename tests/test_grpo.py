@@ -307,6 +307,10 @@ def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
     adapter = PeftModel.from_pretrained(
         Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), folder / "adapter")
     assert any(p.any() for n, p in adapter.named_parameters() if "lora_B" in n), "the adapter did not change"
+    told = re.search(r"What a run leaves in its folder: (.*?)\n\n", (ROOT / "README.md").read_text(), re.S)[1]
+    names = [name.rstrip("/") for name in re.findall(r"`([^-`][^`]*)`", told)]
+    unknown = [f.name for f in folder.iterdir() if not any(f.match(name) for name in names)]
+    assert not [name for name in names if not list(folder.glob(name))] and unknown == ["base.json"]  # for --resume
 
 
 def same_runs(a, b):

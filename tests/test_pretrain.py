@@ -142,7 +142,7 @@ def test_a_sam_that_draws_what_is_meant_measures_one_for_it_and_less_of_the_thin
     exact = [name for name in found if "true" in name or "meant" in name or name == "dot"]
     assert len(exact) == 8 and all(found[name] == 1 for name in exact)
     assert found["sides 10 % out"] > found["sides 20 % out"] > found["sides 40 % out"] and found["box of two"] < 0.7
-    assert found["box of two, a point on each"] > found["box of two"] + 0.1
+    assert found["box of two, 1 on the thing, 0 on the other"] > found["box of two"] + 0.1
     nothing_for_points = drawing(lambda scene, box, points: meant(scene, box, []) & (not points))
     monkeypatch.setattr(pretrain, "load_segmenter", lambda folder: nothing_for_points)
     assert all((value == 0) == ("point" in name) for name, value in pretrain.measure_sam("tiny", 20).items())

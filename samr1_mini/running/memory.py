@@ -1,7 +1,7 @@
 """The machine: its name, how much of its memory may be taken and how much was, how many questions to sample at once."""
 
 import platform
-import resource
+import sys
 
 import torch
 
@@ -39,7 +39,10 @@ def peak_memory(device: str) -> float:
     """Peak memory in GiB: of the GPU where there is one, else of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    import resource  # Unix alone has it
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def free_memory(s: Settings) -> float:

@@ -490,7 +490,7 @@ def measure_sam(folder: str = "tiny", count: int = 200) -> dict:
             "dot": (dots, [t.box for t in dots], [[] for _ in dots]),
             "box of two": (things, shared, none),
             "box of two, 1 point": (things, shared, on),
-            "box of two, a point on each": (things, shared, beside),
+            "box of two, 1 on the thing, 0 on the other": (things, shared, beside),
         }
         prompts |= {f"sides {percent} % out": (things, boxes, none) for percent, boxes in wide.items()}
         prompts["sides 40 % out, 1 point"] = (things, wide[40], on)
