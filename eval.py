@@ -24,8 +24,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--blank", action="store_true",
                         help="show the policy a grey picture: what is left of the score is guessing")
     parser.add_argument("--mirror", action="store_true",
-                        help="mirror pictures, true masks and the words left and right: who sees where things are does "
-                             "as well there")
+                        help="mirror pictures, true masks and the words left and right: a policy that really sees "
+                             "positions scores the same")
     parser.add_argument("--votes", type=int, default=1,
                         help="answers a question, drawn at temperature 1, that vote on a mask (default 1: one, greedy)")
     parser.add_argument("--image", help="answer about this one picture instead of a data set")

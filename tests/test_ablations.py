@@ -189,6 +189,10 @@ def test_a_figure_of_ablations_has_a_dot_a_seed_and_the_intervals_of_its_table()
     assert len([line for line in far.get_lines() if line.get_marker() == "o"]) == 1
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["points", "no points", "group", "G = 2"]
+    alone = [line for line in lines if line["row"] != "G = 2" or not line["seed"]]
+    axes = ablations.draw(alone, ["points", "group"]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["points", "no points", "group", "G = 2*"]
+    assert "* one seed: over scenes only" in axes.get_xlabel() and "one seed" not in figure.axes[0].get_xlabel()
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 10])

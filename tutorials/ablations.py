@@ -71,7 +71,7 @@ PREDICTED = {
     "threshold 0.5": "lower: above 0.5 nothing more is paid, so boxes stay wide",
     "threshold 0.7": "as base: it pays for tight boxes, though half-right masks pay nothing at the start",
     "threshold 0.8": "lower: wide boxes hardly ever get there, so tight ones are found later",
-    "GRPO": "lower: both of the next two, so places come latest",
+    "GRPO": "lower: it lacks both changes, so places come latest",
     "GRPO + token-level": "a little lower: the clip lets a rare way of thinking grow by a fifth a step, not by 0.3",
     "GRPO + clip-higher": "lower: tokens of long answers count less, and measuring is long: places come later",
     "box IoU": "far lower: boxes as wide as the base's have an IoU of a third, so hardly any is paid at the start",
@@ -286,18 +286,19 @@ def draw(lines: list[dict], titles: list[str]):
             elif apart:
                 axes.plot(np.mean(apart, 1), [y - 0.35] * len(apart), "o", color="#56B4E9", ms=3.5)
                 axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
-            ticks.append((y, row))
+            ticks.append((y, row + "*" * (len(apart) == 1)))
         y -= 1
     axes.set_yticks(*zip(*ticks))
     for label in axes.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in titles else "normal")
     axes.set_ylim(y + 0.4, 0.6), axes.tick_params("y", length=0), axes.grid(axis="x", alpha=0.25)
     left, right = axes.get_xlim()
+    alone = "\n* one seed: over scenes only" if any("*" in name for _, name in ticks) else ""
     # one scale for every table, so that a small difference looks small
     axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))
     axes.set_xlabel(
         "gIoU minus that of base, with the same seed and on the same held-out scenes\n"
-        f"dots: runs; diamond: mean with its 95 % interval over seeds and scenes\nbase: {cells(lines, 'base')[1]}"
+        f"dots: runs; diamond: mean with its 95 % interval over seeds and scenes{alone}\nbase: {cells(lines, 'base')[1]}"
     )
     figure.tight_layout()
     return figure
