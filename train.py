@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
             from samr1_mini.measuring.forecast import forecast_line
             from samr1_mini.grpo import train
 
-            if settings.device == "cuda" and os.environ.get("RANK", "0") == "0":
+            # The forecast runs the training's own code, in which several processes would wait for each other.
+            if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
                 print(forecast_line(settings), flush=True)
             train(settings)
     except (UserError, OSError) as error:  # an OSError: a full disk, most likely

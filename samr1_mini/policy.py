@@ -142,7 +142,7 @@ def load_policy(
     check_policy(str(name))
     name, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
     base = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map={"": device},
+        name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map=device,
         attn_implementation=IMPLEMENTATION,
     )
     return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing, coordinates)

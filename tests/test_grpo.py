@@ -435,7 +435,9 @@ def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before
     s = replace(settings, samples=12)
     expected, folder = whole(s), Path(s.run)
     restore = cut_in_the_second_update(monkeypatch, 3, error)
-    with pytest.raises(kind):
+    with monkeypatch.context() as full, pytest.raises(kind):
+        # moments made anew beside those that are there: for these the memory lacks the room
+        full.setattr(torch.optim.AdamW, "load_state_dict", lambda *_: out_of_memory())
         train(s)
     restore()
     state, adapter = (torch.load(folder / "state.pt", weights_only=True),

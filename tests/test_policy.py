@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.integrations.accelerate import check_and_set_device_map
 
 from eval import merge
 from samr1_mini import policy as policy_module
@@ -471,6 +472,19 @@ def test_another_kind_of_model_and_a_missing_one_are_refused_in_one_line(tmp_pat
         load_policy(tmp_path)
     with pytest.raises(UserError, match="no-such-folder"):
         load_policy("./no-such-folder")
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "bf16"])
+def test_each_of_several_processes_loads_its_base_on_a_gpu_of_its_own(load_in, monkeypatch):
+    """transformers' loader puts "cuda" in the place of this process; of {"": "cuda"} its threads would make GPU 0."""
+    asked = {}
+    monkeypatch.setattr(policy_module, "compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(policy_module.AutoModelForImageTextToText, "from_pretrained",
+                        lambda _, **given: asked.update(given))
+    monkeypatch.setattr(policy_module, "add_adapter", lambda *_: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    load_policy("tiny", load_in, device="cuda")
+    assert check_and_set_device_map(asked["device_map"]) == {"": torch.device("cuda:1")}
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,21 @@ def test_two_processes_end_with_the_adapter_of_one(both):
             moved += value.square().sum()
             apart += (value - two[name]).square().sum()
     assert moved > 0 and (apart / moved).sqrt() < 1e-2
+
+
+def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
+    allocated = []
+
+    def work():
+        large = torch.zeros(1000)
+        allocated.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    try:
+        processes.together(work)
+    except torch.OutOfMemoryError as error:  # while it is handled, as where the state is saved
+        assert str(error) == "Tried to allocate 2.00 GiB" and allocated[0]() is None
+    assert allocated
 
 
 def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):

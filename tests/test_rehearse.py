@@ -89,6 +89,13 @@ def test_a_size_that_the_shape_cannot_cut_is_refused_in_one_line():
         rehearse_module.rehearse(settings)
 
 
+def test_a_policy_of_another_shape_than_the_presets_is_refused_in_one_line():
+    settings, _ = make_settings(preset="7b", device="cpu", rehearse=1, policy="Qwen/Qwen3-VL-4B-Instruct",
+                                image_size=832)
+    with pytest.raises(UserError, match="knows the shape of --preset 7b's own policy, not of --policy Qwen/Qwen3"):
+        rehearse_module.rehearse(settings)
+
+
 def test_the_benchmark_takes_a_shape_and_writes_its_rows(tmp_path, monkeypatch):
     options = ["--shape", "small", "--rounds", "1", "--tokens", "4", "--lengths", "3", "5",
                "--out", str(tmp_path / "b.json")]

@@ -30,7 +30,7 @@ from transformers import AutoProcessor, ProcessorMixin, Qwen2_5_VLConfig, Qwen2_
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from ..attention import IMPLEMENTATION
-from ..config import Settings, cell_size
+from ..config import PRESETS, Settings, cell_size
 from ..grpo import full_rollouts, new_optimizer, update
 from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
 from ..segmenter import SAM_FILES, Segmenter, is_small, random_sam
@@ -343,25 +343,28 @@ def count(counter: Counter, policy: Policy, segmenter: Segmenter, loaded: dict, 
         return found | {"update": one(s.group, s.max_new_tokens), "updates": {size: one(*size) for size in sizes}}
 
 
-def grow(found, one, two, layers: int):
-    """`found` and what `layers` more layers add: all hold, move and compute what the second of two does."""
+def grow(found, two, three, layers: int):
+    """`found` and what `layers` more layers add: all hold, move and compute what the third of three does."""
     if isinstance(found, dict):
-        return {k: grow(v, one[k], two[k], layers) for k, v in found.items()}
-    return found + layers * (two - one)
+        return {k: grow(v, two[k], three[k], layers) for k, v in found.items()}
+    return found + layers * (three - two)
 
 
 def counts(config: Qwen2_5_VLConfig, s: Settings, sizes: tuple, whole: bool) -> dict:
-    """As `count`; updates of other sizes, and without `whole` everything, from models of one and of two layers."""
+    """As `count`; updates of other sizes, and without `whole` everything, from models of two and of three layers.
+
+    (Not of one and of two: when the first layer ends nothing of an earlier one is left, so its peak lies lower.)
+    """
     def cut(layers: int, blocks: int) -> Qwen2_5_VLConfig:
         shallow = copy.deepcopy(config)
         shallow.text_config.num_hidden_layers, shallow.vision_config.depth = layers, blocks
         return shallow
 
     layers, blocks, tiny = config.text_config.num_hidden_layers, config.vision_config.depth, replace(s, sam="tiny")
-    one, two = (count(*build(cut(n, 1), tiny), tiny, sizes) for n in (1, 2))
-    found = count(*build(cut(layers if whole else 1, blocks), s), s)
-    updates = grow(one["updates"], one["updates"], two["updates"], layers - 1)
-    return grow(found | {"updates": {}}, one, two, 0 if whole else layers - 1) | {"updates": updates}
+    two, three = (count(*build(cut(n, 1), tiny), tiny, sizes) for n in (2, 3))
+    found = count(*build(cut(layers if whole else 2, blocks), s), s)
+    updates = grow(two["updates"], two["updates"], three["updates"], layers - 2)
+    return grow(found | {"updates": {}}, two, three, 0 if whole else layers - 2) | {"updates": updates}
 
 
 # ---------------------------------------------------------------------------------------------------- the forecast
@@ -453,12 +456,17 @@ def known_card(name: str) -> str | None:
     return next((card for card in CARDS if set(card.split()) <= set(words) and "Laptop" not in words), None)
 
 
+def shape_is_known(s: Settings) -> bool:
+    """Whether SHAPES has what will be trained: a preset's own policy, no other one in its place."""
+    return s.preset in SHAPES and s.policy == PRESETS[s.preset].get("policy")
+
+
 def forecast_line(s: Settings) -> str:
     """One line for the start of a training on a GPU's preset, "" for others: the peak of this card's memory, and hours.
 
-    Takes seconds, because one and two layers are counted and multiplied; the run's random numbers stay as they are.
+    Takes seconds, because two and three layers are counted and multiplied; the run's random numbers stay as they are.
     """
-    if s.preset not in ("3b", "7b"):
+    if not shape_is_known(s):
         return ""
     with torch.random.fork_rng(devices=[]):
         found = counts(shape_config(s.preset), s, ((s.group, 128),), whole=False)

@@ -30,7 +30,7 @@ from ..running.memory import compute_dtype, peak_memory
 from ..segmenter import Segmenter, random_sam
 from ..tiny.shapes import Shapes
 from .forecast import (GIB, GRID, SHAPES, Counter, beside, build, count, empty_base, forecast, forecast_lines,
-                       known_card, peaks, sam_kind, shape_config, shape_processor)
+                       known_card, peaks, sam_kind, shape_config, shape_is_known, shape_processor)
 
 
 def random_policy(config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool) -> Policy:
@@ -119,6 +119,9 @@ def rehearse(s: Settings) -> dict:
     shape = s.preset if s.preset in SHAPES else "small"
     if cuda and shape == "small":
         raise UserError(f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes")
+    if shape != "small" and not shape_is_known(s):
+        raise UserError(f"--rehearse knows the shape of --preset {shape}'s own policy, not of --policy {s.policy}: "
+                        "leave that out")
     check_size(shape_config(shape), s.image_size)
     expected, times = {}, {}
     if shape != "small":

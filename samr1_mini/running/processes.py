@@ -26,13 +26,11 @@ def together(work: Callable):
     try:
         result = work()
     except torch.OutOfMemoryError as error:
-        full = error
+        full = str(error)  # no more of it: its traceback would keep all that the work has allocated
     if PartialState().num_processes > 1:
-        elsewhere = [text for text in gather_object([str(full) if full else None]) if text]
-        if elsewhere and not full:
-            full = torch.OutOfMemoryError(elsewhere[0])
-    if full:
-        raise full
+        full = next((text for text in [full, *gather_object([full])] if text is not None), None)
+    if full is not None:
+        raise torch.OutOfMemoryError(full)
     return result
 
 

@@ -33,19 +33,18 @@ def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
     return {"step": step, "seconds": seconds, "adapter": trained, "optimizer": optimizer_state}
 
 
-def put_state(policy: Policy, optimizer, state: dict) -> None:
-    """Adapter and optimizer as they were when `state` was taken."""
+def put_adapter(policy: Policy, state: dict) -> None:
+    """The adapter as it was when `state` was taken."""
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state["adapter"][name])
-    optimizer.load_state_dict(state["optimizer"])
 
 
 def save_state(folder: Path, policy: Policy, state: dict) -> bool:
-    """Write `state`, which the policy is in, and the adapter by itself. All is written beside and moved into place, so
-    that a save that is cut off, or for which the disk has no room, loses nothing; the latter is said, and False comes
-    back."""
+    """Write `state`, and by itself the adapter, which the policy holds as it is in `state`. All is written beside and
+    moved into place, so that a save that is cut off, or for which the disk has no room, loses nothing; the latter is
+    said, and False comes back."""
     new = folder / "state.new"
     try:
         with new.open("wb") as file:
@@ -68,7 +67,8 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
     if not (folder / "state.pt").exists():
         return 0, 0.0
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    put_state(policy, optimizer, state)
+    put_adapter(policy, state)
+    optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
 
 
@@ -206,7 +206,7 @@ class Run:
             try:
                 yield
             except (torch.OutOfMemoryError, Terminated, UserError, OSError, KeyboardInterrupt) as error:
-                put_state(self.policy, self.optimizer, self.state)
+                put_adapter(self.policy, self.state)  # no more: memory may have run out
                 if is_first() and save_state(self.folder, self.policy, self.state):
                     told = f"step {self.state['step']} is saved; go on with:\n  {resume_command(self.folder, self.s)}"
                     print(told, flush=True)
