@@ -298,7 +298,8 @@ def draw(lines: list[dict], titles: list[str]):
     axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))
     axes.set_xlabel(
         "gIoU minus that of base, with the same seed and on the same held-out scenes\n"
-        f"dots: runs; diamond: mean with its 95 % interval over seeds and scenes{alone}\nbase: {cells(lines, 'base')[1]}"
+        f"dots: runs; diamond: mean with its 95 % interval over seeds and scenes{alone}\n"
+        f"base: {cells(lines, 'base')[1]}"
     )
     figure.tight_layout()
     return figure
