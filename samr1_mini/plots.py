@@ -135,8 +135,10 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     mean(f, "points", ORANGE, "points an answer, x 10", 10)
     f.set(title="Answers", ylabel="tokens", ylim=(0, None))
 
+    # In the third, lines run along the top, and those of groups without variance low.
+    where = {b: dict(loc="lower right"), c: dict(loc="center right", bbox_to_anchor=(1, 0.67))}
     for axes in (a, b, c, d, e, f):
-        axes.legend(fontsize=8, framealpha=0.6, loc="lower right" if axes is b else "best")
+        axes.legend(fontsize=8, framealpha=0.6, **where.get(axes, {}))
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
     figure.tight_layout()
