@@ -54,13 +54,17 @@ def parse(argv: list[str] | None):
     try:
         beside = Path(options["adapter"] or "").resolve().parent / "settings.json"
         if options["adapter"] is not None and beside.is_file():
-            given = {k: v for k, v in read_settings(beside).items() if k in USED - {"device"}} | given
+            saved = read_settings(beside)
+            if saved.get("eval_data") and options["split"] != "train":
+                saved["data"] = saved["eval_data"]
+            given = {k: v for k, v in saved.items() if k in USED - {"device"}} | given
         settings, line = make_settings(**given)
         check(settings)
     except UserError as error:
         parser.error(str(error))
     if options["adapter"] is not None:
-        line = f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}"
+        line = (f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}, "
+                f"data {settings.data}")
     return settings, options, line
 
 
@@ -68,7 +72,7 @@ def open_input(settings, options: dict):
     """What is asked about, opened before a model is loaded: the data set, or the one picture."""
     import numpy as np
 
-    from samr1_mini.data import Mirrored, Sample, open_data, open_picture
+    from samr1_mini.data import Mirrored, Sample, open_data, open_picture, plain
 
     try:
         Path(options["out"]).mkdir(parents=True, exist_ok=True)
@@ -76,15 +80,19 @@ def open_input(settings, options: dict):
     except OSError as error:
         raise UserError(f"--out {options['out']}: nothing can be written there ({error.strerror})") from None
     if options["image"] is None:
-        data = open_data(settings.data, options["split"], options["count"], sentences=settings.sentences,
-                         coco_dir=settings.coco_dir, ignore=settings.ignore)
+        data = open_data(settings.data, options["split"], options["count"], None, settings.sentences,
+                         settings.coco_dir, settings.ignore)
         return Mirrored(data) if options["mirror"] else data
     try:
         image = open_picture(options["image"])
     except (OSError, ValueError) as error:  # no picture, cut off, or far too large
         raise UserError(f"--image {options['image']}: {error}") from None
+    try:
+        question = plain(options["question"])
+    except ValueError as error:
+        raise UserError(f"--question: {error}") from None
     unknown = np.zeros((image.height, image.width), bool)  # no truth is known
-    return [Sample(image, options["question"], unknown, options["image"])]
+    return [Sample(image, question, unknown, options["image"])]
 
 
 def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
@@ -114,7 +122,8 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     print(f"{how}, {batch_size(policy, settings, votes)} questions side by side; SAM's highest-scored mask counts")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
     print("an answer that cannot be read counts 0 whatever the truth is")
-    results = {**options, "missing": list(data.missing), "summary": summary, "answers": report.each()}
+    used = {name: getattr(settings, name) for name in sorted(USED)}
+    results = {**options, **used, "missing": list(data.missing), "summary": summary, "answers": report.each()}
     (out / "results.json").write_text(json.dumps(results, indent=1))
     ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]

@@ -241,6 +241,8 @@ def check(s: Settings) -> None:
                  "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise UserError(f"{option(name)} must not be below 0, not {getattr(s, name)}")
+    if s.seed > 10**12:  # a step's own seed is made of it
+        raise UserError(f"--seed must be at most 10**12, not {s.seed}")
     if s.group < 2:
         raise UserError(f"--group must be at least 2, not {s.group}: an answer is judged against the rest of its group")
     if s.eps_low >= 1:

@@ -292,8 +292,8 @@ def train(s: Settings) -> dict:
     begun, count = time.perf_counter(), join(s.device).num_processes
     if count > 1 and s.questions % (s.updates * count):
         raise UserError(f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}")
-    folder = broadcast_object_list([open_run(s) if is_first() else None])[0]
     data, validation, test = sets = open_sets(s)
+    folder = broadcast_object_list([open_run(s) if is_first() else None])[0]
     policy, segmenter = load_parts(s, sets, missing=known_missing(folder) if s.resume else [])
     optimizer = new_optimizer(policy, s)
     run = Run(folder, s, policy, optimizer, sets, begun)

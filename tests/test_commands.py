@@ -54,7 +54,7 @@ def test_help_of_every_command(command):
         (["--samples", "many"], "--samples: invalid int value: 'many'"),
         (["--samples", "0"], "--samples must be at least 1"),
         (["--samples", "5"], "--questions 16"),
-        (["--group", "1"], "--group must be at least 2"),
+        (["--group", "1"], "--group must be at least 2"), (["--seed", "99999999999999"], "--seed must be at most"),
         (["--lr", "-1"], "--lr must be above 0"),
         (["--lr", "nan"], "--lr must be above 0"),
         (["--beta", "inf"], "--beta must not be below 0"),
@@ -221,7 +221,7 @@ def test_more_samples_than_lines_go_round_again_in_a_new_order(tmp_path):
         ({"mask": "pictures/1.txt"}, "1.txt"),
         ({"mask": 7}, "neither a PNG"),
         ({"mask": [[1, 2, 3]]}, "at least three x, y pairs"),
-        ({"mask": {"size": [8, 8], "counts": "0"}}, "RLE has size [8, 8]"),
+        ({"mask": {"size": [8, 8], "counts": [64]}}, "RLE has size [8, 8]"),
         ({"mask": "pictures/small.png"}, "the mask is 8 x 8, the picture 112 x 112"),
         ({"question": ""}, "question missing"),
         ({"image": "pictures/cut.png"}, ""),
@@ -276,6 +276,12 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     assert open_picture(tmp_path / "a.jpg").size == (20, 40)
     Image.fromarray(np.zeros((20, 40), np.uint16)).save(tmp_path / "a.png", exif=exif)
     assert open_picture(tmp_path / "a.png").size == (20, 40)
+
+
+def test_a_picture_a_hundred_times_longer_than_wide_is_refused(tmp_path):
+    Image.new("RGB", (1010, 10)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="1010 x 10 pixels are too narrow"):
+        open_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name, mode", [("a.png", "I;16"), ("a.tif", "I;16"), ("a.tif", "I;16B"), ("a.tif", "I")])
@@ -334,11 +340,16 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     out = run("eval.py", "--adapter", adapter, "--out", str(tmp_path / "eval"))
     assert out.returncode == 0, out.stderr[-2000:]
     results = json.loads((tmp_path / "eval/results.json").read_text())
-    assert results["summary"]["count"] == 2 == len(results["answers"]) and (tmp_path / "eval/sheet.png").exists()
+    assert results["summary"]["count"] == len(load_data(str(tmp_path / "mine"), "test", 99)) == len(results["answers"])
+    assert (tmp_path / "eval/sheet.png").exists() and results["data"] == str(tmp_path / "mine")
     assert "95 % bootstrap interval" in out.stdout
     evaluate.main(["--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"),
                    "--question", "the leftmost object", "--out", str(tmp_path / "eval")])
     assert (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG")
+    file = tmp_path / "mine/data.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[::-1]))  # other questions would be drawn
+    out = run("train.py", "--resume", "--run", str(tmp_path / "run"), "--samples", "12")
+    assert out.returncode == 2 and "its data has changed" in out.stderr and "Traceback" not in out.stderr
 
 
 def test_a_set_that_has_only_a_train_split_is_evaluated_on_another(tmp_path):
@@ -351,6 +362,11 @@ def test_a_set_that_has_only_a_train_split_is_evaluated_on_another(tmp_path):
     assert set(json.loads((tmp_path / "run/summary.json").read_text())["trained"]["by_kind"]) == {
         x.kind for x in load_data("shapes", "test", 3)}
     assert set(json.loads((tmp_path / "run/samples.json").read_text())) == set("01234567")
+    for split, count, data in (("test", 3, "shapes"), ("train", 8, str(tmp_path / "mine"))):  # as the run did
+        evaluate.main(["--adapter", str(tmp_path / "run/adapter"), "--split", split, "--count", str(4 * count // 3),
+                       "--out", str(tmp_path / "eval")])
+        results = json.loads((tmp_path / "eval/results.json").read_text())
+        assert results["data"] == data and len({one["id"] for one in results["answers"]}) == len(results["answers"])
 
 
 def test_eval_of_the_base_by_kind_of_question(tmp_path, capsys):

@@ -459,6 +459,8 @@ def test_a_mirrored_set_flips_picture_and_truth_and_exchanges_left_and_right():
     data = load_data("shapes", "test", 60)
     mirrored = Mirrored(data)
     assert len(mirrored) == 60 and list(mirrored.ids) == list(data.ids) and mirrored.download_bytes == 0
+    one = type("One", (list,), {"box_only": False})([replace(data[0], question="The Left one, LEFTMOST, leftover")])
+    assert Mirrored(one)[0].question == "The Right one, RIGHTMOST, leftover"
     sides = {"left of": "right of", "right of": "left of", "leftmost": "rightmost", "rightmost": "leftmost"}
     asked = 0
     for x, y in zip(data, mirrored):

@@ -171,6 +171,11 @@ def test_the_original_refer_layout_reads_the_same(tmp_path, coco_dir):
     validation = load_data(str(tmp_path), "validation", 9, coco_dir=str(coco_dir))
     assert ([s.question for s in validation] == ["no 1", "no 3", "no 5"]
             and (validation[0].mask == square()).mean() > 0.98)
+    refs = pickle.loads((tmp_path / "refs(umd).p").read_bytes())
+    for row in refs:  # as RefCOCO's and RefCOCO+'s
+        row["split"] = ["train", "testA", "testB"][row["ref_id"] % 3]
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    assert [s.question for s in load_data(str(tmp_path), "test", 9, coco_dir=str(coco_dir))] == ["no 1", "no 4"]
 
 
 class Hostile:
@@ -202,10 +207,32 @@ def test_undecided_pixels_are_foreground_or_excluded(tmp_path):
     [excluded] = load_data(str(tmp_path), "validation", 5, ignore="excluded")
     assert foreground.question == "what is square?" and foreground.ignore is None
     assert foreground.mask[5:25, 10:41].all() and foreground.mask.sum() == 20 * 31
-    assert excluded.mask[5:25, 10:20].all() and excluded.mask.sum() == 20 * 10 and excluded.ignore.sum() == 20 * 21
+    # the target is the smaller of the two, so it is drawn over what is undecided
+    assert excluded.mask[5:25, 10:30].all() and excluded.mask.sum() == 20 * 20 and excluded.ignore.sum() == 20 * 11
     everything = np.ones((HEIGHT, WIDTH), bool)
-    assert intersection_union(everything, excluded.mask, excluded.ignore) == (20 * 10, HEIGHT * WIDTH - 20 * 21)
-    assert intersection_union(None, foreground.mask, excluded.ignore) == (0, 20 * 10)  # an answer that cannot be read
+    assert intersection_union(everything, excluded.mask, excluded.ignore) == (20 * 20, HEIGHT * WIDTH - 20 * 11)
+    assert intersection_union(None, foreground.mask, excluded.ignore) == (0, 20 * 20)  # an answer that cannot be read
+
+
+def test_reasonseg_is_drawn_as_its_authors_draw_it():
+    """From the largest polygon to the smallest; "ignore" in a label is enough, any other label but flag is meant."""
+    box = lambda x1, y1, x2, y2: [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
+    meant, undecided = public.draw_shapes([
+        {"label": "ignore_1", "points": box(4, 4, 5, 5)}, {"label": "dog", "points": box(2, 2, 7, 7)},
+        {"label": "Ignore", "points": box(0, 0, 9, 9)}, {"label": "flag", "points": box(0, 0, 29, 29)},
+    ], (30, 20))
+    assert meant.shape == (20, 30) and meant[2:8, 2:8].sum() == meant.sum() == 36 - 4
+    assert undecided[4:6, 4:6].all() and undecided.sum() == 100 - 36 + 4
+
+
+def test_reasonseg_as_lisa_lays_it_out_has_old_letters_and_answers_in_words_beside_it(tmp_path):
+    reasonseg_folder(tmp_path)
+    content = (tmp_path / "val/a.json").read_text().replace("what is square?", "the dog\u2019s tail")
+    (tmp_path / "val/a.json").write_bytes(content.encode("cp1252"))
+    (tmp_path / "explanatory").mkdir()
+    (tmp_path / "explanatory/val.json").write_text(json.dumps([{"image": "a.jpg", "query": "x", "outputs": "y"}]))
+    [sample] = load_data(str(tmp_path), "validation", 5)
+    assert sample.question == "the dog\u2019s tail"
 
 
 @pytest.mark.parametrize("name, split, part", [
@@ -363,6 +390,30 @@ def test_a_folder_of_coco_pictures_is_looked_at_before_anything_is_loaded(tmp_pa
     (coco_dir / coco_info(2)["file_name"]).unlink()
     with pytest.raises(UserError, match=f"lacks 1 of the pictures wanted, as {coco_info(2)['file_name']}"):
         open_data(folder, "train", 6, coco_dir=str(coco_dir))
+
+
+def test_no_path_that_comes_in_a_table_is_opened(tmp_path):
+    picture().save(tmp_path / "secret.png")
+    rows = [{"image": str(tmp_path / "secret.png"), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
+    with pytest.raises(UserError, match="row 0: .*no path that comes with data is opened"):
+        list(load_data(parquet(tmp_path / "set", "test", rows), "test", 3))
+
+
+def test_a_description_beside_parquet_files_is_no_data(tmp_path):
+    rows = [{"image": png(), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
+    folder = parquet(tmp_path / "set", "test", rows)
+    (tmp_path / "set/dataset_infos.json").write_text('{"default": {"splits": {}}}')
+    assert len(load_data(folder, "test", 3)) == 1
+
+
+def test_rows_without_an_expression_end_in_one_line_and_not_in_a_search_without_end(
+    tmp_path, coco_dir, monkeypatch
+):
+    rows = [row | {"sentences": []} for row in json.loads(json.dumps(coco_rows()[:1]))]
+    (tmp_path / "train.json").write_text("[]")
+    monkeypatch.setattr(public, "open_rows", lambda name, split: rows)
+    with pytest.raises(UserError, match="no row in its train split asks for anything"):
+        open_data(str(tmp_path), "train", 3, sentences="all", coco_dir=str(coco_dir))
 
 
 def test_a_file_that_is_no_parquet_and_a_split_without_rows_end_in_one_line(tmp_path):

@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from ..config import UserError
-from .samples import Data, Folder, Mirrored, Sample, open_picture, read_mask
+from .samples import Data, Folder, Mirrored, Sample, open_picture, plain, read_mask
 
-__all__ = ["Data", "Folder", "Mirrored", "Sample", "load_data", "open_data", "open_picture", "read_mask"]
+__all__ = ["Data", "Folder", "Mirrored", "Sample", "load_data", "open_data", "open_picture", "plain", "read_mask"]
 
 
 def open_data(
-    name: str, split: str, count: int, seed: int = 0, sentences: str = "first", coco_dir: str = "",
+    name: str, split: str, count: int, seed: int | None = 0, sentences: str = "first", coco_dir: str = "",
     ignore: str = "foreground",
 ) -> Data:
-    """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
+    """Up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder. Of a
+    training split as many as are asked for, one pass after the other; with `seed` None each sample once.
 
     For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder with COCO's train2014 pictures;
     `ignore`, undecided pixels count as "foreground", or are "excluded".
@@ -22,7 +23,7 @@ def open_data(
     if name == "shapes":
         from ..tiny.shapes import Shapes  # imported late, here and below: what is not asked for takes no time
 
-        return Shapes(split, count, seed)
+        return Shapes(split, count, seed or 0)
     if (Path(name) / "data.jsonl").is_file():
         return Folder(name, split, count, seed)
     from .public import HUB, Public

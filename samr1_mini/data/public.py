@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ..config import UserError, first_line
 from ..metrics import filled
 from .fetch import fetch_pictures, is_there, picture_name
-from .samples import Data, Sample, draw, inside, of_size, open_picture, read_mask
+from .samples import Data, Sample, draw, inside, of_size, open_picture, plain, read_mask
 
 # Name on the command line: for each split, the hub's id and what that split is called there.
 HUB = {
@@ -60,7 +60,7 @@ class Public(Data):
     `items` are (row, expression) pairs; `pictures` are each row's (name, (width, height)), if they are COCO's.
     """
 
-    def __init__(self, name: str, split: str, count: int, seed: int, sentences: str, coco_dir: str, ignore: str):
+    def __init__(self, name: str, split: str, count: int, seed: int | None, sentences: str, coco_dir: str, ignore: str):
         self.name, self.split, self.count, self.seed = name, split, count, seed
         self.sentences, self.ignore, self.missing = sentences, ignore, []
         self.coco_dir, self.fetches = Path(coco_dir or PICTURES), not coco_dir
@@ -89,6 +89,8 @@ class Public(Data):
             every = [(i, k) for i, row in enumerate(columns_of(self.rows, TEXTS)) for k in range(len(expressions(row)))]
         else:
             every = [(i, 0) for i in range(len(self.rows))]
+        if not every:
+            raise UserError(f"--data {self.name}: no row in its {self.split} split asks for anything")
         missing = {name for name, _ in self.pictures} & set(self.missing)
         drawn = draw(every, self.split, self.count, self.seed)
         return list(islice((x for x in drawn if not missing or self.pictures[x[0]][0] not in missing), self.count))
@@ -174,18 +176,20 @@ def row_id(row: dict, expression: int) -> str:
 
 def read_row(row: dict, expression: int, layout: str, coco_dir: Path, ignore: str) -> Sample:
     """One sample from a row of any layout above."""
-    question, name = str(expressions(row)[expression]).strip(), row_id(row, expression)
+    question, name = plain(expressions(row)[expression]), row_id(row, expression)
     if layout == "raw_anns":
         annotation, info = json.loads(row["raw_anns"]), json.loads(row["raw_image_info"])
         file = picture_name(info["file_name"])
         image = open_picture(coco_dir / file)
         mask = read_mask(annotation["segmentation"], coco_dir, info["height"], info["width"])
         return Sample(image, question, of_size(mask, image.height, image.width), name, picture=file)
-    image, ignored = row["image"], None  # a path, or {"bytes", "path"} as parquet files hold it
+    image, ignored = row["image"], None  # {"bytes", "path"} as parquet files hold it, or a Path from json_rows
+    if isinstance(image, str):
+        raise ValueError(f"a picture in a table is its bytes; no path that comes with data is opened, as {image}")
     image = open_picture(io.BytesIO(image["bytes"]) if isinstance(image, dict) else image)
     if layout == "shapes":
-        mask, undecided = (draw_shapes(row["shapes"], label, image.size) for label in ("target", "ignore"))
-        mask, ignored = (mask & ~undecided, undecided) if ignore == "excluded" else (mask | undecided, None)
+        mask, undecided = draw_shapes(row["shapes"], image.size)
+        mask, ignored = (mask, undecided) if ignore == "excluded" else (mask | undecided, None)
     elif layout == "mask":  # undecided pixels are already true
         mask = of_size(np.asarray(row["mask"], dtype=bool), image.height, image.width)
     elif layout == "segmentation":
@@ -213,13 +217,19 @@ def box_of(solution) -> tuple[float, ...]:
     return x1, y1, x2, y2
 
 
-def draw_shapes(shapes: list[dict], label: str, size: tuple[int, int]) -> np.ndarray:
-    """The union of all polygons of one label, bool [H, W]."""
-    canvas = Image.new("1", size)
+def draw_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What is meant and what is undecided, two bool [H, W], as ReasonSeg's authors (LISA) draw them: polygons from the
+    largest to the smallest, each over those before; a label with "ignore" in it is undecided, all but "flag" is meant.
+    """
+    parts, labels = [], np.zeros(size[::-1], np.uint8)
     for shape in shapes:
-        if shape["label"].lower() == label and len(shape["points"]) > 1:
+        label, canvas = shape["label"].lower(), Image.new("1", size)
+        if label != "flag" and len(shape["points"]) > 1:
             ImageDraw.Draw(canvas).polygon([tuple(p) for p in shape["points"]], fill=1, outline=1)
-    return np.array(canvas)
+            parts.append((np.array(canvas), 2 if "ignore" in label else 1))
+    for part, value in sorted(parts, key=lambda x: -x[0].sum()):
+        labels[part] = value
+    return labels == 1, labels == 2
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -239,6 +249,8 @@ def refer_rows(folder: Path, refs: Path, split: str) -> list[dict]:
             every = PlainUnpickler(file, encoding="latin1").load()
         known = json.loads((folder / "instances.json").read_text())
         annotations, images = {a["id"]: a for a in known["annotations"]}, {i["id"]: i for i in known["images"]}
+        if split == "test" and not any(r["split"] == "test" for r in every):  # RefCOCO and RefCOCO+ have two
+            split = "testA"
         return [
             {"ref_id": r["ref_id"], "sentences": r["sentences"], "raw_anns": json.dumps(annotations[r["ann_id"]]),
              "raw_image_info": json.dumps(images[r["image_id"]])} for r in every if r["split"] == split
@@ -252,7 +264,11 @@ def json_rows(files: list[Path]) -> list[dict]:
     rows = []
     for file in files:
         try:
-            content = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:  # some of ReasonSeg's are in Windows' Latin letters
+                text = file.read_text(encoding="cp1252")
+            content = json.loads(text)
             if isinstance(content, dict):
                 image = file.with_suffix(".jpg")
                 new = [{"id": file.stem, "image": image, "text": content["text"], "shapes": content["shapes"]}]
@@ -271,7 +287,7 @@ SPLIT_NAMES = {"train": {"train"}, "validation": {"validation", "val"}, "test": 
 
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
     """Files that name the split, in their own name or a folder's. Those that name none are for testing alone."""
-    files = sorted(folder.rglob(pattern))
+    files = sorted(f for f in folder.rglob(pattern) if "explanatory" not in f.parts)  # LISA's answers in words
     words = [set(re.split("[^a-z]+", str(f.relative_to(folder)).lower())) for f in files]
     named = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]
     return named or [f for f, w in zip(files, words) if split == "test" and not w & set.union(*SPLIT_NAMES.values())]
@@ -350,9 +366,9 @@ def open_rows(name: str, split: str) -> Sequence[dict]:
     if folder.is_dir():
         if refs := sorted(folder.glob("refs(*).p")):
             return refer_rows(folder, refs[-1], {"validation": "val"}.get(split, split))
-        if files := of_split(folder, "*.json", split):
-            return json_rows(files)
         files = of_split(folder, "*.parquet", split)
+        if not files and (listed := of_split(folder, "*.json", split)):  # beside parquet files they describe these
+            return json_rows(listed)
         if not files:
             raise UserError(f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split")
         known = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])

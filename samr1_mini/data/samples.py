@@ -1,6 +1,8 @@
 """A sample, what every data set can tell, and a folder of your own."""
 
+import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -66,18 +68,20 @@ class Mirrored(Data):
 
     def __getitem__(self, i: int) -> Sample:
         x, flip = self.data[i], lambda mask: None if mask is None else np.ascontiguousarray(mask[:, ::-1])
-        side = {"left": "right", "right": "left"}
-        question = re.sub(r"\b(left|right)(most)?\b", lambda found: side[found[1]] + (found[2] or ""), x.question)
+        side = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+        words = rf"\b({'|'.join(side)})(most|MOST)?\b"
+        question = re.sub(words, lambda found: side[found[1]] + (found[2] or ""), x.question)
         return replace(x, image=ImageOps.mirror(x.image), question=question, mask=flip(x.mask), ignore=flip(x.ignore))
 
 
-def draw(items: list, split: str, count: int, seed: int) -> Iterator:
+def draw(items: list, split: str, count: int, seed: int | None) -> Iterator:
     """Items of a split in the order in which they are used; `count` are wanted, the others stand in for lost ones.
 
-    train: one pass after the other without end, each in a new order. validation and test: each item once, as they stand
-    if all are wanted, else in an order that is the same for every seed: a file's first rows are often of one kind.
+    train: one pass after the other without end, each in a new order. validation and test, and train without a seed:
+    each item once, as they stand if all are wanted, else in an order that is the same for every seed: a file's first
+    rows are often of one kind.
     """
-    if split != "train":
+    if split != "train" or seed is None or not items:
         yield from items if count >= len(items) else random.Random(0).sample(items, len(items))
         return
     rng = random.Random(seed)
@@ -92,23 +96,64 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
     """A mask bool [H, W] from a PNG's path, COCO RLE {"size", "counts"}, or polygons [[x1, y1, x2, y2, ...], ...]."""
     if isinstance(value, str):
         with opened(inside(folder, value)) as image:
-            single = image.mode in ("1", "L", "P") or image.mode.startswith("I")
+            if image.format == "JPEG":
+                raise ValueError(f"{value}: a JPEG blurs a mask's border; save it as PNG")
+            if "A" in image.mode and image.getchannel("A").getextrema() != (255, 255):
+                raise ValueError(f"{value}: a mask with transparent parts; save it in black and white")
+            image = ImageOps.exif_transpose(image)
+            single = image.mode in ("1", "L") or image.mode.startswith("I")  # a palette may have black anywhere
             pixels = np.asarray(image if single else image.convert("RGB"))
         mask = pixels.any(-1) if pixels.ndim == 3 else pixels > 0  # masks come as 0/1 and as 0/255: any value counts
-    elif isinstance(value, dict):
-        if list(value["size"]) != [height, width]:
-            raise ValueError(f"the mask's RLE has size {value['size']}, the picture [{height}, {width}]")
-        rle = coco.frPyObjects(value, height, width) if isinstance(value["counts"], list) else value
+    else:
+        check_mask(value)
+        if isinstance(value, dict):
+            if list(value["size"]) != [height, width]:
+                raise ValueError(f"the mask's RLE has size {value['size']}, the picture [{height}, {width}]")
+            rle = coco.frPyObjects(value, height, width) if isinstance(value["counts"], list) else value
+        else:
+            polygons = value if isinstance(value[0], list) else [value]
+            rle = coco.merge(coco.frPyObjects(polygons, height, width))
         mask = coco.decode(rle).astype(bool)
+    return of_size(mask, height, width)
+
+
+def check_mask(value) -> None:
+    """Refuse an RLE or polygons that cannot be drawn. pycocotools draws what is in memory where runs are too short."""
+    if isinstance(value, dict):
+        if not {"size", "counts"} <= set(value):
+            raise ValueError("the mask's RLE needs size and counts")
+        runs = value["counts"] if isinstance(value["counts"], list) else run_lengths(value["counts"])
+        if not all(isinstance(n, int) and n >= 0 for n in runs) or sum(runs) != math.prod(value["size"]):
+            raise ValueError("the runs of the mask's RLE do not fill its size")
     elif isinstance(value, list) and value:
         polygons = value if isinstance(value[0], list) else [value]
         pairs = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
-        if not (pairs and all(isinstance(v, (int, float)) for p in polygons for v in p)):
+        if not (pairs and all(isinstance(v, (int, float)) and math.isfinite(v) for p in polygons for v in p)):
             raise ValueError("a polygon of the mask is not a list of at least three x, y pairs")
-        mask = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
     else:
         raise ValueError("mask is neither a PNG's path, nor COCO RLE, nor polygons")
-    return of_size(mask, height, width)
+
+
+def run_lengths(counts: str | bytes) -> list[int]:
+    """COCO's compressed runs as numbers: five bits a sign, the lowest first; from the third on less the one before the
+    last."""
+    runs, value, bits = [], 0, 0
+    for sign in counts.encode() if isinstance(counts, str) else counts:
+        value, bits = value | (sign - 48 & 31) << bits, bits + 5
+        if not sign - 48 & 32:  # the number ends here; its highest bit is its sign
+            value -= (value >> bits - 1) << bits
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, bits = 0, 0
+    return runs + [-1] * (bits > 0)  # cut off within a number
+
+
+def plain(question) -> str:
+    """A question as a model can read it. Its own signs in it, as <|image_pad|>, would make another prompt of it."""
+    text = str(question).strip()
+    if sign := re.search(r"<\|\w+\|>", text):
+        raise ValueError(f"the question holds {sign[0]}, a sign of the model's own")
+    text.encode()  # half a surrogate pair cannot be: a ValueError
+    return text
 
 
 def of_size(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -130,25 +175,36 @@ class Folder(Data):
     """data.jsonl in a folder: one {"image", "question", "mask"} a line, with paths in the folder; "id", "kind" and
     "split" may be given.
 
-    Without "split", a tenth of the lines drawn with a fixed seed is held out for validation and another tenth for test.
+    Without "split", about a tenth of the pictures is held out for validation and another tenth for test. A picture is
+    in one split with all its questions, and, where there are many, stays there when lines are added or moved.
     """
 
-    def __init__(self, folder: str | Path, split: str, count: int, seed: int = 0):
+    def __init__(self, folder: str | Path, split: str, count: int, seed: int | None = 0):
         self.folder, self.file = Path(folder), Path(folder) / "data.jsonl"
-        try:
-            lines = [x for x in enumerate(self.file.read_text(encoding="utf-8").splitlines(), 1) if x[1].strip()]
+        try:  # only "\n" ends a line: JSON's strings may hold other signs that Python takes for an end
+            text = self.file.read_text(encoding="utf-8-sig")
+            lines = [x for x in enumerate(text.split("\n"), 1) if x[1].strip()]
         except (OSError, ValueError) as error:
             raise UserError(f"{self.file}: {error}") from None
         if not lines:
             raise UserError(f"{self.file} is empty")
-        order = list(range(len(lines)))
-        random.Random(0).shuffle(order)
-        tenth = max(1, len(lines) // 10)
-        held = {**{i: "validation" for i in order[:tenth]}, **{i: "test" for i in order[tenth : 2 * tenth]}}
-        chosen = [x for i, x in enumerate(lines) if self.checked(*x).get("split", held.get(i, "train")) == split]
+        rows = [self.checked(*x) for x in lines]
+        chance = {self.picture(row): None for row in rows if not row.get("split")}
+        for name in chance:  # from 0 to 1, and the same wherever its line stands
+            chance[name] = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
+        order = sorted(chance, key=chance.get)
+        first = max(1, sum(c < 0.1 for c in chance.values()))  # one picture at least, however few there are
+        second = max(first + 1, sum(c < 0.2 for c in chance.values()))
+        held = dict.fromkeys(order[:first], "validation") | dict.fromkeys(order[first:second], "test")
+        belongs = [row.get("split") or held.get(self.picture(row), "train") for row in rows]
+        chosen = [x for x, where in zip(lines, belongs) if {"val": "validation"}.get(where, where) == split]
         if not chosen:
             raise UserError(f"{self.file} has no line for the {split} split")
         self.lines = list(islice(draw(chosen, split, count, seed), count))  # (number, text): parsed when asked for
+
+    def picture(self, row: dict) -> str:
+        """The path of a row's picture in the folder, by which it is known however it is written."""
+        return inside(self.folder, row["image"]).relative_to(self.folder.resolve()).as_posix()
 
     def checked(self, number: int, line: str) -> dict:
         """One line parsed, and all found wrong that can be found without opening its files."""
@@ -163,6 +219,11 @@ class Folder(Data):
             for name in [row["image"]] + [row["mask"]] * isinstance(row["mask"], str):
                 if not inside(self.folder, name).is_file():
                     raise ValueError(f"{name}: no such file")
+            if not isinstance(row["mask"], str):
+                check_mask(row["mask"])
+            if (row.get("split") or "train") not in ("train", "validation", "val", "test"):
+                raise ValueError(f"split {row['split']!r} is none of train, validation and test")
+            plain(row["question"])
             return row
 
     @contextmanager
@@ -170,7 +231,7 @@ class Folder(Data):
         """What is wrong within is said with the file and the line."""
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.file} line {number}: {error}") from None
 
     def __len__(self) -> int:
@@ -178,7 +239,10 @@ class Folder(Data):
 
     @property
     def ids(self) -> list[str]:
-        return [str(json.loads(line).get("id", f"line-{number}")) for number, line in self.lines]
+        return [self.name(json.loads(line), number) for number, line in self.lines]
+
+    def name(self, row: dict, number: int) -> str:
+        return f"line-{number}" if row.get("id") is None else str(row["id"])
 
     def __getitem__(self, i: int) -> Sample:
         number, line = self.lines[i]
@@ -186,8 +250,8 @@ class Folder(Data):
         with self.named(number):
             image = open_picture(inside(self.folder, row["image"]))
             mask = read_mask(row["mask"], self.folder, image.height, image.width)
-        name, kind = str(row.get("id", f"line-{number}")), str(row.get("kind", ""))
-        return Sample(image, str(row["question"]), mask, name, kind, picture=row["image"])
+        name, kind = self.name(row, number), str(row.get("kind") or "")
+        return Sample(image, plain(row["question"]), mask, name, kind, picture=self.picture(row))
 
 
 @contextmanager
@@ -213,6 +277,8 @@ def open_picture(file) -> Image.Image:
     A file that is cut off, broken, too large or no picture is an OSError or a ValueError.
     """
     with opened(file) as image:
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too narrow a picture")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion makes all above 255 white
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))

@@ -23,7 +23,14 @@ def open_sets(s: Settings) -> list:
     """The data sets for training, validation and test, checked; no picture is fetched yet."""
     held = s.eval_data or s.data
     wanted = ((s.data, "train", s.samples), (held, "validation", s.eval_samples), (held, "test", s.test_samples))
-    data, validation, test = (open_data(*one, s.seed, s.sentences, s.coco_dir, s.ignore) for one in wanted)
+    sets = []
+    for name, split, count in wanted:
+        try:
+            sets.append(open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore))
+        except UserError as error:  # it knows the name, and not which option gave it
+            changed = split != "train" and bool(s.eval_data)
+            raise UserError(str(error).replace("--data", "--eval-data", changed)) from None
+    data, validation, test = sets
     if len(data) < s.questions:
         raise UserError(f"--data {s.data}: {len(data)} questions are no rollout batch: lower --questions {s.questions}")
     if data.box_only and s.accuracy != "box-iou" and s.accuracy_weight:

@@ -112,6 +112,18 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
     return [json.loads(line) for line in file.read_text().splitlines()[:count]] if file.exists() else []
 
 
+def check_questions(folder: Path, sets: list, s: Settings) -> None:
+    """Refuse to go on where other questions would be asked, or tested, than when the run began: the data has changed.
+    What is written down there is a list of ids, and one of answers."""
+    for name, data, option in (("samples", sets[0], s.data), ("test-base", sets[2], s.eval_data or s.data)):
+        file = folder / f"{name}.json"
+        if file.exists():
+            known = [one if isinstance(one, str) else one["id"] for one in json.loads(file.read_text())]
+            if any(old != new for old, new in zip(known, data.ids)):
+                raise UserError(f"--resume: {option} asks other questions than when {folder} began: its data has "
+                                "changed; start another run")
+
+
 # ---------------------------------------------------------------------------------------------------- signals
 
 
@@ -154,6 +166,8 @@ class Run:
     def __init__(self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float):
         """`sets` are its three data sets; `begun` is when the program was, on time.perf_counter's clock."""
         self.folder, self.s, self.policy, self.optimizer = folder, s, policy, optimizer
+        if s.resume:
+            check_questions(folder, sets, s)
         self.start, earlier = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
         self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
         self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()

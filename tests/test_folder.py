@@ -1,0 +1,202 @@
+"""A folder of one's own: masks as people save them, splits that do not leak, and mistakes found at once."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from pycocotools import mask as coco
+
+import eval as evaluate
+import train
+from samr1_mini.config import UserError
+from samr1_mini.data import open_data, plain, read_mask
+from samr1_mini.data.samples import run_lengths
+from samr1_mini.running.runs import check_questions
+
+SQUARE = [[1, 1, 9, 1, 9, 9, 1, 9]]
+
+
+def folder_of(path, lines, **text):
+    """A folder whose data.jsonl has these lines; what they leave out is filled in. Pictures are files and no more."""
+    path.mkdir(exist_ok=True)
+    rows = [{"image": "a.png", "question": "what?", "mask": SQUARE} | line for line in lines]
+    for row in rows:
+        (path / row["image"]).touch()
+    (path / "data.jsonl").write_text("\n".join(json.dumps(row, **text) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def ids(folder, split):
+    return open_data(folder, split, 10**6, None).ids
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+
+def square():
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:25, 10:30] = 255
+    return Image.fromarray(mask)
+
+
+def voc(mask):
+    """A palette as VOC's masks have it: black first."""
+    image = mask.point(lambda v: v // 255).convert("P")
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize("save", [
+    lambda m: m, lambda m: m.convert("1"), lambda m: m.convert("RGB"), lambda m: m.convert("RGBA"), voc,
+    lambda m: m.convert("RGB").quantize(2), lambda m: ImageOps.invert(m).convert("P", palette=Image.Palette.ADAPTIVE),
+])
+def test_a_mask_is_what_is_not_black_in_whatever_mode_it_is_saved(save, tmp_path):
+    saved, truth = save(square()), np.asarray(square()) > 0
+    saved.save(tmp_path / "m.png")
+    inverted = np.asarray(saved.convert("L"))[0, 0] > 0
+    assert (read_mask("m.png", tmp_path, 40, 60) == (truth ^ inverted)).all() and 0 < truth.sum() < truth.size
+
+
+def test_a_mask_that_would_be_read_wrong_is_refused_and_one_is_turned_as_its_picture_is(tmp_path):
+    square().save(tmp_path / "m.jpg")
+    with pytest.raises(ValueError, match="m.jpg: a JPEG blurs"):
+        read_mask("m.jpg", tmp_path, 40, 60)
+    white = Image.new("RGB", (60, 40), "white")
+    white.putalpha(square())
+    white.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: a mask with transparent parts"):
+        read_mask("a.png", tmp_path, 40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    square().save(tmp_path / "t.png", exif=exif)
+    assert (read_mask("t.png", tmp_path, 40, 60) == (np.asarray(square())[::-1, ::-1] > 0)).all()
+
+
+@pytest.mark.parametrize("shape", [(37, 53), (1, 9), (300, 400)])
+def test_compressed_runs_are_read_as_pycocotools_writes_them(shape):
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.001, 0.1, 0.5, 1.0):
+        mask = np.asfortranarray((rng.random(shape) < share).astype(np.uint8))
+        flat = mask.flatten("F")
+        changes = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
+        expected = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+        counts = coco.encode(mask)["counts"]
+        assert run_lengths(counts) == run_lengths(counts.decode()) == expected and sum(expected) == math.prod(shape)
+
+
+GOOD = coco.encode(np.asfortranarray(np.asarray(square()) > 0).astype(np.uint8))["counts"].decode()
+
+
+@pytest.mark.parametrize("mask, words", [
+    ({"size": [40, 60], "counts": [100]}, "do not fill its size"),
+    ({"size": [40, 60], "counts": []}, "do not fill"),
+    ({"size": [40, 60], "counts": [-1, 2401]}, "do not fill"), ({"size": [40, 60], "counts": ""}, "do not fill"),
+    ({"size": [40, 60], "counts": GOOD[: len(GOOD) // 2]}, "do not fill"),
+    ({"size": [40, 60], "counts": GOOD + "o"}, "do not fill"), ({"counts": GOOD}, "needs size and counts"),
+    ([[1, 1, 9, 1, 9, float("nan")]], "three x, y pairs"), (7, "neither a PNG's path"),
+])
+def test_a_mask_that_cannot_be_drawn_is_told_when_the_data_are_opened(mask, words, tmp_path):
+    folder = folder_of(tmp_path / "mine", [{"split": "test"}, {"split": "test", "mask": mask}])
+    with pytest.raises(UserError, match=f"data.jsonl line 2: .*{words}"):
+        open_data(folder, "test", 1)
+
+
+# ---------------------------------------------------------------------------------------------------- splits
+
+
+def test_all_questions_about_a_picture_are_in_one_split_however_its_path_is_written(tmp_path):
+    (tmp_path / "mine").mkdir(), (tmp_path / "mine/p").mkdir()
+    ways = ("p/{}.png", "./p/{}.png", "p/../p/{}.png")
+    lines = [{"id": f"{i}", "image": ways[i % 3].format(i // 3)} for i in range(90)]
+    folder = folder_of(tmp_path / "mine", lines)
+    pictures = {split: {int(one) // 3 for one in ids(folder, split)} for split in ("train", "validation", "test")}
+    assert sum(map(len, pictures.values())) == 30 == len(set.union(*pictures.values())) and all(pictures.values())
+    assert sum(len(ids(folder, split)) for split in pictures) == 90
+
+
+def test_lines_that_are_added_or_moved_leave_the_others_in_their_splits(tmp_path):
+    lines = [{"id": str(i), "image": f"{i}.png"} for i in range(200)]
+    where = lambda folder: {one: split for split in ("train", "validation", "test") for one in ids(folder, split)}
+    before, after = (where(folder_of(tmp_path / name, some)) for name, some in (("a", lines[:150]), ("b", lines[::-1])))
+    assert before == {one: after[one] for one in before} and len(after) == 200
+    assert all(8 <= list(after.values()).count(split) <= 32 for split in ("validation", "test"))
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_few_pictures_still_make_three_splits(count, tmp_path):
+    folder = folder_of(tmp_path / "mine", [{"id": str(i), "image": f"{i}.png"} for i in range(count)])
+    found = [ids(folder, split) for split in ("train", "validation", "test")]
+    assert all(found) and sorted(sum(found, [])) == [str(i) for i in range(count)]
+
+
+def test_a_split_is_one_of_three_or_left_out(tmp_path):
+    folder = folder_of(tmp_path / "a", [{"split": s, "id": s} for s in ("train", "val", "validation", "test")])
+    assert [ids(folder, split) for split in ("train", "validation", "test")] == [
+        ["train"], ["val", "validation"], ["test"]]
+    some = [{"split": None, "id": None, "kind": None, "image": f"{i}.png"} for i in range(9)]
+    assert ids(folder_of(tmp_path / "b", some), "train")[0].startswith("line-")
+    with pytest.raises(UserError, match="line 1: split 'Test' is none of train, validation and test"):
+        open_data(folder_of(tmp_path / "c", [{"split": "Test"}]), "train", 1)
+
+
+def test_without_a_seed_each_training_question_comes_once(tmp_path):
+    folder = folder_of(tmp_path / "mine", [{"id": str(i), "split": "train"} for i in range(7)])
+    assert ids(folder, "train") == [str(i) for i in range(7)] and len(open_data(folder, "train", 20, 1)) == 20
+    assert len(set(open_data(folder, "train", 5, None).ids)) == 5
+
+
+def test_a_run_does_not_go_on_with_other_questions_or_another_test(tmp_path):
+    (tmp_path / "samples.json").write_text('["a", "b"]')
+    (tmp_path / "test-base.json").write_text('[{"id": "x"}, {"id": "y"}]')
+    sets = lambda train, test: [SimpleNamespace(ids=train), None, SimpleNamespace(ids=test)]
+    s = SimpleNamespace(data="mine", eval_data="")
+    check_questions(tmp_path, sets(["a", "b", "c"], ["x", "y"]), s)  # longer, or shorter, is no other run
+    check_questions(tmp_path, sets(["a"], ["x", "y"]), s)
+    for other in (sets(["c", "a", "b"], ["x", "y"]), sets(["a", "b"], ["y", "x"])):
+        with pytest.raises(UserError, match="--resume: mine asks other questions than when .* its data has changed"):
+            check_questions(tmp_path, other, s)
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+def test_a_line_ends_where_json_says_and_a_byte_order_mark_is_no_part_of_it(tmp_path):
+    words = "one\u2028two\u0085three"
+    folder = folder_of(tmp_path / "mine", [{"question": words, "split": "test"}], ensure_ascii=False)
+    file = tmp_path / "mine/data.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b"\r\n\r\n")
+    Image.new("RGB", (20, 20)).save(tmp_path / "mine/a.png")
+    assert open_data(folder, "test", 1)[0].question == words
+
+
+@pytest.mark.parametrize("question, words", [
+    ("is it <|image_pad|>?", "holds <.image_pad.>, a sign of the model's own"), ("\ud83d", "surrogates not allowed"),
+])
+def test_a_question_that_no_model_can_read_is_told_at_once(question, words, tmp_path, capsys):
+    with pytest.raises(UserError, match=f"line 1: .*{words}"):
+        open_data(folder_of(tmp_path / "mine", [{"question": question}]), "test", 1)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(["--image", str(tmp_path / "a.png"), "--question", question, "--out", str(tmp_path / "out")])
+    assert left.value.code == 2 and "--question: " in capsys.readouterr().err
+    assert plain(" a <b> | c ") == "a <b> | c"
+
+
+def test_a_line_of_a_hundred_thousand_brackets_is_named_too(tmp_path):
+    (tmp_path / "data.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="data.jsonl line 1: "):
+        open_data(str(tmp_path), "test", 1)
+
+
+def test_an_evaluation_set_that_is_not_there_is_named_by_its_own_option_and_no_run_is_begun(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("nosuch", "refcoco_testA"):
+        with pytest.raises(SystemExit):
+            train.main(["--preset", "tiny", "--device", "cpu", "--eval-data", wrong])
+        assert f"train.py: error: --eval-data {wrong}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
