@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size, first_line
 from .running.memory import compute_dtype
-from .tokens import banned_ids, draw, stop_ids, token_logits
+from .tokens import CUT, banned_ids, draw, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder: from_pretrained reads it
 
@@ -36,8 +36,7 @@ Question: {question}"""
 # The model types that can be the policy, and what their own grounding counts in.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
-# Attention and MLP projections of the language model; the vision tower has projections of the same names and stays as
-# it is.
+# The language model's projections of attention and MLP; the vision tower's, of the same names, stay as they are.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -286,9 +285,10 @@ def sample(
         [Completion(ids[b, g, :n], logps[b, g, :n], cut, "") for g, (n, cut) in enumerate(zip(*row))]
         for b, row in enumerate(zip(lengths.tolist(), truncated.tolist()))
     ]
-    for answers in groups:
-        for answer, text in zip(answers, tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)):
-            answer.text = text
+    for answers in groups:  # without their stop; other signs of the model's own stay, and break the format
+        texts = tokenizer.batch_decode([a.ids if a.truncated else a.ids[:-1] for a in answers])
+        for answer, text in zip(answers, texts):
+            answer.text = text + CUT * answer.truncated
     return groups
 
 

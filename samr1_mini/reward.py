@@ -47,6 +47,13 @@ def _number(value) -> float:
     return float(value)
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. A name that comes twice would hide what came first."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name comes twice in an object")
+    return dict(pairs)
+
+
 def _box(value, width: int, height: int) -> tuple[float, float, float, float]:
     """Four numbers, clipped to the picture; reversed and empty boxes are refused."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
@@ -54,7 +61,7 @@ def _box(value, width: int, height: int) -> tuple[float, float, float, float]:
     x1, y1, x2, y2 = map(_number, value)
     x1, x2 = min(max(x1, 0.0), width), min(max(x2, 0.0), width)
     y1, y2 = min(max(y1, 0.0), height), min(max(y2, 0.0), height)
-    if x1 >= x2 or y1 >= y2:
+    if x2 - x1 < 1e-3 or y2 - y1 < 1e-3:
         raise ValueError("bbox is reversed, empty or outside the picture")
     return x1, y1, x2, y2
 
@@ -106,7 +113,9 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
     >>> parse('<think>Left.</think><answer>{"bbox": [1, 2, 9, 8], "points": [[5, 5, 1]]}</answer>', 28, 28).box
     (1.0, 2.0, 9.0, 8.0)
     """
-    answer, text = Answer(), text[:MAX_TEXT].strip()
+    answer, text = Answer(), text.strip()
+    if len(text) > MAX_TEXT:
+        return Answer(why=f"longer than {MAX_TEXT} characters")
     answer.lenient_box = lenient_box(text, width, height)
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     places = [text.find(tag) for tag in tags]
@@ -119,8 +128,8 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
         if text.count(tags[2]) != 1 or text.count(tags[3]) != 1 or places[3] < places[2]:
             raise ValueError("not exactly one <answer>...</answer>")
         inside = text[places[2] + len(tags[2]) : places[3]].strip()
-        inside = inside.removeprefix("```json").removeprefix("```").removesuffix("```")
-        content = json.loads(inside)
+        inside = re.sub("^```(json)?", "", inside, flags=re.I).removesuffix("```")
+        content = json.loads(inside, object_pairs_hook=_object, parse_constant=_number)  # NaN is no number
         if not isinstance(content, dict):
             raise ValueError("the answer is not a JSON object")
         box = _box(content.get("bbox"), width, height)

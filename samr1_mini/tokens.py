@@ -6,6 +6,8 @@ Shapes: D width, V vocabulary, and any number of dimensions before them.
 
 import torch
 
+CUT = "[cut]"  # ends the text of an answer that did not end by itself, so that it is in no format
+
 
 def stop_ids(model, tokenizer) -> torch.Tensor:
     """[k] the ids at which the model's generation_config stops (Qwen's: <|im_end|>, <|endoftext|>), and eos."""

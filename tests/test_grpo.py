@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import with_live_adapter
 from huggingface_hub import DryRunFileInfo
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from samr1_mini import grpo
+from samr1_mini import policy as policy_module
 from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import Terminated, UserError, make_settings, parse_settings
 from samr1_mini.grpo import (
@@ -32,10 +34,11 @@ from samr1_mini.grpo import (
     try_largest_update,
     update,
 )
-from samr1_mini.policy import TINY, load_policy, logprobs
+from samr1_mini.policy import TINY, Completion, load_policy, logprobs
+from samr1_mini.reward import Answer, Reward
 from samr1_mini.running import loading, runs
 from samr1_mini.running.memory import questions_per_batch
-from samr1_mini.running.reports import first_look
+from samr1_mini.running.reports import describe, first_look
 from samr1_mini.running.runs import open_run
 from samr1_mini.tiny.shapes import Shapes
 
@@ -508,11 +511,135 @@ def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_c
     assert re.search(words, first_look(rollouts, s))
 
 
-def test_the_first_look_is_printed_once_and_changes_no_draw(settings, tmp_path, capsys):
+def test_the_first_look_is_printed_once_and_changes_no_draw(settings, tmp_path, monkeypatch, capsys):
     train(settings)
+    with monkeypatch.context() as without:
+        without.setattr(grpo, "before_training", lambda *_, **__: None)
+        train(replace(settings, run=str(tmp_path / "without")))
+    answers = [(tmp_path / name / "answers.jsonl").read_text() for name in ("run", "without")]
+    assert answers[0] == answers[1]
     assert len(re.findall(r"the base's answers to 4 questions, 4 each: in the format \d", capsys.readouterr().out)) == 1
     train(replace(settings, resume=True))
     assert "the base's answers" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ every setting reaches its line
+
+
+@pytest.fixture(scope="module")
+def odd():
+    """A policy and settings of which none that the update or the reward uses is at its default."""
+    s, _ = make_settings(
+        preset="tiny", device="cpu", questions=2, group=3, updates=1, micro=1, temperature=0.7, eps_low=0.05,
+        eps_high=0.6, normalise="sequence", advantage="mean", kl_bound=0.02, beta=0.3, warmup=4, max_grad_norm=1e9,
+        lr=1.0, max_new_tokens=40, accuracy="iou", accuracy_weight=0.5, reasoning_weight=2.0, segmentation_weight=3.0,
+        max_points=1)
+    return with_live_adapter(load_policy("tiny", "fp32", rank=4)), s
+
+
+def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its_default(odd, segmenter):
+    policy, s = odd
+    torch.manual_seed(0)
+    data = Shapes("train", 2, 5)
+    rollouts, _ = roll_out(policy, segmenter, [data[0], data[1]], s)
+    loss = 0.0
+    for r in rollouts:
+        r.advantage = torch.tensor([1.0, -2.0, 0.5])
+        for a in r.answers:  # as if other updates had been made since
+            a.logps = a.logps + torch.linspace(-0.5, 0.5, len(a.ids))
+        ids = [[a.ids for a in r.answers]]
+        with torch.no_grad(), policy.reference():
+            reference, _ = logprobs(policy, [r.prompt], ids, 0.7)
+        logp, _ = logprobs(policy, [r.prompt], ids, 0.7)
+        place = 0
+        for a, advantage in zip(r.answers, r.advantage):
+            for old in a.logps:
+                ratio, gap = (logp[place] - old).exp(), (reference[place] - logp[place]).clamp(max=0.02)
+                surrogate = torch.min(ratio * advantage, ratio.clamp(0.95, 1.6) * advantage)
+                loss -= (surrogate - 0.3 * (gap.exp() - gap - 1)) / (3 * len(a.ids)) / 2
+                place += 1
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.trained)])
+    log = update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(s, lr=0.0), 0)
+    found = torch.cat([p.grad.flatten() for p in policy.trained])
+    policy.model.zero_grad()
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-3) and log["approx_kl"] > 0 and log["kl_held"] > 0
+    assert log["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+
+
+def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_settings(odd, segmenter, monkeypatch):
+    policy, s = odd
+    good = '<think>L.</think><answer>{"bbox": [10, 20, 60, 70], "points": [%s]}</answer>'
+    texts, real = [good % "[30, 40, 1]", good % "[30, 40, 1], [31, 41, 1]", "It is there."], grpo.sample
+
+    def told(*given):
+        groups = real(*given)
+        for answers in groups:
+            for answer, text in zip(answers, texts):
+                answer.text = text
+        return groups
+
+    monkeypatch.setattr(grpo, "sample", told)
+    [r], _ = roll_out(policy, segmenter, [Shapes("train", 1, 5)[0]], s)
+    totals = torch.tensor([reward.total for reward in r.rewards])
+    assert totals.tolist() == pytest.approx([0.5 * 4 * r.rewards[0].iou + 2 + 3, 2, 0]) and r.rewards[0].iou > 0
+    assert r.advantage == pytest.approx(totals - totals.mean())
+    with torch.no_grad():
+        logp, _ = logprobs(policy, [r.prompt], [[a.ids for a in r.answers]], 0.7)
+    assert (logp - torch.cat([a.logps for a in r.answers])).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("unending", ["<|im_start|>", "\n"])
+def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(unending, segmenter, monkeypatch):
+    policy, x = load_policy("tiny", "fp32", rank=4), Shapes("train", 1, 5)[0]
+    s, _ = make_settings(preset="tiny", device="cpu", group=3, max_new_tokens=60)
+    tokenizer, (ys, xs) = policy.processor.tokenizer, np.nonzero(x.mask)
+    box, point = [int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)], [int(xs[0]), int(ys[0]), 1]
+    ids = tokenizer(f'<think>.</think><answer>{{"bbox": {box}, "points": [{point}]}}</answer>').input_ids
+    filler = tokenizer(unending).input_ids
+    stop, steps = [tokenizer.eos_token_id] * 60, iter(range(60))
+    rows = torch.tensor([row[:60] for row in (ids + stop, ids + filler * 60, ids[:-9] + filler + ids[-9:] + stop)])
+    monkeypatch.setattr(policy_module, "draw", lambda *_: rows[:, next(steps)][None])
+    [r], _ = roll_out(policy, segmenter, [x], s)
+    ended, cut, marked = r.rewards
+    assert [a.truncated for a in r.answers] == [False, True, False] and ended.answer.in_format
+    assert not cut.answer.in_format and cut.total < ended.total and r.answers[1].text.endswith("[cut]")
+    assert not marked.answer.in_format and ended.iou > 0  # within a JSON string neither has a place
+
+
+def test_the_rate_climbs_and_gradients_are_scaled_down_to_their_norm(odd, segmenter):
+    policy, s = odd
+    s = replace(s, questions=4, updates=4, warmup=8, max_grad_norm=0.25)
+    data, used, norms = Shapes("train", 4, 5), [], []
+
+    class Watched(torch.optim.SGD):
+        def step(self):
+            used.append(self.param_groups[0]["lr"])
+            norms.append(torch.cat([p.grad.flatten() for p in policy.trained]).norm().item())
+
+    torch.manual_seed(1)
+    rollouts, _ = roll_out(policy, segmenter, [data[i] for i in range(4)], s)
+    log = update(policy, Watched(policy.trained, lr=9.0), rollouts, s, 2)
+    assert used == pytest.approx([3 / 8, 4 / 8, 5 / 8, 6 / 8]) and log["lr"] == used[-1]
+    assert max(norms) <= 0.2501 and log["grad_norm"] > 0.25
+
+
+def test_what_is_logged_of_a_rollout_is_what_its_answers_are():
+    completion = lambda text, n, cut: Completion(torch.ones(n), torch.zeros(n), cut, text)
+    reward = lambda total, points: Reward(
+        total, total, Answer(points=[(1, 1, 1)] * points, reasoning_format=True), total / 4, 0.0, (0, 0), None)
+    some = [completion("a", 4, True), completion("a", 2, False)]
+    others = [completion("b", 1, False), completion("c", 1, False)]
+    groups = [grpo.Rollout(None, None, some, [reward(2.0, 1), reward(2.0, 3)]),
+              grpo.Rollout(None, None, others, [reward(4.0, 0), reward(0.0, 0)])]
+    for group, advantage in zip(groups, ([0.0, 0.0], [1.0, -1.0])):
+        group.advantage = torch.tensor(advantage)
+    line = describe(groups)
+    assert line["reward"] == 2 and line["iou"] == 0.5 and line["zero_variance"] == 0.5 and line["truncated"] == 0.25
+    assert line["length"] == 2 and line["points"] == 1 and line["unique"] == 0.75 and line["reasoning_format"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- refused at once
 
 
 def refuse(what):

@@ -128,6 +128,24 @@ def test_sampled_frequencies_are_those_of_the_softmax(policy, samples):
     assert exact[seen].exp().sum() > 0.99
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_tokens_are_drawn_as_often_as_the_softmax_at_this_temperature_says(temperature, policy, samples, monkeypatch):
+    """Forty ids that are all likely: a top-k, a top-p or another temperature would show in most of them."""
+    flat = torch.full((len(policy.banned),), -1e30)
+    flat[300:340] = torch.linspace(-1.5, 1.5, 40)
+    monkeypatch.setattr(policy_module, "token_logits",
+                        lambda _, hidden, t: (flat / t).expand(*hidden.shape[:-1], len(flat)))
+    with torch.no_grad():
+        prompts = encode(policy, [samples[0].image], [samples[0].question])
+    torch.manual_seed(0)
+    [answers] = sample(policy, prompts, 4000, 1, temperature)
+    counts = torch.bincount(torch.stack([a.ids[0] for a in answers]), minlength=340)[300:340].double()
+    expected = 4000 * (flat[300:340].double() / temperature).softmax(0)
+    assert counts.sum() == 4000 and ((counts - expected) ** 2 / expected).sum() < 80  # chi-square, 39: mean 39, sd 9
+    logps = torch.stack([a.logps[0] for a in answers]).double()
+    assert torch.allclose(logps.exp() * 4000, expected[[int(a.ids[0]) - 300 for a in answers]], rtol=1e-4)
+
+
 def test_a_drawn_token_is_the_one_whose_stretch_holds_the_number():
     logp = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log().clamp(min=-1e30)
     chance = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-24])  # the largest number that torch.rand gives

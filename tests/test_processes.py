@@ -67,6 +67,21 @@ def test_two_processes_end_with_the_adapter_of_one(both):
     assert moved > 0 and (apart / moved).sqrt() < 1e-2
 
 
+def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_processes_either(monkeypatch):
+    monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0)
+    monkeypatch.setattr(processes, "reduce", lambda mine, how: mine + torch.arange(5.0))
+    processes.add_up_gradients(parameters)
+    assert [p.grad.tolist() for p in parameters] == [[0, 1, 2], [3, 4]]
+    optimizer.step(), optimizer.zero_grad()
+    monkeypatch.setattr(processes, "reduce", lambda mine, how: mine)
+    processes.add_up_gradients(parameters)
+    before = [p.tolist() for p in parameters]
+    optimizer.step()
+    assert all(p.grad is None for p in parameters) and [p.tolist() for p in parameters] == before  # no momentum
+
+
 def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
     allocated = []
 

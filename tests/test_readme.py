@@ -301,10 +301,11 @@ def commands():
                 yield shlex.split(line.split(" #")[0])[1:]
 
 
-def test_every_command_parses():
+def test_every_command_parses(monkeypatch):
     import eval as eval_command
     from samr1_mini.config import parse_settings
 
+    monkeypatch.chdir(ROOT)
     seen = list(commands())
     assert len(seen) >= 6
     for argv in seen:

@@ -56,6 +56,7 @@ def answer_text(box="[10, 20, 30, 40]", points="[[15, 25, 1]]", think="Left."):
         answer_text().replace('{"bbox"', '```json\n{"bbox"').replace("}</answer>", "}\n```</answer>"),
         answer_text(think="A <b>bold</b> thought with [1, 2, 3, 4] in it."),
         answer_text().replace('{"bbox"', '{"label": "star", "bbox"'),
+        answer_text().replace('{"bbox"', '```JSON\n{"bbox"').replace("}</answer>", "}\n```</answer>"),
     ],
 )
 def test_what_a_careful_reader_accepts_is_accepted(text):
@@ -87,6 +88,10 @@ def test_what_a_careful_reader_accepts_is_accepted(text):
         ("<think>a</think><answer>" + "[" * 9000 + "</answer>", ""),
         ("<think>a</think><answer>{'bbox': [1, 2, 3, 4]}</answer>", ""),
         (answer_text().replace("<answer>", "<answer><answer>"), "exactly one"),
+        (answer_text(box='[1, 2, 3, 4], "bbox": [10, 20, 30, 40]'), "a name comes twice"),
+        (answer_text().replace("]]}", ']], "sure": NaN}'), "'NaN' is not a number"),
+        (answer_text(box="[0, 0, 1e-200, 1e-200]"), "empty"),
+        (answer_text() + " " * 20_000 + "garbage <answer>{}</answer>", "longer than 20000 characters"),
         ("", "answer"),
     ],
 )

@@ -290,6 +290,8 @@ def test_splits_and_pretraining_scenes_are_disjoint():
 
 
 def test_test_scenes_are_the_same_for_every_seed():
+    with pytest.raises(UserError, match="the test split of the drawn scenes has a million questions, not 1000001"):
+        load_data("shapes", "test", 10**6 + 1)
     assert [s.id for s in load_data("shapes", "test", 5, 0)] == [s.id for s in load_data("shapes", "test", 5, 7)]
 
 

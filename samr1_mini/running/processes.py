@@ -39,6 +39,8 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     if PartialState().num_processes > 1:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
+        if not total.any():  # no group had anything to say: one process would have no gradients then, and not move
+            return
         for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
             p.grad = gradient.view_as(p)
 
