@@ -5,6 +5,7 @@ import ast
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 
 from samr1_mini.config import Settings
 from samr1_mini.data import fetch
-from samr1_mini.tiny import phases
+from samr1_mini.tiny import phases, scenes
 from samr1_mini.tiny.scenes import KINDS
+from samr1_mini.tiny.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -107,8 +109,38 @@ def step_rows():
                   f"{a['peak_gib']:.1f}", f"{b['peak_gib']:.1f}")
 
 
+def things_of(sample):
+    return scenes.make_scene(int(sample.id.split("-")[1])).things
+
+
+@cache
+def comparing():
+    """The test questions that compare, and how: by a side, or by the extreme of a kind, which may be that of all things
+    too."""
+    found = []
+    for sample in Shapes("test", 500):
+        if sample.kind in ("relation", "combined"):
+            word, form = sample.question.split()[1], "side"
+            if word in scenes._EXTREMES:
+                best = scenes._extreme(things_of(sample), word)
+                form = "of all" if len(best) == 1 and (best[0].mask == sample.mask).all() else "of its kind"
+            found.append((sample, form))
+    return found
+
+
+def form_rows():
+    """What was learnt of each form of comparing: the questions' lenient IoU, in the order of the test."""
+    places = {}
+    for sample, form in comparing():
+        places.setdefault((sample.kind, form), []).append(int(sample.id.split("-")[1]) % 10**6)
+    columns = [places[kind, form] for kind in ("relation", "combined") for form in ("side", "of all", "of its kind")]
+    yield row("questions", *(str(len(column)) for column in columns))
+    for name, values in load("by-question.json").items():
+        yield row(name, *(np.mean([values[i] for i in column]) for column in columns))
+
+
 ALL_ROWS = [result_rows, measured_rows, benchmark_rows, update_rows, decoding_rows, forecast_rows, weights_rows,
-            step_rows]
+            step_rows, form_rows]
 
 
 @pytest.mark.parametrize("rows", ALL_ROWS)
@@ -217,6 +249,17 @@ def test_how_many_groups_are_flat_late_and_how_seldom_the_clip_holds_a_token_at_
     assert "about four of ten groups late in the three runs" in TEXT and 0.35 < late < 0.45
     held = [step["clip_low"] + step["clip_high"] > 0 for log in logs for step in log]
     assert "it holds hardly a token all the same: in most steps none" in TEXT and np.mean(held) < 0.3
+
+
+def test_a_question_by_a_side_means_the_outermost_thing_and_each_run_answered_as_its_summary_says():
+    side_of = {"left of": "leftmost", "right of": "rightmost", "above": "topmost", "below": "bottommost"}
+    for sample, form in comparing():
+        if form == "side":
+            [word] = [word for side, word in side_of.items() if f" object {side} " in sample.question]
+            assert any((t.mask == sample.mask).all() for t in scenes._extreme(things_of(sample), word))
+    for name, values in load("by-question.json").items():
+        when, seed = ("base", 0) if name == "base" else ("trained", int(name[-1]))
+        assert np.mean(values) == pytest.approx(load(f"seed{seed}/summary.json")[when]["gIoU_lenient"], abs=1e-3)
 
 
 def test_the_score_on_blanked_pictures_and_the_ceiling_are_those_of_their_logs():
