@@ -75,7 +75,8 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
             caption = f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
             axes.set_xlabel(caption, fontsize=7.5, loc="left", parse_math=False)
         key = "in full light with an orange outline: SAM's mask; blue: the policy's box; dot and cross: its points"
-        figure.suptitle(f"{title}\n{'dashed: truth; ' if truth else ''}{key}", fontsize=10)
+        key = textwrap.fill(f"{'dashed: truth; ' if truth else ''}{key}", int(12.5 * width))
+        figure.suptitle(f"{title}\n{key}", fontsize=10)
         figure.savefig(path, dpi=90)
     plt.close(figure)
 
