@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from samr1_mini.config import UserError
 from samr1_mini.data import Mirrored, load_data
 from samr1_mini.metrics import box_iou
 from samr1_mini.reward import parse
