@@ -233,6 +233,10 @@ def test_reasonseg_as_lisa_lays_it_out_has_old_letters_and_answers_in_words_besi
     (tmp_path / "explanatory/val.json").write_text(json.dumps([{"image": "a.jpg", "query": "x", "outputs": "y"}]))
     [sample] = load_data(str(tmp_path), "validation", 5)
     assert sample.question == "the dog\u2019s tail"
+    inner = tmp_path / "explanatory" / "mine"  # what the folder itself is called, or lies in, is another matter
+    inner.mkdir()
+    reasonseg_folder(inner)
+    assert len(load_data(str(inner), "validation", 5)) == 1
 
 
 @pytest.mark.parametrize("name, split, part", [

@@ -259,16 +259,20 @@ def refer_rows(folder: Path, refs: Path, split: str) -> list[dict]:
         raise UserError(f"--data {folder}: {refs.name} with instances.json cannot be read: {error!r}") from None
 
 
+def letters(file: Path) -> str:
+    """The text of a file in UTF-8, or, as some of ReasonSeg's are, in Windows' Latin letters."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return file.read_text(encoding="cp1252")
+
+
 def json_rows(files: list[Path]) -> list[dict]:
     """ReasonSeg's pairs NAME.jpg and NAME.json, and lists of rows that name pictures beside the list."""
     rows = []
     for file in files:
         try:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:  # some of ReasonSeg's are in Windows' Latin letters
-                text = file.read_text(encoding="cp1252")
-            content = json.loads(text)
+            content = json.loads(letters(file))
             if isinstance(content, dict):
                 image = file.with_suffix(".jpg")
                 new = [{"id": file.stem, "image": image, "text": content["text"], "shapes": content["shapes"]}]
@@ -287,7 +291,8 @@ SPLIT_NAMES = {"train": {"train"}, "validation": {"validation", "val"}, "test": 
 
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
     """Files that name the split, in their own name or a folder's. Those that name none are for testing alone."""
-    files = sorted(f for f in folder.rglob(pattern) if "explanatory" not in f.parts)  # LISA's answers in words
+    # LISA's explanatory answers are texts
+    files = [f for f in sorted(folder.rglob(pattern)) if "explanatory" not in f.relative_to(folder).parts]
     words = [set(re.split("[^a-z]+", str(f.relative_to(folder)).lower())) for f in files]
     named = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]
     return named or [f for f, w in zip(files, words) if split == "test" and not w & set.union(*SPLIT_NAMES.values())]

@@ -81,7 +81,7 @@ def draw(items: list, split: str, count: int, seed: int | None) -> Iterator:
     each item once, as they stand if all are wanted, else in an order that is the same for every seed: a file's first
     rows are often of one kind.
     """
-    if split != "train" or seed is None or not items:
+    if split != "train" or seed is None:
         yield from items if count >= len(items) else random.Random(0).sample(items, len(items))
         return
     rng = random.Random(seed)
@@ -105,33 +105,34 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
             pixels = np.asarray(image if single else image.convert("RGB"))
         mask = pixels.any(-1) if pixels.ndim == 3 else pixels > 0  # masks come as 0/1 and as 0/255: any value counts
     else:
-        check_mask(value)
+        value = drawable(value)
         if isinstance(value, dict):
             if list(value["size"]) != [height, width]:
                 raise ValueError(f"the mask's RLE has size {value['size']}, the picture [{height}, {width}]")
             rle = coco.frPyObjects(value, height, width) if isinstance(value["counts"], list) else value
         else:
-            polygons = value if isinstance(value[0], list) else [value]
-            rle = coco.merge(coco.frPyObjects(polygons, height, width))
+            rle = coco.merge(coco.frPyObjects(value, height, width))
         mask = coco.decode(rle).astype(bool)
     return of_size(mask, height, width)
 
 
-def check_mask(value) -> None:
-    """Refuse an RLE or polygons that cannot be drawn. pycocotools draws what is in memory where runs are too short."""
+def drawable(value) -> dict | list[list]:
+    """An RLE, or a list of polygons; what cannot be drawn is refused. pycocotools draws what is in memory where runs
+    are too short."""
     if isinstance(value, dict):
         if not {"size", "counts"} <= set(value):
             raise ValueError("the mask's RLE needs size and counts")
         runs = value["counts"] if isinstance(value["counts"], list) else run_lengths(value["counts"])
         if not all(isinstance(n, int) and n >= 0 for n in runs) or sum(runs) != math.prod(value["size"]):
             raise ValueError("the runs of the mask's RLE do not fill its size")
+        return value
     elif isinstance(value, list) and value:
         polygons = value if isinstance(value[0], list) else [value]
         pairs = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
         if not (pairs and all(isinstance(v, (int, float)) and math.isfinite(v) for p in polygons for v in p)):
             raise ValueError("a polygon of the mask is not a list of at least three x, y pairs")
-    else:
-        raise ValueError("mask is neither a PNG's path, nor COCO RLE, nor polygons")
+        return polygons
+    raise ValueError("mask is neither a PNG's path, nor COCO RLE, nor polygons")
 
 
 def run_lengths(counts: str | bytes) -> list[int]:
@@ -188,16 +189,16 @@ class Folder(Data):
             raise UserError(f"{self.file}: {error}") from None
         if not lines:
             raise UserError(f"{self.file} is empty")
-        rows = [self.checked(*x) for x in lines]
-        chance = {self.picture(row): None for row in rows if not row.get("split")}
-        for name in chance:  # from 0 to 1, and the same wherever its line stands
-            chance[name] = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
+        rows = (self.checked(*x) for x in lines)  # one at a time: their masks may be large
+        belongs = [(row.get("split"), self.picture(row)) for row in rows]
+        number = lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12  # from 0 to 1
+        chance = {name: number(name) for given, name in belongs if not given}  # wherever its line stands
         order = sorted(chance, key=chance.get)
         first = max(1, sum(c < 0.1 for c in chance.values()))  # one picture at least, however few there are
         second = max(first + 1, sum(c < 0.2 for c in chance.values()))
         held = dict.fromkeys(order[:first], "validation") | dict.fromkeys(order[first:second], "test")
-        belongs = [row.get("split") or held.get(self.picture(row), "train") for row in rows]
-        chosen = [x for x, where in zip(lines, belongs) if {"val": "validation"}.get(where, where) == split]
+        where = [{"val": "validation"}.get(given, given) or held.get(name, "train") for given, name in belongs]
+        chosen = [x for x, its in zip(lines, where) if its == split]
         if not chosen:
             raise UserError(f"{self.file} has no line for the {split} split")
         self.lines = list(islice(draw(chosen, split, count, seed), count))  # (number, text): parsed when asked for
@@ -220,7 +221,7 @@ class Folder(Data):
                 if not inside(self.folder, name).is_file():
                     raise ValueError(f"{name}: no such file")
             if not isinstance(row["mask"], str):
-                check_mask(row["mask"])
+                drawable(row["mask"])
             if (row.get("split") or "train") not in ("train", "validation", "val", "test"):
                 raise ValueError(f"split {row['split']!r} is none of train, validation and test")
             plain(row["question"])

@@ -458,7 +458,7 @@ def known_card(name: str) -> str | None:
 
 def shape_is_known(s: Settings) -> bool:
     """Whether SHAPES has what will be trained: a preset's own policy, no other one in its place."""
-    return s.preset in SHAPES and s.policy == PRESETS[s.preset].get("policy")
+    return s.preset in SHAPES and s.policy == PRESETS[s.preset]["policy"]
 
 
 def forecast_line(s: Settings) -> str:

@@ -28,8 +28,9 @@ def open_sets(s: Settings) -> list:
         try:
             sets.append(open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore))
         except UserError as error:  # it knows the name, and not which option gave it
-            changed = split != "train" and bool(s.eval_data)
-            raise UserError(str(error).replace("--data", "--eval-data", changed)) from None
+            if split == "train" or not s.eval_data:
+                raise
+            raise UserError(str(error).replace("--data", "--eval-data", 1)) from None
     data, validation, test = sets
     if len(data) < s.questions:
         raise UserError(f"--data {s.data}: {len(data)} questions are no rollout batch: lower --questions {s.questions}")

@@ -166,9 +166,10 @@ class Run:
     def __init__(self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float):
         """`sets` are its three data sets; `begun` is when the program was, on time.perf_counter's clock."""
         self.folder, self.s, self.policy, self.optimizer = folder, s, policy, optimizer
+        self.start, earlier = 0, 0.0
         if s.resume:
             check_questions(folder, sets, s)
-        self.start, earlier = load_state(folder, policy, optimizer) if s.resume else (0, 0.0)
+            self.start, earlier = load_state(folder, policy, optimizer)
         self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
         self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()
         if is_first():
