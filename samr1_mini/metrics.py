@@ -72,14 +72,10 @@ def bootstrap_interval(
     """
     number = {}
     cluster = [number.setdefault(name or i, len(number)) for i, name in enumerate(pictures or [""] * len(pairs))]
-    order = np.argsort(cluster, kind="stable")  # [n] rows, picture after picture
-    size = np.bincount(cluster)  # [pictures] how many rows each has
-    start, rng, values, pairs = size.cumsum() - size, np.random.default_rng(seed), [], np.asarray(pairs)
+    rng, values, pairs = np.random.default_rng(seed), [], np.asarray(pairs)
     for _ in range(draws):
-        drawn = rng.integers(len(size), size=len(size))
-        count = size[drawn]
-        within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)  # 0, 1, ... in each drawn picture
-        values.append(measure(pairs[order[np.repeat(start[drawn], count) + within]]))
+        times = np.bincount(rng.integers(len(number), size=len(number)), minlength=len(number))  # each picture is drawn
+        values.append(measure(np.repeat(pairs, times[cluster], axis=0)))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

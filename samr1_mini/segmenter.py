@@ -5,7 +5,6 @@ Shapes: n prompts to one picture of H x W pixels, h x w low-resolution logits.
 
 import json
 import pickle
-from collections import OrderedDict
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -22,23 +21,18 @@ from .config import UserError, first_line
 
 
 class Segmenter:
-    """A frozen SAM: pictures and prompts in, masks out. The last `remember` pictures are not encoded again: training
-    and evaluation score a group at once and need no more than one."""
+    """A frozen SAM: pictures and prompts in, masks out. The last picture is not encoded again."""
 
-    def __init__(self, predictor, remember: int = 1):
-        self.predictor, self.remember, self.encoded = predictor, remember, OrderedDict()
+    def __init__(self, predictor):
+        self.predictor, self.seen = predictor, b""
 
     def look_at(self, image: np.ndarray) -> None:
-        """Encode a picture, uint8 RGB [H, W, 3], unless it is remembered."""
+        """Encode a picture, uint8 RGB [H, W, 3], unless it is the last one."""
         key = blake2b(np.ascontiguousarray(image), digest_size=16).digest() + str(image.shape).encode()
-        if key not in self.encoded:
+        if key != self.seen:
+            self.seen = b""  # where the encoder fails, nothing was seen
             self.predictor.set_image(image, image_format="RGB")
-            self.encoded[key] = (self.predictor.features, self.predictor.original_size, self.predictor.input_size)
-            while len(self.encoded) > self.remember:
-                self.encoded.popitem(last=False)
-        self.encoded.move_to_end(key)
-        self.predictor.features, self.predictor.original_size, self.predictor.input_size = self.encoded[key]
-        self.predictor.is_image_set = True
+            self.seen = key
 
     @torch.no_grad()
     def masks(self, image: np.ndarray, boxes: list[tuple], points: list[list[tuple]]) -> np.ndarray:
@@ -52,21 +46,20 @@ class Segmenter:
         """
         self.look_at(image)
         predictor, found = self.predictor, np.zeros((len(boxes), *image.shape[:2]), bool)
+        place = lambda xy: predictor.transform.apply_coords_torch(xy, predictor.original_size)  # in SAM's own pixels
         for count in sorted({len(p) for p in points}):
             rows = [i for i, p in enumerate(points) if len(p) == count]
             box = torch.tensor([boxes[i] for i in rows], dtype=torch.float32, device=predictor.device)  # [n, 4]
-            box = predictor.transform.apply_boxes_torch(box, predictor.original_size)
+            box = place(box.view(-1, 2, 2)).flatten(1)
             xy = label = None
             if count:
                 labelled = torch.tensor([points[i] for i in rows], dtype=torch.float32, device=predictor.device)
-                xy, label = labelled[..., :2], labelled[..., 2]  # [n, count, 2], [n, count]
-                xy = predictor.transform.apply_coords_torch(xy, predictor.original_size)
+                xy, label = place(labelled[..., :2]), labelled[..., 2]  # [n, count, 2], [n, count]
             logits, scores = self.decode(xy, label, box)  # [n, 3, h, w], [n, 3]
-            model = predictor if isinstance(predictor, Sam2Predictor) else predictor.model
             for row, three, best in zip(rows, logits, scores.argmax(1)):
                 logit = three[None, best, None]  # [1, 1, h, w]
-                logit = model.postprocess_masks(logit, predictor.input_size, predictor.original_size)  # [1, 1, H, W]
-                found[row] = (logit[0, 0] > model.mask_threshold).cpu().numpy()
+                logit = predictor.model.postprocess_masks(logit, predictor.input_size, predictor.original_size)
+                found[row] = (logit[0, 0] > predictor.model.mask_threshold).cpu().numpy()  # [H, W]
         return found
 
     def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
@@ -91,13 +84,14 @@ class Sam2Predictor:
     mask_threshold = 0.0
 
     def __init__(self, name: str, device: str = "cpu"):
-        self.model = AutoModelForMaskGeneration.from_pretrained(name).to(device).eval().requires_grad_(False)
-        self.read, self.transform, self.device = AutoImageProcessor.from_pretrained(name), self, device
+        self.sam = AutoModelForMaskGeneration.from_pretrained(name).to(device).eval().requires_grad_(False)
+        self.read, self.device = AutoImageProcessor.from_pretrained(name), device
+        self.transform = self.model = self  # what SamPredictor has in parts
 
     @torch.no_grad()
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
         pixels = self.read(images=image, return_tensors="pt").pixel_values.to(self.device)  # [1, 3, S, S], squeezed
-        self.features = self.model.get_image_embeddings(pixels)
+        self.features = self.sam.get_image_embeddings(pixels)
         self.original_size, self.input_size = image.shape[:2], pixels.shape[-2:]
 
     def apply_coords_torch(self, coords: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
@@ -105,15 +99,12 @@ class Sam2Predictor:
         (h, w), (height, width) = self.input_size, original_size
         return coords * torch.tensor([w / width, h / height], device=coords.device)
 
-    def apply_boxes_torch(self, boxes: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
-        return self.apply_coords_torch(boxes.view(-1, 2, 2), original_size).view(-1, 4)
-
     def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
         """See Segmenter.decode."""
         prompts = {"input_boxes": boxes[None]}
         if points is not None:
             prompts |= {"input_points": points[None], "input_labels": labels[None].long()}
-        out = self.model(image_embeddings=self.features, multimask_output=True, **prompts)
+        out = self.sam(image_embeddings=self.features, multimask_output=True, **prompts)
         return out.pred_masks[0], out.iou_scores[0]
 
     def postprocess_masks(self, masks: torch.Tensor, input_size: tuple, original_size: tuple) -> torch.Tensor:
@@ -144,13 +135,17 @@ def sam_bytes(kind: str, checkpoint: str = "") -> int:
     return 0 if (SAM_FOLDER / name).exists() and (SAM_FOLDER / name).stat().st_size == size else size
 
 
-def is_small(kind: str) -> bool:
-    """Whether it names a small Segment Anything: a folder with its dimensions in sam.json beside its weights."""
-    return kind == "tiny" or (Path(kind) / "sam.json").is_file()
+def small_folder(kind: str) -> Path | None:
+    """Where a small Segment Anything lies, with its dimensions in sam.json beside its weights; None for others."""
+    folder = TINY_SAM if kind == "tiny" else Path(kind)
+    return folder if (folder / "sam.json").is_file() else None
 
 
-def build_sam(size: dict) -> Sam:
-    """segment_anything's Sam of the dimensions in `size`, such as tiny/sam/sam.json, with random weights."""
+def random_sam(kind: str) -> Sam:
+    """segment_anything's Sam of this kind, a small one's folder or "vit_b", "vit_l", "vit_h", with random weights."""
+    if not (folder := small_folder(kind)):
+        return sam_model_registry[kind]()
+    size = json.loads((folder / "sam.json").read_text())
     side, width = size["image_size"], size["decoder_width"]
     return Sam(
         image_encoder=ImageEncoderViT(
@@ -172,16 +167,9 @@ def build_sam(size: dict) -> Sam:
     ).eval()
 
 
-def random_sam(kind: str) -> Sam:
-    """segment_anything's Sam of this kind, a small one's folder or "vit_b", "vit_l", "vit_h", with random weights."""
-    if not is_small(kind):
-        return sam_model_registry[kind]()
-    return build_sam(json.loads(((TINY_SAM if kind == "tiny" else Path(kind)) / "sam.json").read_text()))
-
-
 def check_segmenter(kind: str) -> None:
     """Raises UserError where `kind` is no Segment Anything. Nothing large is loaded."""
-    if is_small(kind) or kind in SAM_FILES:
+    if small_folder(kind) or kind in SAM_FILES:
         return
     try:
         found = AutoConfig.from_pretrained(kind).model_type
@@ -211,11 +199,9 @@ def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str 
     """A frozen Segment Anything: "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else downloaded), a SAM 2 or 3
     by its hub id or folder, or a small one, such as the package's "tiny". UserError where there are no such weights."""
     check_segmenter(kind)
-    small = is_small(kind)
-    if not small and kind not in SAM_FILES:
+    if not (small := small_folder(kind)) and kind not in SAM_FILES:
         return Segmenter(Sam2Predictor(kind, device))
-    folder, sam = TINY_SAM if kind == "tiny" else Path(kind), random_sam(kind)
-    path = folder / "model.safetensors" if small else checkpoint or sam_file(kind)
+    sam, path = random_sam(kind), small / "model.safetensors" if small else checkpoint or sam_file(kind)
     try:
         sam.load_state_dict(load_file(path) if small else torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:

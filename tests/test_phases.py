@@ -84,7 +84,7 @@ def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkey
 
 
 @pytest.mark.parametrize("spoil, told", [
-    (lambda run: None, "no such run"), (lambda run: run.mkdir(), "no metrics.jsonl"),
+    (lambda run: None, "no metrics.jsonl"), (lambda run: run.mkdir(), "no metrics.jsonl"),
     (lambda run: write_run(run, 3, 0) and (run / "answers.jsonl").unlink(), "no answers.jsonl"),
     (lambda run: write_run(run, 3, 0) and (run / "answers.jsonl").write_text('{"step": 1, "te'), "cannot be read"),
 ])

@@ -33,7 +33,7 @@ from ..attention import IMPLEMENTATION
 from ..config import PRESETS, Settings, cell_size
 from ..grpo import full_rollouts, new_optimizer, update
 from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
-from ..segmenter import SAM_FILES, Segmenter, is_small, random_sam
+from ..segmenter import SAM_FILES, Segmenter, random_sam, small_folder
 from ..tokens import FP32_SUMS
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores run.
@@ -248,7 +248,8 @@ def fake_policy(config: Qwen2_5_VLConfig, s: Settings, dtype: torch.dtype, count
 
 
 def sam_kind(s: Settings) -> str:
-    return s.sam if is_small(s.sam) or s.sam in SAM_FILES else "vit_h"  # a SAM 2 or 3 cannot be built without its files
+    """The segmenter that is counted: a SAM 2 or 3 cannot be built without its files."""
+    return s.sam if small_folder(s.sam) or s.sam in SAM_FILES else "vit_h"
 
 
 def build(config: Qwen2_5_VLConfig, s: Settings, dtype=None) -> tuple[Counter, Policy, Segmenter, dict]:
@@ -280,19 +281,15 @@ def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: 
     Without numbers four tokens are sampled: before the third the cache grows as the tokens between would grow it.
     """
     language, laps = policy.base.model.language_model, []
-    forward, between = language.forward, max(0, s.max_new_tokens - 4) if counter.fake else 0
+    between = max(0, s.max_new_tokens - 4) if counter.fake else 0
 
-    def watched(*args, **kwargs):
+    def watch(model, args, kwargs):
         laps.append(counter.lap())
         for _ in range(between if len(laps) == 3 else 0):
             kwargs["layout"].grow()
-        return forward(*args, **kwargs)
 
-    language.forward = watched
-    try:
+    with language.register_forward_pre_hook(watch, with_kwargs=True):
         sample(policy, prompts, s.group, s.max_new_tokens - between, s.temperature)
-    finally:
-        del language.forward
     laps.append(counter.lap())
     return {"prefill": laps[1], "first": laps[2], "last": laps[-1] | {"over": max(lap["over"] for lap in laps[3:])}}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Settings
-from ..evaluation import Report, before_after, evaluate, shown
+from ..evaluation import before_after, evaluate, shown
 from ..plots import curves, sample_sheet
 from ..policy import Policy
 from ..segmenter import Segmenter
@@ -46,7 +46,7 @@ def first_look(rollouts: list, s: Settings) -> str:
     line = (f"the base's answers to {len(rollouts)} questions, {s.group} each: in the format {form:.2f}, "
             f"mean IoU {np.mean([r.iou for r in rewards]):.2f}, truncated {cut:.2f}")
     if cut > 0.5:
-        line += (". Warning: most are cut off, and such an answer has no format to be paid for: raise "
+        line += (". Warning: most are cut off, so they lose the reasoning format, and many end before their box: raise "
                  f"--max-new-tokens {s.max_new_tokens}")
     elif not form:
         line += (". Warning: none is in the asked format, so nothing can be learnt unless one turns up by chance: try "
@@ -75,16 +75,9 @@ def validate(policy: Policy, segmenter: Segmenter, validation, s: Settings, fold
     report = evaluate(policy, segmenter, validation, s)
     if is_first():
         title = f"Validation after {step} steps" if step else "Validation before training"
-        write_sheet(folder / f"sheet-{step:05d}.png", policy, segmenter, validation, report, s, title)
+        frame, path = policy.frame(s.image_size), folder / f"sheet-{step:05d}.png"
+        sample_sheet(path, shown(segmenter, validation, report.rows[:12], s, frame), frame, title)
     return {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
-
-
-def write_sheet(
-    path: Path, policy: Policy, segmenter: Segmenter, data, report: Report, s: Settings, title: str
-) -> None:
-    """The first answers of a report, drawn on their pictures."""
-    frame = policy.frame(s.image_size)
-    sample_sheet(path, shown(segmenter, data, report.rows[:12], s, frame), frame, title)
 
 
 def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, run: Run) -> dict:
@@ -97,8 +90,8 @@ def summarise(policy: Policy, segmenter: Segmenter, test, s: Settings, folder: P
     }
     if is_first():
         write_json(folder / "summary.json", summary), write_json(folder / "test-trained.json", report.each())
-        title = "Held-out test questions after training"
-        write_sheet(folder / "sheet-test.png", policy, segmenter, test, report, s, title)
+        frame, title = policy.frame(s.image_size), "Held-out test questions after training"
+        sample_sheet(folder / "sheet-test.png", shown(segmenter, test, report.rows[:12], s, frame), frame, title)
         curves(folder / "curves.png", read_log(folder), summary)
         print(before_after(summary))
         print(f"adapter, log, curves and sheets are in {folder}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from ..config import Settings, Terminated, UserError
@@ -25,12 +26,9 @@ from .processes import is_first
 
 def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
     """A copy in host memory of all that is needed to go on after `step` whole steps."""
-    trained = {n: p.detach().to("cpu", copy=True) for n, p in policy.model.named_parameters() if p.requires_grad}
-    known = optimizer.state_dict()
-    moments = {i: {n: v.to("cpu", copy=True) for n, v in one.items()} for i, one in known["state"].items()}
-    groups = [dict(group) for group in known["param_groups"]]
-    optimizer_state = {"state": moments, "param_groups": groups}
-    return {"step": step, "seconds": seconds, "adapter": trained, "optimizer": optimizer_state}
+    adapter = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    state = {"step": step, "seconds": seconds, "adapter": adapter, "optimizer": optimizer.state_dict()}
+    return tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
 
 
 def put_adapter(policy: Policy, state: dict) -> None:

@@ -27,11 +27,6 @@ def middle(thing: Thing) -> list[int]:
     return [(x1 + x2) // 2, (y1 + y2) // 2]
 
 
-def loose_box(thing: Thing, rng: np.random.Generator, slack: float) -> list[int]:
-    """The tight box as the base tells it: each side moved out by N(slack, slack / 3) of its length, whole pixels."""
-    return [round(v) for v in wide_box(thing.box, rng, slack)]
-
-
 def loose_points(thing: Thing, rng: np.random.Generator, slack: float) -> list[list[int]]:
     """A point on the thing near its middle and, half of the time, one off it near a corner; they stray as boxes do."""
     x1, y1, x2, y2 = thing.box
@@ -104,7 +99,7 @@ def answer_parts(
 
     In four parts: how it begins, what it lists, what it then names, and the numbers of box and points.
     """
-    box, name, begins = loose_box(thing, rng, slack), called(thing, scene), STYLES[style].begins
+    box, name, begins = list(map(round, wide_box(thing.box, rng, slack))), called(thing, scene), STYLES[style].begins
     if style == "sentence":
         return begins, "", f" {name} is at", f" {box}."
     if style == "json":

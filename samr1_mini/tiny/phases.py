@@ -22,8 +22,6 @@ FEWEST = 5  # answers in the window: a mean over fewer is not drawn
 
 def read_run(folder: str) -> tuple[list[dict], list[dict]]:
     """A run's metrics and its answers, each of these with its "style"."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such run")
     try:
         metrics, answers = read_log(Path(folder)), read_log(Path(folder), name="answers")
     except ValueError as error:

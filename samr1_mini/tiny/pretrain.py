@@ -44,19 +44,15 @@ def scenes_from(start: int, count: int) -> list[Scene]:
     return [make_scene(PRETRAIN[0] + start + i) for i in range(count)]
 
 
-def one_cycle(optimizer, steps: int):
-    """Learning rates that rise for a tenth of the steps and fall to nearly 0; Adam's first beta goes from 0.95 to 0.85
-    and back."""
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=0.1, final_div_factor=20,
-        cycle_momentum="betas" in optimizer.defaults,  # Adam's, not Muon's
-    )
-
-
 def learn(name: str, model: torch.nn.Module, optimizers: list, steps: int, work: Path, loss_of: Callable) -> None:
     """`steps` updates with `loss_of(step) -> (loss, {what the bar shows: its figure})`, in which all that is random
     depends on the step alone. Every 100 steps all goes to work/NAME.pt, from where a stage that was cut goes on."""
-    schedules, state, first, shown = [one_cycle(x, steps) for x in optimizers], work / f"{name}.pt", 0, {}
+    # Rates rise for a tenth of the steps and fall to nearly 0; Adam's first beta (Muon has none) goes from 0.95 to 0.85
+    # and back.
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(
+        x, [g["lr"] for g in x.param_groups], steps, pct_start=0.1, final_div_factor=20,
+        cycle_momentum="betas" in x.defaults) for x in optimizers]
+    state, first, shown = work / f"{name}.pt", 0, {}
     parts = [model, *optimizers, *schedules]
     if state.exists():
         saved = torch.load(state, map_location=DEVICE, weights_only=True)
@@ -133,8 +129,7 @@ def sam_prompt(thing: Thing, scene: Scene, rng: np.random.Generator, count: int)
     if count and rng.random() < 0.33:
         box, off = wide_box(box_around(thing, other), rng, rng.uniform(0, 0.08)), other.mask & ~thing.mask
     else:
-        box, off = wide_box(thing.box, rng, rng.uniform(0, 0.08) if rng.random() < 0.5 else rng.uniform(0, 0.6)), None
-    if off is None:
+        box = wide_box(thing.box, rng, rng.uniform(0, 0.08) if rng.random() < 0.5 else rng.uniform(0, 0.6))
         x1, y1, x2, y2 = (int(v) for v in box)
         off = np.zeros_like(thing.mask)
         off[y1:y2, x1:x2] = ~thing.mask[y1:y2, x1:x2]
@@ -450,13 +445,10 @@ def train_language(
             group += [astray_row(policy, scene, other, rng, wide) for _ in range(others)]
         told = [text_rows(policy, rng, other, others) for other in strangers]
         alignment = align_words(policy, prompts, scenes)
-        rows = [group + texts for group, texts in zip(groups, told)]
-        logps, _ = logprobs(policy, prompts, [[ids for ids, _ in row] for row in rows])  # [all rows' tokens]
-        learnt = torch.cat([mask for row in rows for _, mask in row])
-        is_told = torch.cat([
-            torch.full_like(mask, i >= len(group))
-            for group, row in zip(groups, rows) for i, (_, mask) in enumerate(row)
-        ])
+        rows = [[(*x, False) for x in group] + [(*x, True) for x in texts] for group, texts in zip(groups, told)]
+        logps, _ = logprobs(policy, prompts, [[ids for ids, *_ in row] for row in rows])  # [all rows' tokens]
+        learnt = torch.cat([mask for row in rows for _, mask, _ in row])
+        is_told = torch.cat([torch.full_like(mask, heard) for row in rows for _, mask, heard in row])
         shown, heard = -logps[learnt & ~is_told].mean(), -logps[learnt & is_told].mean()
         figures = {"shown": shown.item(), "told": heard.item(), "words": alignment.item()}
         return shown + 0.5 * heard + 0.3 * alignment, figures

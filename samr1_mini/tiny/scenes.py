@@ -234,12 +234,6 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
     return found
 
 
-def _fits(thing: Thing, colour: str | None, shape: str | tuple | None) -> bool:
-    """Whether the thing has this colour (None: any) and this shape or one of these (None: any)."""
-    shapes = (shape,) if isinstance(shape, str) else shape
-    return colour in (None, thing.colour) and (shapes is None or thing.shape in shapes)
-
-
 def right_objects(scene: Scene, question: tuple) -> list[Thing]:
     """Every object that a reader could take for the answer; a question is fair when this is one object.
 
@@ -249,11 +243,11 @@ def right_objects(scene: Scene, question: tuple) -> list[Thing]:
     but where it is asked for; where a reader may take it for a small circle, nothing is.
     """
     form, *rest, colour, shape = question
-    found = [t for t in scene.things if _fits(t, colour, shape)]
+    shapes = SHAPES if shape is None else (shape,) if isinstance(shape, str) else shape
+    found = [t for t in scene.things if colour in (None, t.colour) and t.shape in shapes]
     if form == "dot":
         return [t.dot for t in found if t.dot] * len(found)  # unfair where two could be meant, though one has no dot
-    round_too = shape is None or "circle" in ((shape,) if isinstance(shape, str) else shape)
-    dotted = [t for t in scene.things if t.dot and colour in (None, t.dot.colour) and round_too]
+    dotted = [t for t in scene.things if t.dot and colour in (None, t.dot.colour) and "circle" in shapes]
     if form == "is":
         return [] if dotted else found
     if form == "side":
