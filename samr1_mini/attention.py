@@ -9,7 +9,7 @@
 PyTorch has fused kernels for both. A prompt lends its keys and values to its answers, and query heads share a key head
 (enable_gqa). A layout knows what stands where: `Row`, whole answers in one row (scoring), or `Cache`, answers that grow
 (sampling). The model passes it on to each layer; without `layout=...` it is an ordinary model.
-Shapes: B questions, G answers, P prompt tokens, L answer tokens, t so far; H query heads, R to each of KV key heads; d.
+Shapes: B questions, G answers, P prompt, L answer tokens (t so far); H query heads, R to each of KV key heads; width d.
 """
 
 import torch

@@ -34,7 +34,7 @@ _run, _model, _data, _rollout, _reward, _optimisation, _evaluation = map(
 @dataclass(frozen=True)
 class Settings:
     preset: str = _run("auto", "size of everything below; auto looks at the machine", ("auto", "tiny", "3b", "7b"))
-    samples: int = _run(3000, "training questions; each is seen once")
+    samples: int = _run(3000, "training questions in all; a smaller set is gone through again")
     run: str = _run("", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)")
     resume: bool = _run(False, "go on with the run in that folder where it stopped")
     seed: int = _run(0, "seed of everything: on one kind of CPU, with as many threads, the same seed gives the same "
@@ -70,7 +70,7 @@ class Settings:
                              "way), or they are excluded", ("correct", "excluded"))
 
     questions: int = _rollout(16, "questions a rollout batch")
-    group: int = _rollout(8, "G, answers a question")
+    group: int = _rollout(8, "G, answers a question (elsewhere num_generations)")
     max_new_tokens: int = _rollout(112, "longest answer, tokens")
     temperature: float = _rollout(1.0, "sampling temperature, applied in the loss too")
 
@@ -83,18 +83,21 @@ class Settings:
     max_points: int = _reward(8, "most points an answer may give; beyond, the segmentation format is lost")
 
     lr: float = _optimisation(1e-4, "learning rate of the adapter")
-    beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward")
+    beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward (1e-9: it is "
+                                "measured and moves nothing)")
     kl_bound: float = _optimisation(5.0, "log(pi_ref / pi) counts at most this in the KL, so no token rules an update")
-    skip_flat: bool = _optimisation(False, "leave groups whose answers all got the same reward out of the updates: "
-                                    "they carry nothing but the KL")
-    eps_low: float = _optimisation(0.2, "clip: lowest ratio is 1 - eps_low")
-    eps_high: float = _optimisation(0.3, "clip: highest ratio is 1 + eps_high (clip-higher: above eps_low)")
-    normalise: str = _optimisation("token", "token: eq. (4), one normaliser for a group's tokens; sequence: eq. (2)",
+    skip_flat: bool = _optimisation(False, "leave groups without variance (zero_variance in the log) out of the "
+                                    "updates: they carry nothing but the KL. No others take their places")
+    eps_low: float = _optimisation(0.2, "the ratio is clipped at 1 - eps_low")
+    eps_high: float = _optimisation(0.3, "the ratio is clipped at 1 + eps_high (clip-higher: above eps_low)")
+    normalise: str = _optimisation("token", "loss aggregation. token: eq. (4), one normaliser for a group's tokens; "
+                                   "sequence: eq. (2), one for each answer",
                                    ("token", "sequence"))
     advantage: str = _optimisation("std", "std: eq. (1); mean: no division by the standard deviation", ("std", "mean"))
     updates: int = _optimisation(4, "optimizer updates a rollout batch, each on its share of the questions; with 1 "
                                  "the ratio is always 1")
-    passes: int = _optimisation(1, "passes over each rollout batch, each of that many updates")
+    passes: int = _optimisation(1, "passes over each rollout batch, each of that many updates (elsewhere "
+                                "num_iterations)")
     micro: int = _optimisation(8, "questions a forward of the update; lower it when memory runs out")
     checkpointing: bool = _optimisation(False, "recompute activations in the backward: less memory, more time")
     warmup: int = _optimisation(10, "updates over which the rate climbs to lr, then stays")
@@ -105,6 +108,11 @@ class Settings:
     test_samples: int = _evaluation(500, "held-out test questions before and after training")
     eval_batch: int = _evaluation(0, "questions that are answered side by side; padding can move greedy answers "
                                   "(0: about 16,000 prompt tokens)")
+
+    @property
+    def reward_weights(self) -> tuple[float, float, float]:
+        """Weights of the terms of reward.score_group, in their order."""
+        return self.accuracy_weight, self.reasoning_weight, self.segmentation_weight
 
 
 _FULL_SIZE = dict(sam="vit_h", data="refcocog", image_size=840, lr=2e-5, max_new_tokens=512, micro=1,
@@ -168,13 +176,14 @@ def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) 
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         groups[heading].add_argument(option(f.name), default=argparse.SUPPRESS, help=help, **kind)
+    larger = {name: value for name, value in _FULL_SIZE.items() if names is None or name in names}
+    larger = ", ".join(f"{option(name)} {value}".removesuffix(" True") for name, value in larger.items())
+    parser.epilog = f"Defaults are those of --preset tiny; 3b and 7b have instead: {larger}, and their policy."
 
 
 def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple[Settings, str]:
     """Command line -> (checked settings, a line that says which preset was chosen and what was overridden)."""
-    larger = ", ".join(f"{option(name)} {value}".removesuffix(" True") for name, value in _FULL_SIZE.items())
-    parser = Parser(prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False,
-                    epilog=f"Defaults are those of --preset tiny; 3b and 7b have instead: {larger}, and their policy.")
+    parser = Parser(prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False)
     add_options(parser)
     given = vars(parser.parse(argv))
     try:
@@ -228,19 +237,16 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     return settings, f"going on with {settings.run}, preset {settings.preset}"
 
 
+MAY_BE_0 = ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "eval_batch", "seed", "eps_low", "eps_high",
+            "accuracy_weight", "reasoning_weight", "segmentation_weight")
+
+
 def check(s: Settings) -> None:
     """Refuse values that cannot work, each with one line that names the option."""
-    for name in ("samples", "rank", "questions", "max_new_tokens", "updates", "passes", "micro", "max_points",
-                 "eval_samples", "test_samples"):
-        if getattr(s, name) < 1:
-            raise UserError(f"{option(name)} must be at least 1, not {getattr(s, name)}")
-    for name in ("lr", "temperature", "max_grad_norm", "kl_bound", "save_minutes"):
-        if not 0 < getattr(s, name) < float("inf"):
-            raise UserError(f"{option(name)} must be above 0, not {getattr(s, name)}")
-    for name in ("rehearse", "memory_limit", "beta", "warmup", "eval_every", "eval_batch", "seed", "eps_low",
-                 "eps_high", "accuracy_weight", "reasoning_weight", "segmentation_weight"):
-        if not 0 <= getattr(s, name) < float("inf"):
-            raise UserError(f"{option(name)} must not be below 0, not {getattr(s, name)}")
+    for f in fields(s):
+        value, least = getattr(s, f.name), "be at least 1" if f.type is int else "be above 0"
+        if f.type in (int, float) and not (0 < value < float("inf") or value == 0 and f.name in MAY_BE_0):
+            raise UserError(f"{option(f.name)} must {'not be below 0' if f.name in MAY_BE_0 else least}, not {value}")
     if s.seed > 10**12:  # a step's own seed is made of it
         raise UserError(f"--seed must be at most 10**12, not {s.seed}")
     if s.group < 2:

@@ -5,8 +5,8 @@ asymmetric and one normaliser serves all tokens of a group, eq. (4). KL stays: w
 collapse.
 
 "The loss stays near 0, is it broken?" No: advantages of a group sum to 0, and in the first update of a batch the ratio
-is 1 (under eq. (2) the loss is then exactly 0; under eq. (4) long answers weigh more). The gradient is not 0. The
-ratio moves, and the clip begins to matter, from the second update of a batch on.
+is 1 (under eq. (2) the loss is then beta times the KL; under eq. (4) long answers weigh more). The gradient is not 0.
+The ratio moves, and the clip begins to matter, from the second update of a batch on.
 
 Shapes: B questions, G answers a question, S all answer tokens of a batch, answer after answer.
 """
@@ -78,7 +78,7 @@ def objective(
     kl = gap = torch.zeros_like(logp)
     if reference is not None:
         # Eq. (3) has no upper bound: one drawn token that the base finds e^16 times likelier would be the whole update.
-        # Held tokens pull no more.
+        # A token beyond the bound has no gradient.
         gap = reference - logp
         held = gap.clamp(max=kl_bound)
         kl = held.exp() - held - 1  # [S] (3)  KL = pi_ref/pi - log(pi_ref/pi) - 1, the k3 estimator
@@ -140,11 +140,10 @@ def roll_out(
         chance = torch.rand(len(prompts), s.group, s.max_new_tokens)  # [B, G, L]
     groups = sample_in_turn(policy, prompts, s, chance)
     middle = time.perf_counter()
-    weights, frame = (s.accuracy_weight, s.reasoning_weight, s.segmentation_weight), policy.frame(s.image_size)
-    rollouts = []
+    frame, rollouts = policy.frame(s.image_size), []
     for x, prompt, answers in zip(samples, prompts, groups):
         texts = [a.text for a in answers]
-        rewards = score_group(segmenter, x, texts, frame, s.accuracy, weights, s.max_points, s.points)
+        rewards = score_group(segmenter, x, texts, frame, s.accuracy, s.reward_weights, s.max_points, s.points)
         rollouts.append(Rollout(x, prompt, answers, rewards))
     totals = torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts])  # [B, G]
     for rollout, advantage in zip(rollouts, advantages(totals, s.advantage)):
@@ -193,12 +192,15 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
             tqdm.write(f"update {done + k + 1}: gradient not finite, skipped; if this goes on, lower --lr")
     policy.model.eval()
     tokens = max(1, log.pop("tokens"))
-    a_token = {name: log[name] / tokens for name in A_TOKEN}
+    a_token = {name: log.pop(name) / tokens for name in A_TOKEN}
+    if not s.beta:  # there is no reference to measure it by
+        del a_token["kl"], a_token["kl_held"]
     log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - begun}
     return dict(log)
 
 
-A_TOKEN = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")  # logged as means over tokens
+# Logged as means over the tokens that take part: with --beta 0 or --skip-flat those of groups with variance alone.
+A_TOKEN = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")
 
 
 def takes_part(rollout: Rollout, s: Settings) -> bool:

@@ -7,7 +7,6 @@ reads the prompt once, and every answer sees the prompt and itself (attention.py
 Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
@@ -69,11 +69,9 @@ class Policy:
         """The side of a size x size picture as the answers count it."""
         return 1000 if self.coordinates == "thousandths" else size
 
-    @contextmanager
     def reference(self):
-        """The frozen reference policy: this one with its adapter switched off, so no second model is held."""
-        with self.model.disable_adapter():
-            yield
+        """The frozen reference policy: within, this one with its adapter switched off, so no second model is held."""
+        return self.model.disable_adapter()
 
 
 @dataclass
@@ -166,6 +164,9 @@ def add_adapter(
             model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"adapter {adapter} does not fit this policy ({first_line(error)})") from None
+        with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:  # PEFT loads what has a place
+            if len(file.keys()) != sum("lora_" in name for name, _ in model.named_parameters()):
+                raise UserError(f"adapter {adapter} does not fit this policy (it is of other layers)")
     else:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
         model = get_peft_model(base, lora)
@@ -281,15 +282,12 @@ def sample(
     stopped = torch.isin(ids, stop)  # [B, G, L]
     truncated = ~stopped.any(-1)  # [B, G]
     lengths = torch.where(truncated, max_new_tokens, stopped.int().argmax(-1) + 1)  # [B, G]
-    groups = [
-        [Completion(ids[b, g, :n], logps[b, g, :n], cut, "") for g, (n, cut) in enumerate(zip(*row))]
-        for b, row in enumerate(zip(lengths.tolist(), truncated.tolist()))
-    ]
-    for answers in groups:  # without their stop; other signs of the model's own stay, and break the format
-        texts = tokenizer.batch_decode([a.ids if a.truncated else a.ids[:-1] for a in answers])
-        for answer, text in zip(answers, texts):
-            answer.text = text + CUT * answer.truncated
-    return groups
+    answers = []
+    for i, (n, cut) in enumerate(zip(lengths.flatten().tolist(), truncated.flatten().tolist())):
+        answer, logp = ids.flatten(0, 1)[i, :n], logps.flatten(0, 1)[i, :n]
+        text = tokenizer.decode(answer if cut else answer[:-1])  # other special tokens stay, and break the format
+        answers.append(Completion(answer, logp, cut, text + CUT * cut))
+    return [answers[i : i + group] for i in range(0, len(answers), group)]
 
 
 # ---------------------------------------------------------------------------------------------------- log-probabilities
@@ -299,7 +297,7 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     """Lay prompts and answers in one row without padding: [prompt 1, its answers, prompt 2, its answers, ...].
 
     Returns what the language model is called with (embeds [1, T, D], positions [3, 1, T], the layout), and for every
-    answer token, in order, where the state stands that predicts it, and the token itself: LongTensors [sum of all L].
+    answer token, in order, the index of the hidden state that predicts it, and the token itself: LongTensors [S].
     """
     device = policy.device
     read = [[len(ids) - 1 for ids in group] for group in groups]  # the last token of an answer is predicted, never read

@@ -200,6 +200,6 @@ def score_group(
         answer_box_iou = box_iou(prompted[i][0], tight_box(sample.mask)) if i in masks else 0.0
         earned = accuracy_term(accuracy, mask_iou, answer_box_iou)
         terms = (earned, float(answer.reasoning_format), float(answer.segmentation_format))
-        total = sum(w * t for w, t in zip(weights, terms))
+        total = sum(w * t for w, t in zip(weights, terms, strict=True))
         rewards.append(Reward(total, earned, answer, mask_iou, answer_box_iou, pair, masks.get(i)))
     return rewards

@@ -6,7 +6,7 @@ Shapes: D width, V vocabulary, and any number of dimensions before them.
 
 import torch
 
-CUT = "[cut]"  # ends the text of an answer that did not end by itself, so that it is in no format
+CUT = "[cut]"  # ends the text of an answer that did not end by itself, so that the reasoning format is lost
 
 
 def stop_ids(model, tokenizer) -> torch.Tensor:

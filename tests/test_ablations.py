@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +167,17 @@ def test_a_run_leaves_a_line_and_the_giou_of_each_scene_and_both_are_read_again(
             and not list((tmp_path / "runs" / "ablations").iterdir()))
     assert (first["names"], first["places"], first["combined"], first["length"],
             first["base_gIoU_lenient"]) == (0.5, 0.25, 0.4, 14.5, 0.3)
+    told = "'no points' with the options '--no-points'"
+    with monkeypatch.context() as changed, pytest.raises(SystemExit, match=told):
+        changed.setitem(ablations.ROWS, "no points", "--no-points --group 4")  # these runs are of another row
+        ablations.read()
+    mine = tmp_path / "mine.csv"
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--seeds", "1", "--rows", "base", "--workers", "1", "--results",
+                                      str(mine)])
+    with redirect_stderr(StringIO()):
+        ablations.main()
+    assert len(ablations.read()) == 2 and [x["row"] for x in ablations.read(mine)] == ["base"]
+    assert (tmp_path / "mine/base-seed0.json").exists()
     ids.reverse()
     with pytest.raises(RuntimeError, match="was not tested on the first 3 test scenes in their order"):
         ablations.one_run("no points", 2)

@@ -183,8 +183,8 @@ def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
     monkeypatch.setattr(policy.model, "disable_adapter", lambda: switched_off.append(1) or disable())
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
     still = replace(settings, lr=0.0, updates=2, passes=2, micro=4)
-    update(policy, optimizer, rollouts, replace(still, beta=0.0), 0)
-    assert not switched_off
+    log = update(policy, optimizer, rollouts, replace(still, beta=0.0), 0)
+    assert not switched_off and not {"kl", "kl_held"} & log.keys()  # a KL of 0 would look like a policy that stays
     log = update(policy, optimizer, rollouts, still, 0)
     assert len(switched_off) == 1 and log["kl"] > 0
     alone, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]])

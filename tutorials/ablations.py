@@ -6,8 +6,9 @@ Every row differs from "base" in the options that it names. A seed draws the sam
 are tested on the same scenes, so a row is compared with base seed by seed and scene by scene: beside its line each run
 leaves its gIoU of each scene, in results/ablations/ROW-seedN.json.
 What the mechanism lets one expect of each row (PREDICTED) was committed before the first of these runs.
-`--figure FILE` draws them. Each run has one thread, so that the lines do not depend on the machine's number of cores;
-as many run side by side as there are cores.
+`--figure FILE` draws them. Rows of your own: add them to TABLES, and keep them and a base from your machine in a file
+of their own (`--results runs/mine.csv`). Each run has one thread, so that the lines do not depend on the machine's
+number of cores; as many run side by side as there are cores.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def one_run(row: str, seed: int) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
-        raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]}")
+        raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]} (delete {folder} to begin anew)")
     line = {"row": row, "seed": seed, "options": ROWS[row]} | figures_of(folder)
     shutil.rmtree(folder)
     return line
@@ -135,40 +136,46 @@ def figures_of(folder: Path) -> dict:
     tested = summary["trained"] | {
         kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
-    last = {name: statistics.mean(step[name] for step in steps[-10:]) for name in LAST}
+    # without a KL (beta 0) none is measured
+    last = {name: statistics.mean(step.get(name, math.nan) for step in steps[-10:]) for name in LAST}
     styles = [style_of(answer["text"]) for answer in answers[-max(1, len(answers) // 10) :]]
     values = {name: tested[name] for name in TESTED} | last | {way: styles.count(way) / len(styles) for way in WAYS}
     return {name: f"{value:.4g}" for name, value in values.items()} | {
         "scenes": [round(x["iou_strict"], 3) for x in each]}
 
 
-def write(line: dict) -> None:
+def write(line: dict, results: Path | None = None) -> None:
     """Keep what one_run returned. Its scenes come first: a line in the CSV says that all is there."""
-    file = FILE.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
+    results = results or FILE
+    file = results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(line["scenes"], separators=(",", ":")))
-    new = not FILE.exists()
-    with FILE.open("a", newline="") as out:
+    new = not results.exists()
+    with results.open("a", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
         if new:
             writer.writeheader()
         writer.writerow(line)
 
 
-def read() -> list[dict]:
+def read(results: Path | None = None) -> list[dict]:
     """The lines that are there, numbers as numbers, with their "scenes"."""
-    if not FILE.exists():
+    results = results or FILE
+    if not results.exists():
         return []
     text, lines = ("row", "options"), []
-    with FILE.open(newline="") as file:
+    with results.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            sys.exit(f"ablations.py: error: {FILE} has other columns than these runs: move it away")
+            sys.exit(f"ablations.py: error: {results} has other columns than these runs: name another one by --results")
         for line in reader:
-            scenes = FILE.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
+            if ROWS.get(line["row"]) != line["options"]:
+                sys.exit(f"ablations.py: error: {results} has the row {line['row']!r} with the options "
+                         f"{line['options']!r}, TABLES has others: name another row, or another file by --results")
+            scenes = results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
             if not scenes.exists():
                 sys.exit(f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, "
-                         f"seed {line['seed']}, in {FILE}, and it is run again")
+                         f"seed {line['seed']}, in {results}, and it is run again")
             numbers = {k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()}
             lines.append(numbers | {"scenes": json.loads(scenes.read_text())})
     return lines
@@ -310,6 +317,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds a row (default 5)")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="only these rows")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
+    parser.add_argument("--results", type=Path, default=FILE,
+                        help="CSV file for the lines, with a folder of its name beside it (default: the committed one)")
     parser.add_argument("--figure", help="write a figure of all rows to this file")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
@@ -318,14 +327,14 @@ def main() -> None:
     if args.figure and not Path(args.figure).absolute().parent.is_dir():
         parser.error(f"--figure {args.figure}: its folder is not there")
     if not args.table:
-        there, lock = {(line["row"], line["seed"]) for line in read()}, Lock()
+        there, lock = {(line["row"], line["seed"]) for line in read(args.results)}, Lock()
         # Seed after seed: whenever it is stopped, rows have about as many runs as one another.
         missing = [(row, seed) for seed in range(args.seeds) for row in args.rows if (row, seed) not in there]
 
         def job(row: str, seed: int) -> None:
             line = one_run(row, seed)
             with lock:
-                write(line)
+                write(line, args.results)
 
         with ThreadPoolExecutor(args.workers) as pool:
             try:
@@ -338,8 +347,8 @@ def main() -> None:
                 parser.error(str(error))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # else those in the queue would still be started
-    if not (lines := read()):
-        parser.error(f"{FILE} holds no runs yet")
+    if not (lines := read(args.results)):
+        parser.error(f"{args.results} holds no runs yet")
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]
     for title in titles:
         print_table(lines, title)
