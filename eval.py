@@ -2,9 +2,9 @@
 picture (`python eval.py --image photo.jpg --question "the red star"`)."""
 
 import json
+import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from samr1_mini.config import Parser, UserError, add_options, check, exit_with, make_settings, read_settings
@@ -20,7 +20,8 @@ def parse(argv: list[str] | None):
                                           "base is evaluated")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"),
                         help="split of the data set (default test)")
-    parser.add_argument("--count", type=int, default=600, help="how many questions of it (default 600)")
+    parser.add_argument("--count", type=int, help="how many questions of it (default: 600 drawn scenes; of another set "
+                                                  "all)")
     parser.add_argument("--blank", action="store_true",
                         help="show the policy a grey picture: what is left of the score is guessing")
     parser.add_argument("--mirror", action="store_true",
@@ -37,15 +38,18 @@ def parse(argv: list[str] | None):
     given = vars(parser.parse(argv))
     names = ("adapter", "split", "count", "votes", "blank", "mirror", "image", "question", "merge", "out")
     options = {name: given.pop(name) for name in names}
+    typed = ", ".join(f"{name} = {value}" for name, value in given.items())
     if (options["image"] is None) != (options["question"] is None):
         parser.error("--image and --question go together")
+    if options["question"] is not None and not options["question"].strip():
+        parser.error("--question is empty")
     if options["mirror"] and options["image"] is not None:
         parser.error("--mirror goes with a data set, not with --image")
     if options["merge"] is not None and (options["adapter"] is None or Path(options["merge"]).exists()):
         there = f"--merge {options['merge']}: this is there already"
         parser.error("--merge needs --adapter" if options["adapter"] is None else there)
     for name in ("count", "votes"):
-        if options[name] < 1:
+        if options[name] is not None and options[name] < 1:
             parser.error(f"--{name} must be at least 1, not {options[name]}")
     if options["adapter"] is not None:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -57,6 +61,8 @@ def parse(argv: list[str] | None):
             saved = read_settings(beside)
             if saved.get("eval_data") and options["split"] != "train":
                 saved["data"] = saved["eval_data"]
+            if given.get("preset", saved.get("preset")) != saved.get("preset"):
+                raise UserError("--preset is for a base: this adapter has the settings of its run")
             given = {k: v for k, v in saved.items() if k in USED - {"device"}} | given
         settings, line = make_settings(**given)
         check(settings)
@@ -64,8 +70,19 @@ def parse(argv: list[str] | None):
         parser.error(str(error))
     if options["adapter"] is not None:
         line = (f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}, "
-                f"data {settings.data}")
+                f"data {settings.data}" + (f"; you set {typed}" if typed else ""))
+        if not beside.is_file():
+            line += f"; no settings.json beside it, so all else is that of preset {settings.preset}"
     return settings, options, line
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """The folder, and a look whether a file can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{option}: nothing can be written there ({error.strerror})") from None
 
 
 def open_input(settings, options: dict):
@@ -74,13 +91,10 @@ def open_input(settings, options: dict):
 
     from samr1_mini.data import Mirrored, Sample, open_data, open_picture, plain
 
-    try:
-        Path(options["out"]).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options["out"]).close()
-    except OSError as error:
-        raise UserError(f"--out {options['out']}: nothing can be written there ({error.strerror})") from None
+    make_folder(Path(options["out"]), f"--out {options['out']}")
     if options["image"] is None:
-        data = open_data(settings.data, options["split"], options["count"], None, settings.sentences,
+        every = 600 if settings.data == "shapes" else sys.maxsize
+        data = open_data(settings.data, options["split"], options["count"] or every, None, settings.sentences,
                          settings.coco_dir, settings.ignore)
         return Mirrored(data) if options["mirror"] else data
     try:
@@ -91,7 +105,7 @@ def open_input(settings, options: dict):
         question = plain(options["question"])
     except ValueError as error:
         raise UserError(f"--question: {error}") from None
-    unknown = np.zeros((image.height, image.width), bool)  # no truth is known
+    unknown = np.ones((image.height, image.width), bool)  # no truth is known, and none is drawn
     return [Sample(image, question, unknown, options["image"])]
 
 
@@ -100,12 +114,19 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     from samr1_mini.evaluation import batch_size, evaluate, shown
     from samr1_mini.plots import sample_sheet
     from samr1_mini.running.processes import is_first
+    from samr1_mini.running.runs import write_json
 
     out, votes = Path(options["out"]), options["votes"]
-    report = evaluate(policy, segmenter, data, settings, options["split"], options["blank"], votes=votes)
+    used = {name: getattr(settings, name) for name in sorted(USED)}
+    weights = Path(options["adapter"] or "") / "adapter_model.safetensors"
+    what = json.dumps([options | {"out": ""}, used, data.ids, weights.stat().st_mtime if options["adapter"] else 0])
+    keep = out / "answers.part", what
+    report = evaluate(policy, segmenter, data, settings, options["split"], options["blank"], votes=votes, keep=keep)
     if not is_first():
         return
     summary = report.summary()
+    how = ", blanked to grey" * options["blank"] + ", mirrored" * options["mirror"]
+    print(f"{options['split']} split{how}, {len(data)} questions")
     print(f"{'':<12}{'count':>6}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}")
     for name, x in [("all", summary), *summary["by_kind"].items()]:
         scores = f"{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}"
@@ -113,53 +134,69 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     (g_low, g_high), (c_low, c_high) = summary["gIoU_interval"], summary["cIoU_interval"]
     print(f"95 % bootstrap interval of gIoU: {g_low:.3f} to {g_high:.3f}; of cIoU: {c_low:.3f} to {c_high:.3f}")
     print(f"boxes with IoU above 0.5 (REC accuracy): {summary['box_accuracy']:.3f}")
-    if report.rows[0].box_only:
+    if data.box_only:
         print("this data set has boxes and no masks: all of the above compares boxes")
     expressions = f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object"
     empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
     print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
-    how = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
-    print(f"{how}, {batch_size(policy, settings, votes)} questions side by side; SAM's highest-scored mask counts")
+    drawn = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
+    print(f"{drawn}, {batch_size(policy, settings, votes)} questions side by side; SAM's highest-scored mask counts")
+    if votes > 1:
+        print("'format' counts the questions with one answer in the format, at least")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
     print("an answer that cannot be read counts 0 whatever the truth is")
-    used = {name: getattr(settings, name) for name in sorted(USED)}
     results = {**options, **used, "missing": list(data.missing), "summary": summary, "answers": report.each()}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(out / "results.json", results)
+    for part in out.glob("answers.part.*"):
+        part.unlink()
     ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
     frame = policy.frame(settings.image_size)
     panels = shown(segmenter, data, chosen, settings, frame)
-    sample_sheet(out / "sheet.png", panels, frame, "Best four, middle four, worst four answers")
+    title = "Best four, middle four, worst four answers" if len(ranked) > 12 else "All answers, best first"
+    sample_sheet(out / "sheet.png", panels, frame, title + how)
     print(f"answers and sheet are in {out}")
 
 
 def answer_one(policy, segmenter, data, settings, options: dict) -> None:
-    """One picture -> the policy's reasoning, and an overlay with box, points and mask."""
+    """One picture -> the policy's reasoning, the mask, and an overlay with box, points and mask."""
+    from PIL import Image
+
     from samr1_mini.evaluation import evaluate, shown
     from samr1_mini.plots import sample_sheet
 
-    settings = replace(settings, empty_truth="correct")  # the true mask that nobody knows is empty here
     frame = policy.frame(settings.image_size)
     report = evaluate(policy, segmenter, data, settings, blank=options["blank"], votes=options["votes"])
     [panel] = shown(segmenter, data, report.rows, settings, frame)
     print(panel.text)
     if panel.reward.mask is None:
         print(f"no box can be read from this: {panel.reward.answer.why}")
-    else:
-        print(f"mask: {panel.reward.mask.mean():.1%} of the picture")
-    path = Path(options["out"]) / f"{Path(options['image']).stem}-overlay.png"
-    sample_sheet(path, [panel], frame, "What the policy sees in it", truth=False)
-    print(f"overlay: {path}")
+    if report.rows[0].truncated:
+        print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
+    stem = Path(options["out"]) / Path(options["image"]).stem
+    if panel.reward.mask is not None:
+        Image.fromarray(panel.reward.mask).save(f"{stem}-mask.png")
+        print(f"mask: {panel.reward.mask.mean():.1%} of the picture, {stem}-mask.png")
+    sample_sheet(f"{stem}-overlay.png", [panel], frame, "What the policy sees in it", truth=False)
+    print(f"overlay: {stem}-overlay.png")
 
 
 def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
     """Write the policy `name` with `adapter` added into its weights, in bf16, as an ordinary model folder with its
-    processor."""
+    processor. Where that fails nothing is left."""
+    from safetensors import SafetensorError
+
+    from samr1_mini.config import first_line
     from samr1_mini.policy import load_policy
 
-    policy = load_policy(name, "bf16", adapter=adapter)
-    policy.model.merge_and_unload().save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
+    policy, part = load_policy(name, "bf16", adapter=adapter), Path(f"{folder}.part")
+    try:
+        policy.model.merge_and_unload().save_pretrained(part)
+        policy.processor.save_pretrained(part)
+        part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"--merge {folder}: {first_line(error)}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -172,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         if options["merge"] is not None:
+            make_folder(Path(options["merge"]).parent, f"--merge {options['merge']}")
             merge(settings.policy, options["adapter"], options["merge"])
             print(f"merged model: {options['merge']}")
             return
@@ -185,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         advice = "lower --eval-batch or --max-new-tokens, or take --load-in nf4"
         exit_with(UserError(f"GPU memory ran out: {advice} ({error})"), "eval.py")
     except KeyboardInterrupt:
+        print("stopped; an evaluation goes on from here with the same command", file=sys.stderr)
         sys.exit(130)
 
 

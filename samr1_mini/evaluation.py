@@ -2,12 +2,13 @@
 
 Two figures stand side by side everywhere. gIoU: an answer outside the format counts 0 (and its whole true mask goes
 into cIoU's union). gIoU_lenient: a box found in any shape in the text counts, so what is gained there is not the
-format. In both an answer that cannot be read is wrong even where nothing is to be found; see
-metrics.intersection_union.
+format.
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ class Row:
     picture: str  # questions with the same one are about the same picture
     kind: str
     question: str
-    box_only: bool
     texts: list[str]  # all answers; greedy there is one
     text: str  # the one that counts: the middle one of the vote
     truncated: bool
@@ -88,7 +88,7 @@ class Report:
 
     def each(self) -> list[dict]:
         """Every question's answer and its own figures, so that two runs can be compared question by question."""
-        names = ("id", "question", "kind", "text", "in_format", "iou", "why", "box_iou")
+        names = ("id", "picture", "question", "kind", "text", "in_format", "why", "box_iou", "iou", "pair", "strict")
         figures = lambda row: {name: getattr(row, name) for name in names} | {"iou_strict": iou(*row.strict)}
         return [figures(row) for row in self.rows]
 
@@ -119,7 +119,7 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame:
     figures count them.
     """
     rewards = score_group(
-        segmenter, x, texts, frame, s.accuracy, max_points=s.max_points, points=s.points, lenient=True
+        segmenter, x, texts, frame, s.accuracy, s.reward_weights, s.max_points, s.points, lenient=True
     )
     chosen, mask, pairs = 0, None, []
     for strict in (False, True):
@@ -133,61 +133,76 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame:
     return chosen, replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair)), *pairs
 
 
+def kept_rows(file: Path, what: str) -> dict[int, Row]:
+    """The rows in `file` by index, a line a batch, if its first line is `what`; else the file begins anew."""
+    try:
+        first, *lines, _ = file.read_text().split("\n")  # what a kill has cut off stands behind the last end of line
+        if first == what:
+            return {row["index"]: Row(**row) for line in lines for row in json.loads(line)}
+    except (OSError, ValueError, TypeError):
+        pass  # nothing that can be used
+    file.write_text(f"{what}\n")
+    return {}
+
+
 def evaluate(
     policy: Policy, segmenter: Segmenter, data, s: Settings, name: str = "", blank: bool = False,
-    with_ceiling: bool = False, votes: int = 1,
+    with_ceiling: bool = False, votes: int = 1, keep: tuple[Path, str] | None = None,
 ) -> Report:
     """Answer every question of `data` and score it: greedily, or by the vote of `votes` answers drawn at temperature
     1, the same ones every time.
 
     `name` is shown beside the progress bar, which is left out without one. `blank` shows the policy (not SAM) a grey
     picture in place of each: what is left of the score does not come from looking. `with_ceiling` has SAM segment the
-    true boxes too, while it has the picture. Several processes share the questions and end with the same whole report.
+    true boxes too, while it has the picture. `keep`, a path and a line that says what is evaluated: rows are kept there
+    (with the process's number behind the name) and, under the same line, are not answered again. Several processes
+    share the questions and end with the same whole report.
     Questions are answered side by side, and padding can move a greedy answer by a rounding: with s.eval_batch = 1 an
     answer depends on nothing beside it.
     """
-    processes = join(s.device)
+    processes, step = join(s.device), batch_size(policy, s, votes)
     share = range(len(data))[processes.process_index :: processes.num_processes]
-    title = name if is_first() else ""
-    rows = together(lambda: answer(policy, segmenter, data, share, s, title, blank, with_ceiling, votes))
-    rows = sorted(gather_object(rows), key=lambda row: row.index)
+    quiet = not (name and is_first())
+
+    def answered() -> list[Row]:
+        part = keep and Path(f"{keep[0]}.{processes.process_index}")
+        rows = kept_rows(part, keep[1]) if keep else {}
+        for i in tqdm(range(0, len(share), step), f"test {name}", disable=quiet, leave=False, dynamic_ncols=True):
+            if rows.keys() & share[i : i + step]:
+                continue
+            samples = {j: data[j] for j in share[i : i + step]}
+            if s.empty_truth == "excluded":
+                samples = {j: x for j, x in samples.items() if x.mask.any()}
+            if not samples:
+                continue
+            images = [policy_image(x, s.image_size) for x in samples.values()]
+            if blank:
+                images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
+            with torch.no_grad():
+                prompts = encode(policy, images, [x.question for x in samples.values()])
+            if votes == 1:
+                groups = sample(policy, prompts, 1, s.max_new_tokens, temperature=0)
+            else:  # what is drawn depends on the question's place alone
+                seeds = [torch.Generator().manual_seed(s.seed * 10**6 + j) for j in samples]
+                chance = [torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds]  # B x [votes, L]
+                groups = sample(policy, prompts, votes, s.max_new_tokens, 1.0, torch.stack(chance))
+            for (j, x), answers in zip(samples.items(), groups):
+                texts = [answer.text for answer in answers]
+                chosen, reward, pair, strict = judge(segmenter, x, texts, s, policy.frame(s.image_size))
+                rows[j] = Row(
+                    j, x.id, x.picture, x.kind, x.question, texts, texts[chosen], answers[chosen].truncated,
+                    reward.answer.in_format, reward.answer.why, reward.box_iou, pair, strict,
+                    true_box_iou(segmenter, x) if with_ceiling else None,
+                )
+            if keep:
+                with part.open("a") as file:
+                    file.write(json.dumps([asdict(rows[j]) for j in samples]) + "\n")
+        return list(rows.values())
+
+    rows = sorted(gather_object(together(answered)), key=lambda row: row.index)
     if not rows:
         raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")
     return Report(rows)
-
-
-def answer(
-    policy: Policy, segmenter: Segmenter, data, share: range, s: Settings, name: str, blank: bool, with_ceiling: bool,
-    votes: int,
-) -> list[Row]:
-    """The questions of `share`, answered and scored; see evaluate."""
-    step, rows = batch_size(policy, s, votes), []
-    for i in tqdm(range(0, len(share), step), desc=f"test {name}", disable=not name, leave=False, dynamic_ncols=True):
-        samples = {j: data[j] for j in share[i : i + step]}
-        if s.empty_truth == "excluded":
-            samples = {j: x for j, x in samples.items() if x.mask.any()}
-        if not samples:
-            continue
-        images = [policy_image(x, s.image_size) for x in samples.values()]
-        if blank:
-            images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
-        with torch.no_grad():
-            prompts = encode(policy, images, [x.question for x in samples.values()])
-        if votes == 1:
-            groups = sample(policy, prompts, 1, s.max_new_tokens, temperature=0)
-        else:  # what is drawn depends on the question's place alone
-            seeds = [torch.Generator().manual_seed(s.seed * 10**6 + j) for j in samples]
-            chance = [torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds]  # B x [votes, L]
-            groups = sample(policy, prompts, votes, s.max_new_tokens, 1.0, torch.stack(chance))
-        for (j, x), answers in zip(samples.items(), groups):
-            texts = [answer.text for answer in answers]
-            chosen, reward, pair, strict = judge(segmenter, x, texts, s, policy.frame(s.image_size))
-            rows.append(Row(
-                j, x.id, x.picture, x.kind, x.question, x.box_only, texts, texts[chosen], answers[chosen].truncated,
-                reward.answer.in_format, reward.answer.why, reward.box_iou, pair, strict,
-                true_box_iou(segmenter, x) if with_ceiling else None,
-            ))
-    return rows
 
 
 def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:

@@ -42,12 +42,9 @@ def draw_answer(axes, panel, size: int) -> None:
     axes.imshow((picture * light[..., None]).astype(np.uint8))
     axes.set_xticks([]), axes.set_yticks([])
     sx, sy = sample.image.width / size / fine, sample.image.height / size / fine
-    if truth.any() and not truth.all():
-        axes.contour(truth, [0.5], colors="white", linewidths=1.6)
-    if mask.any() and not mask.all():  # objects may be orange too
-        axes.contour(mask, [0.5], colors=ORANGE, linewidths=2.4)
-    if truth.any() and not truth.all():
-        axes.contour(truth, [0.5], colors=BLACK, linewidths=1.2, linestyles="dashed")
+    for area, colour, width, line in ((truth, "white", 1.6, "-"), (mask, ORANGE, 2.4, "-"), (truth, BLACK, 1.2, "--")):
+        if area.any() and not area.all() and min(area.shape) > 1:  # a contour needs two rows and two columns
+            axes.contour(area, [0.5], colors=colour, linewidths=width, linestyles=line)
     box = answer.box or answer.lenient_box
     if box:
         x1, y1, x2, y2 = box[0] * sx - 0.5, box[1] * sy - 0.5, box[2] * sx - 0.5, box[3] * sy - 0.5
@@ -55,6 +52,7 @@ def draw_answer(axes, panel, size: int) -> None:
             axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=width)
     for x, y, label in answer.points:
         axes.plot(x * sx, y * sy, "o" if label else "X", color=GREEN if label else PINK, mec="white", ms=7)
+    axes.set_aspect("equal", adjustable="datalim"), axes.set_box_aspect(1)  # one height for all, whatever their shape
 
 
 def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
@@ -62,15 +60,15 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     with plt.rc_context({"font.family": FAMILIES}):
-        width, height = max(3.1 * columns, 6.4), 4.4 * lines + 0.6
+        width, height = max(3.1 * columns, 6.4), 4.8 * lines + 0.8
         figure, places = plt.subplots(lines, columns, figsize=(width, height), squeeze=False, layout="constrained")
         for axes in places.flat:
             axes.axis("off")
         for axes, panel in zip(places.flat, panels):
             axes.axis("on")
             draw_answer(axes, panel, size)
-            axes.set_title(legible(panel.sample.question, 40), fontsize=9, parse_math=False)
-            verdict = f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.0f}   " if truth else ""
+            axes.set_title(legible(panel.sample.question, 40, 3), fontsize=9, parse_math=False)
+            verdict = f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.3g}   " if truth else ""
             verdict += "" if panel.reward.answer.in_format else "outside the format"
             caption = f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
             axes.set_xlabel(caption, fontsize=7.5, loc="left", parse_math=False)

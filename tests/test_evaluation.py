@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_public import (
     HEIGHT,
@@ -35,11 +36,12 @@ import train
 from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings, resumed_settings
 from samr1_mini.data import Mirrored, Sample, load_data
-from samr1_mini.evaluation import Panel, batch_size, evaluate, shown
+from samr1_mini.evaluation import Panel, batch_size, evaluate, judge, shown
 from samr1_mini.metrics import tight_box
 from samr1_mini.policy import Completion
 from samr1_mini.reward import score_group
 from samr1_mini.running import loading
+from samr1_mini.tiny.shapes import Shapes
 
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
 # Boxes that miss the object by more and more, in the policy's 112 x 112 square.
@@ -150,7 +152,7 @@ def test_the_ceiling_is_that_of_the_true_boxes_and_each_picture_is_encoded_once(
     say(monkeypatch, BOXES)
     calls, encode = [], segmenter.predictor.model.image_encoder.forward
     monkeypatch.setattr(segmenter.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
-    segmenter.encoded.clear()
+    segmenter.seen = b""
     blind = Sample(samples[0].image, "?", np.zeros_like(samples[0].mask), "no object")
     report = evaluate(policy, segmenter, [*samples, blind], SETTINGS, with_ceiling=True)
     assert len(calls) == len(samples) + 1
@@ -346,7 +348,8 @@ def test_a_file_that_is_no_usable_picture_ends_in_one_line_before_a_model_is_loa
      (["--out", "taken/below"], "--out taken/below: nothing can be written there (Not a directory)"),
      (["--votes", "0"], "--votes must be at least 1, not 0"),
      (["--eval-batch", "-1"], "--eval-batch must not be below 0"), (["--data", "empty"], "--data"),
-     (["--mirror", "--image", "a.png", "--question", "the star"], "--mirror goes with a data set")],
+     (["--mirror", "--image", "a.png", "--question", "the star"], "--mirror goes with a data set"),
+     (["--image", "a.png", "--question", " "], "--question is empty")],
 )
 def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(
     options, words, tmp_path, monkeypatch, no_model, capsys
@@ -365,6 +368,8 @@ def test_an_adapter_without_weights_or_of_another_base_and_damaged_settings_are_
     weights, settings = adapter / "adapter_model.safetensors", tmp_path / "run" / "settings.json"
     whole = load_file(weights)
     cases = [
+        (lambda: save_file({name: tensor for name, tensor in whole.items() if "layers.3." not in name}, weights),
+         f"adapter {adapter} does not fit this policy (it is of other layers)"),
         (lambda: save_file({name: tensor[:, :100].clone() if "lora_A" in name else tensor
                             for name, tensor in whole.items()}, weights),
          f"adapter {adapter} does not fit"),
@@ -405,12 +410,15 @@ def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_b
     command.main([*options, "--count", "3"])
     out = capsys.readouterr().out
     assert ("the majority of 3 answers at temperature 1, 2 questions side by side" in out
+            and "'format' counts the questions with one answer in the format, at least" in out
             and "cannot be read counts 0 whatever the truth is" in out)
     assert json.loads((tmp_path / "results.json").read_text())["votes"] == 3 and (tmp_path / "sheet.png").exists()
     load_data("shapes", "test", 1)[0].image.save(tmp_path / "scene.png")
     command.main([*options, "--image", str(tmp_path / "scene.png"), "--question", "the largest object",
                   "--empty-truth", "excluded"])
     assert (tmp_path / "scene-overlay.png").exists() and "mask: " in capsys.readouterr().out
+    with Image.open(tmp_path / "scene-mask.png") as mask:
+        assert mask.size == (112, 112) and 0 < np.asarray(mask).mean() < 1
 
 
 def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_its_number(
@@ -455,12 +463,104 @@ def test_a_large_photo_is_drawn_by_every_few_pixels_with_all_in_its_place(segmen
     plt.close(figure)
 
 
+def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(tmp_path, monkeypatch, capsys):
+    options = ["--preset", "tiny", "--device", "cpu", "--count", "6", "--eval-batch", "2", "--max-new-tokens", "40"]
+    command.main([*options, "--out", str(tmp_path / "whole")])
+    seen, read = [], Shapes.__getitem__
+
+    def broken(self, i):
+        seen.append(i)
+        if i == 4 and len(seen) == 5:
+            raise UserError("line 4: image file is truncated")
+        return read(self, i)
+
+    monkeypatch.setattr(Shapes, "__getitem__", broken)
+    with pytest.raises(SystemExit):
+        command.main([*options, "--out", str(tmp_path / "cut")])
+    kept = tmp_path / "cut" / "answers.part.0"
+    assert len(kept.read_text().splitlines()) == 3
+    with kept.open("a") as file:  # a kill in the middle of a line
+        file.write('[{"index": 4, "id')
+    seen.append("again")
+    command.main([*options, "--out", str(tmp_path / "cut")])
+    assert seen[6:8] == [4, 5] and not kept.exists()
+    whole, cut = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    assert cut == whole | {"out": str(tmp_path / "cut")}
+    seen[:] = ["again"]
+    (tmp_path / "cut" / "answers.part.0").write_text("of something else\n[]\n")
+    command.main([*options, "--out", str(tmp_path / "cut")])
+    assert seen[1:7] == list(range(6)) and json.loads((tmp_path / "cut" / "results.json").read_text()) == cut
+    monkeypatch.setattr(loading, "load_parts", lambda *_: leave(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as left:
+        command.main([*options, "--out", str(tmp_path / "cut")])
+    assert left.value.code == 130 and "goes on from here with the same command" in capsys.readouterr().err
+
+
+def test_a_public_set_is_taken_whole_unless_a_count_is_given(tmp_path, no_model):
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("samr1_mini.data.open_data", lambda *a: taken.append(a[:3]) or leave(UserError("")))
+        for more in ([], ["--data", "reasonseg"], ["--data", "reasonseg", "--count", "5"]):
+            with pytest.raises(SystemExit):
+                command.main(["--preset", "tiny", "--out", str(tmp_path), *more])
+    assert taken == [("shapes", "test", 600), ("reasonseg", "test", sys.maxsize), ("reasonseg", "test", 5)]
+
+
+def test_a_model_is_merged_whole_or_not_at_all(tmp_path, policy, monkeypatch, capsys):
+    adapter, merged = tmp_path / "run/adapter", tmp_path / "merged"
+    policy.model.save_pretrained(adapter)
+    options = ["--device", "cpu", "--adapter", str(adapter), "--merge", str(merged)]
+    full_disk = SafetensorError("I/O error: No space left on device")
+    with monkeypatch.context() as full, pytest.raises(SystemExit) as left:
+        full.setattr(type(policy.base), "save_pretrained", lambda _, name: Path(name).mkdir() or leave(full_disk))
+        command.main(options)
+    told = capsys.readouterr()
+    assert left.value.code == 2 and f"--merge {merged}: I/O error: No space left on device" in told.err
+    assert "no settings.json beside it, so all else is that of preset tiny" in told.out
+    assert [x.name for x in tmp_path.iterdir()] == ["run"]
+    command.main(options)
+    assert (merged / "model.safetensors").exists() and (merged / "tokenizer.json").exists()
+
+
+def leave(error):
+    raise error
+
+
+def test_what_is_set_beside_an_adapter_is_printed_and_another_preset_is_refused(tmp_path, policy, no_model, capsys):
+    policy.model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "settings.json").write_text(json.dumps({"preset": "tiny", "max_points": 3}))
+    adapter = ["--adapter", str(tmp_path / "adapter")]
+    settings, _, line = command.parse([*adapter, "--image-size", "224", "--preset", "tiny"])
+    assert settings.max_points == 3 and "you set image_size = 224, preset = tiny" in line
+    with pytest.raises(SystemExit):
+        command.parse([*adapter, "--preset", "7b"])
+    assert "--preset is for a base" in capsys.readouterr().err
+
+
+def test_the_rewards_on_a_sheet_are_those_that_the_run_pays(segmenter, samples):
+    s = replace(SETTINGS, accuracy_weight=0.0, segmentation_weight=0.5)
+    paid = judge(segmenter, samples[0], BOXES[:1], s, 112)[1]
+    assert paid.total == paid.answer.reasoning_format + 0.5 * paid.answer.segmentation_format > 0
+
+
+@pytest.mark.parametrize("size", [(1, 100), (100, 1), (300, 100), (100, 300)])
+def test_a_picture_of_any_shape_can_be_drawn(size, segmenter, tmp_path):
+    mask = np.zeros(size[::-1], bool)
+    mask[: size[1] // 2 + 1, : size[0] // 2 + 1] = True
+    mask[-1, -1] = False
+    sample = Sample(Image.new("RGB", size, "white"), "which " * 2000, mask, "x")
+    [reward] = score_group(segmenter, sample, [answer([28, 28, 56, 56])], 112)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.sample_sheet(tmp_path / "sheet.png", [Panel(sample, "so " * 500, reward)] * 5, 112, "title")
+
+
 def test_a_mirrored_set_flips_picture_and_truth_and_exchanges_left_and_right():
     data = load_data("shapes", "test", 60)
     mirrored = Mirrored(data)
     assert len(mirrored) == 60 and list(mirrored.ids) == list(data.ids) and mirrored.download_bytes == 0
-    one = type("One", (list,), {"box_only": False})([replace(data[0], question="The Left one, LEFTMOST, leftover")])
-    assert Mirrored(one)[0].question == "The Right one, RIGHTMOST, leftover"
+    one = [replace(data[0], question="The Left one, LEFTMOST, lefthand, leftover")]
+    assert Mirrored(one)[0].question == "The Right one, RIGHTMOST, righthand, leftover"
     sides = {"left of": "right of", "right of": "left of", "leftmost": "rightmost", "rightmost": "leftmost"}
     asked = 0
     for x, y in zip(data, mirrored):

@@ -12,7 +12,7 @@ from pycocotools import mask as coco
 import eval as evaluate
 import train
 from samr1_mini.config import UserError
-from samr1_mini.data import open_data, plain, read_mask
+from samr1_mini.data import open_data, open_picture, plain, read_mask
 from samr1_mini.data.samples import run_lengths
 from samr1_mini.running.runs import check_questions
 
@@ -60,10 +60,27 @@ def test_a_mask_is_what_is_not_black_in_whatever_mode_it_is_saved(save, tmp_path
     assert (read_mask("m.png", tmp_path, 40, 60) == (truth ^ inverted)).all() and 0 < truth.sum() < truth.size
 
 
+@pytest.mark.parametrize("kind, white", [(np.float32, 1), (np.float32, 255), (np.uint16, 4095), (np.uint16, 65535)])
+def test_greys_of_any_depth_are_seen_from_black_to_white(kind, white, tmp_path):
+    grey = (np.arange(60 * 40).reshape(40, 60) % 256 / 255 * white).astype(kind)
+    Image.fromarray(grey).save(tmp_path / "grey.tiff")
+    seen = np.asarray(open_picture(tmp_path / "grey.tiff")).astype(int)
+    assert (np.abs(seen[..., 0] - grey.astype(float) / white * 255) <= 1).all() and seen.max() == 255
+
+
+def test_what_is_transparent_is_seen_on_white(tmp_path):
+    ink = Image.new("RGB", (60, 40), "black")
+    ink.putalpha(square())
+    ink.save(tmp_path / "ink.png")
+    assert (np.asarray(open_picture(tmp_path / "ink.png"))[..., 0] == 255 - np.asarray(square())).all()
+
+
 def test_a_mask_that_would_be_read_wrong_is_refused_and_one_is_turned_as_its_picture_is(tmp_path):
     square().save(tmp_path / "m.jpg")
-    with pytest.raises(ValueError, match="m.jpg: a JPEG blurs"):
-        read_mask("m.jpg", tmp_path, 40, 60)
+    square().save(tmp_path / "m.webp", quality=50)
+    for name, kind in (("m.jpg", "JPEG"), ("m.webp", "WEBP")):
+        with pytest.raises(ValueError, match=f"{name}: {kind} may blur"):
+            read_mask(name, tmp_path, 40, 60)
     white = Image.new("RGB", (60, 40), "white")
     white.putalpha(square())
     white.save(tmp_path / "a.png")
@@ -173,7 +190,7 @@ def test_a_line_ends_where_json_says_and_a_byte_order_mark_is_no_part_of_it(tmp_
 
 
 @pytest.mark.parametrize("question, words", [
-    ("is it <|image_pad|>?", "holds <.image_pad.>, a sign of the model's own"), ("\ud83d", "surrogates not allowed"),
+    ("is it <|image_pad|>?", "holds <.image_pad.>, a special token of the model"), ("\ud83d", "surrogates not allowed"),
 ])
 def test_a_question_that_no_model_can_read_is_told_at_once(question, words, tmp_path, capsys):
     with pytest.raises(UserError, match=f"line 1: .*{words}"):

@@ -79,7 +79,7 @@ def parquet(folder, name, rows):
     import pyarrow
     import pyarrow.parquet
 
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}-00000-of-00001.parquet")
     return str(folder)
 
@@ -152,6 +152,13 @@ def test_files_that_name_no_split_are_for_testing_and_never_for_training(tmp_pat
     for split in ("train", "validation"):
         with pytest.raises(UserError, match=f"{split} split"):
             load_data(folder, split, 3)
+
+
+def test_two_downloads_side_by_side_are_told_apart_by_their_folders_and_not_by_what_each_calls_its_only_file(tmp_path):
+    for name, count in (("ReasonSeg_val", 2), ("ReasonSeg_test", 3)):
+        rows = [{"image": png(), "text": "x", "mask": square().tolist(), "ann_id": str(i)} for i in range(count)]
+        parquet(tmp_path / "dump" / name, "test", rows)
+    assert [len(load_data(str(tmp_path / "dump"), split, 9)) for split in ("validation", "test")] == [2, 3]
 
 
 def refer_folder(folder, coco_info=coco_info):

@@ -290,12 +290,15 @@ SPLIT_NAMES = {"train": {"train"}, "validation": {"validation", "val"}, "test": 
 
 
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
-    """Files that name the split, in their own name or a folder's. Those that name none are for testing alone."""
+    """Files of a split. The first part of a path that names one decides (a set that is for validation alone may call
+    its only file test.parquet). Those that name none are for testing alone."""
     # LISA's explanatory answers are texts
     files = [f for f in sorted(folder.rglob(pattern)) if "explanatory" not in f.relative_to(folder).parts]
-    words = [set(re.split("[^a-z]+", str(f.relative_to(folder)).lower())) for f in files]
-    named = [f for f, w in zip(files, words) if w & SPLIT_NAMES[split]]
-    return named or [f for f, w in zip(files, words) if split == "test" and not w & set.union(*SPLIT_NAMES.values())]
+    every = set.union(*SPLIT_NAMES.values())
+    words = lambda part: every & set(re.split("[^a-z]+", part.lower()))
+    named = {f: next(filter(None, map(words, f.relative_to(folder).parts)), set()) for f in files}
+    return ([f for f in files if named[f] & SPLIT_NAMES[split]]
+            or [f for f in files if split == "test" and not named[f]])
 
 
 class Table(Sequence):

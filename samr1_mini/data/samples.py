@@ -41,27 +41,15 @@ class Data(Sequence):
         """Download what is not here yet. Pictures in `missing` are left out, so that processes hold the same ones."""
 
 
-class Mirrored(Data):
+class Mirrored(Sequence):
     """A data set in a mirror: pictures and true masks flipped, and the words left and right exchanged. A policy that
     sees where things are should do as well there."""
 
     def __init__(self, data: Data):
-        self.data, self.box_only = data, data.box_only
+        self.data = data
 
-    @property
-    def ids(self) -> list[str]:
-        return self.data.ids
-
-    @property
-    def download_bytes(self) -> int:
-        return self.data.download_bytes
-
-    @property
-    def missing(self) -> Sequence[str]:
-        return self.data.missing
-
-    def fetch(self, missing: Sequence[str] = ()) -> None:
-        self.data.fetch(missing)
+    def __getattr__(self, name: str):  # ids, missing, fetch, ...: those of the set itself
+        return getattr(self.data, name)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -69,7 +57,7 @@ class Mirrored(Data):
     def __getitem__(self, i: int) -> Sample:
         x, flip = self.data[i], lambda mask: None if mask is None else np.ascontiguousarray(mask[:, ::-1])
         side = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
-        words = rf"\b({'|'.join(side)})(most|MOST)?\b"
+        words = rf"\b({'|'.join(side)})(most|MOST|est|hand|side)?\b"
         question = re.sub(words, lambda found: side[found[1]] + (found[2] or ""), x.question)
         return replace(x, image=ImageOps.mirror(x.image), question=question, mask=flip(x.mask), ignore=flip(x.ignore))
 
@@ -96,8 +84,8 @@ def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
     """A mask bool [H, W] from a PNG's path, COCO RLE {"size", "counts"}, or polygons [[x1, y1, x2, y2, ...], ...]."""
     if isinstance(value, str):
         with opened(inside(folder, value)) as image:
-            if image.format == "JPEG":
-                raise ValueError(f"{value}: a JPEG blurs a mask's border; save it as PNG")
+            if image.format in ("JPEG", "WEBP"):
+                raise ValueError(f"{value}: {image.format} may blur a mask's border; save it as PNG")
             if "A" in image.mode and image.getchannel("A").getextrema() != (255, 255):
                 raise ValueError(f"{value}: a mask with transparent parts; save it in black and white")
             image = ImageOps.exif_transpose(image)
@@ -149,10 +137,10 @@ def run_lengths(counts: str | bytes) -> list[int]:
 
 
 def plain(question) -> str:
-    """A question as a model can read it. Its own signs in it, as <|image_pad|>, would make another prompt of it."""
+    """A question as a model can read it. A special token in it, as <|image_pad|>, would make another prompt of it."""
     text = str(question).strip()
-    if sign := re.search(r"<\|\w+\|>", text):
-        raise ValueError(f"the question holds {sign[0]}, a sign of the model's own")
+    if token := re.search(r"<\|\w+\|>", text):
+        raise ValueError(f"the question holds {token[0]}, a special token of the model")
     text.encode()  # half a surrogate pair cannot be: a ValueError
     return text
 
@@ -190,18 +178,19 @@ class Folder(Data):
         if not lines:
             raise UserError(f"{self.file} is empty")
         rows = (self.checked(*x) for x in lines)  # one at a time: their masks may be large
-        belongs = [(row.get("split"), self.picture(row)) for row in rows]
+        belongs = [(row.get("split"), self.picture(row), row["id"]) for row in rows]
         number = lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12  # from 0 to 1
-        chance = {name: number(name) for given, name in belongs if not given}  # wherever its line stands
+        chance = {name: number(name) for given, name, _ in belongs if not given}  # wherever its line stands
         order = sorted(chance, key=chance.get)
         first = max(1, sum(c < 0.1 for c in chance.values()))  # one picture at least, however few there are
         second = max(first + 1, sum(c < 0.2 for c in chance.values()))
         held = dict.fromkeys(order[:first], "validation") | dict.fromkeys(order[first:second], "test")
-        where = [{"val": "validation"}.get(given, given) or held.get(name, "train") for given, name in belongs]
-        chosen = [x for x, its in zip(lines, where) if its == split]
+        where = [{"val": "validation"}.get(given, given) or held.get(name, "train") for given, name, _ in belongs]
+        chosen = [(*x, name) for x, its, (*_, name) in zip(lines, where, belongs) if its == split]
         if not chosen:
             raise UserError(f"{self.file} has no line for the {split} split")
-        self.lines = list(islice(draw(chosen, split, count, seed), count))  # (number, text): parsed when asked for
+        self.lines = list(islice(draw(chosen, split, count, seed), count))  # (number, text, id): parsed when asked for
+        self.ids = [name for *_, name in self.lines]
 
     def picture(self, row: dict) -> str:
         """The path of a row's picture in the folder, by which it is known however it is written."""
@@ -212,11 +201,13 @@ class Folder(Data):
         with self.named(number):
             try:
                 row = json.loads(line)
-                missing = [key for key in ("image", "question", "mask") if not row.get(key)]
+                missing = [key for key in ("image", "question", "mask") if not str(row.get(key) or "").strip()]
             except (ValueError, AttributeError):
                 raise ValueError("not a JSON object") from None
             if missing:
                 raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
+            if not (isinstance(row["image"], str) and isinstance(row["question"], str)):
+                raise ValueError("image and question must be texts")
             for name in [row["image"]] + [row["mask"]] * isinstance(row["mask"], str):
                 if not inside(self.folder, name).is_file():
                     raise ValueError(f"{name}: no such file")
@@ -225,7 +216,7 @@ class Folder(Data):
             if (row.get("split") or "train") not in ("train", "validation", "val", "test"):
                 raise ValueError(f"split {row['split']!r} is none of train, validation and test")
             plain(row["question"])
-            return row
+            return row | {"id": f"line-{number}" if row.get("id") is None else str(row["id"])}
 
     @contextmanager
     def named(self, number: int):
@@ -238,21 +229,13 @@ class Folder(Data):
     def __len__(self) -> int:
         return len(self.lines)
 
-    @property
-    def ids(self) -> list[str]:
-        return [self.name(json.loads(line), number) for number, line in self.lines]
-
-    def name(self, row: dict, number: int) -> str:
-        return f"line-{number}" if row.get("id") is None else str(row["id"])
-
     def __getitem__(self, i: int) -> Sample:
-        number, line = self.lines[i]
+        number, line, name = self.lines[i]
         row = json.loads(line)
         with self.named(number):
             image = open_picture(inside(self.folder, row["image"]))
             mask = read_mask(row["mask"], self.folder, image.height, image.width)
-        name, kind = self.name(row, number), str(row.get("kind") or "")
-        return Sample(image, plain(row["question"]), mask, name, kind, picture=self.picture(row))
+        return Sample(image, plain(row["question"]), mask, name, str(row.get("kind") or ""), picture=self.picture(row))
 
 
 @contextmanager
@@ -281,6 +264,11 @@ def open_picture(file) -> Image.Image:
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too narrow a picture")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion makes all above 255 white
-            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":  # Pillow's own conversion makes all above 255 white
+            grey = np.nan_to_num(np.asarray(image, float)).clip(0)
+            white = next((white for white in (1, 255, 4095, 65535) if grey.max() <= white), grey.max())
+            image = Image.fromarray((grey / white * 255).astype(np.uint8))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
