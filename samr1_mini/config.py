@@ -127,7 +127,7 @@ PRESETS = {
 def choose_preset() -> tuple[str, str]:
     """The preset for this machine, and why. Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12."""
     if not torch.cuda.is_available():
-        return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package train on the CPU"
+        return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package are taken, on the CPU"
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
     if emulates_bf16():
         return "tiny", (f"the GPU {name} ({memory:.1f} GiB) is older than compute capability 8.0 and emulates bf16; "

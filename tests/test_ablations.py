@@ -49,25 +49,36 @@ def test_the_readmes_table_of_ablations_is_what_the_committed_runs_say():
 
 def test_the_readme_names_every_row_that_is_apart_from_the_base_by_more_than_its_interval():
     lines, text = ablations.read(), " ".join((TUTORIALS.parent / "README.md").read_text().split())
-    apart = {row: ablations.compare(lines, row)["difference"] for row in list(ablations.ROWS)[1:]
-             if row in {line["row"] for line in lines}}
-    worse = [row for row, (difference, half) in apart.items() if difference + half < 0]
-    better = [row for row, (difference, half) in apart.items() if difference - half > 0]
+    apart = {row: ablations.side(lines, row) for row in list(ablations.ROWS)[1:] if row in {x["row"] for x in lines}}
+    worse, better = ([row for row, side in apart.items() if side == wanted] for wanted in (-1, 1))
     assert (f"{len(worse) + len(better)} of {len(apart)} rows are apart from the base by more than their interval"
             in text)
     assert (f"Below it lie {', '.join(worse)}" in text
             and f"above it {', '.join(better) or 'none'}" in text), (worse, better)
 
 
+def test_two_seeds_are_told_one_by_one_and_a_row_is_apart_where_both_are_or_where_its_interval_is():
+    shifts = {"base": 0, "G = 2": -0.1, "G = 16": 0.1, "rank 4": 0}
+    for seeds, counted in ((1, r"±.*\*$"), (2, r"^\+0\.\d{3} \(\+0\.\d{3}, \+0\.\d{3}\)$"), (5, r"± 0\.\d{3}$")):
+        lines = ablation_lines(shifts, seeds)
+        assert [ablations.side(lines, row) for row in shifts] == [0, -1, 1, 0]
+        assert re.search(counted, ablations.cells(lines, "G = 16")[2])
+    two = ablation_lines(shifts, 2)
+    [below] = [x for x in two if (x["row"], x["seed"]) == ("G = 16", 1)]
+    below["scenes"] = [x - 0.2 for x in below["scenes"]]
+    assert ablations.side(two, "G = 16") == 0  # one above, one below
+
+
 def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs():
     lines, known = ablations.read(), set()
     for base, rows in (("base", list(ablations.ROWS)[1:]), ("G = 16", ["G = 4"]), ("3008 samples", ["10000 samples"])):
-        known |= {"{:+.3f} ± {:.3f}".format(*ablations.compare(lines, row, measure, base)["difference"])
+        known |= {ablations.with_interval(ablations.differences(lines, row, measure, base), "+")
                   for row in rows for measure in ablations.TESTED}
     [notebook] = TUTORIALS.glob("5*.ipynb")
     texts = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "markdown"]
-    quoted = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", "\n".join(texts))
-    assert not set(quoted) - known
+    signed = r"[+-]\d\.\d{3}"
+    quoted = re.findall(rf"{signed} (?:± \d\.\d{{3}}\*?|\({signed}, {signed}\))", "\n".join(texts))
+    assert not set(quoted) - known and len(quoted) >= 10
 
 
 def test_the_papers_figures_stand_beside_the_rows_that_repeat_its_tables():
@@ -234,10 +245,11 @@ def test_a_difference_is_taken_seed_by_seed_and_scene_by_scene():
     base = [line for line in ablation_lines({"base": 0})]
     moved = [line | {"row": "no points", "scenes": [x + 0.01 for x in line["scenes"]]} for line in base[::-1]]
     other = base + moved[:-1] + [moved[0] | {"seed": 9}]  # a seed that base lacks, and one that it has alone
-    assert ablations.compare(other, "no points")["difference"] == pytest.approx((0.01, 0.0), abs=1e-9)
-    assert (ablations.compare(other, "no points")["mean"][1] > 0.01
-            and len(ablations.differences(other, "no points")) == 4)
-    assert ablations.compare(other, "base", base="no points")["difference"] == pytest.approx((-0.01, 0.0), abs=1e-9)
+    apart, means = ablations.differences(other, "no points"), ablations.values_of(other, "no points", "gIoU")
+    assert ablations.interval(apart) == pytest.approx((0.01, 0.0), abs=1e-9) and len(apart) == 4
+    assert ablations.interval(list(means.values()))[1] > 0.01
+    back = ablations.differences(other, "base", base="no points")
+    assert ablations.interval(back) == pytest.approx((-0.01, 0.0), abs=1e-9)
 
 
 def test_a_table_says_where_one_seed_speaks_of_scenes_only(capsys):

@@ -239,23 +239,27 @@ def differences(lines: list[dict], row: str, measure: str = "gIoU", base: str = 
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def compare(lines: list[dict], row: str, measure: str = "gIoU", base: str = "base") -> dict:
-    """A row's mean, and its difference from base seed by seed and scene by scene, each with half of its 95 % interval
-    (see `interval`)."""
-    values = list(values_of(lines, row, measure).values())
-    return {"runs": len(values), "mean": interval(values),
-            "difference": interval(differences(lines, row, measure, base))}
+def with_interval(values: list[np.ndarray], sign: str = "") -> str:
+    """Mean and interval of values [seeds, scenes] as text. One seed: a star, its interval is over scenes only. Two:
+    both instead, since an interval with one degree of freedom (t = 12.7) would say nothing."""
+    (mean, half), each = interval(values), ", ".join(f"{np.mean(x):{sign}.3f}" for x in values)
+    spread = f"({each})" if len(values) == 2 else f"± {half:.3f}{'*' * (len(values) == 1)}"
+    return f"{mean:{sign}.3f} {spread}" if len(values) else ""
+
+
+def side(lines: list[dict], row: str) -> int:
+    """1 or -1 where a row lies above or below base: its interval does, or, of one seed or two, each one's over scenes
+    does; else 0."""
+    each = differences(lines, row)
+    ends = [interval(each)] if len(each) > 2 else [interval([x]) for x in each]
+    return all(mean - half > 0 for mean, half in ends) - all(mean + half < 0 for mean, half in ends)
 
 
 def cells(lines: list[dict], row: str) -> tuple[str, str, str, str, str]:
-    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure, the prediction. A star: one
-    seed, so over scenes only."""
-    x = compare(lines, row)
-    seeds = {"mean": x["runs"], "difference": len(differences(lines, row))}
-    text = lambda name, sign: (
-        f"{x[name][0]:{sign}.3f} ± {x[name][1]:.3f}{'*' * (seeds[name] == 1)}" if seeds[name] else "")
-    return (str(x["runs"]), text("mean", ""), "" if row == "base" else text("difference", "+"),
-            PAPER.get(row, ""), PREDICTED.get(row, ""))
+    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure, the prediction."""
+    runs = list(values_of(lines, row, "gIoU").values())
+    apart = "" if row == "base" else with_interval(differences(lines, row), "+")
+    return str(len(runs)), with_interval(runs), apart, PAPER.get(row, ""), PREDICTED.get(row, "")
 
 
 def rows_of(lines: list[dict], title: str) -> list[str]:
@@ -267,9 +271,9 @@ def rows_of(lines: list[dict], title: str) -> list[str]:
 def print_table(lines: list[dict], title: str) -> None:
     """One of the TABLES on the screen, as far as its rows have runs."""
     rows = {row: cells(lines, row) for row in rows_of(lines, title)}
-    print(f"\n{title:<26}{'runs':>5}{'gIoU':>16}{'against base':>18}   {'paper':<10}predicted")
+    print(f"\n{title:<26}{'runs':>5}{'gIoU':>22}{'against base':>24}   {'paper':<10}predicted")
     for row, (runs, mean, apart, paper, predicted) in rows.items():
-        print(f"{row:<26}{runs:>5}{mean:>16}{apart:>18}   {paper:<10}{predicted}")
+        print(f"{row:<26}{runs:>5}{mean:>22}{apart:>24}   {paper:<10}{predicted}")
     if any("*" in mean + apart for _, mean, apart, *_ in rows.values()):
         print("* one seed: the interval is over scenes only, and says nothing of other seeds")
 
@@ -288,10 +292,11 @@ def draw(lines: list[dict], titles: list[str]):
             apart = differences(lines, row)
             mean, half = interval(apart)
             if mean < EDGE:
-                axes.annotate(f"← {mean:.3f} ± {half:.3f}", (0.01, y), xycoords=("axes fraction", "data"), va="center",
+                axes.annotate(f"← {with_interval(apart)}", (0.01, y), xycoords=("axes fraction", "data"), va="center",
                               color="#D55E00", fontsize=9)
             elif apart:
                 axes.plot(np.mean(apart, 1), [y - 0.35] * len(apart), "o", color="#56B4E9", ms=3.5)
+                half = None if len(apart) == 2 else half
                 axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
             ticks.append((y, row + "*" * (len(apart) == 1)))
         y -= 1
@@ -305,7 +310,7 @@ def draw(lines: list[dict], titles: list[str]):
     axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))
     axes.set_xlabel(
         "gIoU minus that of base, with the same seed and on the same held-out scenes\n"
-        f"dots: runs; diamond: mean with its 95 % interval over seeds and scenes{alone}\n"
+        f"dots: runs; diamond: mean, with its 95 % interval over seeds and scenes unless there are two{alone}\n"
         f"base: {cells(lines, 'base')[1]}"
     )
     figure.tight_layout()

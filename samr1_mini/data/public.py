@@ -282,7 +282,7 @@ def json_rows(files: list[Path]) -> list[dict]:
                 raise ValueError(f"{lost[0]} is not there")
             rows += new
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: {error!r}") from None
+            raise UserError(f"{file} is no list of a public set, nor such a picture's text ({error!r})") from None
     return rows
 
 
@@ -383,7 +383,7 @@ def open_rows(name: str, split: str) -> Sequence[dict]:
         place, find = hashlib.sha256(known.encode()).hexdigest()[:24], lambda: list(map(str, files))
         failure = "no table can be read"
     elif split not in HUB[name]:
-        other = "; train.py takes another set with --eval-data" * (split != "train")
+        other = "; train.py takes another set with --eval-data, eval.py another --split" * (split != "train")
         raise UserError(f"--data {name} has no {split} split, only {', '.join(HUB[name])}{other}")
     else:
         hub_id, hub_split = HUB[name][split]
