@@ -310,7 +310,7 @@ def draw(lines: list[dict], titles: list[str]):
     axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))
     axes.set_xlabel(
         "gIoU minus that of base, with the same seed and on the same held-out scenes\n"
-        f"dots: runs; diamond: mean, with its 95 % interval over seeds and scenes unless there are two{alone}\n"
+        f"dots: runs; diamond: their mean, from three runs on with a 95 % interval{alone}\n"
         f"base: {cells(lines, 'base')[1]}"
     )
     figure.tight_layout()
