@@ -138,6 +138,7 @@ def kept_rows(file: Path, what: str) -> dict[int, Row]:
     try:
         first, *lines, _ = file.read_text().split("\n")  # what a kill has cut off stands behind the last end of line
         if first == what:
+            file.write_text("\n".join([first, *lines, ""]))  # without it, or the next line would begin with it
             return {row["index"]: Row(**row) for line in lines for row in json.loads(line)}
     except (OSError, ValueError, TypeError):
         pass  # nothing that can be used

@@ -481,6 +481,10 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(t
     assert len(kept.read_text().splitlines()) == 3
     with kept.open("a") as file:  # a kill in the middle of a line
         file.write('[{"index": 4, "id')
+    with monkeypatch.context() as again, pytest.raises(SystemExit):  # stopped once more, before anything is added
+        again.setattr(Shapes, "__getitem__", lambda *_: leave(UserError("still truncated")))
+        command.main([*options, "--out", str(tmp_path / "cut")])
+    assert kept.read_text().endswith("}]\n") and len(kept.read_text().splitlines()) == 3
     seen.append("again")
     command.main([*options, "--out", str(tmp_path / "cut")])
     assert seen[6:8] == [4, 5] and not kept.exists()
