@@ -72,7 +72,7 @@ def test_links_between_notebooks_lead_somewhere():
 
 def test_every_option_that_a_notebook_names_exists():
     own = {"adapter", "split", "count", "blank", "mirror", "image", "question", "merge", "out", "help",
-           "num-processes", "num_processes", "no-points", "rows", "seeds"}
+           "num-processes", "num_processes", "no-points", "rows", "seeds", "results"}
     known = {name.replace("_", "-") for name in Settings.__dataclass_fields__} | own
     for notebook in NOTEBOOKS:
         for option in re.findall(r"(?<![\w-])--([a-z][\w-]+)",
