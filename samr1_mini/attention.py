@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .tokens import FP32_SUMS
+from .tokens import products
 
 IMPLEMENTATION = {"": "sdpa", "text_config": "shared_prompt", "vision_config": "sdpa"}  # by part of the model
 
@@ -80,7 +80,7 @@ class Cache:
         """Make room for one more token of each answer."""
         if self.tokens % self.BLOCK == 0:
             for i, x in enumerate(self.answers):
-                self.answers[i] = torch.cat([x, x.new_empty(*x.shape[:4], self.BLOCK, x.shape[5])], 4)
+                self.answers[i] = torch.cat([x, x.new_zeros(*x.shape[:4], self.BLOCK, x.shape[5])], 4)
         self.tokens += 1
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor:
@@ -94,27 +94,27 @@ class Cache:
         self.padding = self.padding[place]
         return place
 
+    def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Next keys and values [2, b, KV, G, d] -> all so far [2, b, KV, G, t, d], and which of t are empty (None)."""
+        answers = self.answers[layer][..., : self.tokens, :]
+        answers[..., -1, :] = new
+        return answers, None
+
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Of prompts [b, heads, P, d] -> [b, P, H, d]; then of next tokens [b, heads, G, d] -> [b, G, H, d]."""
         if layer == len(self.prompt):
             self.prompt.append(torch.stack([key, value]))
             self.answers.append(key.new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
             return sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-        answers = self.answers[layer][..., : self.tokens, :]
-        answers[..., -1, :] = torch.stack([key, value])
-        (k, v), (answer_k, answer_v) = self.prompt[layer], answers  # [b, KV, P, d] and [b, KV, G, t, d]
+        k, v = self.prompt[layer]  # [b, KV, P, d]
+        (answer_k, answer_v), empty = self.write(layer, torch.stack([key, value]))  # [b, KV, G, t, d]
         size, q = k.shape[2], query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # P, [b, KV, G, R, d]
-        score = q.new_empty(*q.shape[:4], size + self.tokens, dtype=torch.float32)  # [b, KV, G, R, P + t]
+        score = q.new_empty(*q.shape[:4], size + answer_k.shape[3], dtype=torch.float32)  # [b, KV, G, R, P + t]
         torch.mul(products(q.flatten(2, 3), k).view(*q.shape[:4], size), scale, out=score[..., :size])
         torch.mul(products(q, answer_k), scale, out=score[..., size:])
         score[..., self.shortest : size].masked_fill_(self.padding[:, None, None, None], -torch.inf)
+        if empty is not None:
+            score[..., size:].masked_fill_(empty, -torch.inf)
         weight = score.softmax(-1).to(v.dtype)  # over prompt and answer in one
         seen = (weight[..., :size].flatten(2, 3) @ v).view_as(q) + weight[..., size:] @ answer_v  # [b, KV, G, R, d]
         return seen.transpose(1, 2).flatten(2, 3)
-
-
-def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[..., n, d] x [..., m, d] -> fp32 [..., n, m]: in bf16 large scores would be rounded, as in no fused kernel."""
-    if q.dtype == torch.float32 or q.device.type not in FP32_SUMS:
-        return q.float() @ k.float().mT
-    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size, first_line
+from .replay import DEVICES, Fixed, Reader
 from .running.memory import compute_dtype
 from .tokens import CUT, banned_ids, draw, stop_ids, token_logits
 
@@ -249,7 +250,8 @@ def sample(
     if temperature:
         chance = (torch.rand(len(prompts), group, max_new_tokens) if chance is None else chance).to(device)
     sizes = [len(p.ids) for p in prompts]
-    cache = Cache(sizes, group, device)
+    cache = (Fixed if device.type in DEVICES else Cache)(sizes, group, device)
+    reader = Reader(language, cache)
     hidden = language(
         inputs_embeds=pad_sequence([p.embeds for p in prompts], True), layout=cache, use_cache=False,  # [B, P, D]
         position_ids=pad_sequence([p.positions.T for p in prompts], True).permute(2, 0, 1),  # [3, B, P]
@@ -270,14 +272,10 @@ def sample(
             ended = torch.isin(ids[unfinished, :, : t + 1], stop).any(-1).all(-1)  # [b]
             if ended.all():
                 break
-            if ended.any():
-                stay = cache.drop(ended)
+            if (stay := reader.drop(ended)) is not None:
                 unfinished, token = unfinished[stay], token[stay]
         cache.grow()
-        hidden = language(
-            inputs_embeds=embed(token), position_ids=(position[unfinished] + t).expand(3, -1, -1),
-            layout=cache, use_cache=False,
-        ).last_hidden_state  # [b, G, D]
+        hidden = reader(embed(token), (position[unfinished] + t).expand(3, -1, -1))  # [b, G, D]
     # An answer ends with its first stop token; what was drawn after it, while others went on, is left out.
     stopped = torch.isin(ids, stop)  # [B, G, L]
     truncated = ~stopped.any(-1)  # [B, G]

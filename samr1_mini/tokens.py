@@ -33,6 +33,13 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
 FP32_SUMS = {"cuda"}  # kinds of device whose product of bf16 matrices can give its fp32 sums as they are
 
 
+def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[..., n, d] x [..., m, d] -> fp32 [..., n, m]: in bf16 large scores would be rounded, as in no fused kernel."""
+    if q.dtype == torch.float32 or q.device.type not in FP32_SUMS:
+        return q.float() @ k.float().mT
+    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])
+
+
 class Fp32Head(torch.autograd.Function):
     """hidden [n, D] @ weight [V, D] -> logits [n, V] that are never rounded to bf16, as the head's own forward would
     do: at values of 16 to 32 a bf16 step is 0.125, and that alone would move every ratio away from 1. The products are

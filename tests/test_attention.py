@@ -9,11 +9,13 @@ from test_policy import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samr1_mini.attention import Cache, Row, products
+from samr1_mini.attention import Cache, Row
 from samr1_mini.measuring.benchmark import compare_decoding, masked_rows
 from samr1_mini.measuring.rehearse import random_policy, shape_config
 from samr1_mini.policy import encode, logprobs, prompt_text, sample
+from samr1_mini.replay import Fixed
 from samr1_mini.running.memory import bytes_a_question, questions_per_batch
+from samr1_mini.tokens import products
 
 H, KV, D = 6, 2, 8
 
@@ -61,13 +63,14 @@ def test_in_a_row_each_token_sees_its_prompt_and_what_its_own_answer_said_before
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_in_the_cache_each_new_token_sees_its_prompt_and_its_own_answer_while_questions_leave(monkeypatch):
+@pytest.mark.parametrize("kind", [Cache, Fixed])
+def test_in_the_cache_each_new_token_sees_its_prompt_and_its_own_answer_while_questions_leave(kind, monkeypatch):
     """Prompts of different lengths, more tokens than a block holds, two layers, and questions that end one after
     another."""
     monkeypatch.setattr(Cache, "BLOCK", 4)
     torch.manual_seed(0)
     lengths, group = [5, 3, 7, 4], 2
-    cache, read = Cache(lengths, group, "cpu"), {}
+    cache, read = kind(lengths, group, "cpu"), {}
     for layer in (0, 1):
         q, k, v = (torch.randn(4, n, 7, D) for n in (H, KV, KV))
         seen = cache.attend(layer, q, k, v, 0.3)  # [b, P, H, d]

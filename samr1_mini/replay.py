@@ -1,0 +1,69 @@
+"""One decoded token as a CUDA graph: recorded once, then started whole.
+
+A token of a 3B policy is some 3,600 operations, most of them so small that Python needs longer to start them than a GPU
+to carry them out. A CUDA graph repeats recorded operations on the same tensors, so sizes must stay: `Fixed` is a cache
+whose whole room is read, what is still empty of it masked. A graph lasts until room grows (every 64 tokens) or many
+questions have left; then one token is read as it is, which warms up the GPU's libraries, and the next is recorded.
+"""
+
+import torch
+
+from .attention import Cache
+
+DEVICES = {"cuda"}  # kinds of device that have graphs
+
+
+class Fixed(Cache):
+    """A cache in which nothing changes its size from token to token."""
+
+    def __init__(self, prompts: list[int], group: int, device):
+        super().__init__(prompts, group, device)
+        self.last = torch.full((1,), -1, device=device)  # the last token's column: a graph finds a new number there
+
+    def grow(self) -> None:
+        super().grow()
+        self.last += 1
+
+    def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in Cache; of the room [2, b, KV, G, room, d] that which is still empty is True, bool [room]."""
+        answers = self.answers[layer].index_copy_(4, self.last, new[..., None, :])
+        return answers, torch.arange(answers.shape[4], device=new.device) > self.last
+
+
+def recorded(read):
+    """What `read` computes, and a function that computes it again in place, from what its inputs hold by then."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # nothing is carried out here
+        out = read()
+    return out, graph.replay
+
+
+class Reader:
+    """The language model's reading of the next token of every answer."""
+
+    def __init__(self, language, cache: Cache):
+        self.language, self.cache, self.size, self.replay = language, cache, None, None
+
+    def read(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.language(
+            inputs_embeds=embeds, position_ids=positions, layout=self.cache, use_cache=False
+        ).last_hidden_state
+
+    def __call__(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Embeddings [b, G, D], positions [3, b, G] -> hidden states [b, G, D], which the next call may overwrite."""
+        size = self.cache.answers[0].shape  # it tells questions and room
+        if not isinstance(self.cache, Fixed) or size != self.size:
+            self.size, self.replay, self.hidden = size, None, None  # the old graph's memory is free before a new one
+            return self.read(embeds, positions)
+        if self.replay is None:
+            self.inputs = embeds.clone(), positions.clone()
+            self.hidden, self.replay = recorded(lambda: self.read(*self.inputs))
+        for held, given in zip(self.inputs, (embeds, positions)):
+            held.copy_(given)
+        self.replay()
+        return self.hidden
+
+    def drop(self, ended: torch.Tensor) -> torch.Tensor | None:
+        """Cache.drop, ended [b], once it pays: a graph of another size has to be recorded, so not for a few."""
+        few = len(ended) // 2 if isinstance(self.cache, Fixed) else 1
+        return self.cache.drop(ended) if ended.sum() >= max(1, few) else None

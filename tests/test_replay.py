@@ -1,0 +1,92 @@
+"""Decoding with CUDA graphs: imitated on a CPU, where a replay is a second run, and real on a GPU."""
+
+import pytest
+import torch
+
+from samr1_mini import policy as policy_module
+from samr1_mini import replay
+from samr1_mini.attention import Cache
+from samr1_mini.policy import encode, load_policy, sample
+
+
+@pytest.fixture
+def imitated(monkeypatch):
+    """A CPU counts as a device with graphs. What was recorded, as sizes, and how often it was replayed."""
+    sizes, replays = [], []
+
+    def recorded(read):
+        out = read()
+        sizes.append(out.shape)
+
+        def again():
+            replays.append(out.shape)
+            out.copy_(read())
+
+        return out, again
+
+    monkeypatch.setattr(replay, "recorded", recorded)
+    monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
+    monkeypatch.setattr(Cache, "BLOCK", 16)
+    return sizes, replays
+
+
+def drawn(policy, samples, tokens: int = 40):
+    with torch.no_grad():
+        prompts = encode(policy, [x.image for x in samples], [x.question for x in samples])
+    chance = torch.rand(len(samples), 3, tokens, generator=torch.Generator().manual_seed(0))
+    return sample(policy, prompts, 3, tokens, chance=chance)
+
+
+def flat(groups):
+    return [answer for group in groups for answer in group]
+
+
+def compare(ours, theirs, atol: float):
+    assert [a.text for a in flat(ours)] == [a.text for a in flat(theirs)]
+    for a, b in zip(flat(ours), flat(theirs)):
+        torch.testing.assert_close(a.logps, b.logps, atol=atol, rtol=0)
+
+
+def test_with_graphs_answers_are_what_they_are_without_while_room_grows_and_questions_leave(
+    policy, samples, imitated, monkeypatch
+):
+    sizes, replays = imitated
+    replayed = drawn(policy, samples)
+    with monkeypatch.context() as without:
+        without.setattr(policy_module, "DEVICES", set())
+        compare(replayed, drawn(policy, samples), 1e-4)
+    # One is recorded when room grows (16 tokens here) and when half of the questions have ended, not with each that ends
+    assert 2 <= len(sizes) <= 6 and len(replays) > 5 * len(sizes)
+    assert {size[0] for size in sizes} <= {6, *range(4)}
+
+
+def test_a_graph_is_recorded_once_a_size_after_a_token_that_is_read_as_it_is(policy, samples, imitated):
+    sizes, replays = imitated
+    seen = []
+    hook = policy.base.model.language_model.register_forward_pre_hook(
+        lambda model, args, given: seen.append(given["inputs_embeds"].shape[1]), with_kwargs=True)
+    banned = policy.banned.clone()
+    policy.banned[policy.stop] = True
+    try:
+        drawn(policy, samples[:2], tokens=36)
+    finally:
+        policy.banned.copy_(banned)
+        hook.remove()
+    assert len(sizes) == 3 and len(replays) == 35 - 3  # 35 tokens are read, at most 16 to a size
+    assert len(seen) == 1 + 3 + 3 + len(replays)  # prompts, as they are, recorded, replayed
+
+
+def test_few_questions_that_ended_stay_where_leaving_means_another_graph():
+    for kind, left in ((Cache, 3), (replay.Fixed, None)):
+        cache = kind([4] * 4, 2, "cpu")
+        place = replay.Reader(None, cache).drop(torch.tensor([True, False, False, False]))
+        assert (place if place is None else len(place)) == left
+    assert len(replay.Reader(None, replay.Fixed([4] * 4, 2, "cpu")).drop(torch.tensor([True, False, True, False]))) == 2
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_what_it_would_have_read(samples, monkeypatch):
+    policy = load_policy("tiny", "fp32", device="cuda")
+    replayed = drawn(policy, samples, tokens=80)
+    monkeypatch.setattr(policy_module, "DEVICES", set())
+    compare(replayed, drawn(policy, samples, tokens=80), 1e-3)
