@@ -1,5 +1,6 @@
 """Shared parts: the tiny policy and the tiny SAM of the package, loaded once."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,18 @@ from samr1_mini.policy import load_policy
 from samr1_mini.segmenter import load_segmenter
 
 
+# On a machine with a GPU, too, all but the tests that ask for one run on the CPU, in this process and in others.
+VISIBLE, HAS_GPU = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item):
+    asks = HAS_GPU and "gpu" in item.keywords
+    torch.cuda.is_available = lambda: asks
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if not asks else VISIBLE or "0"
+
+
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not HAS_GPU:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))

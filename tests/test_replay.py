@@ -6,7 +6,17 @@ import torch
 from samr1_mini import policy as policy_module
 from samr1_mini import replay
 from samr1_mini.attention import Cache
+from samr1_mini.measuring import rehearse
 from samr1_mini.policy import encode, load_policy, sample
+
+
+@pytest.fixture
+def endless(policy):
+    """The tiny policy, whose answers never stop by themselves."""
+    banned = policy.banned.clone()
+    policy.banned[policy.stop] = True
+    yield policy
+    policy.banned.copy_(banned)
 
 
 @pytest.fixture
@@ -60,18 +70,13 @@ def test_with_graphs_answers_are_what_they_are_without_while_room_grows_and_ques
     assert {size[0] for size in sizes} <= {6, *range(4)}
 
 
-def test_a_graph_is_recorded_once_a_size_after_a_token_that_is_read_as_it_is(policy, samples, imitated):
+def test_a_graph_is_recorded_once_a_size_after_a_token_that_is_read_as_it_is(endless, samples, imitated):
     sizes, replays = imitated
     seen = []
-    hook = policy.base.model.language_model.register_forward_pre_hook(
+    hook = endless.base.model.language_model.register_forward_pre_hook(
         lambda model, args, given: seen.append(given["inputs_embeds"].shape[1]), with_kwargs=True)
-    banned = policy.banned.clone()
-    policy.banned[policy.stop] = True
-    try:
-        drawn(policy, samples[:2], tokens=36)
-    finally:
-        policy.banned.copy_(banned)
-        hook.remove()
+    drawn(endless, samples[:2], tokens=36)
+    hook.remove()
     assert len(sizes) == 3 and len(replays) == 35 - 3  # 35 tokens are read, at most 16 to a size
     assert len(seen) == 1 + 3 + 3 + len(replays)  # prompts, as they are, recorded, replayed
 
@@ -90,3 +95,12 @@ def test_a_gpu_replays_what_it_would_have_read(samples, monkeypatch):
     replayed = drawn(policy, samples, tokens=80)
     monkeypatch.setattr(policy_module, "DEVICES", set())
     compare(replayed, drawn(policy, samples, tokens=80), 1e-3)
+
+
+def test_the_rehearsal_times_a_token_both_ways_and_leaves_graphs_as_they_were(endless, samples, imitated, monkeypatch):
+    monkeypatch.setattr(rehearse, "DEVICES", policy_module.DEVICES)
+    with torch.no_grad():
+        prompts = encode(endless, [samples[0].image], [samples[0].question])
+    taken = rehearse.token_ms(endless, prompts * 2, 2)
+    assert set(taken) == {"graph", "eager"} and all(ms > 0 for ms in taken.values())
+    assert len(imitated[0]) == 4 and policy_module.DEVICES == {"cpu"}  # 8, 8, and 24 tokens, which take two sizes

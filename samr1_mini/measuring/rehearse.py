@@ -24,9 +24,10 @@ from transformers import Qwen2_5_VLConfig
 from ..config import Settings, UserError, check_size
 from ..evaluation import evaluate
 from ..grpo import Rollout, advantages, full_rollouts, new_optimizer, read_questions, sample_in_turn, update
-from ..policy import Policy, Prompt, add_adapter
+from ..policy import Policy, Prompt, add_adapter, sample
+from ..replay import DEVICES
 from ..reward import score_group
-from ..running.memory import compute_dtype, peak_memory
+from ..running.memory import compute_dtype, free_memory, peak_memory, questions_per_batch
 from ..segmenter import Segmenter, random_sam
 from ..tiny.shapes import Shapes
 from .forecast import (GIB, GRID, SHAPES, Counter, beside, build, count, empty_base, forecast, forecast_lines,
@@ -99,6 +100,24 @@ def one_step(
     return prompts[0], sum(len(a.ids) for g in groups for a in g)
 
 
+def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
+    """Milliseconds of a decoded token of all these questions, replayed as a CUDA graph and, for comparison, as it is.
+
+    From answers of 8 and of 24 tokens: what both take (the prompts, the first tokens, the recording) cancels out.
+    """
+    taken, graphs = {}, set(DEVICES)
+    for way, devices in dict(graph=graphs, eager=set()).items():
+        seconds = {}
+        DEVICES.clear(), DEVICES.update(devices)
+        for tokens in (8, 8, 24):  # the first one warms up
+            start = time.perf_counter()
+            sample(policy, prompts, group, tokens)[0][0].ids.tolist()  # to ask for numbers is to wait for the GPU
+            seconds[tokens] = time.perf_counter() - start
+        taken[way] = 1000 * (seconds[24] - seconds[8]) / 16
+    DEVICES.clear(), DEVICES.update(graphs)
+    return taken
+
+
 def update_peak(policy: Policy, optimizer, prompt: Prompt, s: Settings, group: int, length: int) -> float | None:
     """Peak GiB of an update of one question with `group` answers of `length` tokens; None where memory runs out."""
     one = replace(s, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
@@ -168,6 +187,10 @@ def rehearse(s: Settings) -> dict:
     print(*beside(mean, meter.peak, table["forecast" if cuda else "forecast_of_small"], times), sep="\n")
     print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
     if cuda:
+        at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free_memory(s))
+        table["questions_at_a_time"], table["token_ms"] = at_once, token_ms(policy, [prompt] * at_once, s.group)
+        print("a token of {} x {} answers: {graph:.1f} ms replayed as a CUDA graph, {eager:.1f} ms operation by operation"
+              .format(at_once, s.group, **table["token_ms"]))
         hours = table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600
         table["update_peak_gib"] = {f"{g} x {n}": update_peak(policy, optimizer, prompt, s, g, n) for g, n in GRID}
         print(f"training on 3,000 samples: about {hours:.1f} hours with answers of this length")
