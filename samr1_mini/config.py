@@ -124,8 +124,10 @@ PRESETS = {
 }
 
 
-def choose_preset() -> tuple[str, str]:
+def choose_preset(device: str) -> tuple[str, str]:
     """The preset for this machine, and why. Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12."""
+    if device == "cpu":
+        return "tiny", "it is the one for a CPU"
     if not torch.cuda.is_available():
         return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package are taken, on the CPU"
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -198,7 +200,7 @@ def make_settings(**given) -> tuple[Settings, str]:
     """Settings from a preset with the `given` fields on top, and a line that says so."""
     preset, why = given.get("preset", "auto"), "asked for"
     if preset == "auto":
-        preset, why = choose_preset()
+        preset, why = choose_preset(given.get("device", "auto"))
     settings = Settings(**PRESETS[preset] | given | {"preset": preset})
     if settings.device == "auto":
         settings = replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -141,6 +141,13 @@ def test_the_machine_chooses_the_preset_and_says_why(name, memory, capability, p
     assert ("emulates bf16; --preset 3b would keep" in line) == (capability < (8, 0))
 
 
+def test_with_a_gpu_that_is_not_to_be_used_the_tiny_preset_is_chosen(monkeypatch):
+    put_in(monkeypatch, *CARDS[0][:3])
+    assert make_settings()[0].preset == "7b"
+    settings, line = make_settings(device="cpu")
+    assert settings.preset == "tiny" and settings.device == "cpu" and "it is the one for a CPU" in line
+
+
 def test_without_a_gpu_the_tiny_preset_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings, line = make_settings()

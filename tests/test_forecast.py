@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +216,18 @@ def test_measured_figures_stand_beside_the_forecast_of_their_phase():
         ["update", "84.0", "80.2", "11.000", "12.500"], ["evaluation", "2.0", "-", "11.000", "-"],
     ]
     assert lines[0].split() == ["phase", "seconds", "forecast", "peak", "GiB", "forecast"]
+
+
+def test_what_a_gpu_measured_is_near_its_forecast():
+    results = Path(__file__).parent.parent / "tutorials/results"
+    forecast, measured = (json.loads((results / f"{name}-7b.json").read_text()) for name in ("forecast", "rehearsal"))
+    forecast, measured = forecast["forecast"], measured["measured"]
+    for phase, of in dict(load="load", rollout="prefill", reward="reward", update="update").items():
+        assert measured["peak_gib"][phase] == pytest.approx(forecast[f"{of}_peak_gib"], rel=0.1)
+    for size, peak in measured["update_peak_gib"].items():
+        assert peak is None or peak == pytest.approx(forecast["update_peak_gib_by_size"][size], rel=0.05)
+    for phase, seconds in forecast["seconds_per_step"]["H100"]["512"].items():
+        assert 1 / 1.5 < measured["seconds"][phase] / seconds < 1.5
 
 
 def test_a_write_without_numbers_leaves_real_whole_numbers_alone_and_frees_what_is_gone():

@@ -87,6 +87,16 @@ def forecast_rows():
     yield from (row(card, *(f"{hours[n]:.1f}" for n in ("128", "512"))) for card, hours in f["hours"].items())
 
 
+def rehearsal_rows():
+    """What a rehearsal at full size measured on a GPU."""
+    for size in ("7B", "3B"):
+        m = load(f"rehearsal-{size.lower()}.json")["measured"]
+        times = [f"{m['seconds'][phase]:.1f}" for phase in ("rollout", "reward", "update")]
+        peaks = [f"{m['peak_gib'][phase]:.1f}" for phase in ("rollout", "reward", "update")]
+        yield row(f"{size}, NF4", str(m["max_new_tokens"]), *times, f"{m['hours_for_3000_samples']:.1f}", *peaks)
+        yield row(f"{size}, NF4", *(f"{m['token_ms'][way]:.1f}" for way in ("graph", "eager")))
+
+
 def weights_rows():
     """What the format of the frozen weights costs, on the tiny policy."""
     weights = load("benchmark.json")["weights"]
@@ -139,8 +149,8 @@ def form_rows():
         yield row(name, *(np.mean([values[i] for i in column]) for column in columns))
 
 
-ALL_ROWS = [result_rows, measured_rows, benchmark_rows, update_rows, decoding_rows, forecast_rows, weights_rows,
-            step_rows, form_rows]
+ALL_ROWS = [result_rows, measured_rows, benchmark_rows, update_rows, decoding_rows, forecast_rows, rehearsal_rows,
+            weights_rows, step_rows, form_rows]
 
 
 @pytest.mark.parametrize("rows", ALL_ROWS)
@@ -152,8 +162,8 @@ def test_every_row_of_figures_comes_from_a_committed_log(rows):
 def test_no_table_row_of_figures_is_without_its_log():
     known = {line for rows in ALL_ROWS for line in rows()}
     seed_rows = [line for line in TEXT.splitlines() if re.match(
-        r"\| (seed \d|\d+ px|\d+ \| (as|rep)|7B \| \d|(RTX|A10G|L4|A100|H100)|true box|dot|box of two|sides|sentence"
-        r"|json|short|names|places|attribute|part|relation|indirect|combined|`--load-in)", line)]
+        r"\| (seed \d|\d+ px|\d+ \| (as|rep)|7B \| \d|[37]B, NF4|(RTX|A10G|L4|A100|H100)|true box|dot|box of two|sides"
+        r"|sentence|json|short|names|places|attribute|part|relation|indirect|combined|`--load-in)", line)]
     assert len(seed_rows) >= 10 and all(line in known for line in seed_rows)
 
 
@@ -316,14 +326,14 @@ def test_line_counts_are_right_and_within_reach_of_an_afternoon():
         assert lines == int(count), f"{name} has {lines} lines, README.md says {count}: write it there"
     assert all(int(stated[f"samr1_mini/{name}.py"]) <= 350 for name in ("policy", "reward", "grpo"))
     lines = {p: p.read_text().splitlines() for p in (ROOT / "samr1_mini").rglob("*.py")}
-    assert len(lines[ROOT / "samr1_mini/attention.py"]) <= 120 and sum(map(len, lines.values())) < 5800
+    assert len(lines[ROOT / "samr1_mini/attention.py"]) <= 120 and sum(map(len, lines.values())) < 5850
     ours = [*lines, *ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tutorials/*.py")]
     long = [f"{p.name}:{i}" for p in ours for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
     assert len(ours) > 50 and not long, long
 
 
 def test_the_method_knows_nothing_of_the_drawn_world():
-    for name in ("policy", "reward", "grpo", "attention", "tokens", "segmenter"):
+    for name in ("policy", "reward", "grpo", "attention", "replay", "tokens", "segmenter"):
         tree = ast.parse((ROOT / f"samr1_mini/{name}.py").read_text())
         imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         assert not [module for module in imported if "tiny" in module], name

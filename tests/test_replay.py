@@ -65,7 +65,7 @@ def test_with_graphs_answers_are_what_they_are_without_while_room_grows_and_ques
     with monkeypatch.context() as without:
         without.setattr(policy_module, "DEVICES", set())
         compare(replayed, drawn(policy, samples), 1e-4)
-    # One is recorded when room grows (16 tokens here) and when half of the questions have ended, not with each that ends
+    # One is recorded when room grows (16 tokens here) and when half of the questions have ended, not with each of them
     assert 2 <= len(sizes) <= 6 and len(replays) > 5 * len(sizes)
     assert {size[0] for size in sizes} <= {6, *range(4)}
 

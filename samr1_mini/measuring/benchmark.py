@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..attention import Cache
 from ..config import cell_size
@@ -28,7 +26,8 @@ from ..data import load_data
 from ..evaluation import policy_image
 from ..policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
 from ..running.memory import device_name
-from .rehearse import SHAPES, random_policy, shape_config
+from .forecast import SHAPES, Counter, shape_config
+from .rehearse import random_policy
 
 
 SIDES = ((8, 8), (30, 1))  # picture tokens a side, and how many questions
@@ -141,23 +140,6 @@ def compare_updates(policy: Policy, size: int, questions: int, group: int, token
     return {"size": size, "questions": questions, "group": group, "answer_tokens": tokens, "update": taken}
 
 
-class Traffic(TorchDispatchMode):
-    """Adds up the bytes that operations read and write: their inputs and outputs. A view moves nothing."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out, named = function(*args, **(kwargs or {})), dict(kwargs or {})
-        named.pop("out", None)  # is written, not read
-        read, written = ([x for x in tree_leaves(some) if isinstance(x, torch.Tensor)] for some in ((args, named), out))
-        held = {x.untyped_storage()._cdata for x in read}
-        view = not function._schema.is_mutable and any(x.untyped_storage()._cdata in held for x in written)
-        if not view and "empty" not in function._schema.name:
-            for x in read + written:  # what is expanded lies in memory once
-                self.bytes += x.itemsize * torch.Size(n for n, stride in zip(x.shape, x.stride()) if stride).numel()
-        return out
-
-
 def compare_decoding(
     tokens: int, rounds: int, device: str, questions: int = 2, group: int = 8, prompt: int = 1100
 ) -> dict:
@@ -187,9 +169,9 @@ def compare_decoding(
         result["decoding"] = seconds(ways, rounds)
         result["traffic"] = {}
         for name, way in ways.items():
-            with Traffic() as moved:
+            with Counter() as counter:
                 way()
-            result["traffic"][name] = moved.bytes / result["cache_bytes"]
+            result["traffic"][name] = counter.total["moved"] / result["cache_bytes"]
     return result
 
 

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoProcessor, ProcessorMixin, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from ..attention import IMPLEMENTATION
+from ..attention import IMPLEMENTATION, Cache
 from ..config import PRESETS, Settings, cell_size
 from ..grpo import full_rollouts, new_optimizer, update
 from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
@@ -99,7 +99,9 @@ CARDS = {
 }
 # Assumed: large products reach 50 to 80 % of a card's FLOP/s, thin ones far less; plain kernels 70 to 85 % of bytes/s.
 FLOP_SHARE, BYTE_SHARE = 0.4, 0.7
-LAUNCH = 8e-6  # assumed: seconds that Python takes to start one operation on any card
+# Seconds that an operation takes however small it is: started by Python, or within a CUDA graph (decoding; replay.py).
+# Measured on one server with an H100; on other cards and processors assumed to be the same.
+LAUNCH, REPLAYED = 30e-6, 2.2e-6
 FUSED_ROWS = 64  # to so many rows (by card: 16 to 256) bitsandbytes multiplies from the 4 bits, beyond from a bf16 copy
 
 
@@ -193,8 +195,9 @@ class Counter(TorchDispatchMode):
     def add(self, func, tensors, args, kwargs, out, made) -> None:
         """Count an operation that does something; it takes what its arithmetic or its bytes need, the longer."""
         name, flops = func._schema.name.split("::")[1].strip("_"), 0
-        size = lambda xs: sum(x.numel() * x.element_size() for x in xs)
-        moved = size(tensors) + size(made)
+        # what is expanded lies in memory once; what is given as `out` is written, not read
+        size = lambda xs: sum(x.itemsize * math.prod(n for n, step in zip(x.shape, x.stride()) if step) for x in xs)
+        moved = size(tensors) + size(made) - size([kwargs["out"]] if kwargs.get("out") is not None else [])
         if name in LOOKUPS:
             moved = 2 * size(tensors[-1:] if func._schema.is_mutable else made)
         if name == "gemm_4bit":
@@ -391,7 +394,8 @@ def step_seconds(found: dict, s: Settings, card: str, length: int) -> dict:
     again = (rounds - 1) * found["weights"] / (bandwidth * 1e9 * BYTE_SHARE)  # each round reads the weights once more
     middle = length / 2 / s.max_new_tokens  # a token costs more the more stand before it: on average as the middle one
     token = {k: v + middle * (found["last"][k] - v) for k, v in found["first"].items()}
-    sampling = length * max(token[card] + again, rounds * token["operations"] * LAUNCH)
+    recorded = 2 * math.ceil(length / Cache.BLOCK)  # tokens that Python starts: one as it is and one to record, a size
+    sampling = length * (token[card] + again) + rounds * token["operations"] * (length * REPLAYED + recorded * LAUNCH)
     return {
         "rollout": s.questions * seconds(found["encode"], card) + seconds(found["prefill"], card) + sampling,
         "reward": s.questions * seconds(found["reward"], card),
@@ -442,8 +446,8 @@ def forecast_lines(expected: dict, s: Settings) -> list[str]:
         step = (" + ".join(f"{x:.1f}" for x in e["seconds_per_step"][card][n].values()) for n in ("128", "512"))
         lines.append(f"  {card}: " + ", ".join(f"{h:.1f} ({x})" for h, x in zip(times.values(), step)))
     lines.append(f"assumed: {FLOP_SHARE:.0%} of a card's published FLOP/s, {BYTE_SHARE:.0%} of its bytes/s, "
-                 f"{LAUNCH * 1e6:.0f} us to start an operation, whichever takes longest; evaluation is left out; right "
-                 "within a factor of 1.5 or so")
+                 f"{LAUNCH * 1e6:.0f} us to start an operation, whichever takes longest (in decoding "
+                 f"{REPLAYED * 1e6:.1f} us more for each); evaluation is left out; right within a factor of 1.5 or so")
     return [f"forecast: {line}" for line in lines]
 
 

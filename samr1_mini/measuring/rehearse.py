@@ -189,7 +189,7 @@ def rehearse(s: Settings) -> dict:
     if cuda:
         at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free_memory(s))
         table["questions_at_a_time"], table["token_ms"] = at_once, token_ms(policy, [prompt] * at_once, s.group)
-        print("a token of {} x {} answers: {graph:.1f} ms replayed as a CUDA graph, {eager:.1f} ms operation by operation"
+        print("a token of {} x {} answers: {graph:.1f} ms as a CUDA graph, {eager:.1f} ms operation by operation"
               .format(at_once, s.group, **table["token_ms"]))
         hours = table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600
         table["update_peak_gib"] = {f"{g} x {n}": update_peak(policy, optimizer, prompt, s, g, n) for g, n in GRID}
