@@ -177,13 +177,14 @@ def test_a_whole_step_is_as_much_faster_than_trl_as_promised_and_grows_slowly_wi
     steps = {(a["image_size"], a["group"], a["max_new_tokens"]): (a["seconds"], b["seconds"]) for a, b in whole_steps()}
     large = max(size for size, *_ in steps)
     (tiny, tiny_trl), (long, long_trl) = steps[112, 8, 48], steps[large, 8, 48]
-    assert tiny_trl >= 2.5 * tiny and long_trl >= 7 * long and steps[large, 16, 48][0] <= 1.5 * long
+    assert tiny_trl >= 4 * tiny and long_trl >= 6 * long and steps[large, 16, 48][0] <= 1.5 * long
     assert load("benchmark-step.json")["versions"]["trl"] in TEXT
     ours = {(r["image_size"], r["group"], r["max_new_tokens"]): r
             for r in load("benchmark-step.json")["rows"] if r["way"] == "ours"}
     a, b = ours[112, 8, 48], ours[large, 8, 48]
     text = " ".join(TEXT.split())
     assert f"cost {ours[large, 16, 48]['seconds'] / b['seconds']:.2f} times the step" in text
+    assert f"in TRL {steps[large, 16, 48][1] / long_trl:.2f} times" in text
     assert ("Of our {seconds:.2f} seconds at 112 px, {seconds_rollout:.2f} are the rollout, "
             "{seconds_reward:.2f} SAM and the reward and {seconds_update:.2f}").format(**a) in text
     assert ("of {seconds:.2f} with the long prompt, {seconds_rollout:.2f} and {seconds_update:.2f} are".format(**b)
