@@ -251,7 +251,7 @@ def sample(
         chance = (torch.rand(len(prompts), group, max_new_tokens) if chance is None else chance).to(device)
     sizes = [len(p.ids) for p in prompts]
     cache = (Fixed if device.type in DEVICES else Cache)(sizes, group, device)
-    reader = Reader(language, cache)
+    reader = Reader(language, cache)  # on a GPU it records a token as a CUDA graph and replays it
     hidden = language(
         inputs_embeds=pad_sequence([p.embeds for p in prompts], True), layout=cache, use_cache=False,  # [B, P, D]
         position_ids=pad_sequence([p.positions.T for p in prompts], True).permute(2, 0, 1),  # [3, B, P]
