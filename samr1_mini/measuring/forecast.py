@@ -463,12 +463,12 @@ def shape_is_known(s: Settings) -> bool:
 
 
 def forecast_line(s: Settings) -> str:
-    """One line for the start of a training on a GPU's preset, "" for others: the peak of this card's memory, and hours.
+    """One line for the start of a training on a GPU: its peak of memory, and hours, of a shape that is known.
 
     Takes seconds, because two and three layers are counted and multiplied; the run's random numbers stay as they are.
     """
     if not shape_is_known(s):
-        return ""
+        return "no forecast: it knows the policies of --preset 3b and 7b alone"
     with torch.random.fork_rng(devices=[]):
         found = counts(shape_config(s.preset), s, ((s.group, 128),), whole=False)
     gib, name, memory, of = peaks(found), "a machine without a GPU", math.inf, ""
