@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import with_live_adapter
 from PIL import Image
+from test_replay import record_a_token
 from transformers import (
     AutoProcessor,
     Qwen2VLConfig,
@@ -101,6 +102,12 @@ def test_sampled_and_packed_log_probs_equal_the_models_own_forward(other, sample
     torch.testing.assert_close(torch.cat([a.logps for g in groups for a in g]), torch.cat(alone), atol=1e-3, rtol=1e-3)
     packed.sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in other.model.parameters())
+
+
+def test_a_token_of_theirs_can_be_recorded_as_a_cuda_graph_too(other, samples, monkeypatch):
+    with torch.no_grad():
+        prompts = encode(other, *seen(other, samples[:2]))
+    record_a_token(other, prompts, monkeypatch)
 
 
 def test_another_picture_gives_other_log_probs(other, samples):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samr1_mini import policy as policy_module
 from samr1_mini import replay
@@ -38,6 +39,42 @@ def imitated(monkeypatch):
     monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
     monkeypatch.setattr(Cache, "BLOCK", 25)  # questions leave at multiples of 8
     return sizes, replays
+
+
+class Graphable(TorchDispatchMode):
+    """No operation asks the GPU for a number or brings one from the CPU: a graph can hold neither."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "unique"), name
+        assert name != "index" or all(x is None or x.dtype != torch.bool for x in args[1]), "index by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+def record_a_token(policy, prompts, monkeypatch):
+    """Samples three answers to each prompt; the tokens that would be recorded are read as on a GPU while it records."""
+    seen = []
+
+    def recorded(read):
+        with monkeypatch.context() as recording, Graphable():
+            recording.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # transformers asks
+            out = read()
+        seen.append(out)
+        return out, lambda: out.copy_(read())
+
+    monkeypatch.setattr(replay, "recorded", recorded)
+    monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
+    sample(policy, prompts, 3, 8)
+    assert seen
+
+
+def test_a_token_that_is_recorded_asks_for_no_number(policy, nf4_policy, samples, monkeypatch):
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Graphable():
+        torch.ones(1).item()
+    for one in (policy, nf4_policy):
+        with torch.no_grad():
+            prompts = encode(one, [x.image for x in samples[:2]], [x.question for x in samples[:2]])
+        record_a_token(one, prompts, monkeypatch)
 
 
 def drawn(policy, samples, tokens: int):
