@@ -51,12 +51,12 @@ class Row:
         """Query [1, H, T, d], key and value [1, KV, T, d] -> [1, T, H, d]."""
         out = []
         parts = (x.split(self.sizes, 2) for x in (query, key, value))
-        for q, k, v, mask in zip(*parts, self.masks):  # [1, heads, P or L, d]
+        for q, k, v, mask in zip(*parts, self.masks):  # [1, heads, P or L - 1, d]
             if mask is None:
                 lent = k, v
                 out.append(sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
             elif q.shape[2]:  # of an answer of one token nothing is read
-                k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)  # [1, KV, P + L, d]
+                k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)  # [1, KV, P + L - 1, d]
                 out.append(sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
         return torch.cat(out, 2).transpose(1, 2)
 

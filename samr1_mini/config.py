@@ -80,7 +80,7 @@ class Settings:
     reasoning_weight: float = _reward(1.0, "weight of the reasoning-format term (0 or 1)")
     segmentation_weight: float = _reward(1.0, "weight of the segmentation-format term (0 or 1)")
     points: bool = _reward(True, "prompt SAM with the answer's box and points, or (--no-points) with the box alone")
-    max_points: int = _reward(8, "most points an answer may give; beyond, the segmentation format is lost")
+    max_points: int = _reward(8, "most points an answer may give; one with more is not read, as if it had no box")
 
     lr: float = _optimisation(1e-4, "learning rate of the adapter")
     beta: float = _optimisation(0.005, "weight of the KL to the base; 0 leaves it out, with its forward (1e-9: it is "
@@ -265,6 +265,8 @@ def check(s: Settings) -> None:
         raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to train on the CPU")
     if s.device == "cuda" and s.load_in == "bf16" and emulates_bf16():
         raise UserError(f"--load-in bf16: {torch.cuda.get_device_name()} emulates bf16; take --load-in nf4")
+    if not (s.accuracy_weight or s.reasoning_weight or s.segmentation_weight):
+        raise UserError("--accuracy-weight, --reasoning-weight and --segmentation-weight are 0: nothing is paid for")
     if s.sam_checkpoint and not Path(s.sam_checkpoint).is_file():
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
 

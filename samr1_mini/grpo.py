@@ -45,7 +45,7 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     centred = rewards - rewards.mean(1, keepdim=True)  # [B, G]
     std = rewards.std(1, keepdim=True, correction=0)  # [B, 1]
     # (1)  A_i = (r_i - mean(r)) / std(r)
-    scaled = centred / std.clamp(min=1e-6) if kind == "std" else centred
+    scaled = {"std": centred / std.clamp(min=1e-6), "mean": centred}[kind]
     return torch.where(std > 1e-6, scaled, 0.0)
 
 
@@ -58,8 +58,10 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
     for group in lengths:
         if normalise == "token":  # (4)  1 / sum_i |o_i|: a token counts the same in a long and in a short answer
             weights += [torch.full((n,), 1 / sum(group)) for n in group]
-        else:  # (2)  (1/G) (1/|o_i|): an answer counts the same, so a token of a long one counts less
+        elif normalise == "sequence":  # (2)  (1/G) (1/|o_i|): answers count the same, so a token of a long one less
             weights += [torch.full((n,), 1 / (len(group) * n)) for n in group]
+        else:
+            raise ValueError(f"no weights are known for normalise {normalise!r}")
     return torch.cat(weights)
 
 

@@ -200,7 +200,7 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
     All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32, tiny 14) a side.
     """
     base, prompts = policy.base, []
-    step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: about 4,096 patches
+    step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: 4,096 patches of 14 pixels
     for i in range(0, len(images), step):
         batch = images[i : i + step]
         pairs = zip(questions[i : i + step], batch)

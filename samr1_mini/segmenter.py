@@ -167,8 +167,11 @@ def random_sam(kind: str) -> Sam:
     ).eval()
 
 
-def check_segmenter(kind: str) -> None:
-    """Raises UserError where `kind` is no Segment Anything. Nothing large is loaded."""
+def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
+    """Raises UserError where `kind` is no Segment Anything, or none that is read from the file `checkpoint`. Nothing
+    large is loaded."""
+    if checkpoint and kind not in SAM_FILES:
+        raise UserError(f"--sam-checkpoint goes with --sam {', '.join(SAM_FILES)}, not with {kind}: leave one out")
     if small_folder(kind) or kind in SAM_FILES:
         return
     try:
@@ -198,7 +201,7 @@ def sam_file(kind: str) -> Path:
 def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
     """A frozen Segment Anything: "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else downloaded), a SAM 2 or 3
     by its hub id or folder, or a small one, such as the package's "tiny". UserError where there are no such weights."""
-    check_segmenter(kind)
+    check_segmenter(kind, checkpoint)
     if not (small := small_folder(kind)) and kind not in SAM_FILES:
         return Segmenter(Sam2Predictor(kind, device))
     sam, path = random_sam(kind), small / "model.safetensors" if small else checkpoint or sam_file(kind)

@@ -3,8 +3,10 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,16 +112,46 @@ def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_
     for saved in ("metrics.jsonl", "state.pt"):  # a run without a saved state cannot go on
         folder.mkdir(parents=True, exist_ok=True)
         (folder / saved).touch()
+        (folder / "settings.json").write_text(json.dumps(settings_of("112 samples", folder)))
         with pytest.raises(RuntimeError, match="112 samples, seed 0: disk full"):
             ablations.one_run("112 samples", 0)
         assert ("--resume" in commands[-1]) == folder.exists() == (saved == "state.pt")
+    monkeypatch.setitem(ablations.ROWS, "112 samples", "--samples 112 --group 4")  # --resume would keep the old ones
+    with pytest.raises(RuntimeError, match=f"begun with another group .delete {folder} to begin anew"):
+        ablations.one_run("112 samples", 0)
     for row in ablations.ROWS:
         with pytest.raises(RuntimeError):
             ablations.one_run(row, 1)
     assert len({command[command.index("--run") + 1] for command in commands}) == 1 + len(ablations.ROWS)
 
 
+def settings_of(row: str, folder) -> dict:
+    """What a run of this row with seed 0 writes down."""
+    options = [*ablations.FIXED, "--samples", str(ablations.SAMPLES), "--seed", "0", "--run", str(folder)]
+    return asdict(parse_settings([*options, *ablations.ROWS[row].split()], "train.py", "")[0])
+
+
+def test_a_runs_folder_goes_only_when_its_line_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations, "figures_of", lambda folder: {"scenes": [0.5]})
+    folder = tmp_path / "runs" / "ablations" / "base-seed0"
+    monkeypatch.setattr(ablations.subprocess, "run",
+                        lambda command, **_: folder.mkdir(parents=True) or SimpleNamespace(returncode=0))
+
+    def full(line):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        ablations.one_run("base", 0, full)
+    assert folder.is_dir()
+    shutil.rmtree(folder)
+    kept = []
+    line = ablations.one_run("base", 0, kept.append)
+    assert kept == [line] and line["row"] == "base" and not folder.exists()
+
+
 @pytest.mark.parametrize("options, words", [
+    (["--results", "mine"], "--results mine: name a file that ends in .csv"),
     (["--workers", "0"], "--seeds and --workers must be at least 1"),
     (["--figure", "no/such/folder/x.png"], "--figure no/such/folder/x.png: its folder is not there"),
     (["--table"], "holds no runs yet"), (["--rows", "base"], "base, seed 0: disk full"),
@@ -136,6 +168,14 @@ def test_a_mistake_is_told_in_one_line_before_hours_of_runs_and_so_is_a_run_that
         ablations.main()
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
+
+
+def test_two_rows_whose_files_would_have_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "ROWS", ablations.ROWS | {"Beta = 0.05": "--beta 0.05 --group 4"})
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--table"])
+    with pytest.raises(SystemExit):
+        ablations.main()
+    assert "two rows have the same name" in capsys.readouterr().err
 
 
 def ablation_lines(shifts, seeds=5, scenes=200):

@@ -63,6 +63,7 @@ def test_help_of_every_command(command):
         (["--updates", "20"], "--updates 20 is more than --questions 16"),
         (["--preset", "70b"], "--preset: invalid choice"),
         (["--sam", "vit_h", "--sam-checkpoint", "no.pth"], "--sam-checkpoint no.pth: no such file"),
+        (["--accuracy-weight", "0", "--reasoning-weight", "0", "--segmentation-weight", "0"], "nothing is paid for"),
         (["--resume"], "--resume needs --run"),
         (["--resume", "--run", "no/such/run"], "holds no run"),
         (["5"], "unknown option 5"),
@@ -98,6 +99,7 @@ def test_a_users_mistake_ends_in_one_line_and_no_traceback(command, words, tmp_p
     [
         (train.main, ["--data", "no-such-folder"], "--data no-such-folder"),
         (train.main, ["--image-size", "100"], "--image-size must be a multiple of 14"),
+        (train.main, ["--sam-checkpoint", str(ROOT / "README.md")], "goes with --sam vit_b, vit_l, vit_h, not with"),
         (evaluate.main, ["--adapter", "no-such-folder"], "--adapter no-such-folder"),
         (evaluate.main, ["--image", "no.jpg"], "--image and --question go together"),
         (evaluate.main, ["--image", "no.jpg", "--question", "the red star"], "--image no.jpg"),
@@ -353,6 +355,9 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     evaluate.main(["--adapter", adapter, "--image", str(tmp_path / "mine/pictures/3.png"),
                    "--question", "the leftmost object", "--out", str(tmp_path / "eval")])
     assert (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG")
+    out = run("train.py", "--resume", "--run", str(tmp_path / "run"), "--samples", "4")
+    assert out.returncode == 2 and "--samples 4:" in out.stderr and "has gone 2 steps already" in out.stderr
+    assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8 and "Traceback" not in out.stderr
     file = tmp_path / "mine/data.jsonl"
     file.write_text("\n".join(file.read_text().splitlines()[::-1]))  # other questions would be drawn
     out = run("train.py", "--resume", "--run", str(tmp_path / "run"), "--samples", "12")

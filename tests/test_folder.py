@@ -16,6 +16,7 @@ from samr1_mini.data import open_data, open_picture, plain, read_mask
 from samr1_mini.data.samples import run_lengths
 from samr1_mini.running.runs import check_questions
 
+SPLITS = ("train", "validation", "test")
 SQUARE = [[1, 1, 9, 1, 9, 9, 1, 9]]
 
 
@@ -113,12 +114,29 @@ GOOD = coco.encode(np.asfortranarray(np.asarray(square()) > 0).astype(np.uint8))
     ({"size": [40, 60], "counts": [-1, 2401]}, "do not fill"), ({"size": [40, 60], "counts": ""}, "do not fill"),
     ({"size": [40, 60], "counts": GOOD[: len(GOOD) // 2]}, "do not fill"),
     ({"size": [40, 60], "counts": GOOD + "o"}, "do not fill"), ({"counts": GOOD}, "needs size and counts"),
-    ([[1, 1, 9, 1, 9, float("nan")]], "three x, y pairs"), (7, "neither a PNG's path"),
+    ([[1, 1, 9, 1, 9, float("nan")]], "three x, y pairs"), ([[False, True] * 3] * 2, "three x, y pairs"),
+    (7, "neither a PNG's path"),
 ])
 def test_a_mask_that_cannot_be_drawn_is_told_when_the_data_are_opened(mask, words, tmp_path):
     folder = folder_of(tmp_path / "mine", [{"split": "test"}, {"split": "test", "mask": mask}])
     with pytest.raises(UserError, match=f"data.jsonl line 2: .*{words}"):
         open_data(folder, "test", 1)
+
+
+@pytest.mark.parametrize("mask", [
+    [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]], [[100, 100, 120, 100, 120, 120]],
+])
+def test_polygons_that_hold_no_pixel_are_told_with_their_line_and_not_learnt_from(mask, tmp_path):
+    """In shares of the sides, as YOLO has them; beside the picture."""
+    lines = [{"split": "test", "image": f"{name}.png", "mask": x} for name, x in (("a", SQUARE), ("b", mask))]
+    folder = folder_of(tmp_path / "mine", lines)
+    for name in "ab":
+        Image.new("RGB", (60, 40)).save(tmp_path / f"mine/{name}.png")
+    data = {one: i for i, one in enumerate(ids(folder, "test"))}
+    opened = open_data(folder, "test", 2)
+    assert opened[data["line-1"]].mask.any()
+    with pytest.raises(UserError, match="data.jsonl line 2: the mask's polygons hold no pixel"):
+        opened[data["line-2"]]
 
 
 # ---------------------------------------------------------------------------------------------------- splits
@@ -132,6 +150,17 @@ def test_all_questions_about_a_picture_are_in_one_split_however_its_path_is_writ
     pictures = {split: {int(one) // 3 for one in ids(folder, split)} for split in ("train", "validation", "test")}
     assert sum(map(len, pictures.values())) == 30 == len(set.union(*pictures.values())) and all(pictures.values())
     assert sum(len(ids(folder, split)) for split in pictures) == 90
+
+
+def test_a_line_without_a_split_goes_where_another_line_has_put_its_picture(tmp_path):
+    lines = [{"id": f"{i}", "image": f"{i // 2}.png"} | ({"split": "val"} if i in (7, 30) else {}) for i in range(40)]
+    held = ids(folder_of(tmp_path / "mine", lines), "validation")
+    assert {"6", "7", "30", "31"} <= set(held)
+    pictures = {split: {int(one) // 2 for one in ids(tmp_path / "mine", split)} for split in SPLITS}
+    assert sum(map(len, pictures.values())) == 20 == len(set.union(*pictures.values()))
+    lines = [{"id": f"{i}", "image": f"{i}.png"} | ({"split": "train"} if i > 1 else {}) for i in range(10)]
+    folder = folder_of(tmp_path / "few", lines)
+    assert ids(folder, "validation") + ids(folder, "test") in (["0", "1"], ["1", "0"])  # of those that are left
 
 
 def test_lines_that_are_added_or_moved_leave_the_others_in_their_splits(tmp_path):

@@ -124,6 +124,8 @@ def test_token_weights_against_sequence_weights_on_a_long_and_a_short_answer():
     token, sequence = token_weights([[9, 1]], "token"), token_weights([[9, 1]], "sequence")
     assert token.tolist() == pytest.approx([0.1] * 10) and sequence.tolist() == pytest.approx([0.5 / 9] * 9 + [0.5])
     assert token_weights([[9, 1], [2, 3]], "token").sum() == pytest.approx(2)
+    with pytest.raises(ValueError, match="normalise 'dr'"):  # a name without code is no other name's weights
+        token_weights([[9, 1]], "dr")
 
 
 # ---------------------------------------------------------------------------------------------------- the loop

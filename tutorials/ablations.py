@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
 
+from samr1_mini.config import parse_settings, read_settings
 from samr1_mini.tiny.answers import style_of
 from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
@@ -106,21 +108,27 @@ def name_of(row: str, seed: int) -> str:
     return f"{re.sub(r'[^a-z0-9.]+', '-', row.lower())}-seed{seed}"
 
 
-def one_run(row: str, seed: int) -> dict:
+def one_run(row: str, seed: int, keep=None) -> dict:
     """Train and test once, or go on with such a run that was stopped; the CSV line, and under "scenes" the gIoU of each
-    test scene, in their order."""
+    test scene, in their order. `keep` is called with it before the run's folder goes."""
     folder = ROOT / "runs" / "ablations" / name_of(row, seed)
+    options = [*FIXED, "--samples", str(SAMPLES), "--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
     halfway = (folder / "state.pt").exists()
-    if not halfway:
+    if halfway:  # --resume looks at the options that are named, not at one that its row has no longer
+        begun, now = read_settings(folder / "settings.json"), asdict(parse_settings(options, "ablations.py", "")[0])
+        if other := [name for name, value in now.items() if begun.get(name) != value]:
+            raise RuntimeError(f"{row}, seed {seed}: it was begun with another {', '.join(other)} (delete {folder} to "
+                               "begin anew)")
+    else:
         shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "train.py"), *FIXED, "--samples", str(SAMPLES), "--seed", str(seed),
-               "--run", str(folder), *ROWS[row].split()]
-    command += ["--resume"] * halfway
+    command = [sys.executable, str(ROOT / "train.py"), *options, *["--resume"] * halfway]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]} (delete {folder} to begin anew)")
     line = {"row": row, "seed": seed, "options": ROWS[row]} | figures_of(folder)
+    if keep:
+        keep(line)
     shutil.rmtree(folder)
     return line
 
@@ -331,24 +339,27 @@ def main() -> None:
         parser.error("--seeds and --workers must be at least 1")
     if args.figure and not Path(args.figure).absolute().parent.is_dir():
         parser.error(f"--figure {args.figure}: its folder is not there")
+    if args.results.suffix != ".csv" or args.results.is_dir():
+        parser.error(f"--results {args.results}: name a file that ends in .csv")
+    if len({name_of(row, 0) for row in ROWS}) < len(ROWS):  # by capitals or signs alone they would not differ in files
+        parser.error("two rows have the same name in lower case, without signs: rename one")
     if not args.table:
         there, lock = {(line["row"], line["seed"]) for line in read(args.results)}, Lock()
         # Seed after seed: whenever it is stopped, rows have about as many runs as one another.
         missing = [(row, seed) for seed in range(args.seeds) for row in args.rows if (row, seed) not in there]
 
-        def job(row: str, seed: int) -> None:
-            line = one_run(row, seed)
+        def keep(line: dict) -> None:
             with lock:
                 write(line, args.results)
 
         with ThreadPoolExecutor(args.workers) as pool:
             try:
-                for future in tqdm(as_completed([pool.submit(job, *m) for m in missing]),
+                for future in tqdm(as_completed([pool.submit(one_run, *m, keep) for m in missing]),
                                    total=len(missing), desc="runs"):
                     future.result()
             except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
                 sys.exit("stopping; the same command goes on from here")
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:  # OSError: the results cannot be written; the run's folder stays
                 parser.error(str(error))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # else those in the queue would still be started

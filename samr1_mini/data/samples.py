@@ -117,7 +117,7 @@ def drawable(value) -> dict | list[list]:
     elif isinstance(value, list) and value:
         polygons = value if isinstance(value[0], list) else [value]
         pairs = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons)
-        if not (pairs and all(isinstance(v, (int, float)) and math.isfinite(v) for p in polygons for v in p)):
+        if not (pairs and all(type(v) in (int, float) and math.isfinite(v) for p in polygons for v in p)):
             raise ValueError("a polygon of the mask is not a list of at least three x, y pairs")
         return polygons
     raise ValueError("mask is neither a PNG's path, nor COCO RLE, nor polygons")
@@ -165,7 +165,8 @@ class Folder(Data):
     "split" may be given.
 
     Without "split", about a tenth of the pictures is held out for validation and another tenth for test. A picture is
-    in one split with all its questions, and, where there are many, stays there when lines are added or moved.
+    in one split with all its questions (in that which one of its lines names), and, where there are many, stays there
+    when lines are added or moved.
     """
 
     def __init__(self, folder: str | Path, split: str, count: int, seed: int | None = 0):
@@ -178,14 +179,15 @@ class Folder(Data):
         if not lines:
             raise UserError(f"{self.file} is empty")
         rows = (self.checked(*x) for x in lines)  # one at a time: their masks may be large
-        belongs = [(row.get("split"), self.picture(row), row["id"]) for row in rows]
+        belongs = [(row["split"], self.picture(row), row["id"]) for row in rows]
+        told = {name: given for given, name, _ in belongs if given}
         number = lambda name: int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12  # from 0 to 1
-        chance = {name: number(name) for given, name, _ in belongs if not given}  # wherever its line stands
+        chance = {name: number(name) for _, name, _ in belongs if name not in told}  # wherever its line stands
         order = sorted(chance, key=chance.get)
         first = max(1, sum(c < 0.1 for c in chance.values()))  # one picture at least, however few there are
         second = max(first + 1, sum(c < 0.2 for c in chance.values()))
-        held = dict.fromkeys(order[:first], "validation") | dict.fromkeys(order[first:second], "test")
-        where = [{"val": "validation"}.get(given, given) or held.get(name, "train") for given, name, _ in belongs]
+        held = dict.fromkeys(order[:first], "validation") | dict.fromkeys(order[first:second], "test") | told
+        where = [given or held.get(name, "train") for given, name, _ in belongs]
         chosen = [(*x, name) for x, its, (*_, name) in zip(lines, where, belongs) if its == split]
         if not chosen:
             raise UserError(f"{self.file} has no line for the {split} split")
@@ -213,10 +215,11 @@ class Folder(Data):
                     raise ValueError(f"{name}: no such file")
             if not isinstance(row["mask"], str):
                 drawable(row["mask"])
-            if (row.get("split") or "train") not in ("train", "validation", "val", "test"):
-                raise ValueError(f"split {row['split']!r} is none of train, validation and test")
+            split = "validation" if row.get("split") == "val" else row.get("split")
+            if (split or "train") not in ("train", "validation", "test"):
+                raise ValueError(f"split {split!r} is none of train, validation and test")
             plain(row["question"])
-            return row | {"id": f"line-{number}" if row.get("id") is None else str(row["id"])}
+            return row | {"id": f"line-{number}" if row.get("id") is None else str(row["id"]), "split": split}
 
     @contextmanager
     def named(self, number: int):
@@ -235,6 +238,8 @@ class Folder(Data):
         with self.named(number):
             image = open_picture(inside(self.folder, row["image"]))
             mask = read_mask(row["mask"], self.folder, image.height, image.width)
+            if isinstance(row["mask"], list) and not mask.any():
+                raise ValueError("the mask's polygons hold no pixel: they are in pixels, not in shares of the sides")
         return Sample(image, plain(row["question"]), mask, name, str(row.get("kind") or ""), picture=self.picture(row))
 
 

@@ -77,7 +77,7 @@ def load_parts(
 ) -> tuple[Policy, Segmenter]:
     """Policy and segmenter, the sets fetched. Cheap mistakes are found before anything is downloaded."""
     check_policy(s.policy, s.image_size)
-    check_segmenter(s.sam)
+    check_segmenter(s.sam, s.sam_checkpoint)
     if is_first():  # what has to be downloaded is downloaded once
         check_room(s, sets)
         for one in sets:

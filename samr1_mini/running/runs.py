@@ -169,6 +169,9 @@ class Run:
             check_questions(folder, sets, s)
             self.start, earlier = load_state(folder, policy, optimizer)
         self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
+        if self.start > self.total:
+            raise UserError(f"--samples {s.samples}: {folder} has gone {self.start} steps already, which is "
+                            f"--samples {self.start * s.questions}")
         self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()
         if is_first():
             for name, a_step in (("metrics", 1), ("answers", s.questions)):  # what a cut-off step wrote goes
