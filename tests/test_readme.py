@@ -56,7 +56,8 @@ def measured_rows():
 
 
 def benchmark_rows():
-    for r in load("benchmark.json")["results"]:
+    """Sharing the prompt, the tiny policy on a CPU and a 3B on a GPU."""
+    for r in load("benchmark.json")["results"] + load("benchmark-3b.json")["results"]:
         for phase in ("rollout", "update"):
             first = next(iter(r[phase].values()))
             for name, seconds in r[phase].items():
@@ -66,7 +67,7 @@ def benchmark_rows():
 
 def update_rows():
     """An update with its own attention against the masked row that it replaced."""
-    for r in load("benchmark.json")["updates"]:
+    for r in load("benchmark.json")["updates"] + load("benchmark-3b.json")["updates"]:
         ours, masked = r["update"].values()
         sizes = (f"{r['size']} px", f"{r['questions']} x {r['group']}", str(r["answer_tokens"]))
         yield row(*sizes, ours, masked, masked / ours)
@@ -89,30 +90,40 @@ def forecast_rows():
 
 def rehearsal_rows():
     """What a rehearsal at full size measured on a GPU."""
-    for size in ("7B", "3B"):
-        m = load(f"rehearsal-{size.lower()}.json")["measured"]
+    for size, load_in in (("7B", "NF4"), ("3B", "NF4"), ("3B", "bf16")):
+        m = load(f"rehearsal-{size.lower()}{'-bf16' if load_in == 'bf16' else ''}.json")["measured"]
+        assert m["load_in"] == load_in.lower()
         times = [f"{m['seconds'][phase]:.1f}" for phase in ("rollout", "reward", "update")]
         peaks = [f"{m['peak_gib'][phase]:.1f}" for phase in ("rollout", "reward", "update")]
-        yield row(f"{size}, NF4", str(m["max_new_tokens"]), *times, f"{m['hours_for_3000_samples']:.1f}", *peaks)
-        yield row(f"{size}, NF4", *(f"{m['token_ms'][way]:.1f}" for way in ("graph", "eager")))
+        yield row(f"{size}, {load_in}", str(m["max_new_tokens"]), *times, f"{m['hours_for_3000_samples']:.1f}", *peaks)
+        yield row(f"{size}, {load_in}", *(f"{m['token_ms'][way]:.1f}" for way in ("graph", "eager")))
+
+
+def test_what_bf16_took_beside_its_forecast():
+    both = load("rehearsal-3b-bf16.json")
+    (gib, seconds), (peaks, took) = ([both[k][what] for what in ("peak_gib", "seconds")] for k in ("forecast", "measured"))
+    for phase, of in dict(load="load", rollout="prefill", reward="reward", update="update").items():
+        assert peaks[phase] == pytest.approx(gib[of], rel=0.1)
+    assert f"the rollout took {took['rollout'] / seconds['rollout']:.1f} times as long" in TEXT
 
 
 def weights_rows():
-    """What the format of the frozen weights costs, on the tiny policy."""
-    weights = load("benchmark.json")["weights"]
-    for name in ("nf4", "bf16", "fp32"):
-        yield row(f"`--load-in {name}`", f"{weights[f'{name}, rollout']:.2f}", f"{weights[f'{name}, update']:.2f}")
+    """What the format of the frozen weights costs, on the tiny policy and, on a GPU, on a 3B."""
+    for name, size in (("benchmark", ""), ("benchmark-3b", "3B, ")):
+        weights = load(f"{name}.json")["weights"]
+        for kind in dict.fromkeys(key.split(",")[0] for key in weights):
+            yield row(f"{size}`--load-in {kind}`", *(f"{weights[f'{kind}, {p}']:.2f}" for p in ("rollout", "update")))
 
 
-def whole_steps():
+def whole_steps(file="benchmark-step.json"):
     """Whole steps of this project and of TRL, in pairs."""
-    rows = load("benchmark-step.json")["rows"]
+    rows = load(file)["rows"]
     return [(a, b) for a in rows for b in rows if (a["way"], b["way"]) == ("ours", "trl")
             and all(a[k] == b[k] for k in b if k not in ("way", "seconds", "peak_gib"))]
 
 
 def step_rows():
-    for a, b in whole_steps():
+    for a, b in whole_steps() + whole_steps("benchmark-step-gpu.json"):
         sizes = (f"{a['image_size']} px", f"{a['questions']} x {a['group']}",
                  str(a["max_new_tokens"]), str(a["updates"]))
         yield row(*sizes, a["seconds"], b["seconds"], f"{b['seconds'] / a['seconds']:.1f}",
@@ -162,7 +173,7 @@ def test_every_row_of_figures_comes_from_a_committed_log(rows):
 def test_no_table_row_of_figures_is_without_its_log():
     known = {line for rows in ALL_ROWS for line in rows()}
     seed_rows = [line for line in TEXT.splitlines() if re.match(
-        r"\| (seed \d|\d+ px|\d+ \| (as|rep)|7B \| \d|[37]B, NF4|(RTX|A10G|L4|A100|H100)|true box|dot|box of two|sides"
+        r"\| (seed \d|\d+ px|\d+ \| (as|rep)|7B \| \d|[37]B, |(RTX|A10G|L4|A100|H100)|true box|dot|box of two|sides"
         r"|sentence|json|short|names|places|attribute|part|relation|indirect|combined|`--load-in)", line)]
     assert len(seed_rows) >= 10 and all(line in known for line in seed_rows)
 
