@@ -101,7 +101,8 @@ def rehearsal_rows():
 
 def test_what_bf16_took_beside_its_forecast():
     both = load("rehearsal-3b-bf16.json")
-    (gib, seconds), (peaks, took) = ([both[k][what] for what in ("peak_gib", "seconds")] for k in ("forecast", "measured"))
+    gib, seconds = (both["forecast"][what] for what in ("peak_gib", "seconds"))
+    peaks, took = (both["measured"][what] for what in ("peak_gib", "seconds"))
     for phase, of in dict(load="load", rollout="prefill", reward="reward", update="update").items():
         assert peaks[phase] == pytest.approx(gib[of], rel=0.1)
     assert f"the rollout took {took['rollout'] / seconds['rollout']:.1f} times as long" in TEXT
