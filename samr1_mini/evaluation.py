@@ -167,7 +167,8 @@ def evaluate(
 
     def answered() -> list[Row]:
         part = keep and Path(f"{keep[0]}.{processes.process_index}")
-        rows = kept_rows(part, keep[1]) if keep else {}
+        # how many processes share the questions tells which ones a part holds
+        rows = kept_rows(part, f"{keep[1]} {processes.num_processes}") if keep else {}
         for i in tqdm(range(0, len(share), step), f"test {name}", disable=quiet, leave=False, dynamic_ncols=True):
             if rows.keys() & share[i : i + step]:
                 continue

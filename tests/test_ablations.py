@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from contextlib import redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -314,3 +314,43 @@ def test_the_variance_over_seeds_and_scenes_counts_what_belongs_to_neither_once(
     degrees = variance**2 / (parts**2 / [4, 79, 4 * 79]).sum()  # Satterthwaite
     assert (ablations.interval(table) == pytest.approx((table.mean(), ablations.student(degrees) * variance**0.5))
             and degrees > 4)
+
+
+def test_a_run_gets_its_rows_options_its_own_seed_and_one_thread(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ablations.subprocess, "run", lambda command, env, **_: started.append(
+        (command[2:], env.get("OMP_NUM_THREADS"))) or SimpleNamespace(returncode=1, stderr=""))
+    read = lambda options: replace(parse_settings(options, "train.py", "")[0], run="")
+    common = ["--preset", "tiny", "--device", "cpu", "--eval-every", "0", "--seed", "3", "--samples", "1008",
+              "--lr", "3e-4", "--test-samples", "1000"]
+    for row, options in ablations.ROWS.items():
+        with pytest.raises(RuntimeError):
+            ablations.one_run(row, 3)
+        asked, threads = started.pop()
+        assert read(asked) == read(common + options.split()) and threads == "1"
+
+
+def a_line(row, seed):
+    return dict.fromkeys(ablations.COLUMNS, "0.5") | {
+        "row": row, "seed": seed, "options": ablations.ROWS[row], "scenes": [0.4, 0.5, 0.6]}
+
+
+def test_only_runs_that_the_file_lacks_are_made_and_seed_after_seed(tmp_path, monkeypatch):
+    made, file = [], tmp_path / "mine.csv"
+    ablations.write(a_line("base", 0), file)
+    monkeypatch.setattr(ablations, "one_run",
+                        lambda row, seed, keep: made.append((row, seed)) or keep(a_line(row, seed)))
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--seeds", "2", "--rows", "base", "no points", "--workers", "1",
+                                      "--results", str(file)])
+    for _ in range(2):
+        with redirect_stderr(StringIO()):
+            ablations.main()
+    assert made == [("no points", 0), ("base", 1), ("no points", 1)] and len(ablations.read(file)) == 4
+
+
+def test_a_file_with_other_columns_is_not_taken_for_runs(tmp_path):
+    (tmp_path / "mine.csv").write_text("row,seed,options\nbase,0,\n")
+    with pytest.raises(SystemExit, match="has other columns than these runs"):
+        ablations.read(tmp_path / "mine.csv")

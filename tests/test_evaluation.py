@@ -1,6 +1,7 @@
 """The published metrics on the published layouts, against pycocotools' own arithmetic on run-length codes."""
 
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_folder import folder_of
 from test_public import (
     HEIGHT,
     SQUARE,
@@ -36,8 +39,8 @@ import train
 from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings, resumed_settings
 from samr1_mini.data import Mirrored, Sample, load_data
-from samr1_mini.evaluation import Panel, batch_size, evaluate, judge, shown
-from samr1_mini.metrics import tight_box
+from samr1_mini.evaluation import Panel, Report, Row, batch_size, before_after, evaluate, judge, shown, true_box_iou
+from samr1_mini.metrics import intersection_union, iou, tight_box
 from samr1_mini.policy import Completion
 from samr1_mini.reward import score_group
 from samr1_mini.running import loading
@@ -308,6 +311,124 @@ def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(pol
     assert all(len(row.texts) == 3 for row in first.rows) and any(len(set(row.texts)) > 1 for row in first.rows)
 
 
+def row(i, picture, pair, strict, **more):
+    given = dict(kind="", question="?", texts=["."], text=".", truncated=False, in_format=True, why="", box_iou=1.0)
+    return Row(i, str(i), picture, pair=pair, strict=strict, **given | more)
+
+
+def test_each_interval_of_a_summary_is_over_pictures_and_of_its_own_figure():
+    rows = [row(i, "a", (9, 10), (9, 10)) for i in range(30)] + [row(i, "b", (5, 10), (1, 10)) for i in range(30)]
+    summary = Report(rows).summary()
+    for name, low in (("gIoU", 0.1), ("gIoU_lenient", 0.5), ("cIoU", 0.1)):
+        assert summary[f"{name}_interval"] == pytest.approx((low, 0.9)), name
+
+
+def test_a_box_outside_the_format_is_not_accurate_and_what_was_cut_off_is_counted():
+    rows = [row(0, "", (1, 1), (1, 1)), row(1, "", (1, 1), (0, 1), in_format=False, truncated=True),
+            row(2, "", (1, 2), (1, 2), box_iou=0.5), row(3, "", (1, 2), (1, 2), box_iou=0.51)]
+    summary = Report(rows).summary()
+    assert (summary["box_accuracy"], summary["truncated"], summary["format"]) == (0.5, 0.25, 0.75)
+
+
+def test_a_row_knows_its_picture(policy, segmenter, samples, monkeypatch):
+    say(monkeypatch, BOXES)
+    data = [replace(x, picture="one.jpg") for x in samples[:2]]
+    assert [x.picture for x in evaluate(policy, segmenter, data, SETTINGS).rows] == ["one.jpg"] * 2
+
+
+def test_the_answer_that_counts_is_the_middle_one_and_what_is_shown_is_the_mask_that_was_voted_for(
+    policy, segmenter, samples, monkeypatch
+):
+    boxes = [[70, 10, 100, 30], [10, 10, 51, 50], [10, 10, 50, 50], [10, 10, 49, 50]]
+    texts = [answer(box) for box in boxes]
+    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [
+        [Completion(torch.ones(1), torch.zeros(1), i == 0, text) for i, text in enumerate(texts)] for _ in prompts])
+    filled = lambda image, boxes, points: np.stack([box_mask(b) for b in boxes])
+    monkeypatch.setattr(segmenter, "masks", filled)
+    report = evaluate(policy, segmenter, samples[:1], SETTINGS, votes=4)
+    [only] = report.rows
+    assert only.text == texts[1] and only.truncated is False
+    [panel] = shown(segmenter, samples, report.rows, SETTINGS, 112)
+    assert (panel.reward.mask == box_mask(boxes[2])).all()
+
+
+def box_mask(box):
+    mask = np.zeros((112, 112), bool)
+    mask[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = True
+    return mask
+
+
+def test_undecided_pixels_are_left_out_of_the_ceiling_and_of_what_a_sheet_says(segmenter, samples):
+    x = replace(samples[0], ignore=~samples[0].mask)
+    [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
+    assert true_box_iou(segmenter, x) == iou(*intersection_union(mask, x.mask, x.ignore)) != iou(
+        *intersection_union(mask, x.mask))
+    _, reward, lenient, strict = judge(segmenter, x, [answer([1, 1, 111, 111])], SETTINGS, 112)
+    assert reward.pair == lenient == strict and reward.iou == iou(*strict)
+
+
+def test_where_boxes_are_compared_the_ceiling_is_1(policy, segmenter, samples, monkeypatch):
+    say(monkeypatch, BOXES)
+    data = [replace(x, box_only=True) for x in samples[:2]]
+    assert evaluate(policy, segmenter, data, SETTINGS, with_ceiling=True).ceiling == {"gIoU": 1, "count": 2}
+
+
+def test_points_in_an_evaluation_are_those_that_its_settings_allow(segmenter, samples):
+    text = '<think>.</think><answer>{"bbox": [10, 10, 90, 90], "points": [[40, 40, 1], [50, 50, 0]]}</answer>'
+    seen = lambda **s: judge(segmenter, samples[0], [text], replace(SETTINGS, **s), 112)[1]
+    assert seen().answer.in_format and not seen(max_points=1).answer.in_format
+    [alone] = segmenter.masks(np.asarray(samples[0].image), [(10, 10, 90, 90)], [[]])
+    assert (seen(points=False).mask == alone).all() and (seen().mask != alone).any()
+
+
+def test_the_table_at_the_end_has_each_figure_under_its_name():
+    each = lambda x: {"gIoU": x, "gIoU_lenient": x + 0.01, "cIoU": x + 0.02, "format": x + 0.03}
+    table = before_after({"base": each(0.1), "trained": each(0.5), "ceiling": {"gIoU": 0.9}}).splitlines()
+    assert [line.split() for line in table] == [
+        ["held-out", "test,", "greedy", "gIoU", "lenient", "cIoU", "format"],
+        ["base", "0.100", "0.110", "0.120", "0.130"], ["trained", "0.500", "0.510", "0.520", "0.530"],
+        ["true", "boxes", "through", "SAM", "0.900"]]
+
+
+class Stopping(Sequence):
+    def __init__(self, data, until):
+        self.data, self.until = data, until
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        if self.until is not None and i >= self.until:
+            raise KeyboardInterrupt
+        return self.data[i]
+
+
+def test_an_evaluation_that_goes_on_with_another_number_of_processes_answers_each_question_once(
+    policy, segmenter, tmp_path, monkeypatch
+):
+    data, keep = load_data("shapes", "validation", 7), (tmp_path / "answers.part", "what")
+
+    def answered(count, until=None):
+        """What `count` processes, one after the other, find in all; each ends before question `until`."""
+        rows = []
+        for index in range(count):
+            alike = SimpleNamespace(process_index=index, num_processes=count)
+            monkeypatch.setattr(evaluation, "join", lambda device: alike)
+            say(monkeypatch, BOXES)
+            some = Stopping(data, until)
+            try:
+                rows += evaluate(policy, segmenter, some, replace(SETTINGS, eval_batch=2), keep=keep).rows
+            except KeyboardInterrupt:
+                pass
+        return sorted(row.index for row in rows)
+
+    for first, then in ((2, 1), (1, 2)):
+        for file in tmp_path.glob("answers.part.*"):
+            file.unlink()
+        answered(first, until=4)
+        assert answered(then) == list(range(7)), (first, then)
+
+
 # ----------------------------------------------------------------------------------------- the command and its pictures
 
 
@@ -573,3 +694,70 @@ def test_a_mirrored_set_flips_picture_and_truth_and_exchanges_left_and_right():
         assert y.question == (x.question.replace(here[0], sides[here[0]]) if here else x.question) and y.kind == x.kind
         asked += bool(here)
     assert asked > 5
+
+
+@pytest.fixture
+def asked(policy, segmenter, monkeypatch):
+    """What eval.py asks an evaluation for, each time; none is made."""
+    seen, bind = [], inspect.signature(evaluation.evaluate).bind
+
+    def note(*given, **more):
+        seen.append(bind(*given, **more).arguments)
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluation, "evaluate", note)
+    monkeypatch.setattr(loading, "load_parts", lambda *_: (policy, segmenter))
+
+    def ask(*options):
+        with pytest.raises(SystemExit):
+            command.main(["--preset", "tiny", "--device", "cpu", *map(str, options)])
+        return seen.pop()
+
+    return ask
+
+
+def test_what_eval_is_told_reaches_the_data_and_the_evaluation(asked, tmp_path):
+    reasonseg_folder(tmp_path)
+    options = ["--data", tmp_path, "--split", "validation", "--out", tmp_path / "out"]
+    plain = asked(*options)
+    told = asked(*options, "--sentences", "all", "--ignore", "excluded", "--mirror", "--blank", "--votes", 3)
+    assert len(plain["data"]) == 1 and plain["data"][0].ignore is None and not plain["blank"] and plain["votes"] == 1
+    assert len(told["data"]) == 2 and told["blank"] and told["votes"] == 3
+    assert told["data"][0].ignore[:, : WIDTH - 30].any() and (
+        told["data"][0].mask | told["data"][0].ignore == plain["data"][0].mask[:, ::-1]).all()
+    one = asked("--image", tmp_path / "val/a.jpg", "--question", "?", "--blank", "--votes", 3, "--out", tmp_path / "o")
+    assert one["blank"] and one["votes"] == 3
+
+
+def test_answers_that_were_kept_are_of_the_same_questions_and_the_same_adapter(asked, policy, tmp_path):
+    adapter = tmp_path / "run/adapter"
+    policy.model.save_pretrained(adapter)
+    line = lambda *more: asked("--adapter", adapter, "--count", 4, "--out", tmp_path / "out", *more)["keep"][1]
+    first = line()
+    assert first == line() and len({first, line("--votes", 2), line("--mirror"), line("--split", "train")}) == 4
+    os.utime(adapter / "adapter_model.safetensors", (1, 1))  # trained on
+    assert line() != first
+
+
+def test_kept_answers_of_a_folder_go_where_its_lines_are_others(asked, tmp_path):
+    lines = []
+    for name in ("a", "b"):
+        folder = folder_of(tmp_path / "mine", [{"split": "test", "id": name}])
+        lines.append(asked("--data", folder, "--out", tmp_path / "out")["keep"][1])
+    assert lines[0] != lines[1]
+
+
+def test_what_eval_prints_and_draws_of_a_report(policy, segmenter, monkeypatch, tmp_path, capsys):
+    rows = [row(i, "", (i, 20), (i, 20 + 9 * i)) for i in np.random.default_rng(0).permutation(20).tolist()]
+    drawn = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: Report(rows))
+    monkeypatch.setattr(evaluation, "shown", lambda segmenter, data, rows, *_: [r.index for r in rows])
+    monkeypatch.setattr(plots, "sample_sheet", lambda path, panels, *_: drawn.extend(panels))
+    data = type("Some", (list,), {"ids": [], "box_only": False, "missing": ["gone.jpg"]})(range(20))
+    options = {"out": str(tmp_path), "votes": 1, "adapter": None, "split": "test", "blank": False, "mirror": False}
+    command.evaluate_set(policy, segmenter, data, SETTINGS, options)
+    assert drawn == [19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0]  # best, middle, worst
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["missing"] == ["gone.jpg"] and [x["iou"] for x in results["answers"]] == [r.iou for r in rows]
+    (a, b), (c, d) = results["summary"]["gIoU_interval"], results["summary"]["cIoU_interval"]
+    assert f"of gIoU: {a:.3f} to {b:.3f}; of cIoU: {c:.3f} to {d:.3f}" in capsys.readouterr().out and a != c

@@ -15,7 +15,7 @@ from samr1_mini.config import UserError
 from samr1_mini.data import fetch
 from samr1_mini.data import load_data, open_data
 from samr1_mini.data import public
-from samr1_mini.data.fetch import fetch_pictures
+from samr1_mini.data.fetch import fetch_pictures, picture_name
 
 COCO_URL, NAME = public.COCO_URL, coco_info(1)["file_name"]
 ANOTHER_SIZE = io.BytesIO()
@@ -168,7 +168,7 @@ def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(s
     server.always[gone] = "404"
     every = load_data(folder, "test", 500)
     assert len(every) == 129 and every.missing == [gone] and every.ids == [f"{i}-0" for i in range(130) if i != 17]
-    assert "so 129 questions of 500 are left" in capsys.readouterr().out
+    assert "so 129 questions are left" in capsys.readouterr().out
     order = open_data(folder, "test", 129).ids  # not all, so drawn
     place = order.index("17-0")
     count = max(place + 1, 100)
@@ -257,3 +257,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(s
     server.asked.clear()
     train.main(["--resume", "--run", str(tmp_path / "run")])
     assert not server.asked  # what could not be had is remembered, what could is there
+
+
+def test_a_pictures_name_may_end_in_capitals():
+    assert picture_name("a/COCO_1.JPG") == "COCO_1.JPG"

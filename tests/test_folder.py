@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from pycocotools import mask as coco
 import eval as evaluate
 import train
 from samr1_mini.config import UserError
-from samr1_mini.data import open_data, open_picture, plain, read_mask
+from samr1_mini.data import Mirrored, open_data, open_picture, plain, read_mask
 from samr1_mini.data.samples import run_lengths
 from samr1_mini.running.runs import check_questions
 
@@ -137,6 +138,26 @@ def test_polygons_that_hold_no_pixel_are_told_with_their_line_and_not_learnt_fro
     assert opened[data["line-1"]].mask.any()
     with pytest.raises(UserError, match="data.jsonl line 2: the mask's polygons hold no pixel"):
         opened[data["line-2"]]
+
+
+def test_undecided_pixels_are_mirrored_too(samples):
+    undecided = np.zeros_like(samples[0].mask)
+    undecided[:, :9] = True
+    [x] = Mirrored([replace(samples[0], ignore=undecided)])
+    assert (x.ignore == undecided[:, ::-1]).all()
+
+
+def test_all_polygons_of_a_mask_are_drawn(tmp_path):
+    left, right = [5, 5, 15, 5, 15, 15, 5, 15], [30, 20, 45, 20, 45, 35, 30, 35]
+    mask = read_mask([left, right], tmp_path, 40, 60)
+    assert (mask == read_mask(left, tmp_path, 40, 60) | read_mask(right, tmp_path, 40, 60)).all()
+    assert mask[6:14, 6:14].all() and mask[21:34, 31:44].all() and mask.sum() < 400
+
+
+def test_the_kind_of_a_question_is_what_its_line_says(tmp_path):
+    folder = folder_of(tmp_path / "mine", [{"split": "test", "kind": kind} for kind in ("side", None)])
+    Image.new("RGB", (60, 40)).save(tmp_path / "mine/a.png")
+    assert [x.kind for x in open_data(folder, "test", 2)] == ["side", ""]
 
 
 # ---------------------------------------------------------------------------------------------------- splits

@@ -27,6 +27,7 @@ from samr1_mini.policy import (
     sample,
     token_logits,
 )
+from samr1_mini.tokens import stop_ids
 
 
 def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):
@@ -514,3 +515,10 @@ def test_the_policy_trains_on_a_gpu_in_nf4_and_bf16(samples):
         logps, _ = logprobs(policy, prompts, [[a.ids for a in g] for g in groups])
         logps.sum().backward()
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.model.parameters())
+
+
+def test_a_model_whose_generation_config_names_no_end_stops_at_its_tokenizers(policy, monkeypatch):
+    tokenizer = policy.processor.tokenizer
+    for none in (None, []):
+        monkeypatch.setattr(policy.base.generation_config, "eos_token_id", none)
+        assert stop_ids(policy.base, tokenizer).tolist() == [tokenizer.eos_token_id]

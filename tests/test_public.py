@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data, open_data
 from samr1_mini.data import public
-from samr1_mini.metrics import intersection_union
+from samr1_mini.metrics import filled, intersection_union
 from samr1_mini.reward import score_group
 
 WIDTH, HEIGHT = 60, 40
@@ -439,3 +439,53 @@ def test_a_file_that_is_no_parquet_and_a_split_without_rows_end_in_one_line(tmp_
     (tmp_path / "b/test.json").write_text(json.dumps([{"image": "gone.png", "problem": "x", "solution": [1, 2, 3, 4]}]))
     with pytest.raises(UserError, match="gone.png"):
         open_data(str(tmp_path / "b"), "test", 1)
+
+
+def test_a_split_in_several_files_is_read_whole(tmp_path):
+    rows = mask_rows(5)
+    for i, some in enumerate((rows[:2], rows[2:])):
+        folder = parquet(tmp_path / "set", f"test-{i}", some)
+    data = load_data(folder, "test", 9)
+    assert data.ids == [f"a{i}-0" for i in range(5)] and [x.question for x in data] == [
+        f"question {i}" for i in range(5)]
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path):
+    for count in (2, 3):
+        folder = parquet(tmp_path / "set", "test", mask_rows(count))
+        assert load_data(folder, "test", 9).ids == [f"a{i}-0" for i in range(count)]
+
+
+def test_two_questions_of_reasonseg_about_a_picture_are_told_to_be_about_one(tmp_path):
+    reasonseg_folder(tmp_path)
+    a, b = load_data(str(tmp_path), "validation", 5, sentences="all")
+    assert a.picture == b.picture and a.id != b.id
+
+
+@pytest.mark.parametrize("box", [[30, 5, 10, 25], [10, 25, 30, 5], [10, 5, 10, 25], "<box>(30,5),(10,25)</box>"])
+def test_a_box_that_is_reversed_or_empty_in_one_direction_is_named(box):
+    with pytest.raises(ValueError, match="is reversed or empty"):
+        public.box_of(box)
+
+
+def test_letters_of_a_pickle_that_python_2_wrote_are_read(tmp_path, coco_dir):
+    refer_folder(tmp_path)
+    file = tmp_path / "refs(umd).p"
+    file.write_bytes(file.read_bytes().replace(b"X\x04\x00\x00\x00no 0", b"U\x04caf\xe9"))  # its strings are bytes
+    assert "café" in [x.question for x in load_data(str(tmp_path), "train", 3, coco_dir=str(coco_dir))]
+
+
+def test_a_name_stands_for_the_repository_of_that_name():
+    for name in ("refcocog", "refcoco", "refcocoplus"):
+        assert public.HUB[name] == {s: (f"jxu124/{name}", s) for s in ("train", "validation", "test")}
+    for name in ("refCOCOg_2k_840", "refCOCOg_9k_840"):
+        assert public.HUB[name] == {"train": (f"Ricky06662/{name}", "train")}
+
+
+def test_the_splits_of_lmms_labs_set_have_their_names_of_the_hub():
+    assert public.HUB["lmms-lab/RefCOCOg"] == {
+        "validation": ("lmms-lab/RefCOCOg", "val"), "test": ("lmms-lab/RefCOCOg", "test")}
+
+
+def test_the_corners_of_a_box_are_rounded_and_not_cut():
+    assert (filled((10.6, 4.6, 30.4, 24.6), 40, 60) == filled((11, 5, 30, 25), 40, 60)).all()

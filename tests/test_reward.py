@@ -16,6 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from segment_anything import sam_model_registry
+from test_public import Hostile
 from transformers import (
     Sam2Config,
     Sam2ImageProcessor,
@@ -33,7 +34,7 @@ from samr1_mini.config import UserError
 from samr1_mini.data import Sample
 from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, vote
 from samr1_mini.reward import accuracy_term, parse, score_group, tight_box, to_picture
-from samr1_mini.segmenter import load_segmenter, random_sam, Segmenter
+from samr1_mini.segmenter import check_segmenter, load_segmenter, random_sam, sam_bytes, Segmenter
 from samr1_mini.tiny.pretrain import box_around
 from samr1_mini.tiny.scenes import make_scene
 
@@ -459,6 +460,31 @@ def test_a_true_box_gives_nearly_the_true_mask_in_rgb_and_less_in_bgr(segmenter)
     ])
     right = score(False)
     assert right > 0.9 and score(True) < right
+
+
+def test_two_blank_pictures_of_other_shapes_are_told_apart(segmenter):
+    for shape in ((40, 60, 3), (60, 40, 3)):
+        assert segmenter.masks(np.zeros(shape, np.uint8), [(5, 5, 30, 30)], [[]]).shape == (1, *shape[:2])
+
+
+def test_a_file_of_sam_that_is_cut_off_is_still_to_be_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path)
+    name, size, _ = segmenter_module.SAM_FILES["vit_b"]
+    (tmp_path / name).write_bytes(b"cut")
+    assert sam_bytes("vit_b") == size and sam_bytes("vit_b", "x.pth") == sam_bytes("tiny") == 0
+
+
+@pytest.mark.parametrize("kind", ["sam2", "sam2_video", "sam3_tracker", "sam3_video"])
+def test_the_kinds_that_the_hubs_configs_name_are_segmenters(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    check_segmenter(str(tmp_path))
+
+
+def test_a_checkpoint_of_sam_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sam_model_registry, "vit_b", lambda: random_sam("tiny"))
+    torch.save(Hostile(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="not the weights of vit_b"):
+        load_segmenter("vit_b", tmp_path / "x.pth")
 
 
 # ---------------------------------------------------------------------------------------------------- reward

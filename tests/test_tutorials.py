@@ -78,3 +78,14 @@ def test_every_option_that_a_notebook_names_exists():
         for option in re.findall(r"(?<![\w-])--([a-z][\w-]+)",
                                  "\n".join(texts(notebook, "markdown") + texts(notebook, "code"))):
             assert option in known, (notebook.name, option)
+
+
+def test_an_animation_keeps_the_sheets_shape_goes_round_and_stays_on_its_last_frame(tmp_path):
+    import animate
+
+    for name, shade in (("00000", 10), ("00002", 200), ("test", 90)):
+        Image.new("RGB", (40, 20), (shade, 0, 0)).save(tmp_path / f"sheet-{name}.png")
+    assert animate.animate(tmp_path, tmp_path / "x.gif", 20, 0.1) == 2  # sheet-test.png is of other questions
+    with Image.open(tmp_path / "x.gif") as image:
+        assert image.size == (20, 10) and image.info["loop"] == 0
+        assert [image.seek(i) or image.info["duration"] for i in range(2)] == [100, 4000]

@@ -128,7 +128,7 @@ class Public(Data):
             del self.items  # drawn anew, and pictures of the rows that moved up may be missing too
         if failed:
             short = len(self) < self.count
-            so = f"{len(self)} questions of {self.count} are left" if short else "the next rows drawn have their places"
+            so = f"{len(self)} questions are left" if short else "the next rows drawn have their places"
             reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
             print(f"--data {self.name}: {len(failed)} of {len(wanted)} pictures could not be had, so {so}: {reasons}")
 

@@ -1,0 +1,156 @@
+"""Around the loop: what a run is told, loads, keeps, saves and measures, and how it ends."""
+
+import json
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train as command
+from samr1_mini import grpo
+from samr1_mini.config import Terminated, UserError
+from samr1_mini.grpo import train
+from samr1_mini.running import loading, memory, runs
+from samr1_mini.running.reports import first_answers
+
+
+def test_what_is_set_about_data_reaches_all_three_sets(settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loading, "open_data", lambda *a: asked.append(a) or SimpleNamespace(box_only=False))
+    loading.open_sets(replace(settings, data="a", eval_data="b", seed=7, sentences="all", coco_dir="c",
+                              ignore="excluded", samples=8, eval_samples=5, test_samples=6))
+    rest = (7, "all", "c", "excluded")
+    assert asked == [("a", "train", 8, *rest), ("b", "validation", 5, *rest), ("b", "test", 6, *rest)]
+
+
+def test_boxes_without_masks_are_trained_on_by_their_boxes_alone(settings, monkeypatch):
+    monkeypatch.setattr(loading, "open_data", lambda *_: SimpleNamespace(box_only=True))
+    with pytest.raises(UserError, match="has boxes and no masks, .* add --accuracy box-iou"):
+        loading.open_sets(settings)
+    for s in (replace(settings, accuracy="box-iou"), replace(settings, accuracy_weight=0.0)):
+        assert len(loading.open_sets(s)) == 3
+
+
+def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loading, "load_policy", lambda *a: asked.append(a))
+    monkeypatch.setattr(loading, "load_segmenter", lambda *a: asked.append(a))
+    monkeypatch.setattr(loading, "check_segmenter", lambda *_: None)
+    s = replace(settings, load_in="bf16", rank=3, checkpointing=True, coordinates="thousandths", sam="vit_b",
+                sam_checkpoint="x.pth")
+    loading.load_parts(s, [], "adapter")
+    assert asked == [("vit_b", "x.pth", "cpu"), ("tiny", "bf16", 3, "adapter", "cpu", True, "thousandths")]
+
+
+def test_a_seed_draws_the_same_new_adapter_whatever_was_drawn_before(settings):
+    adapters = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        policy, _ = loading.load_parts(settings, [])
+        adapters.append(torch.cat([p.flatten() for p in policy.trained]))
+    assert (adapters[0] == adapters[1]).all() and adapters[0].any()
+
+
+def test_the_pictures_of_all_sets_are_counted_in_what_is_to_be_downloaded(settings, capsys):
+    loading.check_room(settings, [SimpleNamespace(download_bytes=10**8 * n) for n in (1, 2, 4)])
+    assert "pictures 0.7 GB" in capsys.readouterr().out
+
+
+def test_the_answer_that_is_kept_of_a_question_stands_beside_its_own_reward():
+    answers = [SimpleNamespace(text=text, ids=[0] * n) for text, n in (("a", 1), ("b", 2))]
+    rewards = [SimpleNamespace(total=6.0, iou=0.91234), SimpleNamespace(total=1.0, iou=0.1)]
+    x = SimpleNamespace(id="7", kind="side", question="?")
+    assert first_answers([SimpleNamespace(sample=x, answers=answers, rewards=rewards)]) == [
+        {"id": "7", "kind": "side", "question": "?", "text": "a", "tokens": 1, "reward": 6.0, "iou": 0.912}]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(settings, tmp_path):
+    train(settings)
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    torch.save(state | {"seconds": 5000.0}, tmp_path / "run/state.pt")
+    assert 5000 < train(replace(settings, resume=True))["seconds"] < 6000
+
+
+def test_the_bases_figures_of_a_run_that_goes_on_are_those_from_before_its_training(settings, tmp_path):
+    train(settings)
+    base = json.loads((tmp_path / "run/base.json").read_text())
+    (tmp_path / "run/base.json").write_text(json.dumps(base | {"gIoU": 0.12345}))
+    assert train(replace(settings, resume=True))["base"]["gIoU"] == 0.12345
+
+
+def test_minutes_between_saves_are_counted_from_the_last_save(settings, monkeypatch):
+    saved, now, real_save, real_update = [], [0.0], runs.save_state, grpo.update
+
+    def slow(*args):
+        now[0] += 61
+        return real_update(*args)
+
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(grpo, "update", slow)
+    monkeypatch.setattr(runs, "save_state", lambda *a: saved.append(a[2]["step"]) or real_save(*a))
+    train(replace(settings, samples=16, save_minutes=2.0))
+    assert saved == [2, 4, 4]  # of four steps of 61 seconds each; the last one is for the end
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not_cut_the_saving_off():
+    with runs.stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with runs.stop_on_signals():
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("line 4: image file is truncated")])
+def test_a_second_ctrl_c_or_a_broken_picture_leaves_the_state_before_the_step(
+    error, settings, tmp_path, monkeypatch, capsys
+):
+    steps, real = [], grpo.update
+
+    def cut(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(grpo, "update", cut)
+    with pytest.raises(type(error)):
+        train(settings)
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
+    assert "step 1 is saved; go on with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, code", [(Terminated(), 143), (KeyboardInterrupt(), 130)])
+def test_memory_is_capped_before_the_training_and_a_program_that_was_stopped_says_so_by_its_code(
+    error, code, monkeypatch
+):
+    done = []
+    monkeypatch.setattr(command, "cap_memory", lambda s: done.append(s.memory_limit))
+
+    def stopped(s):
+        done.append("train")
+        raise error
+
+    monkeypatch.setattr(grpo, "train", stopped)
+    with pytest.raises(SystemExit) as left:
+        command.main(["--device", "cpu", "--memory-limit", "3"])
+    assert left.value.code == code and done == [3.0, "train"]
+
+
+def test_the_peak_of_memory_is_that_of_this_program():
+    known = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20  # GiB
+    assert memory.peak_memory("cpu") == pytest.approx(known, rel=0.05)
+
+
+def test_memory_that_is_free_is_what_the_card_the_allocator_and_the_limit_leave(settings, monkeypatch):
+    for name, gib in (("mem_get_info", (10, 24)), ("memory_reserved", 3), ("memory_allocated", 2)):
+        value = tuple(n * 2**30 for n in gib) if isinstance(gib, tuple) else gib * 2**30
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    free = lambda limit: memory.free_memory(replace(settings, device="cuda", memory_limit=limit)) / 2**30
+    assert (free(0.0), free(20.0), free(8.0)) == (11, 11, 6) and memory.free_memory(settings) == float("inf")
