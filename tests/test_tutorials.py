@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
@@ -61,6 +63,19 @@ def test_the_animation_moves_and_is_small(tmp_path):
     assert shades == pytest.approx([10, 200, 90], abs=6)
     with pytest.raises(SystemExit, match="lower --eval-every"):
         animate.animate(TUTORIALS, tmp_path / "y.gif", 20, 0.1)
+
+
+def test_a_film_keeps_the_colours_that_its_questions_ask_for(tmp_path):
+    import animate
+
+    for name in ("00000", "00002"):
+        shutil.copy(TUTORIALS / "results/seed0/sheet-test.png", tmp_path / f"sheet-{name}.png")
+    animate.animate(tmp_path, tmp_path / "x.gif", 720, 0.1)
+    with Image.open(tmp_path / "x.gif") as film, Image.open(tmp_path / "sheet-00000.png") as sheet:
+        ours = np.asarray(film.convert("RGB"), int)
+        true = np.asarray(sheet.convert("RGB").resize(film.size, Image.Resampling.LANCZOS), int)
+    vivid = np.ptp(true, -1) > 120
+    assert vivid.mean() > 0.005 and np.abs(ours - true)[vivid].mean() < 12, np.abs(ours - true)[vivid].mean()
 
 
 def test_links_between_notebooks_lead_somewhere():

@@ -26,7 +26,9 @@ def animate(run: Path, out: Path, width: int, seconds: float) -> int:
     strip = Image.new("RGB", (width, sum(frame.height for frame in frames)))
     for i, frame in enumerate(frames):
         strip.paste(frame, (0, sum(f.height for f in frames[:i])))
-    colours = strip.quantize(128)  # one palette for all, so that colours do not flicker
+    # One palette for all, so that colours do not flicker. Pillow's default gives most of it to the many greys, and red
+    # becomes orange, under questions that ask for a colour.
+    colours = strip.quantize(256, method=Image.Quantize.FASTOCTREE)
     frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(out, save_all=True, append_images=frames[1:],
                    duration=[round(1000 * seconds)] * (len(frames) - 1) + [4000], loop=0)
