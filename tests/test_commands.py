@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,8 @@ from pycocotools import mask as coco
 
 import eval as evaluate
 import train
-from samr1_mini.config import PRESETS, Settings, UserError, check, make_settings, parse_settings
+from samr1_mini.config import (PRESETS, Settings, UserError, check, make_settings, option, parse_settings,
+                               resumed_settings)
 from samr1_mini.data import load_data, open_data, open_picture
 from samr1_mini.running.memory import compute_dtype
 from samr1_mini.tiny.scenes import KINDS, make_scene
@@ -169,6 +170,33 @@ def test_a_gpu_that_emulates_bf16_trains_3b_only_if_told_and_then_not_in_bf16(mo
 def test_every_preset_is_valid():
     for preset in PRESETS:
         check(make_settings(preset=preset, device="cpu")[0])
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in fields(Settings)} - {"run", "resume"}))
+def test_a_run_that_goes_on_is_the_run_that_began_but_for_its_length_and_its_memory(name, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(Settings(preset="tiny", seed=3))))
+    value = {bool: True, int: 9, float: 0.75, str: "other"}[Settings.__dataclass_fields__[name].type]
+    given = {"run": str(tmp_path), "resume": True, name: False if name == "points" else value}
+    if name in ("samples", "micro", "checkpointing", "memory_limit", "max_new_tokens", "save_minutes"):
+        assert getattr(resumed_settings(given)[0], name) == value
+    elif name == "preset":  # what it says of sizes is in the run's own settings
+        assert resumed_settings(given)[0].preset == "tiny"
+    else:
+        with pytest.raises(UserError, match=f"was started with {option(name)}"):
+            resumed_settings(given)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_the_large_presets_are_qwens_of_their_size_on_the_largest_sam_as_the_readme_measured_them(size):
+    s, _ = make_settings(preset=size, device="cpu")
+    assert (s.policy, s.sam, s.data) == (f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct", "vit_h", "refcocog")
+    assert (s.image_size, s.max_new_tokens, s.lr, s.micro, s.checkpointing) == (840, 512, 2e-5, 1, True)
+
+
+def test_a_ratio_that_could_reach_0_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(["--eps-low", "1"], "train.py", "")
+    assert "--eps-low must be below 1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- a folder of your own

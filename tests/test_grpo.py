@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,13 +28,16 @@ from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import Terminated, UserError, make_settings, parse_settings
 from samr1_mini.grpo import (
     advantages,
+    new_optimizer,
     objective,
+    one_step,
     roll_out,
     token_weights,
     train,
     try_largest_update,
     update,
 )
+from samr1_mini.metrics import tight_box
 from samr1_mini.policy import TINY, Completion, load_policy, logprobs
 from samr1_mini.reward import Answer, Reward
 from samr1_mini.running import loading, runs
@@ -639,6 +643,125 @@ def test_what_is_logged_of_a_rollout_is_what_its_answers_are():
     line = describe(groups)
     assert line["reward"] == 2 and line["iou"] == 0.5 and line["zero_variance"] == 0.5 and line["truncated"] == 0.25
     assert line["length"] == 2 and line["points"] == 1 and line["unique"] == 0.75 and line["reasoning_format"] == 1
+
+
+def test_the_optimizer_moves_nothing_without_a_gradient_and_remembers_a_hundred_of_them(settings):
+    """The KL alone pulls to the base: a weight decay would be another pull, one that no log shows."""
+    policy = with_live_adapter(load_policy("tiny", "fp32", rank=4))
+    optimizer, before = new_optimizer(policy, replace(settings, lr=0.5)), [p.detach().clone() for p in policy.trained]
+    for p in policy.trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all((p == old).all() for p, old in zip(policy.trained, before, strict=True))
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_rewards_in_training_read_answers_in_what_the_policy_counts_in(
+    policy, segmenter, samples, settings, monkeypatch
+):
+    x1, y1, x2, y2 = (round(1000 * v / 112) for v in tight_box(samples[0].mask))
+    text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [[{x1}, {y1}, 1]]}}</answer>'
+    monkeypatch.setattr(grpo, "sample", lambda _, prompts, group, *rest: [
+        [Completion(torch.ones(1), torch.zeros(1), False, text)] * group for _ in prompts])
+    [rollout], _ = roll_out(replace(policy, coordinates="thousandths"), segmenter, samples[:1], settings)
+    assert all(r.box_iou > 0.9 for r in rollout.rewards)
+
+
+def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(policy, segmenter, settings):
+    rollouts = rollouts_of(policy, segmenter, settings)
+    for rollout in rollouts:
+        rollout.advantage = torch.linspace(-1, 2, settings.group)
+    still = replace(settings, lr=0.0, updates=1, micro=4)
+    one, three = (update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, passes=n), 0)
+                  for n in (1, 3))
+    policy.model.zero_grad()
+    for name in ("loss", "grad_norm", "entropy", "kl"):
+        assert one[name] == pytest.approx(three[name], rel=1e-3), name
+    halves = [update(policy, torch.optim.SGD(policy.trained, lr=0.0), part, still, 0)
+              for part in (rollouts[:2], rollouts[2:])]
+    both = update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, updates=2), 0)
+    policy.model.zero_grad()
+    for name in ("loss", "grad_norm"):
+        assert both[name] == pytest.approx(np.mean([half[name] for half in halves]), rel=1e-3), name
+    counts = [sum(len(a.ids) for r in part for a in r.answers) for part in (rollouts[:2], rollouts[2:])]
+    assert both["entropy"] == pytest.approx(np.average([half["entropy"] for half in halves], weights=counts), rel=1e-3)
+
+
+def test_the_policy_is_in_training_mode_in_an_update_and_its_rehearsal_alone(policy, segmenter, settings, monkeypatch):
+    """Checkpointing works in training mode only, and without it an update may not fit; sampling goes without."""
+    rollouts, modes, real = rollouts_of(policy, segmenter, settings), [], grpo.logprobs
+    assert not load_policy("tiny", "fp32", rank=4).model.training
+    monkeypatch.setattr(grpo, "logprobs", lambda *a: modes.append(policy.model.training) or real(*a))
+    update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(settings, lr=0.0), 0)
+    assert len(modes) > 2 and all(modes) and not policy.model.training
+    try_largest_update(policy, [rollouts[0].sample], settings)
+    assert all(modes) and not policy.model.training
+    policy.model.zero_grad()
+
+
+def test_each_step_of_each_seed_has_questions_and_draws_of_its_own_and_knows_the_updates_before_it(
+    settings, monkeypatch
+):
+    drawn, done = {}, []
+    monkeypatch.setattr(grpo, "roll_out", lambda policy, segmenter, batch, s, chance: (
+        (batch, chance), {"seconds_rollout": 2}))
+    monkeypatch.setattr(grpo, "update", lambda *args: done.append(args[-1]) or {})
+    monkeypatch.setattr(grpo, "describe", lambda _: {"length": 3})
+    monkeypatch.setattr(grpo, "first_answers", lambda rollouts: rollouts)
+    for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
+        s = replace(settings, seed=seed, updates=2, passes=3)
+        line, (batch, chance) = one_step(None, None, None, range(100), s, step)
+        assert batch == list(range(4 * step, 4 * step + 4)) and line["step"] == step + 1
+        assert chance.shape == (4, s.group, s.max_new_tokens) and line["tokens_per_second"] == 3 * 4 * s.group / 2
+        assert (drawn.setdefault((seed, step), chance) == chance).all()  # a step that is done again has the same
+    assert len({chance.sum().item() for chance in drawn.values()}) == 4
+    assert done == [0, 6, 0, 6, 6]
+
+
+@pytest.mark.parametrize("every, looks", [(2, [2, 4]), (0, []), (1, [1, 2, 3, 4, 5])])
+def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_state_is_saved(
+    every, looks, settings, monkeypatch
+):
+    seen, kept = [], []
+    run = SimpleNamespace(start=0, steps=lambda: range(5), saved_whatever_happens=nullcontext, finish=lambda: None,
+                          keep=lambda line, answers, due: kept.append((line["step"], due, "seen" in line)))
+    for name, stand_in in dict(
+        open_sets=lambda s: [[], "validation", []], open_run=lambda s: None, load_parts=lambda *_, **__: (None, None),
+        new_optimizer=lambda *_: None, Run=lambda *_: run, before_training=lambda *_, **__: None,
+        score_base=lambda *_, **__: {}, summarise=lambda *_: {},
+        one_step=lambda *args: ({"step": args[-1] + 1}, []),
+        validate=lambda policy, segmenter, data, s, folder, step: seen.append((data, step)) or {"seen": 1},
+    ).items():
+        monkeypatch.setattr(grpo, name, stand_in)
+    train(replace(settings, eval_every=every))
+    assert seen == [("validation", step) for step in looks]
+    assert kept == [(step, step in looks, step in looks) for step in range(1, 6)]
+
+
+def test_without_a_warm_up_the_first_update_has_the_whole_rate(policy, segmenter, settings):
+    rollouts = rollouts_of(policy, segmenter, settings, 1)
+    log = update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts,
+                 replace(settings, warmup=0, updates=1, lr=1e-30), 0)
+    policy.model.zero_grad()
+    assert log["lr"] == 1e-30
+
+
+def test_the_longest_prompt_says_how_many_questions_are_sampled_side_by_side(policy, segmenter, settings, monkeypatch):
+    told = []
+    monkeypatch.setattr(grpo, "questions_per_batch",
+                        lambda base, count, longest, *_: told.append((count, longest)) or 4)
+    lengths = [len(r.prompt.ids) for r in rollouts_of(policy, segmenter, settings)]
+    assert len(set(lengths)) > 1 and told == [(4, max(lengths))]
+
+
+@pytest.mark.parametrize("device, count, tried", [("cuda", 9, [3]), ("cuda", 2, [2]), ("cpu", 9, [])])
+def test_on_a_gpu_an_update_of_as_many_questions_as_one_forward_takes_is_tried_first(
+    device, count, tried, settings, monkeypatch
+):
+    sizes = []
+    monkeypatch.setattr(grpo, "try_largest_update", lambda policy, samples, s: sizes.append(len(samples)))
+    grpo.before_training(None, None, range(count), replace(settings, device=device, micro=3), begins=False)
+    assert sizes == tried
 
 
 # ---------------------------------------------------------------------------------------------------- refused at once

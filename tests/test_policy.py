@@ -21,6 +21,7 @@ from samr1_mini.policy import (
     TINY,
     Prompt,
     encode,
+    instruction,
     load_policy,
     logprobs,
     prompt_text,
@@ -522,3 +523,43 @@ def test_a_model_whose_generation_config_names_no_end_stops_at_its_tokenizers(po
     for none in (None, []):
         monkeypatch.setattr(policy.base.generation_config, "eos_token_id", none)
         assert stop_ids(policy.base, tokenizer).tolist() == [tokenizer.eos_token_id]
+
+
+def test_no_four_bit_layer_may_take_the_kernel_that_has_no_backward(monkeypatch):
+    """bitsandbytes takes it only on CPUs with AVX512-BF16, where gradients would vanish without a word."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    layers = [m for m in load_policy("tiny", "nf4", rank=4).base.modules() if isinstance(m, Linear4bit)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_an_adapter_of_any_rank_counts_twice(rank):
+    policy = load_policy("tiny", "fp32", rank=rank)
+    layer = policy.base.model.language_model.layers[0].self_attn.q_proj
+    assert layer.scaling == {"default": 2.0} and layer.lora_A["default"].weight.shape[0] == rank
+
+
+def test_questions_stay_with_their_pictures_where_the_vision_tower_takes_them_in_several_calls(
+    policy, samples, monkeypatch
+):
+    """A call takes 4,096 patches: 64 drawn scenes, or one picture of 840 pixels a side."""
+    images, questions = [x.image for x in samples], [x.question for x in samples]
+    with torch.no_grad():
+        expected, calls = encode(policy, images, questions), []
+        tower = policy.base.model.get_image_features
+        monkeypatch.setattr(policy.base.model, "get_image_features", lambda *a: calls.append(len(a[1])) or tower(*a))
+        many = encode(policy, images * 14, questions * 14)
+    assert calls == [64, 20] and len({p.ids.tolist().__repr__() for p in expected}) == 6
+    for a, b in zip(many, expected * 14, strict=True):
+        assert a.ids.tolist() == b.ids.tolist() and (a.positions == b.positions).all()
+        torch.testing.assert_close(a.embeds, b.embeds, atol=1e-4, rtol=1e-4)
+
+
+def test_blanks_around_a_question_change_nothing():
+    assert instruction(" the red star\n", 112, 112) == instruction("the red star", 112, 112)
+
+
+def test_a_token_is_drawn_even_where_rounding_leaves_the_probabilities_short_of_one():
+    """Without it the largest numbers that torch.rand gives would stand for an id that the vocabulary lacks."""
+    logp = torch.tensor([0.5, 0.4999, 0.0]).log().clamp(min=-1e30)
+    assert policy_module.draw(logp[None], torch.tensor([1 - 2**-24])).tolist() == [1]

@@ -207,6 +207,12 @@ def test_ten_times_the_hostile_text_takes_ten_times_as_long_and_not_a_hundred(pi
     assert seconds(20_000) < 30 * seconds(2_000) + 0.01
 
 
+@pytest.mark.parametrize("more", ["</answer>", " <answer>"])
+def test_a_tag_too_many_behind_a_proper_answer_leaves_it_unread(more):
+    answer = parse(answer_text() + more, 112, 112)
+    assert answer.box is None and not answer.segmentation_format and "exactly one" in answer.why
+
+
 # ---------------------------------------------------------------------------------------------------- Segment Anything
 
 
@@ -538,6 +544,16 @@ def test_the_reward_is_the_same_for_a_picture_shown_larger(segmenter):
     small = score_group(segmenter, sample, [answer_text(str(list(thing.box)), "[[50, 50, 0]]")], 112)[0]
     large = score_group(segmenter, sample, [answer_text(str([2 * v for v in thing.box]), "[[100, 100, 0]]")], 224)[0]
     assert small.pair == large.pair
+
+
+def test_undecided_pixels_are_left_out_of_the_reward(segmenter):
+    scene = make_scene(3)
+    thing, ignore = scene.things[0], np.zeros((112, 112), bool)
+    ignore[:, : (thing.box[0] + thing.box[2]) // 2] = True  # half of the object, and what SAM draws there
+    sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x", ignore=ignore)
+    good, unread = score_group(segmenter, sample, [answer_text(str(list(thing.box))), "?"], 112, "iou")
+    assert good.pair == ((good.mask & thing.mask & ~ignore).sum(), ((good.mask | thing.mask) & ~ignore).sum())
+    assert unread.pair == (0, (thing.mask & ~ignore).sum()) and 0 < unread.pair[1] < thing.mask.sum()
 
 
 # ---------------------------------------------------------------------------------------------------- metrics

@@ -423,3 +423,9 @@ def test_points_of_base_answers_are_labelled_rightly_where_nothing_strays():
         for x, y, label in loose_points(thing, rng, 0.0):
             x1, y1, x2, y2 = thing.box
             assert thing.mask[y, x] == bool(label) and x1 <= x < x2 and y1 <= y < y2
+
+
+def test_training_scenes_of_a_seed_are_a_million_and_seeds_beyond_999_begin_again():
+    with pytest.raises(UserError, match="the train split of the drawn scenes has a million questions, not 1000001"):
+        load_data("shapes", "train", 10**6 + 1)  # they would be those of the next seed
+    assert load_data("shapes", "train", 5, 1007).ids == load_data("shapes", "train", 5, 7).ids
