@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from io import StringIO
@@ -29,6 +30,8 @@ def test_the_committed_ablations_hold_every_seed_once_and_only_rows_that_can_be_
     assert len({(line["row"], line["seed"]) for line in lines}) == len(lines) >= 5
     for line in lines:
         assert ablations.ROWS[line["row"]] == line["options"]
+    runs = Counter(line["row"] for line in lines)
+    assert all(runs[row] >= 4 for row in ablations.ROWS if row != "10000 samples"), runs
 
 
 def test_every_row_has_a_prediction_and_nothing_else_has():
