@@ -265,7 +265,7 @@ def check(s: Settings) -> None:
         raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to train on the CPU")
     if s.device == "cuda" and s.load_in == "bf16" and emulates_bf16():
         raise UserError(f"--load-in bf16: {torch.cuda.get_device_name()} emulates bf16; take --load-in nf4")
-    if not (s.accuracy_weight or s.reasoning_weight or s.segmentation_weight):
+    if not any(s.reward_weights):
         raise UserError("--accuracy-weight, --reasoning-weight and --segmentation-weight are 0: nothing is paid for")
     if s.sam_checkpoint and not Path(s.sam_checkpoint).is_file():
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")

@@ -115,7 +115,9 @@ def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_
     for saved in ("metrics.jsonl", "state.pt"):  # a run without a saved state cannot go on
         folder.mkdir(parents=True, exist_ok=True)
         (folder / saved).touch()
-        (folder / "settings.json").write_text(json.dumps(settings_of("112 samples", folder)))
+        if commands:  # what the first one has written down
+            begun, _ = parse_settings(commands[0][2:], "train.py", "")
+            (folder / "settings.json").write_text(json.dumps(asdict(begun)))
         with pytest.raises(RuntimeError, match="112 samples, seed 0: disk full"):
             ablations.one_run("112 samples", 0)
         assert ("--resume" in commands[-1]) == folder.exists() == (saved == "state.pt")
@@ -126,12 +128,6 @@ def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_
         with pytest.raises(RuntimeError):
             ablations.one_run(row, 1)
     assert len({command[command.index("--run") + 1] for command in commands}) == 1 + len(ablations.ROWS)
-
-
-def settings_of(row: str, folder) -> dict:
-    """What a run of this row with seed 0 writes down."""
-    options = [*ablations.FIXED, "--samples", str(ablations.SAMPLES), "--seed", "0", "--run", str(folder)]
-    return asdict(parse_settings([*options, *ablations.ROWS[row].split()], "train.py", "")[0])
 
 
 def test_a_runs_folder_goes_only_when_its_line_is_kept(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings, resumed_settings
 from samr1_mini.data import Mirrored, Sample, load_data
 from samr1_mini.evaluation import Panel, Report, Row, batch_size, before_after, evaluate, judge, shown, true_box_iou
-from samr1_mini.metrics import intersection_union, iou, tight_box
+from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.policy import Completion
 from samr1_mini.reward import score_group
 from samr1_mini.running import loading
@@ -343,19 +343,12 @@ def test_the_answer_that_counts_is_the_middle_one_and_what_is_shown_is_the_mask_
     texts = [answer(box) for box in boxes]
     monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [
         [Completion(torch.ones(1), torch.zeros(1), i == 0, text) for i, text in enumerate(texts)] for _ in prompts])
-    filled = lambda image, boxes, points: np.stack([box_mask(b) for b in boxes])
-    monkeypatch.setattr(segmenter, "masks", filled)
+    monkeypatch.setattr(segmenter, "masks", lambda image, boxes, points: np.stack([filled(b, 112, 112) for b in boxes]))
     report = evaluate(policy, segmenter, samples[:1], SETTINGS, votes=4)
     [only] = report.rows
     assert only.text == texts[1] and only.truncated is False
     [panel] = shown(segmenter, samples, report.rows, SETTINGS, 112)
-    assert (panel.reward.mask == box_mask(boxes[2])).all()
-
-
-def box_mask(box):
-    mask = np.zeros((112, 112), bool)
-    mask[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = True
-    return mask
+    assert (panel.reward.mask == filled(boxes[2], 112, 112)).all()
 
 
 def test_undecided_pixels_are_left_out_of_the_ceiling_and_of_what_a_sheet_says(segmenter, samples):

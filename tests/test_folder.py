@@ -168,7 +168,7 @@ def test_all_questions_about_a_picture_are_in_one_split_however_its_path_is_writ
     ways = ("p/{}.png", "./p/{}.png", "p/../p/{}.png")
     lines = [{"id": f"{i}", "image": ways[i % 3].format(i // 3)} for i in range(90)]
     folder = folder_of(tmp_path / "mine", lines)
-    pictures = {split: {int(one) // 3 for one in ids(folder, split)} for split in ("train", "validation", "test")}
+    pictures = {split: {int(one) // 3 for one in ids(folder, split)} for split in SPLITS}
     assert sum(map(len, pictures.values())) == 30 == len(set.union(*pictures.values())) and all(pictures.values())
     assert sum(len(ids(folder, split)) for split in pictures) == 90
 
@@ -186,7 +186,7 @@ def test_a_line_without_a_split_goes_where_another_line_has_put_its_picture(tmp_
 
 def test_lines_that_are_added_or_moved_leave_the_others_in_their_splits(tmp_path):
     lines = [{"id": str(i), "image": f"{i}.png"} for i in range(200)]
-    where = lambda folder: {one: split for split in ("train", "validation", "test") for one in ids(folder, split)}
+    where = lambda folder: {one: split for split in SPLITS for one in ids(folder, split)}
     before, after = (where(folder_of(tmp_path / name, some)) for name, some in (("a", lines[:150]), ("b", lines[::-1])))
     assert before == {one: after[one] for one in before} and len(after) == 200
     assert all(8 <= list(after.values()).count(split) <= 32 for split in ("validation", "test"))
@@ -195,13 +195,13 @@ def test_lines_that_are_added_or_moved_leave_the_others_in_their_splits(tmp_path
 @pytest.mark.parametrize("count", [3, 4, 9])
 def test_few_pictures_still_make_three_splits(count, tmp_path):
     folder = folder_of(tmp_path / "mine", [{"id": str(i), "image": f"{i}.png"} for i in range(count)])
-    found = [ids(folder, split) for split in ("train", "validation", "test")]
+    found = [ids(folder, split) for split in SPLITS]
     assert all(found) and sorted(sum(found, [])) == [str(i) for i in range(count)]
 
 
 def test_a_split_is_one_of_three_or_left_out(tmp_path):
     folder = folder_of(tmp_path / "a", [{"split": s, "id": s} for s in ("train", "val", "validation", "test")])
-    assert [ids(folder, split) for split in ("train", "validation", "test")] == [
+    assert [ids(folder, split) for split in SPLITS] == [
         ["train"], ["val", "validation"], ["test"]]
     some = [{"split": None, "id": None, "kind": None, "image": f"{i}.png"} for i in range(9)]
     assert ids(folder_of(tmp_path / "b", some), "train")[0].startswith("line-")
