@@ -379,7 +379,8 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     assert (tmp_path / "eval/3-overlay.png").read_bytes().startswith(b"\x89PNG")
     out = run("train.py", "--resume", "--run", str(tmp_path / "run"), "--samples", "4")
     assert out.returncode == 2 and "--samples 4:" in out.stderr and "has gone 2 steps already" in out.stderr
-    assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8 and "Traceback" not in out.stderr
+    kept = [json.loads((tmp_path / f"run/{name}.json").read_text()) for name in ("samples", "settings")]
+    assert len(kept[0]) == kept[1]["samples"] == 8 and "Traceback" not in out.stderr  # a plain --resume still works
     file = tmp_path / "mine/data.jsonl"
     file.write_text("\n".join(file.read_text().splitlines()[::-1]))  # other questions would be drawn
     out = run("train.py", "--resume", "--run", str(tmp_path / "run"), "--samples", "12")

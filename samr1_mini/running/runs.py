@@ -74,13 +74,14 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
 
 
 def open_run(s: Settings) -> Path:
-    """The run's folder, a new one or the one to go on with, with the settings written down."""
+    """The run's folder, a new one with the settings written down, or the one to go on with."""
     folder = Path(s.run or next_name(s))
     if not s.resume and (folder / "metrics.jsonl").exists():  # a start that failed before it leaves the name free
         raise UserError(f"--run {folder} holds a run already: go on with it by --resume, or name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "settings.json", asdict(s) | {"run": str(folder), "resume": False})
+        if not s.resume:  # which may still be refused: see Run
+            write_settings(folder, s)
     except OSError as error:
         raise UserError(f"--run {folder}: nothing can be written there ({error})") from None
     return folder
@@ -102,6 +103,10 @@ def write_json(path: Path, value) -> None:
     new = path.with_suffix(".new.json")
     new.write_text(json.dumps(value, indent=1))
     new.replace(path)
+
+
+def write_settings(folder: Path, s: Settings) -> None:
+    write_json(folder / "settings.json", asdict(s) | {"run": str(folder), "resume": False})
 
 
 def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
@@ -174,6 +179,7 @@ class Run:
                             f"--samples {self.start * s.questions}")
         self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()
         if is_first():
+            write_settings(folder, s)
             for name, a_step in (("metrics", 1), ("answers", s.questions)):  # what a cut-off step wrote goes
                 kept = read_log(folder, self.start * a_step, name) if self.start else []
                 (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
