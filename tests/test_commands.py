@@ -252,7 +252,7 @@ def test_more_samples_than_lines_go_round_again_in_a_new_order(tmp_path):
         ({"mask": "pictures/1.txt"}, "1.txt"),
         ({"mask": 7}, "neither a PNG"),
         ({"mask": [[1, 2, 3]]}, "at least three x, y pairs"),
-        ({"mask": {"size": [8, 8], "counts": [64]}}, "RLE has size [8, 8]"),
+        ({"mask": {"size": [8, 8], "counts": [64]}}, "the mask is 8 x 8, the picture 112 x 112"),
         ({"mask": "pictures/small.png"}, "the mask is 8 x 8, the picture 112 x 112"),
         ({"question": ""}, "question missing"),
         ({"image": "pictures/cut.png"}, ""),

@@ -22,11 +22,12 @@ SQUARE = [[1, 1, 9, 1, 9, 9, 1, 9]]
 
 
 def folder_of(path, lines, **text):
-    """A folder whose data.jsonl has these lines; what they leave out is filled in. Pictures are files and no more."""
+    """A folder whose data.jsonl has these lines; what they leave out is filled in; so are pictures."""
     path.mkdir(exist_ok=True)
     rows = [{"image": "a.png", "question": "what?", "mask": SQUARE} | line for line in lines]
     for row in rows:
-        (path / row["image"]).touch()
+        if not (path / row["image"]).exists():
+            Image.new("RGB", (60, 40)).save(path / row["image"], "PNG")
     (path / "data.jsonl").write_text("\n".join(json.dumps(row, **text) for row in rows), encoding="utf-8")
     return str(path)
 
@@ -122,6 +123,24 @@ def test_a_mask_that_cannot_be_drawn_is_told_when_the_data_are_opened(mask, word
     folder = folder_of(tmp_path / "mine", [{"split": "test"}, {"split": "test", "mask": mask}])
     with pytest.raises(UserError, match=f"data.jsonl line 2: .*{words}"):
         open_data(folder, "test", 1)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"mask": "small.png"}, "the mask is 8 x 9, the picture 60 x 40"), ({"mask": "broken.png"}, "no picture"),
+    ({"mask": {"size": [9, 8], "counts": [0, 72]}}, "the mask is 8 x 9, the picture 60 x 40"),
+    ({"image": "broken.png"}, "no picture"), ({"image": "huge.png"}, "megapixels"),
+])
+def test_a_file_that_cannot_be_used_is_told_when_the_data_are_opened_and_not_when_its_turn_comes(
+    change, words, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 40)  # twice as many are too many
+    (tmp_path / "mine").mkdir()
+    Image.new("L", (8, 9), 1).save(tmp_path / "mine/small.png")
+    Image.new("L", (60, 81)).save(tmp_path / "mine/huge.png")
+    (tmp_path / "mine/broken.png").write_text("no picture")
+    folder = folder_of(tmp_path / "mine", [{"split": "test"}, {"split": "test"} | change])
+    with pytest.raises(UserError, match=f"data.jsonl line 2: .*{words}"):
+        open_data(folder, "test", 2)
 
 
 @pytest.mark.parametrize("mask", [

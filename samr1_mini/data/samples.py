@@ -193,6 +193,8 @@ class Folder(Data):
             raise UserError(f"{self.file} has no line for the {split} split")
         self.lines = list(islice(draw(chosen, split, count, seed), count))  # (number, text, id): parsed when asked for
         self.ids = [name for *_, name in self.lines]
+        for number, line in dict.fromkeys(x[:2] for x in self.lines):  # a run must not end at its last picture
+            self.look(number, json.loads(line))
 
     def picture(self, row: dict) -> str:
         """The path of a row's picture in the folder, by which it is known however it is written."""
@@ -220,6 +222,17 @@ class Folder(Data):
                 raise ValueError(f"split {split!r} is none of train, validation and test")
             plain(row["question"])
             return row | {"id": f"line-{number}" if row.get("id") is None else str(row["id"]), "split": split}
+
+    def look(self, number: int, row: dict) -> None:
+        """A row's files, as far as their heads tell: pictures that are none or too large, masks of another size."""
+        with self.named(number):
+            sizes, mask = [], row["mask"]
+            for name in [row["image"]] + [mask] * isinstance(mask, str):
+                with opened(inside(self.folder, name)) as file:
+                    sizes.append(file.size)
+            sizes += [mask["size"][::-1]] if isinstance(mask, dict) else []
+            if sorted(sizes[0]) != sorted(sizes[-1]):  # EXIF may yet turn either
+                raise ValueError("the mask is {} x {}, the picture {} x {}".format(*sizes[-1], *sizes[0]))
 
     @contextmanager
     def named(self, number: int):
