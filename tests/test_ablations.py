@@ -64,6 +64,17 @@ def test_the_readme_names_every_row_that_is_apart_from_the_base_by_more_than_its
             and f"above it {', '.join(better) or 'none'}" in text), (worse, better)
 
 
+def test_the_readme_says_where_every_seed_ends_at_three_times_the_rate_and_how_much_of_it_a_third_of_the_steps_gives():
+    lines, text = ablations.read(), " ".join((TUTORIALS.parent / "README.md").read_text().split())
+    long, third = ([line for line in lines if line["row"] == row] for row in ("3008 samples", "base"))
+    ends = [line["gIoU"] for line in long]
+    assert f"all five seeds find measuring and end between {min(ends):.2f} and {max(ends):.2f}" in text
+    assert len(ends) == 5 and min(line["places"] for line in long) > 0.8
+    rise = [np.mean([line["gIoU"] - line["base_gIoU_lenient"] for line in runs]) for runs in (third, long)]
+    assert "but most of that is learnt in a third of the steps" in text and rise[0] > 0.85 * rise[1]
+    assert not any(line["row"] == "10000 samples" for line in lines) and "10,000 questions are not run yet" in text
+
+
 def test_two_seeds_are_told_one_by_one_and_a_row_is_apart_where_both_are_or_where_its_interval_is():
     shifts = {"base": 0, "G = 2": -0.1, "G = 16": 0.1, "rank 4": 0}
     for seeds, counted in ((1, r"±.*\*$"), (2, r"^\+0\.\d{3} \(\+0\.\d{3}, \+0\.\d{3}\)$"), (5, r"± 0\.\d{3}$")):
