@@ -252,10 +252,12 @@ def test_ways_of_thinking_follow_one_another_in_each_run_and_the_readme_says_for
     combined, relation, others = share("combined"), share("relation"), share("attribute", "part", "indirect")
     assert (f"In the last tenth of the five runs {combined:.2f} of the answers to combined questions, "
             f"{relation:.2f} of those to relations and {others:.2f} of the others") in text
-    measured = [np.mean([a["style"] == "places" for a in answers if a["part"] > 0.9]) for answers in runs]
+    measures = lambda answers, low, high: np.mean([a["style"] == "places" for a in answers if low < a["part"] <= high])
+    measured = [measures(answers, 0.9, 1) for answers in runs]
     assert "seed 1 measures in {1:.2f} of its answers, seed 0 in {0:.2f}".format(*measured) in text
     assert ("and seeds 2 to 4 in {2:.2f}, {3:.2f} and {4:.2f}: their scores are lower, and these shares were still "
             "rising".format(*measured)) in text
+    assert all(measured[i] > 1.25 * measures(runs[i], 0.5, 0.6) for i in (2, 3, 4))
     tokens = [np.mean([a["tokens"] for answers in runs for a in answers if low < a["part"] <= high])
               for low, high in ((0, 0.05), (0.9, 1))]
     assert (f"grow from {tokens[0]:.0f} to {tokens[1]:.0f} tokens because measuring pays where objects are compared "

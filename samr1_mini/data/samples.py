@@ -212,7 +212,7 @@ class Folder(Data):
                 raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
             if not (isinstance(row["image"], str) and isinstance(row["question"], str)):
                 raise ValueError("image and question must be texts")
-            for name in [row["image"]] + [row["mask"]] * isinstance(row["mask"], str):
+            for name in self.files(row):
                 if not inside(self.folder, name).is_file():
                     raise ValueError(f"{name}: no such file")
             if not isinstance(row["mask"], str):
@@ -223,14 +223,17 @@ class Folder(Data):
             plain(row["question"])
             return row | {"id": f"line-{number}" if row.get("id") is None else str(row["id"]), "split": split}
 
+    def files(self, row: dict) -> list[str]:
+        return [row["image"]] + [row["mask"]] * isinstance(row["mask"], str)
+
     def look(self, number: int, row: dict) -> None:
         """A row's files, as far as their heads tell: pictures that are none or too large, masks of another size."""
         with self.named(number):
-            sizes, mask = [], row["mask"]
-            for name in [row["image"]] + [mask] * isinstance(mask, str):
+            sizes = []  # width, height: the picture's, then the mask's
+            for name in self.files(row):
                 with opened(inside(self.folder, name)) as file:
                     sizes.append(file.size)
-            sizes += [mask["size"][::-1]] if isinstance(mask, dict) else []
+            sizes += [row["mask"]["size"][::-1]] if isinstance(row["mask"], dict) else []
             if sorted(sizes[0]) != sorted(sizes[-1]):  # EXIF may yet turn either
                 raise ValueError("the mask is {} x {}, the picture {} x {}".format(*sizes[-1], *sizes[0]))
 
