@@ -4,11 +4,27 @@ import argparse
 import difflib
 import errno
 import json
+import os
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+
+
+def cache_folder() -> Path:
+    """The folder of downloads and converted data sets: SAMR1_CACHE, or .cache/samr1_mini in the home folder."""
+    if os.environ.get("SAMR1_CACHE"):
+        return Path(os.environ["SAMR1_CACHE"]).absolute()
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry in the list of users, as in some containers
+        home = Path(tempfile.gettempdir())
+    return home / ".cache" / "samr1_mini"
+
+
+CACHE = cache_folder()
 
 
 class UserError(Exception):

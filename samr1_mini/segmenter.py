@@ -17,7 +17,7 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
-from .config import UserError, first_line
+from .config import CACHE, UserError, first_line
 
 
 class Segmenter:
@@ -118,7 +118,7 @@ SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
 TINY_SAM = Path(__file__).parent / "tiny" / "sam"
 
 # segment_anything's files: bytes and SHA-256, checked before they are read.
-SAM_FOLDER = Path.home() / ".cache" / "samr1_mini"
+SAM_FOLDER = CACHE
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {
     "vit_b": ("sam_vit_b_01ec64.pth", 375042383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),

@@ -1,8 +1,12 @@
 """Around the loop: what a run is told, loads, keeps, saves and measures, and how it ends."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,3 +158,23 @@ def test_memory_that_is_free_is_what_the_card_the_allocator_and_the_limit_leave(
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     free = lambda limit: memory.free_memory(replace(settings, device="cuda", memory_limit=limit)) / 2**30
     assert (free(0.0), free(20.0), free(8.0)) == (11, 11, 6) and memory.free_memory(settings) == float("inf")
+
+
+CACHE_CODE = "import os; os.environ.pop('HOME', None); import pwd; from samr1_mini.config import CACHE; print(CACHE)"
+
+
+def run_cache_code(code, **environment):
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,
+                          env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-1000:]
+    return Path(done.stdout.strip())
+
+
+def test_the_cache_is_where_samr1_cache_names_it(tmp_path):
+    assert run_cache_code(CACHE_CODE, SAMR1_CACHE=str(tmp_path / "mine")) == tmp_path / "mine"
+
+
+def test_a_machine_without_a_home_folder_still_has_a_cache(tmp_path):
+    code = CACHE_CODE.replace("from samr1_mini", "pwd.getpwuid = lambda uid: {}[uid]; from samr1_mini")
+    assert run_cache_code(code, SAMR1_CACHE="", TMPDIR=str(tmp_path)) == tmp_path / ".cache" / "samr1_mini"

@@ -29,7 +29,7 @@ import pyarrow.parquet
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ..config import UserError, first_line
+from ..config import CACHE, UserError, first_line
 from ..metrics import filled
 from .fetch import fetch_pictures, is_there, picture_name
 from .samples import Data, Sample, draw, inside, of_size, open_picture, plain, read_mask
@@ -47,7 +47,6 @@ HUB = {
        for name in ("refcoco_testA", "refcocoplus_testA", "refcocog_test")},
     **{name: {"train": (f"Ricky06662/{name}", "train")} for name in ("refCOCOg_2k_840", "refCOCOg_9k_840")},
 }
-CACHE = Path.home() / ".cache" / "samr1_mini"
 PICTURES = CACHE / "train2014"  # COCO's pictures that were fetched
 TABLES = CACHE / "tables"  # rows of parquet files, to be read one at a time; a set of the hub is looked up only once
 COCO_URL = "http://images.cocodataset.org/train2014/"  # no address that comes with data is ever opened
