@@ -44,9 +44,9 @@ def with_live_adapter(policy, seed: int = 0):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tables(tmp_path_factory):
-    """Tables that tests make of small data sets go away with them."""
-    public.TABLES = tmp_path_factory.mktemp("tables")
+def sets(tmp_path_factory):
+    """Sets that tests convert go away with them."""
+    public.SETS = tmp_path_factory.mktemp("sets")
 
 
 @pytest.fixture(scope="session")

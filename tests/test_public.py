@@ -16,6 +16,7 @@ from pycocotools import mask as coco
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data, open_data
 from samr1_mini.data import public
+from samr1_mini.data.layouts import draw_shapes
 from samr1_mini.metrics import filled, intersection_union
 from samr1_mini.reward import score_group
 
@@ -62,8 +63,8 @@ def coco_rows(count=6):
 
 
 @pytest.fixture(autouse=True)
-def tables(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(public, "TABLES", tmp_path_factory.mktemp("tables"))
+def sets(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(public, "SETS", tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture
@@ -224,7 +225,7 @@ def test_undecided_pixels_are_foreground_or_excluded(tmp_path):
 def test_reasonseg_is_drawn_as_its_authors_draw_it():
     """From the largest polygon to the smallest; "ignore" in a label is enough, any other label but flag is meant."""
     box = lambda x1, y1, x2, y2: [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
-    meant, undecided = public.draw_shapes([
+    meant, undecided = draw_shapes([
         {"label": "ignore_1", "points": box(4, 4, 5, 5)}, {"label": "dog", "points": box(2, 2, 7, 7)},
         {"label": "Ignore", "points": box(0, 0, 9, 9)}, {"label": "flag", "points": box(0, 0, 29, 29)},
     ], (30, 20))
@@ -304,16 +305,15 @@ def test_reasonseg_and_its_successors_load_by_name_with_their_kinds_of_reasoning
         assert sample.kind == ("spatial" if name == "reasonseg-x" else "")
 
 
-def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_known(hub):
+def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_printed(hub, capsys, monkeypatch):
     hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
     hub.publish("Ricky06662/ReasonSeg_val", "test", [{"picture": png(), "words": "x"}])
     box = {"image": png(), "problem": "x", "solution": "<box>(1,2),(3,4)</box>"}
     hub.publish("Ricky06662/refCOCOg_2k_840", "train", [box])
     for split in ("testA", "testB"):
         hub.publish("Ricky06662/refcocog_test", split, mask_rows(1))
-    data, boxes = open_data("reasonseg", "test", 3), open_data("refCOCOg_2k_840", "train", 1)
-    [file] = (hub.root / "Ricky06662/ReasonSeg_test/data").iterdir()
-    assert data.download_bytes == file.stat().st_size and boxes.box_only
+    downloaded, real = [], datasets.DownloadManager.download
+    monkeypatch.setattr(datasets.DownloadManager, "download", lambda self, urls: downloaded.append(urls) or real(self, urls))
     with pytest.raises(UserError, match="columns picture, words"):
         open_data("reasonseg", "validation", 1)
     with pytest.raises(UserError, match="refcocog_test on the hub has no test split, only testA, testB"):
@@ -322,9 +322,21 @@ def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_known(
         open_data("reasonseg", "test", 1, ignore="excluded")
     with pytest.raises(UserError, match="the hub does not give Ricky06662/refcoco_testA"):
         open_data("refcoco_testA", "test", 1)
-    assert not list(public.TABLES.iterdir()) and not data.box_only
-    data.fetch()
-    assert data.download_bytes == 0 and len(data) == 3
+    assert not capsys.readouterr().out
+    free = public.shutil.disk_usage("/")
+    monkeypatch.setattr(public.shutil, "disk_usage", lambda folder: free._replace(free=9))
+    with pytest.raises(UserError, match="SAMR1_CACHE"):
+        open_data("reasonseg", "test", 3)
+    assert "Ricky06662/ReasonSeg_test" in capsys.readouterr().out
+    assert not downloaded and not list(public.SETS.iterdir())
+
+
+def test_a_set_of_boxes_and_one_of_masks_are_told_apart(hub):
+    hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
+    box = {"image": png(), "problem": "x", "solution": "<box>(1,2),(3,4)</box>"}
+    hub.publish("Ricky06662/refCOCOg_2k_840", "train", [box])
+    data, boxes = open_data("reasonseg", "test", 3), open_data("refCOCOg_2k_840", "train", 1)
+    assert boxes.box_only and not data.box_only and data.download_bytes == 0 and len(data) == 3
 
 
 def test_what_was_downloaded_once_is_read_without_the_hub(hub, monkeypatch):
@@ -338,10 +350,14 @@ def test_what_was_downloaded_once_is_read_without_the_hub(hub, monkeypatch):
 def test_a_disk_that_fills_up_while_rows_are_written_is_said_and_no_table_is_left(hub, monkeypatch):
     hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
     monkeypatch.setattr(public.os, "getpid", lambda: 77)
-    (public.TABLES / "Ricky06662--ReasonSeg_test--test.77.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="tables.*: this disk is full"):
+    found = load_data("reasonseg", "test", 3)
+    found.folder.rename(found.folder.with_name(f"{found.folder.name}.77.part"))
+    data = found.folder.with_name(f"{found.folder.name}.77.part") / "data.jsonl"
+    data.unlink()
+    data.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="sets.*: this disk is full"):
         load_data("reasonseg", "test", 3)
-    assert not list(public.TABLES.iterdir())
+    assert not list(public.SETS.iterdir())
 
 
 def test_validation_and_test_are_drawn_with_one_seed_and_not_the_first_rows(tmp_path):
@@ -359,9 +375,10 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import datasets
 from samr1_mini.data import public
+from samr1_mini.data.layouts import draw_shapes
 from samr1_mini.data import load_data
 
-public.TABLES = Path({folder!r}) / "tables"
+public.SETS = Path({folder!r}) / "sets"
 datasets.config.HF_DATASETS_CACHE = Path({folder!r}) / "cache"
 public.HUB["copy"] = {{"test": ({folder!r} + "/copy", "test")}}
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024  # MiB, of this program alone
@@ -390,7 +407,7 @@ def test_masks_of_a_whole_evaluation_set_stay_on_the_disk(tmp_path):
     code = MEASURE.format(root=str(Path(__file__).parent.parent), folder=str(tmp_path))
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
-    ids, pixels, mebibytes = out.stdout.split()
+    ids, pixels, mebibytes = out.stdout.splitlines()[-1].split()
     assert int(ids) == count and int(pixels) == count * int(mask.sum()) and float(mebibytes) < 200
 
 
@@ -406,7 +423,7 @@ def test_a_folder_of_coco_pictures_is_looked_at_before_anything_is_loaded(tmp_pa
 def test_no_path_that_comes_in_a_table_is_opened(tmp_path):
     picture().save(tmp_path / "secret.png")
     rows = [{"image": str(tmp_path / "secret.png"), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
-    with pytest.raises(UserError, match="row 0: .*no path that comes with data is opened"):
+    with pytest.raises(UserError, match="row 1: .*secret.png"):
         list(load_data(parquet(tmp_path / "set", "test", rows), "test", 3))
 
 
@@ -417,24 +434,22 @@ def test_a_description_beside_parquet_files_is_no_data(tmp_path):
     assert len(load_data(folder, "test", 3)) == 1
 
 
-def test_rows_without_an_expression_end_in_one_line_and_not_in_a_search_without_end(
-    tmp_path, coco_dir, monkeypatch
-):
-    rows = [row | {"sentences": []} for row in json.loads(json.dumps(coco_rows()[:1]))]
-    (tmp_path / "train.json").write_text("[]")
-    monkeypatch.setattr(public, "open_rows", lambda name, split: rows)
-    with pytest.raises(UserError, match="no row in its train split asks for anything"):
-        open_data(str(tmp_path), "train", 3, sentences="all", coco_dir=str(coco_dir))
+@pytest.mark.parametrize("sentences", ["first", "all"])
+def test_rows_without_an_expression_end_in_one_line_and_not_in_a_search_without_end(sentences, tmp_path, coco_dir):
+    rows = [row | {"sentences": coco_rows(2)[0]["sentences"][:i]} for i, row in enumerate(coco_rows(2))]
+    folder = parquet(tmp_path / "set", "train", rows)
+    with pytest.raises(UserError, match="1 of 2 rows .*row 1: "):
+        open_data(folder, "train", 3, sentences=sentences, coco_dir=str(coco_dir))
 
 
 def test_a_file_that_is_no_parquet_and_a_split_without_rows_end_in_one_line(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/test-0.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match="no table can be read"):
+    with pytest.raises(UserError, match="test-0.parquet"):
         open_data(str(tmp_path / "a"), "test", 1)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/test.json").write_text("[]")
-    with pytest.raises(UserError, match="no row in its test split"):
+    with pytest.raises(UserError, match="test.json"):
         open_data(str(tmp_path / "b"), "test", 1)
     (tmp_path / "b/test.json").write_text(json.dumps([{"image": "gone.png", "problem": "x", "solution": [1, 2, 3, 4]}]))
     with pytest.raises(UserError, match="gone.png"):
@@ -462,10 +477,15 @@ def test_two_questions_of_reasonseg_about_a_picture_are_told_to_be_about_one(tmp
     assert a.picture == b.picture and a.id != b.id
 
 
-@pytest.mark.parametrize("box", [[30, 5, 10, 25], [10, 25, 30, 5], [10, 5, 10, 25], "<box>(30,5),(10,25)</box>"])
-def test_a_box_that_is_reversed_or_empty_in_one_direction_is_named(box):
-    with pytest.raises(ValueError, match="is reversed or empty"):
-        public.box_of(box)
+@pytest.mark.parametrize("box", [
+    [30, 5, 10, 25], [10, 25, 30, 5], [10, 5, 10, 25], "<box>(30,5),(10,25)</box>", [0.1, 0.2, 0.5, 0.6],
+    [10, 5, 300, 25], [10, 5, 1e8, 25], [10, 5, 30], ["a", 5, 30, 25], [10.1, 5, 10.3, 25], "no box",
+])
+def test_a_box_that_is_reversed_empty_or_not_in_pixels_is_refused_with_its_place(box, tmp_path):
+    picture().save(tmp_path / "1.png")
+    (tmp_path / "test.json").write_text(json.dumps([{"image": "1.png", "problem": "the square", "solution": box}]))
+    with pytest.raises(UserError, match="test.json row 1: "):
+        open_data(str(tmp_path), "test", 1)
 
 
 def test_letters_of_a_pickle_that_python_2_wrote_are_read(tmp_path, coco_dir):

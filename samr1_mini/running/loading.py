@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..config import Settings, UserError
 from ..data import open_data
-from ..data.public import PICTURES
+from ..data.fetch import PICTURES
 from ..policy import Policy, check_policy, load_policy
 from ..segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
 from .processes import is_first
@@ -82,6 +82,9 @@ def load_parts(
         check_room(s, sets)
         for one in sets:
             one.fetch(missing)
+            one.check_files()
+            for line in one.warnings:
+                print(line, flush=True)
     missing = broadcast_object_list([[one.missing for one in sets]])[0]  # so that all hold the same samples
     if not is_first():
         for one, gone in zip(sets, missing):

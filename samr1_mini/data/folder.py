@@ -1,0 +1,388 @@
+"""A folder with data.jsonl: a user's own, or one that public.py made of a public set. All data are read here.
+
+A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" and "ignore".
+
+    image    path of a picture in the folder
+    mask     path of a PNG, COCO RLE, polygons, or rows of 0 and 1; in its place "box": [x1, y1, x2, y2]
+    ignore   as mask: pixels that count neither for nor against an answer
+    split    train, validation (or val, valid, dev) or test. Without it about a tenth of the pictures is held out
+             for validation, and another tenth for test. A picture keeps its split when lines are added
+
+All coordinates are pixels of the picture as people see it, turned as its EXIF says.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import UserError
+from ..metrics import filled
+from .fetch import COCO_BYTES, fetch_pictures, is_there
+from .masks import are_numbers, as_polygons, check_truth, is_rows, read_mask
+from .pictures import Head, inside, open_picture, plain_path, read_head
+from .samples import Data, Sample, in_order, plain
+
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
+CHECK_SECONDS = 60  # after so long, only the first CHECK_COUNT questions for training are read before the first step
+CHECK_COUNT = 1000
+FEW_PICTURES = 2  # with so few, all splits hold the same questions
+
+
+@dataclass
+class Line:
+    """A line of data.jsonl. Its text is parsed again when its turn comes: a mask may be large."""
+
+    number: int
+    text: str
+    id: str
+    image: str  # path in the folder, in its shortest form
+    split: str | None
+    size: tuple[int, int] | None  # width and height of the picture, in converted sets
+    box_only: bool
+
+
+class Folder(Data):
+    """`count` questions of a split of the folder's data.jsonl.
+
+    `pictures` is where the pictures are, if not beside data.jsonl. With `fetches` they are COCO's, and those that are
+    not there are fetched. Lines of a `converted` set were checked when the set was converted.
+    """
+
+    def __init__(
+        self, folder: str | Path, split: str, count: int, seed: int | None = 0, pictures: str | Path | None = None,
+        fetches: bool = False, converted: bool = False,
+    ):
+        self.folder, self.file = Path(folder), Path(folder) / "data.jsonl"
+        self.pictures = Path(pictures or folder)
+        self.split, self.count, self.seed = split, count, seed
+        self.fetches, self.converted = fetches, converted
+        self.missing, self.warnings, self.replaced = [], [], set()
+        lines = [self.parse(number, text) for number, text in self.read_lines()]
+        self.candidates = self.of_split(lines)
+        self.box_only = self.candidates[0].box_only
+        if any(line.box_only != self.box_only for line in self.candidates):
+            raise UserError(f"{self.file}: some lines have a mask and others a box; make two folders of them")
+        self.choose()
+
+    # ------------------------------------------------------------------------------------------------ lines
+
+    def read_lines(self) -> list[tuple[int, str]]:
+        """Return the lines that are not empty, with their numbers."""
+        try:
+            text = self.file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{self.file} is not in UTF-8; save the file in UTF-8") from None
+        except OSError as error:
+            raise UserError(f"{self.file}: {error}") from None
+        # Only "\n" ends a line: JSON's strings may hold other signs that Python takes for an end.
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if not lines:
+            raise UserError(f"{self.file} is empty")
+        return lines
+
+    def parse(self, number: int, text: str) -> Line:
+        """Parse a line. All that its text alone tells is checked, except in a converted set."""
+        with self.named(number):
+            row = parse_object(text)
+            if not self.converted:
+                check_texts(row)
+                check_truth(row)
+            name = row.get("id")
+            if name is None:
+                name = f"line-{number}"
+            size = row.get("size") if self.converted else None
+            image = row["image"] if self.converted else plain_path(row["image"])
+            return Line(number, text, str(name), image, split_of(row), size, "box" in row)
+
+    def of_split(self, lines: list[Line]) -> list[Line]:
+        """Return the lines of this split. A folder with one or two pictures has the same lines in all splits."""
+        splits = split_pictures(lines)
+        found = [line for line in lines if (line.split or splits[line.image]) == self.split]
+        if not found and len(splits) <= FEW_PICTURES:
+            found = lines
+            self.warnings.append(
+                f"{self.file} has only {len(splits)} of the 3 pictures that separate splits need. The {self.split} "
+                "split has the same questions as the others, so its scores tell nothing about new pictures"
+            )
+        if not found:
+            raise UserError(f"{self.file} has no line for the {self.split} split")
+        return found
+
+    def choose(self) -> None:
+        """Choose `count` lines, and spare ones. A line whose picture is missing is replaced by the next."""
+        gone = set(self.missing)
+        order = in_order(self.candidates, self.split, self.count, self.seed)
+        there = (line for line in order if line.image not in gone)
+        if len(gone) and gone.issuperset(line.image for line in self.candidates):
+            there = iter(())  # the order of a training split has no end
+        self.lines = list(islice(there, self.count))
+        self.spare = list(islice(there, self.allowed))
+
+    @property
+    def allowed(self) -> int:
+        """How many questions may lose their picture: one in a hundred, and one at least."""
+        return max(1, min(self.count, len(self.candidates)) // 100)
+
+    @contextmanager
+    def named(self, number: int):
+        """Report an error with the file and the line."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{self.file} line {number}: {error}") from None
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    def check_heads(self) -> None:
+        """Check the heads of the files of all chosen lines, and their masks against the size of the picture."""
+        turned, reach = 0, []
+        for line in self.distinct_lines():
+            with self.named(line.number):
+                row = json.loads(line.text)
+                head = read_head(inside(self.pictures, line.image))
+                reach += reach_of(row, head)
+                turned += check_against_picture(row, head, self.folder, self.converted)
+        if turned:
+            self.warnings.append(
+                f"{self.file}: EXIF turns {turned} pictures of the {self.split} split. Their masks must fit the "
+                "turned pictures. To be sure, save pictures and masks upright"
+            )
+        if len(reach) >= 20 and max(reach) < 0.5:
+            self.warnings.append(
+                f"{self.file}: all coordinates of the {self.split} split lie in the upper left quarter of their "
+                "pictures. Are they pixels of these pictures?"
+            )
+
+    def distinct_lines(self) -> list[Line]:
+        """Return the chosen lines, each once: a training split may go through them again."""
+        return list({line.number: line for line in self.lines}.values())
+
+    def check_files(self) -> None:
+        """Read pictures and masks. Raises UserError for the first broken one. See CHECK_SECONDS for large sets."""
+        lines, begun, full, empty = self.distinct_lines(), time.monotonic(), 0, 0
+        bar = tqdm(lines, f"pictures, {self.split}", leave=False, dynamic_ncols=True, disable=len(lines) < 100)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [pool.submit(self.mask_share, line) for line in lines]
+            try:
+                for done, (_, job) in enumerate(zip(bar, jobs)):
+                    late = time.monotonic() - begun > CHECK_SECONDS
+                    if self.endless and late and done >= CHECK_COUNT:
+                        break
+                    share = job.result()
+                    full += share == 1
+                    empty += share == 0
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if full:
+            self.warnings.append(
+                f"{self.file}: {full} masks of the {self.split} split hold the whole picture. A mask is all that "
+                "is not black"
+            )
+        if empty:
+            self.warnings.append(
+                f"{self.file}: {empty} masks of the {self.split} split are empty (see --empty-truth)"
+            )
+
+    def mask_share(self, line: Line) -> float:
+        """Read a line's picture and mask; return the mask's share of the picture."""
+        mask = self.read_sample(line).mask
+        if not mask.any() and not self.converted:
+            raise UserError(
+                f"{self.file} line {line.number}: the mask holds no pixel; leave the line out if nothing is to be found"
+            )
+        return mask.mean()
+
+    @property
+    def endless(self) -> bool:
+        """Whether other questions can take the place of a broken one: those of a training split."""
+        return self.split == "train" and self.seed is not None
+
+    # ------------------------------------------------------------------------------------------------ fetching
+
+    def wanted(self) -> dict[str, tuple[int, int]]:
+        """Return the pictures that are fetched one by one, with their width and height."""
+        if not self.fetches:
+            return {}
+        return {line.image: tuple(line.size) for line in self.lines}
+
+    @property
+    def download_bytes(self) -> int:
+        return COCO_BYTES * sum(not is_there(self.pictures / name) for name in self.wanted())
+
+    def fetch(self, missing: Sequence[str] = ()) -> None:
+        """Fetch the pictures of the chosen lines. One in a hundred may be impossible to have."""
+        self.missing = list(dict.fromkeys([*self.missing, *missing]))
+        self.choose()
+        failed, total = {}, len(self.wanted())
+        allowed = max(1, total // 100)
+        while True:  # pictures of the lines that moved up may be missing too
+            new = fetch_pictures(self.wanted(), self.pictures, allowed - len(failed))
+            if not new:
+                break
+            failed |= new
+            self.missing += new
+            self.choose()
+        if failed:
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
+            print(
+                f"{self.file}: {len(failed)} of {total} pictures could not be fetched. The next lines drawn replace "
+                f"theirs, and {len(self)} questions are used: {reasons}"
+            )
+        if not self.lines:
+            raise UserError(f"{self.file}: no question of the {self.split} split has a picture")
+
+    # ------------------------------------------------------------------------------------------------ samples
+
+    @property
+    def ids(self) -> list[str]:
+        return [line.id for line in self.lines]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Read a sample. In training, a spare one replaces a sample that has become unreadable."""
+        try:
+            return self.read_sample(self.lines[i])
+        except UserError as error:
+            if not self.endless:
+                raise
+            return self.read_spare(i, error)
+
+    def read_spare(self, i: int, error: UserError) -> Sample:
+        """Read a spare sample in the place of number `i`. The choice depends on `i` alone, as --resume needs."""
+        number = self.lines[i].number
+        if number not in self.replaced:
+            tqdm.write(f"{error}. Another question replaces this one")
+        self.replaced.add(number)
+        if len(self.replaced) > self.allowed:
+            raise UserError(f"{error}. This is broken line number {len(self.replaced)}; mend the files")
+        for k in range(len(self.spare)):
+            try:
+                return self.read_sample(self.spare[(i + k) % len(self.spare)])
+            except UserError:
+                continue
+        raise error
+
+    def read_sample(self, line: Line) -> Sample:
+        """Read a line's picture and mask. Raises UserError."""
+        with self.named(line.number):
+            row = json.loads(line.text)
+            image = open_picture(inside(self.pictures, line.image))
+            height, width = image.height, image.width
+            ignore = None
+            if row.get("ignore"):
+                ignore = read_mask(row["ignore"], self.folder, height, width)
+            if "box" in row:
+                mask = filled(row["box"], height, width)
+            else:
+                mask = read_mask(row["mask"], self.folder, height, width)
+            kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
+            return Sample(image, plain(row["question"]), mask, line.id, kind, ignore, "box" in row, picture)
+
+
+# ---------------------------------------------------------------------------------------------------- one line
+
+
+def parse_object(text: str) -> dict:
+    """Parse a JSON object. Raises ValueError for anything else."""
+    try:
+        row = json.loads(text)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object; write one question a line")
+    return row
+
+
+def check_texts(row: dict) -> None:
+    """Check that a line has all its parts, and texts where texts belong."""
+    missing = [key for key in ("image", "question") if not row.get(key)]
+    if "box" not in row and row.get("mask") in (None, ""):
+        missing.append("mask")
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
+    if not isinstance(row["image"], str) or not isinstance(row["question"], str):
+        raise ValueError("image and question must be texts")
+    if not plain(row["question"]):
+        raise ValueError("question is empty")
+
+
+def split_of(row: dict) -> str | None:
+    """Return the split that a line names, or None."""
+    name = row.get("split")
+    if name in (None, ""):
+        return None
+    if str(name).lower() not in SPLITS:
+        raise ValueError(f"split {name!r} is none of {', '.join(SPLITS)}")
+    return SPLITS[str(name).lower()]
+
+
+def split_pictures(lines: list[Line]) -> dict[str, str]:
+    """Return the split of each picture: that of one of its lines, else by the hash of its path.
+
+    A tenth of the others is for validation and a tenth for test, and one picture at least of each. A folder with one
+    or two pictures has them all in train.
+    """
+    splits = {line.image: line.split for line in lines}
+    splits |= {line.image: line.split for line in lines if line.split}
+    free = {name: hash_number(name) for name, split in splits.items() if split is None}
+    order = sorted(free, key=free.get)
+    first = max(1, sum(number < 0.1 for number in free.values()))
+    second = max(first + 1, sum(number < 0.2 for number in free.values()))
+    if len(splits) <= FEW_PICTURES:
+        first = second = 0
+    splits |= dict.fromkeys(order[:first], "validation")
+    splits |= dict.fromkeys(order[first:second], "test")
+    splits |= dict.fromkeys(order[second:], "train")
+    return splits
+
+
+def hash_number(name: str) -> float:
+    """Return a number from 0 to 1 that depends on a name alone."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
+
+
+def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: bool = False) -> bool:
+    """Check a line's mask or box against the head of its picture. Raises ValueError.
+
+    Returns whether EXIF turns one of picture and mask, and their sizes do not tell if both fit.
+    """
+    mask, turned = row.get("mask"), head.turned
+    try:
+        if isinstance(mask, str):
+            mask_head = read_head(inside(folder, mask))
+            turned = head.turned != mask_head.turned
+            if mask_head.format in ("JPEG", "WEBP"):
+                raise ValueError(f"{mask}: {mask_head.format} may blur a mask's border; save it as PNG")
+            if mask_head.size != head.size:
+                has = "{} x {}, the picture {} x {}".format(*mask_head.size, *head.size)
+                raise ValueError(f"the mask is {has}")
+        check_truth(row, head.size, may_be_empty)
+    except ValueError as error:
+        if turned:
+            raise ValueError(f"{error}. EXIF turns one of picture and mask: save both upright") from None
+        raise
+    sizes_tell = isinstance(mask, (str, dict)) and head.size != head.stored
+    return turned and not sizes_tell
+
+
+def reach_of(row: dict, head: Head) -> list[float]:
+    """Return how far a line's polygons or box reach, as the larger share of the picture's sides. Other masks: none."""
+    value = row.get("box", row.get("mask"))
+    if not isinstance(value, list) or is_rows(value, head.size):
+        return []
+    numbers = value
+    if not are_numbers(value):
+        numbers = [number for polygon in as_polygons(value) for number in polygon]
+    return [max(max(numbers[::2]) / head.size[0], max(numbers[1::2]) / head.size[1])]
