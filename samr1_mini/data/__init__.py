@@ -7,11 +7,25 @@ from .folder import Folder
 from .pictures import open_picture
 from .samples import Data, Mirrored, Sample, plain
 
-__all__ = ["Data", "Folder", "Mirrored", "Sample", "load_data", "open_data", "open_picture", "plain"]
+__all__ = [
+    "Data",
+    "Folder",
+    "Mirrored",
+    "Sample",
+    "load_data",
+    "open_data",
+    "open_picture",
+    "plain",
+]
 
 
 def open_data(
-    name: str, split: str, count: int, seed: int | None = 0, sentences: str = "first", coco_dir: str = "",
+    name: str,
+    split: str,
+    count: int,
+    seed: int | None = 0,
+    sentences: str = "first",
+    coco_dir: str = "",
     ignore: str = "foreground",
 ) -> Data:
     """Open up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
@@ -23,7 +37,9 @@ def open_data(
     Lines and the heads of files are checked here. A mistake is a UserError. Pictures are downloaded by `fetch`.
     """
     if name == "shapes":
-        from ..tiny.shapes import Shapes  # imported late, here and below: other data do not wait for these imports
+        from ..tiny.shapes import (
+            Shapes,
+        )  # imported late, here and below: other data do not wait for these imports
 
         return Shapes(split, count, seed or 0)
     if (Path(name) / "data.jsonl").is_file():
@@ -34,7 +50,9 @@ def open_data(
 
     if name in HUB or Path(name).is_dir():
         return open_public(Source(name, split, sentences, ignore), count, seed, coco_dir)
-    raise UserError(f"--data {name}: neither 'shapes', nor a public data set ({', '.join(HUB)}), nor a folder")
+    raise UserError(
+        f"--data {name}: neither 'shapes', nor a public data set ({', '.join(HUB)}), nor a folder"
+    )
 
 
 def load_data(*arguments, **options) -> Data:

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from ..config import CACHE, UserError, first_line
 from .pictures import open_picture
 
-COCO_URL = "http://images.cocodataset.org/train2014/"  # no address that comes with data is ever opened
+COCO_URL = (
+    "http://images.cocodataset.org/train2014/"  # no address that comes with data is ever opened
+)
 COCO_BYTES = 165_000  # of a picture, on average: train2014.zip has 82,783 in 13.5 GB
 PICTURES = CACHE / "train2014"  # the pictures that were fetched
 
@@ -42,25 +44,40 @@ def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, allowed: int
     """
     pool, failed = ThreadPoolExecutor(WORKERS), {}
     lacking = [name for name in sizes if not is_there(folder / name)]
-    jobs = {pool.submit(fetch_picture, COCO_URL + name, folder / name, sizes[name]): name for name in lacking}
+    jobs = {
+        pool.submit(fetch_picture, COCO_URL + name, folder / name, sizes[name]): name
+        for name in lacking
+    }
     try:
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="pictures", dynamic_ncols=True, disable=not jobs):
+        for job in tqdm(
+            as_completed(jobs),
+            total=len(jobs),
+            desc="pictures",
+            dynamic_ncols=True,
+            disable=not jobs,
+        ):
             if reason := job.result():
                 failed[jobs[job]] = reason
-            if len(failed) > max(allowed, 2 * WORKERS):  # it is not the pictures: the others would take their time too
+            if len(failed) > max(
+                allowed, 2 * WORKERS
+            ):  # it is not the pictures: the others would take their time too
                 break
     finally:
         pool.shutdown(cancel_futures=True)
     if len(failed) > allowed:
         name, reason = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(sizes)} pictures were not fetched, the first {COCO_URL}{name}: "
-                        f"{reason}. The others are kept; run again to continue")
+        raise UserError(
+            f"{len(failed)} of {len(sizes)} pictures were not fetched, the first {COCO_URL}{name}: "
+            f"{reason}. The others are kept; run again to continue"
+        )
     return failed
 
 
 def is_there(file: Path) -> bool:
     """Whether a picture was fetched."""
-    return file.is_file() and file.stat().st_size > 0  # a machine that loses its power may leave a name without bytes
+    return (
+        file.is_file() and file.stat().st_size > 0
+    )  # a machine that loses its power may leave a name without bytes
 
 
 def fetch_picture(url: str, file: Path, size: tuple[int, int]) -> str:
@@ -74,12 +91,21 @@ def fetch_picture(url: str, file: Path, size: tuple[int, int]) -> str:
         try:
             data = within(left, download, url, min(SILENCE, left))
             if (found := open_picture(io.BytesIO(data)).size) != size:
-                raise ValueError(f"it is {found[0]} x {found[1]}, and {size[0]} x {size[1]} is what the data say")
+                raise ValueError(
+                    f"it is {found[0]} x {found[1]}, and {size[0]} x {size[1]} is what the data say"
+                )
             keep(data, file)
             return ""
-        except (OSError, ValueError, HTTPException) as error:  # a TimeoutError and an HTTPError are OSErrors
+        except (
+            OSError,
+            ValueError,
+            HTTPException,
+        ) as error:  # a TimeoutError and an HTTPError are OSErrors
             reason = str(error) or type(error).__name__
-            if isinstance(error, HTTPError) and error.code in (404, 410):  # it is gone, and will be at the next try
+            if isinstance(error, HTTPError) and error.code in (
+                404,
+                410,
+            ):  # it is gone, and will be at the next try
                 break
     return reason
 
@@ -102,7 +128,9 @@ def within(seconds: float, work, *arguments):
         except Exception as error:
             outcome.set_exception(error)
 
-    Thread(target=run, daemon=True).start()  # a thread that is given up ends with its socket, or with the program
+    Thread(
+        target=run, daemon=True
+    ).start()  # a thread that is given up ends with its socket, or with the program
     wait([outcome], seconds)
     if not outcome.done():
         raise TimeoutError(f"not done within {seconds:.0f} seconds")

@@ -32,7 +32,9 @@ from .masks import are_numbers, as_polygons, check_truth, is_rows, read_mask
 from .pictures import Head, inside, open_picture, plain_path, read_head
 from .samples import Data, Sample, in_order, plain
 
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
+    ("validation", "val", "valid", "dev"), "validation"
+)
 CHECK_SECONDS = 60  # after so long, only the first CHECK_COUNT questions for training are read before the first step
 CHECK_COUNT = 1000
 FEW_PICTURES = 2  # with so few, all splits hold the same questions
@@ -59,8 +61,14 @@ class Folder(Data):
     """
 
     def __init__(
-        self, folder: str | Path, split: str, count: int, seed: int | None = 0, pictures: str | Path | None = None,
-        fetches: bool = False, converted: bool = False,
+        self,
+        folder: str | Path,
+        split: str,
+        count: int,
+        seed: int | None = 0,
+        pictures: str | Path | None = None,
+        fetches: bool = False,
+        converted: bool = False,
     ):
         self.folder, self.file = Path(folder), Path(folder) / "data.jsonl"
         self.pictures = Path(pictures or folder)
@@ -71,7 +79,9 @@ class Folder(Data):
         self.candidates = self.of_split(lines)
         self.box_only = self.candidates[0].box_only
         if any(line.box_only != self.box_only for line in self.candidates):
-            raise UserError(f"{self.file}: some lines have a mask and others a box; make two folders of them")
+            raise UserError(
+                f"{self.file}: some lines have a mask and others a box; make two folders of them"
+            )
         self.choose()
 
     # ------------------------------------------------------------------------------------------------ lines
@@ -170,7 +180,13 @@ class Folder(Data):
     def check_files(self) -> None:
         """Read pictures and masks. Raises UserError for the first broken one. See CHECK_SECONDS for large sets."""
         lines, begun, full, empty = self.distinct_lines(), time.monotonic(), 0, 0
-        bar = tqdm(lines, f"pictures, {self.split}", leave=False, dynamic_ncols=True, disable=len(lines) < 100)
+        bar = tqdm(
+            lines,
+            f"pictures, {self.split}",
+            leave=False,
+            dynamic_ncols=True,
+            disable=len(lines) < 100,
+        )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(self.mask_share, line) for line in lines]
             try:
@@ -266,7 +282,9 @@ class Folder(Data):
             tqdm.write(f"{error}. Another question replaces this one")
         self.replaced.add(number)
         if len(self.replaced) > self.allowed:
-            raise UserError(f"{error}. This is broken line number {len(self.replaced)}; mend the files")
+            raise UserError(
+                f"{error}. This is broken line number {len(self.replaced)}; mend the files"
+            )
         for k in range(len(self.spare)):
             try:
                 return self.read_sample(self.spare[(i + k) % len(self.spare)])
@@ -288,7 +306,9 @@ class Folder(Data):
             else:
                 mask = read_mask(row["mask"], self.folder, height, width)
             kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
-            return Sample(image, plain(row["question"]), mask, line.id, kind, ignore, "box" in row, picture)
+            return Sample(
+                image, plain(row["question"]), mask, line.id, kind, ignore, "box" in row, picture
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- one line
@@ -364,14 +384,18 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
             mask_head = read_head(inside(folder, mask))
             turned = head.turned != mask_head.turned
             if mask_head.format in ("JPEG", "WEBP"):
-                raise ValueError(f"{mask}: {mask_head.format} may blur a mask's border; save it as PNG")
+                raise ValueError(
+                    f"{mask}: {mask_head.format} may blur a mask's border; save it as PNG"
+                )
             if mask_head.size != head.size:
                 has = "{} x {}, the picture {} x {}".format(*mask_head.size, *head.size)
                 raise ValueError(f"the mask is {has}")
         check_truth(row, head.size, may_be_empty)
     except ValueError as error:
         if turned:
-            raise ValueError(f"{error}. EXIF turns one of picture and mask: save both upright") from None
+            raise ValueError(
+                f"{error}. EXIF turns one of picture and mask: save both upright"
+            ) from None
         raise
     sizes_tell = isinstance(mask, (str, dict)) and head.size != head.stored
     return turned and not sizes_tell

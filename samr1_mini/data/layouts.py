@@ -36,7 +36,10 @@ def from_refcoco(row: dict, folder: Path, ignore: str) -> dict:
         "image": picture_name(info["file_name"]),
         "size": [info["width"], info["height"]],
         "mask": annotation["segmentation"],
-        "texts": [one if isinstance(one, str) else one.get("raw") or one["sent"] for one in row["sentences"]],
+        "texts": [
+            one if isinstance(one, str) else one.get("raw") or one["sent"]
+            for one in row["sentences"]
+        ],
     }
 
 
@@ -48,7 +51,12 @@ def from_tables(row: dict, folder: Path, ignore: str) -> dict:
 
 def from_lmms(row: dict, folder: Path, ignore: str) -> dict:
     """Convert a row of lmms-lab/RefCOCOg. The set was made for captioning: its expressions are answers."""
-    line = {"id": row["question_id"], "image": picture_bytes(row), "mask": row["segmentation"], "texts": row["answer"]}
+    line = {
+        "id": row["question_id"],
+        "image": picture_bytes(row),
+        "mask": row["segmentation"],
+        "texts": row["answer"],
+    }
     name = re.search(r"COCO_train2014_\d+", row.get("file_name") or "")
     if name:
         line["picture"] = f"{name[0]}.jpg"
@@ -86,7 +94,12 @@ def from_boxes(row: dict, folder: Path, ignore: str) -> dict:
     """Convert a row with a box: four numbers, or Seg-Zero's <box>(x1,y1),(x2,y2)</box><points>...</points>."""
     box = row["solution"]
     if isinstance(box, str):
-        box = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", box.partition("<box>")[2].partition("</box>")[0])]
+        box = [
+            float(number)
+            for number in re.findall(
+                r"-?\d+(?:\.\d+)?", box.partition("<box>")[2].partition("</box>")[0]
+            )
+        ]
     if "list" in row:
         image = inside(row["list"].parent, row["image"]).relative_to(folder).as_posix()
     else:
@@ -101,7 +114,11 @@ def from_labelme(row: dict, folder: Path, ignore: str) -> dict:
     picture = picture_beside(row["file"])
     size = read_head(picture).size
     meant, undecided = draw_shapes(row["shapes"], size)
-    line = {"id": picture.stem, "image": picture.relative_to(folder).as_posix(), "texts": row["text"]}
+    line = {
+        "id": picture.stem,
+        "image": picture.relative_to(folder).as_posix(),
+        "texts": row["text"],
+    }
     if ignore == "excluded":
         line["ignore"] = to_rle(undecided)
     else:
@@ -157,13 +174,19 @@ def picture_bytes(row: dict) -> bytes:
     image = row["image"]
     if isinstance(image, dict) and image.get("bytes"):
         return image["bytes"]
-    raise ValueError(f"a picture in a table is its bytes; no path that comes with data is opened, as {image!r:.80}")
+    raise ValueError(
+        f"a picture in a table is its bytes; no path that comes with data is opened, as {image!r:.80}"
+    )
 
 
 def picture_beside(file: Path) -> Path:
     """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in capitals or not."""
     for ending in (".jpg", ".jpeg", ".png"):
-        for picture in (file.with_suffix(ending), file.with_suffix(ending.upper()), file.with_suffix(ending.title())):
+        for picture in (
+            file.with_suffix(ending),
+            file.with_suffix(ending.upper()),
+            file.with_suffix(ending.title()),
+        ):
             if picture.is_file():
                 return picture
     raise ValueError(f"no {file.stem}.jpg, .jpeg or .png beside it")
@@ -199,7 +222,9 @@ def draw_shape(shape: dict, size: tuple[int, int]) -> np.ndarray:
     """
     kind, points = shape.get("shape_type") or "polygon", shape["points"]
     if kind not in ("polygon", "rectangle", "circle", "mask"):
-        raise ValueError(f"a shape of type {kind!r}; only polygon, rectangle, circle and mask have an area")
+        raise ValueError(
+            f"a shape of type {kind!r}; only polygon, rectangle, circle and mask have an area"
+        )
     if not isinstance(points, list) or not all(map(is_point, points)):
         raise ValueError("the points of a shape are not a list of [x, y]")
     check_points(points, size)
@@ -227,10 +252,14 @@ def check_points(points: list[list[float]], size: tuple[int, int]) -> None:
     """Refuse points that are shares of the sides, or that leave the picture."""
     numbers = [number for point in points for number in point]
     if len(points) > 1 and max(numbers) < 2:
-        raise ValueError("all coordinates of a shape are at most 1; write pixels, not shares of the sides")
+        raise ValueError(
+            "all coordinates of a shape are at most 1; write pixels, not shares of the sides"
+        )
     for x, y in points:
         if not (-TOLERANCE <= x <= size[0] + TOLERANCE and -TOLERANCE <= y <= size[1] + TOLERANCE):
-            raise ValueError(f"the point {x:g}, {y:g} of a shape leaves the picture of {size[0]} x {size[1]}")
+            raise ValueError(
+                f"the point {x:g}, {y:g} of a shape leaves the picture of {size[0]} x {size[1]}"
+            )
 
 
 def draw_labelme_mask(shape: dict, size: tuple[int, int]) -> np.ndarray:

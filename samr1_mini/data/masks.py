@@ -238,11 +238,15 @@ def read_mask_file(file: Path) -> np.ndarray:
     """Read a mask bool [H, W] from a picture: all that is not black. 0/1, 0/255 and floats are fine."""
     with opened(file) as image:
         if image.format in ("JPEG", "WEBP"):
-            raise ValueError(f"{file.name}: {image.format} may blur a mask's border; save it as PNG")
+            raise ValueError(
+                f"{file.name}: {image.format} may blur a mask's border; save it as PNG"
+            )
         if image.has_transparency_data:
             alpha = image.convert("RGBA").getchannel("A")
             if alpha.getextrema() != (255, 255):
-                raise ValueError(f"{file.name}: a mask with transparent parts; save it in black and white")
+                raise ValueError(
+                    f"{file.name}: a mask with transparent parts; save it in black and white"
+                )
         image = ImageOps.exif_transpose(image)
         if image.mode not in ("1", "L") and image.mode[0] not in "IF":
             image = image.convert("RGB")  # a palette may have black anywhere

@@ -48,8 +48,12 @@ def opened(file):
     """Open a picture file with Pillow. Files of several pages or frames are refused."""
     try:
         with Image.open(file) as image:
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: photo and preview
-                raise ValueError(f"this {image.format} has {image.n_frames} pages; save one page alone")
+            if (
+                getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
+            ):  # MPO: photo and preview
+                raise ValueError(
+                    f"this {image.format} has {image.n_frames} pages; save one page alone"
+                )
             yield image
     except UnidentifiedImageError:
         raise ValueError("this is no picture that can be read") from None

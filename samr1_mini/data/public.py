@@ -36,8 +36,14 @@ HUB = {
     "refcocog": {split: ("jxu124/refcocog", split) for split in JXU124},
     "refcoco": {split: ("jxu124/refcoco", split) for split in JXU124},
     "refcocoplus": {split: ("jxu124/refcocoplus", split) for split in JXU124},
-    "lmms-lab/RefCOCOg": {"validation": ("lmms-lab/RefCOCOg", "val"), "test": ("lmms-lab/RefCOCOg", "test")},
-    "reasonseg": {"validation": ("Ricky06662/ReasonSeg_val", "test"), "test": ("Ricky06662/ReasonSeg_test", "test")},
+    "lmms-lab/RefCOCOg": {
+        "validation": ("lmms-lab/RefCOCOg", "val"),
+        "test": ("lmms-lab/RefCOCOg", "test"),
+    },
+    "reasonseg": {
+        "validation": ("Ricky06662/ReasonSeg_val", "test"),
+        "test": ("Ricky06662/ReasonSeg_test", "test"),
+    },
     "reasonseg-r": {"test": ("sj9909/ReasonSeg_refine", "test")},
     "reasonseg-x": {
         "train": ("sj9909/ReasonSegX_train", "train"),
@@ -80,11 +86,19 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     found = Folder(folder, split, count, seed, pictures, fetches, converted=True)
     if known["left_out"]:
         broken = known["left_out"]
-        found.warnings.append(f"--data {name}: {len(broken)} rows are broken and left out, the first {broken[0]}")
+        found.warnings.append(
+            f"--data {name}: {len(broken)} rows are broken and left out, the first {broken[0]}"
+        )
     if known["pictures"] == "coco" and coco_dir:
-        lacking = [line.image for line in found.distinct_lines() if not fetch.is_there(Path(coco_dir) / line.image)]
+        lacking = [
+            line.image
+            for line in found.distinct_lines()
+            if not fetch.is_there(Path(coco_dir) / line.image)
+        ]
         if lacking:
-            raise UserError(f"--coco-dir {coco_dir} lacks {len(lacking)} of the pictures wanted, as {lacking[0]}")
+            raise UserError(
+                f"--coco-dir {coco_dir} lacks {len(lacking)} of the pictures wanted, as {lacking[0]}"
+            )
     if not fetches:
         found.check_heads()
     return found
@@ -110,13 +124,17 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
             raise UserError(f"--data {name} has no row in its {source.split} split")
         broken = found["left_out"]
         if 100 * len(broken) > found["rows"]:
-            raise UserError(f"--data {name}: {len(broken)} of {found['rows']} rows are broken, the first {broken[0]}")
+            raise UserError(
+                f"--data {name}: {len(broken)} of {found['rows']} rows are broken, the first {broken[0]}"
+            )
         content = json.dumps(asdict(source) | found, indent=1)
         (part / "source.json").write_text(content, encoding="utf-8")
         publish(part, folder)
     except UserError:
         raise
-    except Exception as error:  # the libraries of the hub, of parquet and of pickles raise what they like
+    except (
+        Exception
+    ) as error:  # the libraries of the hub, of parquet and of pickles raise what they like
         raise UserError(f"--data {name}, {folder.parent}: {first_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -136,14 +154,28 @@ def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
             lines = convert_row(row, root, source.sentences, source.ignore)
             for line in lines:
                 place = finish_line(line, root, stored)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            left_out.append(f"{where}: {first_line(error)}")
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ) as error:
+            left_out.append(f"{where}: {reason_of(error)}")
             continue
         for name, data in stored.items():
             (part / name).write_bytes(data)
         for line in lines:
             out.write(json.dumps(line | {"split": source.split}) + "\n")
     return {"rows": count, "left_out": left_out, "pictures": place}
+
+
+def reason_of(error: Exception) -> str:
+    """Describe why a row is broken."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return first_line(error)
 
 
 def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
@@ -196,7 +228,9 @@ def parquet_rows(file) -> Iterator[tuple[str, dict]]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file} is no parquet file that can be read ({first_line(error)})") from None
+        raise UserError(
+            f"{file} is no parquet file that can be read ({first_line(error)})"
+        ) from None
     layout_of(table.schema_arrow.names)
     at_once = 4 if "mask" in table.schema_arrow.names else 256
     number = 0
@@ -258,7 +292,9 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
         yield str(file), content | {"file": file}
         return
     rows = content if isinstance(content, list) else []
-    if not rows or not all(isinstance(row, dict) and {"image", "problem", "solution"} <= set(row) for row in rows):
+    if not rows or not all(
+        isinstance(row, dict) and {"image", "problem", "solution"} <= set(row) for row in rows
+    ):
         raise UserError(
             f"{file} is neither a labelme file with text and shapes, nor a list of boxes: "
             '[{"image": "1.jpg", "problem": "the cup", "solution": [x1, y1, x2, y2]}, ...]. For data of your own, '
@@ -289,7 +325,9 @@ def find_files(name: str, split: str) -> list[Path]:
         files = of_split(folder, pattern, split)
         if files:
             return files
-    raise UserError(f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split")
+    raise UserError(
+        f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split"
+    )
 
 
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:

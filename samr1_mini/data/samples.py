@@ -17,7 +17,9 @@ class Sample:
     id: str
     kind: str = ""  # kind of question, where the data set names one
     ignore: np.ndarray | None = None  # bool [H, W]: pixels that the data set leaves undecided
-    box_only: bool = False  # the truth is a box: `mask` is a filled box, and only the box's IoU counts
+    box_only: bool = (
+        False  # the truth is a box: `mask` is a filled box, and only the box's IoU counts
+    )
     picture: str = ""  # questions about the same picture are not independent
 
 
@@ -26,7 +28,9 @@ class Data(Sequence):
 
     box_only = False  # boxes and no masks
     download_bytes = 0  # about how much `fetch` will download
-    missing: Sequence[str] = ()  # pictures that could not be fetched; the next samples replaced theirs
+    missing: Sequence[
+        str
+    ] = ()  # pictures that could not be fetched; the next samples replaced theirs
     warnings: Sequence[str] = ()  # lines for the user: nothing is wrong for sure
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
@@ -42,7 +46,14 @@ class Mirrored(Sequence):
     A policy that sees where things are should do as well there.
     """
 
-    SIDES = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+    SIDES = {
+        "left": "right",
+        "right": "left",
+        "Left": "Right",
+        "Right": "Left",
+        "LEFT": "RIGHT",
+        "RIGHT": "LEFT",
+    }
 
     def __init__(self, data: Data):
         self.data = data
