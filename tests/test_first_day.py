@@ -10,6 +10,8 @@ import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 from test_public import parquet, png
@@ -420,3 +422,46 @@ def test_pairs_and_lists_are_not_copied_into_the_cache(tmp_path):
     data = open_data(str(tmp_path), "test", 1)
     assert not list(data.folder.rglob("*.png")) and data[0].image.size == SIZE
     assert data.folder.parent == public.SETS
+
+
+# ---------------------------------------------------------------------------------------------------- any value
+
+NUMBERS = st.one_of(
+    st.integers(-(10**30), 10**30), st.floats(), st.sampled_from([0, 1, 5, 30, 0.5, 1e8, -1e300, True]))
+VALUES = st.recursive(
+    st.one_of(NUMBERS, st.none(), st.text(max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=9), st.lists(NUMBERS, min_size=4, max_size=10),
+        st.dictionaries(st.sampled_from(["size", "counts", "x"]), inner, max_size=3)),
+    max_leaves=12)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(part=st.sampled_from(["mask", "box", "ignore", "image", "question", "split", "id", "kind"]), value=VALUES)
+def test_any_value_in_a_line_is_read_or_refused_in_one_line(part, value, tmp_path):
+    write(tmp_path, **({"mask": POLYGON} | {part: value}))
+    try:
+        data = open_data(str(tmp_path), "test", 5)
+        data.check_files()
+        assert all(sample.mask.any() for sample in data)
+    except UserError as error:
+        assert "data.jsonl" in str(error) and "\n" not in str(error)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(part=st.sampled_from(["label", "points", "shape_type", "mask", "shapes", "text"]), value=VALUES)
+def test_any_value_in_a_labelme_file_is_read_or_refused_in_one_line(part, value, tmp_path):
+    shape, more = {"points": PAIRS, "label": "x"}, {}
+    if part in ("shapes", "text"):
+        more[part] = value
+    else:
+        shape[part] = value
+    (tmp_path / "test").mkdir(exist_ok=True)
+    photo().save(tmp_path / "test/a.jpg")
+    (tmp_path / "test/a.json").write_text(json.dumps({"text": ["what?"], "shapes": [shape]} | more))
+    try:
+        data = open_data(str(tmp_path), "test", 5)
+        data.check_files()
+        assert all(sample.mask.any() for sample in data)
+    except UserError as error:
+        assert "a.json" in str(error) or "data.jsonl" in str(error)
