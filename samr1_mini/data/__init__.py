@@ -1,4 +1,6 @@
-"""Data: sequences of `Sample`s by name, from drawn scenes, a folder of your own, or a public data set."""
+"""Data: sequences of `Sample`s by name, from drawn scenes, a folder of your own, or a public data
+set.
+"""
 
 from pathlib import Path
 
@@ -28,13 +30,16 @@ def open_data(
     coco_dir: str = "",
     ignore: str = "foreground",
 ) -> Data:
-    """Open up to `count` samples of a split (train, validation, test) of "shapes", a public data set, or a folder.
+    """Open up to `count` samples of a split (train, validation, test) of "shapes", a public data
+    set, or a folder.
 
-    A training split gives as many as are asked for, one pass after the other; with `seed` None each sample once.
-    For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder with COCO's train2014 pictures;
-    `ignore`, undecided pixels count as "foreground", or are "excluded".
+    A training split gives as many as are asked for, one pass after the other; with `seed` None each
+    sample once. For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder
+    with COCO's train2014 pictures; `ignore`, undecided pixels count as "foreground", or are
+    "excluded".
 
-    Lines and the heads of files are checked here. A mistake is a UserError. Pictures are downloaded by `fetch`.
+    Lines and the heads of files are checked here. A mistake is a UserError. Pictures are downloaded
+    by `fetch`.
     """
     if name == "shapes":
         from ..tiny.shapes import (

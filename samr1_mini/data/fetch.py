@@ -1,4 +1,6 @@
-"""COCO's pictures from its web server: whole or not at all, tried again, and never waited for without end."""
+"""COCO's pictures from its web server: whole or not at all, tried again, and never waited for
+without end.
+"""
 
 import io
 import os
@@ -30,7 +32,10 @@ LARGEST = 64 * 2**20  # bytes of a picture
 
 
 def picture_name(path: str) -> str:
-    """Return the file's own name in a path that comes with data. Raises ValueError if it is not a picture's."""
+    """Return the file's own name in a path that comes with data.
+
+    Raises ValueError if it is not a picture's.
+    """
     name = Path(str(path)).name
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.(jpe?g|png)", name, re.IGNORECASE):
         raise ValueError(f"{name!r} is no picture's file name")
@@ -40,7 +45,8 @@ def picture_name(path: str) -> str:
 def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, allowed: int) -> dict[str, str]:
     """Fetch the pictures of `sizes`, {name: (width, height)}, that `folder` lacks.
 
-    Returns {name: reason} for those that could not be fetched. More than `allowed`, or a full disk, is a UserError.
+    Returns {name: reason} for those that could not be fetched. More than `allowed`, or a full disk,
+    is a UserError.
     """
     pool, failed = ThreadPoolExecutor(WORKERS), {}
     lacking = [name for name in sizes if not is_there(folder / name)]
@@ -81,7 +87,9 @@ def is_there(file: Path) -> bool:
 
 
 def fetch_picture(url: str, file: Path, size: tuple[int, int]) -> str:
-    """Fetch one picture, "" if that went well, else the reason; it gets its name once it is known to be whole."""
+    """Fetch one picture, "" if that went well, else the reason; it gets its name once it is known
+    to be whole.
+    """
     end, reason = time.monotonic() + LIMIT, ""
     for pause in (0.0, *PAUSES):
         time.sleep(pause)
@@ -138,7 +146,9 @@ def within(seconds: float, work, *arguments):
 
 
 def keep(data: bytes, file: Path) -> None:
-    """Write beside and move into place, so that nothing half-written has the name; another process may do the same."""
+    """Write beside and move into place, so that nothing half-written has the name; another process
+    may do the same.
+    """
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

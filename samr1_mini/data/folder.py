@@ -1,4 +1,6 @@
-"""A folder with data.jsonl: a user's own, or one that public.py made of a public set. All data are read here.
+"""A folder with data.jsonl: a user's own, or one that public.py made of a public set.
+
+All data are read here.
 
 A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" and "ignore".
 
@@ -56,8 +58,9 @@ class Line:
 class Folder(Data):
     """`count` questions of a split of the folder's data.jsonl.
 
-    `pictures` is where the pictures are, if not beside data.jsonl. With `fetches` they are COCO's, and those that are
-    not there are fetched. Lines of a `converted` set were checked when the set was converted.
+    `pictures` is where the pictures are, if not beside data.jsonl. With `fetches` they are COCO's,
+    and those that are not there are fetched. Lines of a `converted` set were checked when the set
+    was converted.
     """
 
     def __init__(
@@ -115,7 +118,10 @@ class Folder(Data):
             return Line(number, text, str(name), image, split_of(row), size, "box" in row)
 
     def of_split(self, lines: list[Line]) -> list[Line]:
-        """Return the lines of this split. A folder with one or two pictures has the same lines in all splits."""
+        """Return the lines of this split.
+
+        A folder with one or two pictures has the same lines in all splits.
+        """
         splits = split_pictures(lines)
         found = [line for line in lines if (line.split or splits[line.image]) == self.split]
         if not found and len(splits) <= FEW_PICTURES:
@@ -129,7 +135,10 @@ class Folder(Data):
         return found
 
     def choose(self) -> None:
-        """Choose `count` lines, and spare ones. A line whose picture is missing is replaced by the next."""
+        """Choose `count` lines, and spare ones.
+
+        A line whose picture is missing is replaced by the next.
+        """
         gone = set(self.missing)
         order = in_order(self.candidates, self.split, self.count, self.seed)
         there = (line for line in order if line.image not in gone)
@@ -154,7 +163,9 @@ class Folder(Data):
     # ------------------------------------------------------------------------------------------------ files
 
     def check_heads(self) -> None:
-        """Check the heads of the files of all chosen lines, and their masks against the size of the picture."""
+        """Check the heads of the files of all chosen lines, and their masks against the size of the
+        picture.
+        """
         turned, reach = 0, []
         for line in self.distinct_lines():
             with self.named(line.number):
@@ -178,7 +189,10 @@ class Folder(Data):
         return list({line.number: line for line in self.lines}.values())
 
     def check_files(self) -> None:
-        """Read pictures and masks. Raises UserError for the first broken one. See CHECK_SECONDS for large sets."""
+        """Read pictures and masks.
+
+        Raises UserError for the first broken one. See CHECK_SECONDS for large sets.
+        """
         lines, begun, full, empty = self.distinct_lines(), time.monotonic(), 0, 0
         bar = tqdm(
             lines,
@@ -276,7 +290,10 @@ class Folder(Data):
             return self.read_spare(i, error)
 
     def read_spare(self, i: int, error: UserError) -> Sample:
-        """Read a spare sample in the place of number `i`. The choice depends on `i` alone, as --resume needs."""
+        """Read a spare sample in the place of number `i`.
+
+        The choice depends on `i` alone, as --resume needs.
+        """
         number = self.lines[i].number
         if number not in self.replaced:
             tqdm.write(f"{error}. Another question replaces this one")
@@ -351,8 +368,8 @@ def split_of(row: dict) -> str | None:
 def split_pictures(lines: list[Line]) -> dict[str, str]:
     """Return the split of each picture: that of one of its lines, else by the hash of its path.
 
-    A tenth of the others is for validation and a tenth for test, and one picture at least of each. A folder with one
-    or two pictures has them all in train.
+    A tenth of the others is for validation and a tenth for test, and one picture at least of each.
+    A folder with one or two pictures has them all in train.
     """
     splits = {line.image: line.split for line in lines}
     splits |= {line.image: line.split for line in lines if line.split}
@@ -402,7 +419,10 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
 
 
 def reach_of(row: dict, head: Head) -> list[float]:
-    """Return how far a line's polygons or box reach, as the larger share of the picture's sides. Other masks: none."""
+    """Return how far a line's polygons or box reach, as the larger share of the picture's sides.
+
+    Other masks: none.
+    """
     value = row.get("box", row.get("mask"))
     if not isinstance(value, list) or is_rows(value, head.size):
         return []

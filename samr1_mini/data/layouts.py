@@ -1,4 +1,5 @@
-"""Layouts of public data sets: each is one function from a published row to a line of data.jsonl (folder.py).
+"""Layouts of public data sets: each is one function from a published row to a line of data.jsonl
+(folder.py).
 
     from_refcoco    jxu124's tables, and REFER's refs(...).p with instances.json; the pictures are COCO's
     from_lmms       lmms-lab/RefCOCOg: polygons
@@ -6,8 +7,9 @@
     from_boxes      boxes without masks: refCOCOg_*_840, and JSON lists as LISA-Grounding has them
     from_labelme    ReasonSeg's pairs of picture and labelme JSON, as its authors publish it
 
-A line has "texts" in the place of "question": all that asks for its object. Its "image" is a name, or the bytes of a
-picture. A fault of a row is a ValueError, LookupError or TypeError. No path or address in a row is opened.
+A line has "texts" in the place of "question": all that asks for its object. Its "image" is a name,
+or the bytes of a picture. A fault of a row is a ValueError, LookupError or TypeError. No path or
+address in a row is opened.
 """
 
 import base64
@@ -50,7 +52,10 @@ def from_tables(row: dict, folder: Path, ignore: str) -> dict:
 
 
 def from_lmms(row: dict, folder: Path, ignore: str) -> dict:
-    """Convert a row of lmms-lab/RefCOCOg. The set was made for captioning: its expressions are answers."""
+    """Convert a row of lmms-lab/RefCOCOg.
+
+    The set was made for captioning: its expressions are answers.
+    """
     line = {
         "id": row["question_id"],
         "image": picture_bytes(row),
@@ -64,7 +69,10 @@ def from_lmms(row: dict, folder: Path, ignore: str) -> dict:
 
 
 def from_masks(row: dict, folder: Path, ignore: str) -> dict:
-    """Convert a row with a mask [H, W] of true and false. These copies count undecided pixels as foreground."""
+    """Convert a row with a mask [H, W] of true and false.
+
+    These copies count undecided pixels as foreground.
+    """
     refuse_excluded(ignore)
     if not isinstance(row["mask"], np.ndarray):
         raise ValueError(
@@ -91,7 +99,9 @@ def refuse_excluded(ignore: str) -> None:
 
 
 def from_boxes(row: dict, folder: Path, ignore: str) -> dict:
-    """Convert a row with a box: four numbers, or Seg-Zero's <box>(x1,y1),(x2,y2)</box><points>...</points>."""
+    """Convert a row with a box: four numbers, or Seg-Zero's
+    <box>(x1,y1),(x2,y2)</box><points>...</points>.
+    """
     box = row["solution"]
     if isinstance(box, str):
         box = [
@@ -140,7 +150,10 @@ LAYOUTS = {
 
 
 def layout_of(columns) -> str:
-    """Return the column by which the layout of these columns is known. Raises ValueError where none is."""
+    """Return the column by which the layout of these columns is known.
+
+    Raises ValueError where none is.
+    """
     for column in LAYOUTS:
         if column in columns:
             return column
@@ -180,7 +193,9 @@ def picture_bytes(row: dict) -> bytes:
 
 
 def picture_beside(file: Path) -> Path:
-    """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in capitals or not."""
+    """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in capitals or
+    not.
+    """
     for ending in (".jpg", ".jpeg", ".png"):
         for picture in (
             file.with_suffix(ending),
@@ -196,10 +211,11 @@ def picture_beside(file: Path) -> Path:
 
 
 def draw_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw labelme shapes: meant and undecided pixels, two bool [H, W], as ReasonSeg's authors draw them.
+    """Draw labelme shapes: meant and undecided pixels, two bool [H, W], as ReasonSeg's authors draw
+    them.
 
-    From the largest shape to the smallest, each over those before. A label with "ignore" in it is undecided; all
-    others but "flag" are meant. `size` is the picture's width and height.
+    From the largest shape to the smallest, each over those before. A label with "ignore" in it is
+    undecided; all others but "flag" are meant. `size` is the picture's width and height.
     """
     parts = []
     for shape in shapes:
@@ -216,7 +232,9 @@ def draw_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, 
 
 
 def draw_shape(shape: dict, size: tuple[int, int]) -> np.ndarray:
-    """Draw one labelme shape as bool [H, W]: polygon, rectangle, circle or mask. Raises ValueError for others.
+    """Draw one labelme shape as bool [H, W]: polygon, rectangle, circle or mask.
+
+    Raises ValueError for others.
 
     A polygon without three points draws nothing.
     """

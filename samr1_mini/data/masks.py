@@ -1,6 +1,7 @@
 """True masks as data files write them: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
-`check_truth` finds every fault that a line and the size of its picture tell. `read_mask` gives pixels.
+`check_truth` finds every fault that a line and the size of its picture tell. `read_mask` gives
+pixels.
 """
 
 import math
@@ -22,7 +23,8 @@ FORMS = "the path of a PNG file, a COCO RLE, polygons, or rows of 0 and 1"
 def check_truth(row: dict, size: tuple[int, int] | None = None, may_be_empty: bool = False) -> None:
     """Check the mask or box of a line, and its undecided pixels. Raises ValueError.
 
-    `size` is the picture's width and height. Without a size the range of coordinates is not checked.
+    `size` is the picture's width and height. Without a size the range of coordinates is not
+    checked.
     """
     if "box" in row:
         check_box(row["box"], size)
@@ -47,7 +49,10 @@ def check_box(box, size: tuple[int, int] | None = None) -> None:
 
 
 def check_mask(value, size: tuple[int, int] | None = None, may_be_empty: bool = False) -> None:
-    """Refuse a mask that cannot be drawn, or that holds no pixel. The pixels of a PNG are not read here."""
+    """Refuse a mask that cannot be drawn, or that holds no pixel.
+
+    The pixels of a PNG are not read here.
+    """
     if isinstance(value, str):
         return
     if isinstance(value, dict):
@@ -91,7 +96,8 @@ def check_polygons(value, size: tuple[int, int] | None) -> int:
 
 
 def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
-    """Refuse coordinates x, y, x, y, ... that are shares of the sides, or that leave the picture."""
+    """Refuse coordinates x, y, x, y, ... that are shares of the sides, or that leave the picture.
+    """
     if max(numbers) < 2:  # shares, or shares that rounding has lifted above 1
         raise ValueError("all coordinates are at most 1; write pixels, not shares of the sides")
     if not size:
@@ -118,9 +124,12 @@ def is_whole(value) -> bool:
 
 
 def as_polygons(value) -> list[list[float]]:
-    """Return polygons as COCO writes them: lists x1, y1, x2, y2, ... A single polygon may stand alone.
+    """Return polygons as COCO writes them: lists x1, y1, x2, y2, ...
 
-    Points may be pairs: [[x, y], [x, y], ...]. Parts without three points are dropped if others are left.
+    A single polygon may stand alone.
+
+    Points may be pairs: [[x, y], [x, y], ...]. Parts without three points are dropped if others are
+    left.
     """
     if not isinstance(value, list):
         raise ValueError(f"the mask is none of these: {FORMS}")
@@ -150,7 +159,8 @@ def flat_polygon(polygon) -> list[float]:
 
 
 def is_rows(value, size: tuple[int, int] | None) -> bool:
-    """Tell whether a mask is a list of rows: as large as the picture, or else of 0 and 1 (false and true).
+    """Tell whether a mask is a list of rows: as large as the picture, or else of 0 and 1 (false and
+    true).
 
     Without a size, rows of 0 and one other number count too.
     """
@@ -180,7 +190,8 @@ def rle_runs(rle: dict) -> list[int]:
 def run_lengths(counts: bytes) -> list[int]:
     """Read COCO's compressed runs. A number that is cut off becomes -1.
 
-    Five bits a sign, the lowest first. From the fourth run on, a number is the difference to the run before the last.
+    Five bits a sign, the lowest first. From the fourth run on, a number is the difference to the
+    run before the last.
     """
     runs, value, bits = [], 0, 0
     for sign in counts:
@@ -235,7 +246,10 @@ def draw_mask(value, height: int, width: int) -> np.ndarray:
 
 
 def read_mask_file(file: Path) -> np.ndarray:
-    """Read a mask bool [H, W] from a picture: all that is not black. 0/1, 0/255 and floats are fine."""
+    """Read a mask bool [H, W] from a picture: all that is not black.
+
+    0/1, 0/255 and floats are fine.
+    """
     with opened(file) as image:
         if image.format in ("JPEG", "WEBP"):
             raise ValueError(

@@ -1,4 +1,7 @@
-"""Picture files: open them, read their heads, find them in a folder. Every fault is an OSError or a ValueError."""
+"""Picture files: open them, read their heads, find them in a folder.
+
+Every fault is an OSError or a ValueError.
+"""
 
 import os
 import re
@@ -28,7 +31,9 @@ def plain_path(name: str) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the file `name` in `folder`. The file may be a link. Raises ValueError where there is none.
+    """Return the file `name` in `folder`.
+
+    The file may be a link. Raises ValueError where there is none.
 
     Systems write "é" as one sign or as two (NFC or NFD). Both are tried.
     """
@@ -70,7 +75,10 @@ def opened(file):
 
 
 def open_picture(file) -> Image.Image:
-    """Read a picture as people see it: turned as its EXIF says, in RGB. `file` is a path or an open file."""
+    """Read a picture as people see it: turned as its EXIF says, in RGB.
+
+    `file` is a path or an open file.
+    """
     with opened(file) as image:
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too narrow a picture")
@@ -85,7 +93,10 @@ def open_picture(file) -> Image.Image:
 
 
 def from_deep_grey(grey: np.ndarray) -> Image.Image:
-    """Convert greys of 12, 16 or 32 bits [H, W] to RGB. Pillow's own conversion makes all above 255 white."""
+    """Convert greys of 12, 16 or 32 bits [H, W] to RGB.
+
+    Pillow's own conversion makes all above 255 white.
+    """
     grey = np.nan_to_num(grey).clip(0)
     white = grey.max()
     for depth in (65535, 4095, 255, 1):

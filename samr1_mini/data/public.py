@@ -1,7 +1,8 @@
 """Public data sets, by name from the hub (HUB) or from a folder with their files.
 
-A set is converted once into a folder in the cache, which folder.py reads: data.jsonl, source.json, and the pictures
-that tables hold. layouts.py has the layouts. Nothing that comes with data is run: pickles may hold plain values only.
+A set is converted once into a folder in the cache, which folder.py reads: data.jsonl, source.json,
+and the pictures that tables hold. layouts.py has the layouts. Nothing that comes with data is run:
+pickles may hold plain values only.
 """
 
 import hashlib
@@ -69,7 +70,9 @@ class Source:
 
 
 def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> Folder:
-    """Open a public set by its name or from a folder with its files, and convert it if that was not done yet."""
+    """Open a public set by its name or from a folder with its files, and convert it if that was not
+    done yet.
+    """
     name, split = source.name, source.split
     if coco_dir and not Path(coco_dir).is_dir():
         raise UserError(f"--coco-dir {coco_dir}: no such folder")
@@ -110,8 +113,8 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
 def convert(source: Source, files: list[Path], folder: Path) -> None:
     """Write a set's folder: data.jsonl, pictures and source.json, whole or not at all.
 
-    `files` are the set's own; without them the hub is asked. Broken rows are left out and listed, if they are no more
-    than one in a hundred. Raises UserError.
+    `files` are the set's own; without them the hub is asked. Broken rows are left out and listed,
+    if they are no more than one in a hundred. Raises UserError.
     """
     name, part = source.name, folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
@@ -141,10 +144,12 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
 
 
 def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
-    """Convert rows to lines of data.jsonl in the file `out`, and store their pictures in the folder `part`.
+    """Convert rows to lines of data.jsonl in the file `out`, and store their pictures in the folder
+    `part`.
 
-    Returns for source.json: the number of rows, the broken ones, and where the pictures are. "" is the converted
-    folder itself, "coco" is COCO's train2014, else it is the folder with the set's files.
+    Returns for source.json: the number of rows, the broken ones, and where the pictures are. "" is
+    the converted folder itself, "coco" is COCO's train2014, else it is the folder with the set's
+    files.
     """
     count, left_out, place, root = 0, [], "", Path(source.name)
     for where, row in rows:
@@ -179,9 +184,12 @@ def reason_of(error: Exception) -> str:
 
 
 def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
-    """Check a line, and give it a picture's path and size. Returns where the picture is, as write_lines does.
+    """Check a line, and give it a picture's path and size.
 
-    A picture's bytes are put into `stored` under a name that is their hash: a picture that comes twice is stored once.
+    Returns where the picture is, as write_lines does.
+
+    A picture's bytes are put into `stored` under a name that is their hash: a picture that comes
+    twice is stored once.
     """
     image = line["image"]
     if "size" in line:
@@ -213,7 +221,9 @@ def publish(part: Path, folder: Path) -> None:
 
 
 def read_rows(files: list, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the rows of a split with the place of each, from files in whatever form they are published."""
+    """Yield the rows of a split with the place of each, from files in whatever form they are
+    published.
+    """
     for file in files:
         if str(file).endswith(".parquet") or not isinstance(file, Path):
             yield from parquet_rows(file)
@@ -224,7 +234,10 @@ def read_rows(files: list, split: str) -> Iterator[tuple[str, dict]]:
 
 
 def parquet_rows(file) -> Iterator[tuple[str, dict]]:
-    """Yield the rows of a table. A column "mask" comes as bool [H, W]: as Python's lists it would take megabytes."""
+    """Yield the rows of a table.
+
+    A column "mask" comes as bool [H, W]: as Python's lists it would take megabytes.
+    """
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
@@ -256,14 +269,19 @@ def cell_value(name: str, cell):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads plain values. A pickle that asks for a class or a function is refused before anything runs."""
+    """Reads plain values.
+
+    A pickle that asks for a class or a function is refused before anything runs.
+    """
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; only plain values are read")
 
 
 def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the rows of REFER's refs(umd).p or refs(google).p, with the annotations of instances.json."""
+    """Yield the rows of REFER's refs(umd).p or refs(google).p, with the annotations of
+    instances.json.
+    """
     try:
         with file.open("rb") as opened_file:
             refs = PlainUnpickler(opened_file, encoding="latin1").load()
@@ -283,7 +301,10 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """Yield the row of a labelme file, or the rows of a list of boxes. Pictures are beside the file."""
+    """Yield the row of a labelme file, or the rows of a list of boxes.
+
+    Pictures are beside the file.
+    """
     try:
         content = json.loads(letters(file))
     except ValueError as error:
@@ -316,7 +337,10 @@ def letters(file: Path) -> str:
 
 
 def find_files(name: str, split: str) -> list[Path]:
-    """Return the files of a split of a set in the folder `name`. Raises UserError where there are none."""
+    """Return the files of a split of a set in the folder `name`.
+
+    Raises UserError where there are none.
+    """
     folder = Path(name)
     refs = sorted(folder.glob("refs(*).p"))
     if refs:
@@ -333,7 +357,8 @@ def find_files(name: str, split: str) -> list[Path]:
 def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
     """Return the files of a split. The first part of a path that names a split decides.
 
-    Files that name no split are for testing alone. (A set for validation alone may call its only file test.parquet.)
+    Files that name no split are for testing alone. (A set for validation alone may call its only
+    file test.parquet.)
     """
     named, nameless = [], []
     for file in sorted(folder.rglob(pattern)):
@@ -380,9 +405,13 @@ def hub_files(source: Source) -> list[str]:
             with fsspec.open(urls[0]) as first:  # only the last bytes of the file are fetched
                 columns = pyarrow.parquet.read_schema(first).names
     except Exception as error:  # the hub's libraries raise what their own libraries raise
-        raise UserError(f"the hub does not give {hub_id} ({first_line(error)})") from None
+        raise UserError(
+            f"--data {source.name}: the hub does not give {hub_id} ({first_line(error)})"
+        ) from None
     if not urls:
-        raise UserError(f"{hub_id} on the hub has no {split} split, only {', '.join(splits)}")
+        raise UserError(
+            f"--data {source.name}: {hub_id} on the hub has no {split} split, only {', '.join(splits)}"
+        )
     if layout_of(columns) == "mask":
         refuse_excluded(source.ignore)
     check_space(hub_id, size)
@@ -390,7 +419,8 @@ def hub_files(source: Source) -> list[str]:
 
 
 def check_space(hub_id: str, size: int) -> None:
-    """Refuse a download that the disk of the cache cannot hold twice: as it comes, and converted."""
+    """Refuse a download that the disk of the cache cannot hold twice: as it comes, and converted.
+    """
     SETS.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(SETS).free
     print(f"to download: {hub_id} {size / 1e9:.2f} GB", flush=True)

@@ -24,7 +24,10 @@ class Sample:
 
 
 class Data(Sequence):
-    """Samples, and what is known about them before any picture is read. `ids` holds each sample's id."""
+    """Samples, and what is known about them before any picture is read.
+
+    `ids` holds each sample's id.
+    """
 
     box_only = False  # boxes and no masks
     download_bytes = 0  # about how much `fetch` will download
@@ -34,14 +37,19 @@ class Data(Sequence):
     warnings: Sequence[str] = ()  # lines for the user: nothing is wrong for sure
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
-        """Download what is not here yet. Leave out the pictures `missing`, so that all processes hold the same."""
+        """Download what is not here yet.
+
+        Leave out the pictures `missing`, so that all processes hold the same.
+        """
 
     def check_files(self) -> None:
-        """Read pictures and masks before the first step. Raises UserError for the first broken one."""
+        """Read pictures and masks before the first step. Raises UserError for the first broken one.
+        """
 
 
 class Mirrored(Sequence):
-    """A data set in a mirror: pictures and true masks flipped, and the words left and right exchanged.
+    """A data set in a mirror: pictures and true masks flipped, and the words left and right
+    exchanged.
 
     A policy that sees where things are should do as well there.
     """
@@ -85,10 +93,13 @@ def flipped(mask: np.ndarray) -> np.ndarray:
 
 
 def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
-    """Yield the items of a split in the order of their use. `count` are wanted, the others are spare.
+    """Yield the items of a split in the order of their use.
 
-    train: one pass after the other without end, each in a new order. validation and test, and train without a seed:
-    each item once, as they stand if all are wanted, else in one order for every seed.
+    `count` are wanted, the others are spare.
+
+    train: one pass after the other without end, each in a new order. validation and test, and train
+    without a seed: each item once, as they stand if all are wanted, else in one order for every
+    seed.
     """
     if split == "train" and seed is not None:
         rng = random.Random(seed)
@@ -100,7 +111,10 @@ def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
 
 
 def plain(question) -> str:
-    """Return a question as a model can read it. Raises ValueError for a special token: <|image_pad|> is a picture."""
+    """Return a question as a model can read it.
+
+    Raises ValueError for a special token: <|image_pad|> is a picture.
+    """
     text = str(question).strip()
     token = re.search(r"<\|\w+\|>", text)
     if token:
