@@ -250,9 +250,9 @@ def test_more_samples_than_lines_go_round_again_in_a_new_order(tmp_path):
         ({"image": "../secret.png"}, "leads out of the folder"),
         ({"image": "/etc/hostname"}, "leads out of the folder"),
         ({"mask": "pictures/1.txt"}, "1.txt"),
-        ({"mask": 7}, "neither a PNG"),
-        ({"mask": [[1, 2, 3]]}, "at least three x, y pairs"),
-        ({"mask": {"size": [8, 8], "counts": [64]}}, "the mask is 8 x 8, the picture 112 x 112"),
+        ({"mask": 7}, "PNG"),
+        ({"mask": [[1, 2, 3]]}, "polygon"),
+        ({"mask": {"size": [8, 8], "counts": [0, 64]}}, "the mask is 8 x 8, the picture 112 x 112"),
         ({"mask": "pictures/small.png"}, "the mask is 8 x 8, the picture 112 x 112"),
         ({"question": ""}, "question missing"),
         ({"image": "pictures/cut.png"}, ""),
@@ -335,7 +335,7 @@ def huge_png(width, height):
 
 def test_a_picture_too_large_to_read_is_said_with_its_size_as_a_picture_and_as_a_mask(tmp_path):
     (tmp_path / "huge.png").write_bytes(huge_png(20000, 18000))
-    with pytest.raises(ValueError, match="360 megapixels are too many: make it smaller"):
+    with pytest.raises(ValueError, match="360 megapixels"):
         open_picture(tmp_path / "huge.png")
     write_folder(tmp_path, 5)
     lines = [json.loads(line) | {"split": "test"} for line in (tmp_path / "data.jsonl").read_text().splitlines()]

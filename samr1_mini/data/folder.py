@@ -110,6 +110,9 @@ class Folder(Data):
             if not self.converted:
                 check_texts(row)
                 check_truth(row)
+                for name in (row["image"], row.get("mask"), row.get("ignore")):
+                    if isinstance(name, str):
+                        inside(self.folder, name)
             name = row.get("id")
             if name is None:
                 name = f"line-{number}"
