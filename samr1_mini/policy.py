@@ -7,6 +7,7 @@ reads the prompt once, and every answer sees the prompt and itself (attention.py
 Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,7 @@ class Prompt:
     positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
     picture: torch.Tensor  # bool [P]: which tokens are the picture's
     deep: tuple[torch.Tensor, ...] = ()  # Qwen3-VL's deepstack: [picture tokens, D] to add after the first layers
+    opened: str = ""  # start of the answer that the chat template writes itself, such as "<think>\n"
 
     @property
     def next_position(self) -> int:
@@ -98,7 +100,7 @@ class Completion:
     ids: torch.Tensor  # [L]
     logps: torch.Tensor  # [L] fp32
     truncated: bool
-    text: str
+    text: str  # the answer as it is parsed, logged and shown; begins with Prompt.opened, which `ids` lacks
 
 
 # ---------------------------------------------------------------------------------------------------- load
@@ -194,6 +196,22 @@ def prompt_text(processor, question: str, width: int, height: int, coordinates: 
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
+def opened_answer(text: str, told: str) -> str:
+    """Return the start of the answer in a chat `text`: "<think>\\n" from the template of many a reasoning model,
+    "<think>\\n\\n</think>\\n\\n" where it switches thinking off, and else "". `told` is the user's turn, which may hold
+    these words too."""
+    after = text.rpartition(told)[2]
+    found = re.search(r"<think>[^<]*(?:</think>\s*)?\Z", after)
+    return found[0] if found else ""
+
+
+def answer_text(opened: str, generated: str) -> str:
+    """Return the whole answer. A model may write <think> although the template did: one thought is read."""
+    if generated.lstrip().startswith("<think>"):
+        return generated
+    return opened + generated
+
+
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
     """Encode B questions: the vision tower sees each picture once, here, and never again.
 
@@ -203,8 +221,9 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
     step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: 4,096 patches of 14 pixels
     for i in range(0, len(images), step):
         batch = images[i : i + step]
-        pairs = zip(questions[i : i + step], batch)
-        texts = [prompt_text(policy.processor, q, x.width, x.height, policy.coordinates) for q, x in pairs]
+        told = [(q, x.width, x.height, policy.coordinates) for q, x in zip(questions[i : i + step], batch)]
+        texts = [prompt_text(policy.processor, *one) for one in told]
+        opened = [opened_answer(text, instruction(*one)) for text, one in zip(texts, told)]
         inputs = policy.processor(text=texts, images=batch, padding=True, return_tensors="pt").to(policy.device)
         positions, _ = base.model.get_rope_index(
             inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw,
@@ -218,7 +237,7 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
         for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
             deep = tuple(layer[b] for layer in getattr(seen, "deepstack_features", ()))
             ids = inputs.input_ids[b, real]
-            prompts.append(Prompt(ids, embeds[b, real], positions[:, b, real], picture[b, real], deep))
+            prompts.append(Prompt(ids, embeds[b, real], positions[:, b, real], picture[b, real], deep, opened[b]))
     return prompts
 
 
@@ -284,6 +303,7 @@ def sample(
     for i, (n, cut) in enumerate(zip(lengths.flatten().tolist(), truncated.flatten().tolist())):
         answer, logp = ids.flatten(0, 1)[i, :n], logps.flatten(0, 1)[i, :n]
         text = tokenizer.decode(answer if cut else answer[:-1])  # other special tokens stay, and break the format
+        text = answer_text(prompts[i // group].opened, text)
         answers.append(Completion(answer, logp, cut, text + CUT * cut))
     return [answers[i : i + group] for i in range(0, len(answers), group)]
 
