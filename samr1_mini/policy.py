@@ -7,7 +7,7 @@ reads the prompt once, and every answer sees the prompt and itself (attention.py
 Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
 """
 
-import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size, first_line
 from .replay import DEVICES, Fixed, Reader
+from .running.files import check_adapter_files, check_policy_files, check_policy_is_whole
 from .running.memory import compute_dtype
-from .tokens import CUT, banned_ids, draw, stop_ids, token_logits
+from .tokens import answer_text, banned_ids, draw, opened_answer, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder: from_pretrained reads it
 
@@ -108,14 +109,21 @@ class Completion:
 
 def check_policy(name: str, image_size: int | None = None):
     """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind
-    of model, and where pictures of `image_size` pixels a side do not divide into its cells. It loads no weights."""
+    of model, where a file of the folder is damaged or missing, and where pictures of `image_size` pixels a side do not
+    divide into its cells. It loads no weights."""
+    folder = TINY if name == "tiny" else Path(name)
+    why = "no model folder of that name, nor does the hub give one"
+    if folder.is_dir():
+        why = "its config.json cannot be used"
+        check_policy_files(folder)
     try:
-        config = AutoConfig.from_pretrained(str(TINY) if name == "tiny" else name)
-    except (OSError, ValueError) as error:
-        why = f"no model folder of that name, nor does the hub give one ({first_line(error)})"
-        raise UserError(f"--policy {name}: {why}") from None
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:  # for wrong values the library raises TypeError, AttributeError and errors of its own
+        raise UserError(f"--policy {name}: {why} ({first_line(error)})") from None
     if config.model_type not in COORDINATES:
         raise UserError(f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}")
+    if folder.is_dir():
+        check_policy_is_whole(folder)
     if image_size is not None:
         check_size(config, image_size)
     return config
@@ -140,12 +148,24 @@ def load_policy(
     "tiny" is the folder in the package. Raises UserError as check_policy does.
     """
     check_policy(str(name))
-    name, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
-    base = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map=device,
-        attn_implementation=IMPLEMENTATION,
-    )
-    return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing, coordinates)
+    if adapter is not None:
+        check_adapter_files(Path(adapter))
+    folder, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
+    try:
+        base, found = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map=device,
+            attn_implementation=IMPLEMENTATION, output_loading_info=True,
+        )
+        processor = AutoProcessor.from_pretrained(folder)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of files that do not fit each other the libraries raise anything, from KeyError on
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"--policy {name} cannot be loaded ({why}): download its files again") from None
+    if found["missing_keys"]:  # the library would draw these weights, and only print a warning
+        raise UserError(f"--policy {name}: its files lack weights, such as {min(found['missing_keys'])}")
+    check_template(processor, name)
+    return add_adapter(base, processor, rank, adapter, checkpointing, coordinates)
 
 
 def add_adapter(
@@ -164,9 +184,16 @@ def add_adapter(
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is not None:
         try:
-            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"adapter {adapter} does not fit this policy ({first_line(error)})") from None
+            with warnings.catch_warnings():  # PEFT only warns of weights that it does not find in the file
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except torch.OutOfMemoryError:
+            raise
+        except UserWarning:
+            raise UserError(f"adapter {adapter} does not fit this policy (it is of other layers)") from None
+        except Exception as error:  # of a damaged adapter_config.json PEFT raises anything, from KeyError to re.error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"adapter {adapter} does not fit this policy ({why})") from None
         with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:  # PEFT loads what has a place
             if len(file.keys()) != sum("lora_" in name for name, _ in model.named_parameters()):
                 raise UserError(f"adapter {adapter} does not fit this policy (it is of other layers)")
@@ -196,20 +223,14 @@ def prompt_text(processor, question: str, width: int, height: int, coordinates: 
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
-def opened_answer(text: str, told: str) -> str:
-    """Return the start of the answer in a chat `text`: "<think>\\n" from the template of many a reasoning model,
-    "<think>\\n\\n</think>\\n\\n" where it switches thinking off, and else "". `told` is the user's turn, which may hold
-    these words too."""
-    after = text.rpartition(told)[2]
-    found = re.search(r"<think>[^<]*(?:</think>\s*)?\Z", after)
-    return found[0] if found else ""
-
-
-def answer_text(opened: str, generated: str) -> str:
-    """Return the whole answer. A model may write <think> although the template did: one thought is read."""
-    if generated.lstrip().startswith("<think>"):
-        return generated
-    return opened + generated
+def check_template(processor, name: str | Path) -> None:
+    """Raise UserError where the chat template fails, or leaves out the picture or the question."""
+    try:
+        text = prompt_text(processor, "the red star", 28, 28)
+    except Exception as error:  # a template is a program, and may raise anything
+        raise UserError(f"--policy {name}: its chat template cannot be used ({first_line(error)})") from None
+    if text.count(processor.image_token) != 1 or "Question: the red star" not in text:
+        raise UserError(f"--policy {name}: its chat template leaves out the picture or the question")
 
 
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
@@ -303,8 +324,7 @@ def sample(
     for i, (n, cut) in enumerate(zip(lengths.flatten().tolist(), truncated.flatten().tolist())):
         answer, logp = ids.flatten(0, 1)[i, :n], logps.flatten(0, 1)[i, :n]
         text = tokenizer.decode(answer if cut else answer[:-1])  # other special tokens stay, and break the format
-        text = answer_text(prompts[i // group].opened, text)
-        answers.append(Completion(answer, logp, cut, text + CUT * cut))
+        answers.append(Completion(answer, logp, cut, answer_text(prompts[i // group].opened, text, cut)))
     return [answers[i : i + group] for i in range(0, len(answers), group)]
 
 

@@ -1,8 +1,10 @@
 """From hidden states to tokens: the one distribution that is sampled from and trained on. Which ids it may give, and
-where answers end.
+where answers begin and end.
 
 Shapes: D width, V vocabulary, and any number of dimensions before them.
 """
+
+import re
 
 import torch
 
@@ -28,6 +30,30 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
             banned[token] = True
     banned[stop] = False
     return banned
+
+
+def opened_answer(text: str, told: str) -> str:
+    """Return the start of the answer that a chat template has written at the end of the prompt `text`.
+
+    Templates of reasoning models write "<think>\\n", or "<think>\\n\\n</think>\\n\\n" where thinking is switched off; others
+    write nothing. `told` is the user's turn, which may hold the same words.
+    """
+    after = text.rpartition(told)[2]
+    found = re.search(r"<think>[^<]*(?:</think>\s*)?\Z", after)
+    return found[0] if found else ""
+
+
+def answer_text(opened: str, generated: str, cut: bool) -> str:
+    """Return the whole answer: what the template has opened, what the policy has generated, and a sign if it was cut.
+
+    A model may write <think> although the template did. Its own thought counts then, and not the template's.
+    """
+    text = opened + generated
+    if generated.lstrip().startswith("<think>"):
+        text = generated
+    if cut:
+        text += CUT
+    return text
 
 
 FP32_SUMS = {"cuda"}  # kinds of device whose product of bf16 matrices can give its fp32 sums as they are
