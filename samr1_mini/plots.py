@@ -1,6 +1,7 @@
 """Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run.
 
-Figures are drawn without pyplot. Its backend is one for the whole process, and in a notebook it is the user's.
+Figures are drawn without pyplot: a process has one pyplot backend, and in a notebook the user
+chooses it.
 """
 
 import math

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size, first_line
 from .replay import DEVICES, Fixed, Reader
-from .running.files import check_adapter_files, check_policy_files, check_policy_is_whole
+from .running.files import cause, check_adapter_files, check_policy_files, check_policy_is_whole
 from .running.memory import compute_dtype
 from .tokens import answer_text, banned_ids, draw, opened_answer, stop_ids, token_logits
 
@@ -86,7 +86,7 @@ class Prompt:
     positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
     picture: torch.Tensor  # bool [P]: which tokens are the picture's
     deep: tuple[torch.Tensor, ...] = ()  # Qwen3-VL's deepstack: [picture tokens, D] to add after the first layers
-    opened: str = ""  # start of the answer that the chat template writes itself, such as "<think>\n"
+    opened: str = ""  # start of the answer that the chat template writes, such as "<think>\n"
 
     @property
     def next_position(self) -> int:
@@ -101,16 +101,18 @@ class Completion:
     ids: torch.Tensor  # [L]
     logps: torch.Tensor  # [L] fp32
     truncated: bool
-    text: str  # the answer as it is parsed, logged and shown; begins with Prompt.opened, which `ids` lacks
+    text: str  # the answer as it is parsed, logged and shown: with Prompt.opened, which `ids` lack
 
 
 # ---------------------------------------------------------------------------------------------------- load
 
 
 def check_policy(name: str, image_size: int | None = None):
-    """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind
-    of model, where a file of the folder is damaged or missing, and where pictures of `image_size` pixels a side do not
-    divide into its cells. It loads no weights."""
+    """The configuration of a policy's folder or hub id; no weights are loaded.
+
+    Raises UserError where there is none, for another kind of model, for a damaged or missing file of
+    a folder, and where pictures of `image_size` pixels a side do not divide into the model's cells.
+    """
     folder = TINY if name == "tiny" else Path(name)
     why = "no model folder of that name, nor does the hub give one"
     if folder.is_dir():
@@ -118,7 +120,7 @@ def check_policy(name: str, image_size: int | None = None):
         check_policy_files(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
-    except Exception as error:  # for wrong values the library raises TypeError, AttributeError and errors of its own
+    except Exception as error:  # for wrong values the library raises anything, such as TypeError
         raise UserError(f"--policy {name}: {why} ({first_line(error)})") from None
     if config.model_type not in COORDINATES:
         raise UserError(f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}")
@@ -150,20 +152,23 @@ def load_policy(
     check_policy(str(name))
     if adapter is not None:
         check_adapter_files(Path(adapter))
-    folder, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
+    folder = str(TINY) if name == "tiny" else str(name)
+    dtype = compute_dtype(load_in, device)
+    quantization = four_bits(dtype) if load_in == "nf4" else None
     try:
         base, found = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map=device,
+            folder, dtype=dtype, quantization_config=quantization, device_map=device,
             attn_implementation=IMPLEMENTATION, output_loading_info=True,
         )
         processor = AutoProcessor.from_pretrained(folder)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of files that do not fit each other the libraries raise anything, from KeyError on
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"--policy {name} cannot be loaded ({why}): download its files again") from None
-    if found["missing_keys"]:  # the library would draw these weights, and only print a warning
-        raise UserError(f"--policy {name}: its files lack weights, such as {min(found['missing_keys'])}")
+    except Exception as error:  # for files that do not fit the libraries raise anything
+        why = f"--policy {name} cannot be loaded ({cause(error)})"
+        raise UserError(f"{why}: download its files again") from None
+    if found["missing_keys"]:  # the library draws these weights, and only prints a warning
+        first = min(found["missing_keys"])
+        raise UserError(f"--policy {name}: its files lack weights, such as {first}")
     check_template(processor, name)
     return add_adapter(base, processor, rank, adapter, checkpointing, coordinates)
 
@@ -183,20 +188,20 @@ def add_adapter(
     if checkpointing:  # keep only each layer's input and recompute the rest in the backward
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is not None:
+        misfit = f"adapter {adapter} does not fit this policy"
         try:
-            with warnings.catch_warnings():  # PEFT only warns of weights that it does not find in the file
+            with warnings.catch_warnings():  # where the file lacks weights PEFT only warns
                 warnings.filterwarnings("error", "Found missing adapter keys")
                 model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
         except torch.OutOfMemoryError:
             raise
         except UserWarning:
-            raise UserError(f"adapter {adapter} does not fit this policy (it is of other layers)") from None
-        except Exception as error:  # of a damaged adapter_config.json PEFT raises anything, from KeyError to re.error
-            why = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"adapter {adapter} does not fit this policy ({why})") from None
+            raise UserError(f"{misfit} (it is of other layers)") from None
+        except Exception as error:  # for a damaged configuration PEFT raises anything
+            raise UserError(f"{misfit} ({cause(error)})") from None
         with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:  # PEFT loads what has a place
             if len(file.keys()) != sum("lora_" in name for name, _ in model.named_parameters()):
-                raise UserError(f"adapter {adapter} does not fit this policy (it is of other layers)")
+                raise UserError(f"{misfit} (it is of other layers)")
     else:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
         model = get_peft_model(base, lora)
@@ -228,9 +233,11 @@ def check_template(processor, name: str | Path) -> None:
     try:
         text = prompt_text(processor, "the red star", 28, 28)
     except Exception as error:  # a template is a program, and may raise anything
-        raise UserError(f"--policy {name}: its chat template cannot be used ({first_line(error)})") from None
+        why = f"its chat template cannot be used ({cause(error)})"
+        raise UserError(f"--policy {name}: {why}") from None
     if text.count(processor.image_token) != 1 or "Question: the red star" not in text:
-        raise UserError(f"--policy {name}: its chat template leaves out the picture or the question")
+        why = "its chat template leaves out the picture or the question"
+        raise UserError(f"--policy {name}: {why}")
 
 
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
@@ -242,7 +249,8 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
     step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: 4,096 patches of 14 pixels
     for i in range(0, len(images), step):
         batch = images[i : i + step]
-        told = [(q, x.width, x.height, policy.coordinates) for q, x in zip(questions[i : i + step], batch)]
+        pairs = zip(questions[i : i + step], batch)
+        told = [(q, x.width, x.height, policy.coordinates) for q, x in pairs]
         texts = [prompt_text(policy.processor, *one) for one in told]
         opened = [opened_answer(text, instruction(*one)) for text, one in zip(texts, told)]
         inputs = policy.processor(text=texts, images=batch, padding=True, return_tensors="pt").to(policy.device)
@@ -258,7 +266,8 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
         for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
             deep = tuple(layer[b] for layer in getattr(seen, "deepstack_features", ()))
             ids = inputs.input_ids[b, real]
-            prompts.append(Prompt(ids, embeds[b, real], positions[:, b, real], picture[b, real], deep, opened[b]))
+            place = positions[:, b, real]  # [3, P]
+            prompts.append(Prompt(ids, embeds[b, real], place, picture[b, real], deep, opened[b]))
     return prompts
 
 
@@ -324,7 +333,8 @@ def sample(
     for i, (n, cut) in enumerate(zip(lengths.flatten().tolist(), truncated.flatten().tolist())):
         answer, logp = ids.flatten(0, 1)[i, :n], logps.flatten(0, 1)[i, :n]
         text = tokenizer.decode(answer if cut else answer[:-1])  # other special tokens stay, and break the format
-        answers.append(Completion(answer, logp, cut, answer_text(prompts[i // group].opened, text, cut)))
+        text = answer_text(prompts[i // group].opened, text, cut)
+        answers.append(Completion(answer, logp, cut, text))
     return [answers[i : i + group] for i in range(0, len(answers), group)]
 
 

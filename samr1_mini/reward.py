@@ -55,7 +55,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _box(value, width: int, height: int) -> tuple[float, float, float, float]:
-    """Four numbers, clipped to the picture; reversed and empty boxes are refused, and boxes in shares."""
+    """Four numbers, clipped to the picture; reversed boxes, empty ones and shares are refused."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         raise ValueError("bbox is not a list of four numbers")
     x1, y1, x2, y2 = map(_number, value)
@@ -85,21 +85,26 @@ def _points(value, width: int, height: int, max_points: int) -> list[tuple[float
     return points
 
 
-# The lenient reading cuts a text into numbers, words and signs with a blank between. Line breaks and quotes do not
-# matter then. A pattern reads no part of the text more than a few times, so the time is linear.
+# The lenient reading cuts a text into numbers, words and signs, with a blank between them. So line
+# breaks and quotes do not matter. A pattern reads no part of the text more than a few times, so the
+# time is linear.
 _TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _NUMBERS = r"[-\d.,()\[\]{ ]*"  # a stretch of numbers, brackets and commas
-# <box>10 20 30 40</box>, <box>(10, 20), (30, 40)</box> and Qwen's <|box_start|>(10,20),(30,40)<|box_end|>
+# <box>10 20 30 40</box>, <box>(10, 20), (30, 40)</box>, <|box_start|>(10,20),(30,40)<|box_end|>
 _TAG = re.compile(rf"< (?:\| )?\w{{0,20}}box\w{{0,20}} (?:\| )?>({_NUMBERS})(?=<)", re.I)
-# {"x1": 10, "y1": 20, "x2": 30, "y2": 40} in any order, with other names of the sides too; <points x1="10" ...> is none
+# {"x1": 10, "y1": 20, "x2": 30, "y2": 40} in any order, and with other names of the sides. Molmo's
+# <points x1="10" ...> is no box.
 _SIDE = rf"(?<!\S)([xy]_?(?:[12]|min|max)|left|top|right|bottom) [:=] {_NUMBER}"
-_SIDES = re.compile(r"(?<!point )(?<!points )(?:\{ )?" + " [,;]? ?".join([_SIDE] * 4) + r"(?: \})?", re.I)
-_PLACES = dict(x1=0, xmin=0, left=0, y1=1, ymin=1, top=1, x2=2, xmax=2, right=2, y2=3, ymax=3, bottom=3)
-# What a key or a tag calls points, such as "point_2d", and what a key calls a box, such as "bbox_2d"
+_FOUR_SIDES = " [,;]? ?".join([_SIDE] * 4)
+_SIDES = re.compile(rf"(?<!point )(?<!points )(?:\{{ )?{_FOUR_SIDES}(?: \}})?", re.I)
+_PLACES = {"x1": 0, "xmin": 0, "left": 0, "y1": 1, "ymin": 1, "top": 1}
+_PLACES |= {"x2": 2, "xmax": 2, "right": 2, "y2": 3, "ymax": 3, "bottom": 3}
+# values of a key or a tag that names points, such as "point_2d"; values of a key such as "bbox_2d"
 _POINTS = re.compile(rf"(?<!/ )point(?!_end)\w{{0,20}} (?:\| )?[:=>] {_NUMBERS}", re.I)
 _NAMED = re.compile(rf"box\w{{0,20}} [:=] {_NUMBERS}", re.I)
-# [10, 20, 30, 40] in brackets of either kind, or (10, 20), (30, 40). Two points in a list, or more points, are no box.
+# [10, 20, 30, 40] in brackets of either kind, or (10, 20), (30, 40). Two points in a list are no
+# box, nor are more than two points.
 _FOUR = re.compile(
     r"[\[(] " + " , ".join([_NUMBER] * 4) + r" [\])]"
     rf"|(?<!\[ )(?<!\) , )\( {_NUMBER} , {_NUMBER} \) , \( {_NUMBER} , {_NUMBER} \)(?! , \()"
@@ -107,7 +112,7 @@ _FOUR = re.compile(
 
 
 def _tag_as_key(match: re.Match) -> str:
-    """Write four numbers in a tag as the value of a key that names a box; leave other content as it is."""
+    """Write four numbers in a tag as the value of a key "box"; leave other content as it is."""
     numbers = re.findall(_NUMBER, match[1])
     if len(numbers) != 4:
         return match[0]
@@ -136,8 +141,8 @@ def _last_box(spaced: str, width: int, height: int) -> tuple[float, float, float
 def lenient_box(text: str, width: int, height: int) -> tuple[float, float, float, float] | None:
     """Find a box written in any common shape.
 
-    The answer part, which need not be closed, is read before the whole text. In each of them the last box that a key or
-    a tag names is taken, else the last one of all.
+    The answer part, which need not be closed, is read before the whole text. In each of them the
+    last box that a key or a tag names is taken, else the last one of all.
     """
     answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
     for part in (answer, text):

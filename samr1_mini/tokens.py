@@ -33,10 +33,10 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
 
 
 def opened_answer(text: str, told: str) -> str:
-    """Return the start of the answer that a chat template has written at the end of the prompt `text`.
+    """Return the start of the answer that a chat template has written at the end of `text`.
 
-    Templates of reasoning models write "<think>\\n", or "<think>\\n\\n</think>\\n\\n" where thinking is switched off; others
-    write nothing. `told` is the user's turn, which may hold the same words.
+    Templates of reasoning models write "<think>\\n". Where thinking is switched off, they write
+    "<think>\\n\\n</think>\\n\\n". Others write nothing. `told`, the user's turn, may hold these words.
     """
     after = text.rpartition(told)[2]
     found = re.search(r"<think>[^<]*(?:</think>\s*)?\Z", after)
@@ -44,9 +44,9 @@ def opened_answer(text: str, told: str) -> str:
 
 
 def answer_text(opened: str, generated: str, cut: bool) -> str:
-    """Return the whole answer: what the template has opened, what the policy has generated, and a sign if it was cut.
+    """Return the whole answer: the template's start, the generated text, and CUT if it was cut off.
 
-    A model may write <think> although the template did. Its own thought counts then, and not the template's.
+    A model may write <think> although the template did. Then its own thought alone counts.
     """
     text = opened + generated
     if generated.lstrip().startswith("<think>"):

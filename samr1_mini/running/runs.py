@@ -16,9 +16,9 @@ from accelerate.utils import gather_object
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from ..config import Settings, Terminated, UserError, first_line
+from ..config import Settings, Terminated, UserError
 from ..policy import Policy
-from .files import refuse_pointer
+from .files import AGAIN, cause, refuse_pointer
 from .processes import is_first
 
 
@@ -66,17 +66,19 @@ def read_state(file: Path) -> dict:
     refuse_pointer(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of damaged bytes the reader of pickles raises anything, from EOFError to KeyError
-        why = type(error).__name__  # its text tells users to switch weights_only off, which would run foreign code
-        raise UserError(f"{file} is damaged or cut off ({why}): copy it again, or start another run") from None
+    except Exception as error:  # for damaged bytes the reader of pickles raises anything
+        # The error's own text advises weights_only=False, which would run foreign code.
+        why = f"{file} is damaged or cut off ({type(error).__name__})"
+        raise UserError(f"{why}: {AGAIN}, or start another run") from None
     kinds = {"step": int, "seconds": (int, float), "adapter": dict, "optimizer": dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-        raise UserError(f"{file} is not the state of a run: copy it again, or start another run")
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise UserError(f"{file} is not the state of a run: {AGAIN}, or start another run")
     return state
 
 
 def put_state(state: dict, policy: Policy, optimizer) -> None:
-    """Put adapter and AdamW's moments back. Raises ValueError, KeyError and others where they do not fit."""
+    """Put adapter and AdamW's moments back. Raises ValueError and others where they do not fit."""
     trained = {name: p.shape for name, p in policy.model.named_parameters() if p.requires_grad}
     if {name: tensor.shape for name, tensor in state["adapter"].items()} != trained:
         raise ValueError("the adapter has other shapes")
@@ -86,22 +88,26 @@ def put_state(state: dict, policy: Policy, optimizer) -> None:
         moments = optimizer.state.get(p)  # none before the first update
         if not moments:
             continue
-        if moments["step"].numel() != 1 or not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
+        shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq")]
+        if shapes != [p.shape, p.shape] or moments["step"].numel() != 1:
             raise ValueError("the optimizer's state has other shapes")
 
 
 def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
-    """Put the saved state back; returns the number of steps done and their seconds: 0 where nothing was saved yet.
-    Raises UserError where the state is damaged or does not fit."""
+    """Put the saved state back; returns the number of steps done and their seconds.
+
+    Both are 0 where nothing was saved yet. Raises UserError where the state is damaged or does not
+    fit.
+    """
     file = folder / "state.pt"
     if not file.exists():
         return 0, 0.0
     state = read_state(file)
     try:
         put_state(state, policy, optimizer)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{file} does not fit this run ({why}): copy it again, or start another run") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        why = f"{file} does not fit this run ({cause(error)})"
+        raise UserError(f"{why}: {AGAIN}, or start another run") from None
     return state["step"], state["seconds"]
 
 
