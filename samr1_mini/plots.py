@@ -1,14 +1,17 @@
-"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run."""
+"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run.
 
+Figures are drawn without pyplot: a process has one pyplot backend, and in a notebook the user
+chooses it.
+"""
+
+import math
 import textwrap
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")  # draws into files: no screen is needed
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.figure import Figure
 
 # Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and Arabic letters; what
 # it lacks is taken from those of the others that are installed.
@@ -58,10 +61,11 @@ def draw_answer(axes, panel, size: int) -> None:
 def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
     """A PNG with one panel an answer: picture, masks, box, points, question, the policy's text, IoU and reward."""
     columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    with plt.rc_context({"font.family": FAMILIES}):
-        width, height = max(3.1 * columns, 6.4), 4.8 * lines + 0.8
-        figure, places = plt.subplots(lines, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    lines = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context({"font.family": FAMILIES}):
+        width = max(3.1 * columns, 6.4)
+        figure = Figure(figsize=(width, 4.8 * lines + 0.8), layout="constrained")
+        places = figure.subplots(lines, columns, squeeze=False)
         for axes in places.flat:
             axes.axis("off")
         for axes, panel in zip(places.flat, panels):
@@ -76,7 +80,6 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
         key = textwrap.fill(f"{'dashed: truth; ' if truth else ''}{key}", int(12.5 * width))
         figure.suptitle(f"{title}\n{key}", fontsize=10)
         figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
@@ -91,7 +94,8 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     step = np.array([line["step"] for line in log])
     column = lambda name: np.array([line.get(name, np.nan) for line in log], float)
     evaluated = [line for line in log if "validation_gIoU" in line]
-    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(12, 6.6))
+    figure = Figure(figsize=(12, 6.6))
+    (a, b, c), (d, e, f) = figure.subplots(2, 3)
 
     def mean(axes, name: str, colour: str, label: str, factor: float = 1, width: float = 1.8):
         axes.plot(step, factor * smooth(column(name)), color=colour, lw=width, label=label)
@@ -142,4 +146,3 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
         axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)

@@ -7,6 +7,7 @@ reads the prompt once, and every answer sees the prompt and itself (attention.py
 Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size, first_line
 from .replay import DEVICES, Fixed, Reader
+from .running.files import cause, check_adapter_files, check_policy_files, check_policy_is_whole
 from .running.memory import compute_dtype
-from .tokens import CUT, banned_ids, draw, stop_ids, token_logits
+from .tokens import answer_text, banned_ids, draw, opened_answer, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder: from_pretrained reads it
 
@@ -84,6 +86,7 @@ class Prompt:
     positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
     picture: torch.Tensor  # bool [P]: which tokens are the picture's
     deep: tuple[torch.Tensor, ...] = ()  # Qwen3-VL's deepstack: [picture tokens, D] to add after the first layers
+    opened: str = ""  # start of the answer that the chat template writes, such as "<think>\n"
 
     @property
     def next_position(self) -> int:
@@ -98,22 +101,31 @@ class Completion:
     ids: torch.Tensor  # [L]
     logps: torch.Tensor  # [L] fp32
     truncated: bool
-    text: str
+    text: str  # the answer as it is parsed, logged and shown: with Prompt.opened, which `ids` lack
 
 
 # ---------------------------------------------------------------------------------------------------- load
 
 
 def check_policy(name: str, image_size: int | None = None):
-    """The configuration of a policy's folder or hub id. Raises UserError where there is none, where it is another kind
-    of model, and where pictures of `image_size` pixels a side do not divide into its cells. It loads no weights."""
+    """The configuration of a policy's folder or hub id; no weights are loaded.
+
+    Raises UserError where there is none, for another kind of model, for a damaged or missing file of
+    a folder, and where pictures of `image_size` pixels a side do not divide into the model's cells.
+    """
+    folder = TINY if name == "tiny" else Path(name)
+    why = "no model folder of that name, nor does the hub give one"
+    if folder.is_dir():
+        why = "its config.json cannot be used"
+        check_policy_files(folder)
     try:
-        config = AutoConfig.from_pretrained(str(TINY) if name == "tiny" else name)
-    except (OSError, ValueError) as error:
-        why = f"no model folder of that name, nor does the hub give one ({first_line(error)})"
-        raise UserError(f"--policy {name}: {why}") from None
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:  # for wrong values the library raises anything, such as TypeError
+        raise UserError(f"--policy {name}: {why} ({first_line(error)})") from None
     if config.model_type not in COORDINATES:
         raise UserError(f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}")
+    if folder.is_dir():
+        check_policy_is_whole(folder)
     if image_size is not None:
         check_size(config, image_size)
     return config
@@ -138,12 +150,27 @@ def load_policy(
     "tiny" is the folder in the package. Raises UserError as check_policy does.
     """
     check_policy(str(name))
-    name, dtype = str(TINY) if name == "tiny" else str(name), compute_dtype(load_in, device)
-    base = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=dtype, quantization_config=four_bits(dtype) if load_in == "nf4" else None, device_map=device,
-        attn_implementation=IMPLEMENTATION,
-    )
-    return add_adapter(base, AutoProcessor.from_pretrained(name), rank, adapter, checkpointing, coordinates)
+    if adapter is not None:
+        check_adapter_files(Path(adapter))
+    folder = str(TINY) if name == "tiny" else str(name)
+    dtype = compute_dtype(load_in, device)
+    quantization = four_bits(dtype) if load_in == "nf4" else None
+    try:
+        base, found = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, quantization_config=quantization, device_map=device,
+            attn_implementation=IMPLEMENTATION, output_loading_info=True,
+        )
+        processor = AutoProcessor.from_pretrained(folder)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # for files that do not fit the libraries raise anything
+        why = f"--policy {name} cannot be loaded ({cause(error)})"
+        raise UserError(f"{why}: download its files again") from None
+    if found["missing_keys"]:  # the library draws these weights, and only prints a warning
+        first = min(found["missing_keys"])
+        raise UserError(f"--policy {name}: its files lack weights, such as {first}")
+    check_template(processor, name)
+    return add_adapter(base, processor, rank, adapter, checkpointing, coordinates)
 
 
 def add_adapter(
@@ -161,13 +188,20 @@ def add_adapter(
     if checkpointing:  # keep only each layer's input and recompute the rest in the backward
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is not None:
+        misfit = f"adapter {adapter} does not fit this policy"
         try:
-            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"adapter {adapter} does not fit this policy ({first_line(error)})") from None
+            with warnings.catch_warnings():  # where the file lacks weights PEFT only warns
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except torch.OutOfMemoryError:
+            raise
+        except UserWarning:
+            raise UserError(f"{misfit} (it is of other layers)") from None
+        except Exception as error:  # for a damaged configuration PEFT raises anything
+            raise UserError(f"{misfit} ({cause(error)})") from None
         with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:  # PEFT loads what has a place
             if len(file.keys()) != sum("lora_" in name for name, _ in model.named_parameters()):
-                raise UserError(f"adapter {adapter} does not fit this policy (it is of other layers)")
+                raise UserError(f"{misfit} (it is of other layers)")
     else:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
         model = get_peft_model(base, lora)
@@ -194,6 +228,18 @@ def prompt_text(processor, question: str, width: int, height: int, coordinates: 
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
+def check_template(processor, name: str | Path) -> None:
+    """Raise UserError where the chat template fails, or leaves out the picture or the question."""
+    try:
+        text = prompt_text(processor, "the red star", 28, 28)
+    except Exception as error:  # a template is a program, and may raise anything
+        why = f"its chat template cannot be used ({cause(error)})"
+        raise UserError(f"--policy {name}: {why}") from None
+    if text.count(processor.image_token) != 1 or "Question: the red star" not in text:
+        why = "its chat template leaves out the picture or the question"
+        raise UserError(f"--policy {name}: {why}")
+
+
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
     """Encode B questions: the vision tower sees each picture once, here, and never again.
 
@@ -204,7 +250,9 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
     for i in range(0, len(images), step):
         batch = images[i : i + step]
         pairs = zip(questions[i : i + step], batch)
-        texts = [prompt_text(policy.processor, q, x.width, x.height, policy.coordinates) for q, x in pairs]
+        told = [(q, x.width, x.height, policy.coordinates) for q, x in pairs]
+        texts = [prompt_text(policy.processor, *one) for one in told]
+        opened = [opened_answer(text, instruction(*one)) for text, one in zip(texts, told)]
         inputs = policy.processor(text=texts, images=batch, padding=True, return_tensors="pt").to(policy.device)
         positions, _ = base.model.get_rope_index(
             inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw,
@@ -218,7 +266,8 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
         for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
             deep = tuple(layer[b] for layer in getattr(seen, "deepstack_features", ()))
             ids = inputs.input_ids[b, real]
-            prompts.append(Prompt(ids, embeds[b, real], positions[:, b, real], picture[b, real], deep))
+            place = positions[:, b, real]  # [3, P]
+            prompts.append(Prompt(ids, embeds[b, real], place, picture[b, real], deep, opened[b]))
     return prompts
 
 
@@ -284,7 +333,8 @@ def sample(
     for i, (n, cut) in enumerate(zip(lengths.flatten().tolist(), truncated.flatten().tolist())):
         answer, logp = ids.flatten(0, 1)[i, :n], logps.flatten(0, 1)[i, :n]
         text = tokenizer.decode(answer if cut else answer[:-1])  # other special tokens stay, and break the format
-        answers.append(Completion(answer, logp, cut, text + CUT * cut))
+        text = answer_text(prompts[i // group].opened, text, cut)
+        answers.append(Completion(answer, logp, cut, text))
     return [answers[i : i + group] for i in range(0, len(answers), group)]
 
 

@@ -55,7 +55,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _box(value, width: int, height: int) -> tuple[float, float, float, float]:
-    """Four numbers, clipped to the picture; reversed and empty boxes are refused."""
+    """Four numbers, clipped to the picture; reversed boxes, empty ones and shares are refused."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         raise ValueError("bbox is not a list of four numbers")
     x1, y1, x2, y2 = map(_number, value)
@@ -63,6 +63,8 @@ def _box(value, width: int, height: int) -> tuple[float, float, float, float]:
     y1, y2 = min(max(y1, 0.0), height), min(max(y2, 0.0), height)
     if x2 - x1 < 1e-3 or y2 - y1 < 1e-3:
         raise ValueError("bbox is reversed, empty or outside the picture")
+    if x2 <= 1 and y2 <= 1:  # in pixels or thousandths it would lie within the first one
+        raise ValueError("bbox is in shares of the picture: all four numbers are at most 1")
     return x1, y1, x2, y2
 
 
@@ -83,27 +85,74 @@ def _points(value, width: int, height: int, max_points: int) -> list[tuple[float
     return points
 
 
-# A box in any of the shapes that people and models write: [x1, y1, x2, y2] in brackets of either kind, or Qwen's
-# (x1,y1),(x2,y2). Two points in a list, more than two points and what is called "points" are no box. A text is cut
-# into numbers, words and signs first, so that line breaks and quotes around numbers do not matter; a number is then
-# read for the one bracket before it, so the time is linear.
+# The lenient reading cuts a text into numbers, words and signs, with a blank between them. So line
+# breaks and quotes do not matter. A pattern reads no part of the text more than a few times, so the
+# time is linear.
 _TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
+_NUMBERS = r"[-\d.,()\[\]{ ]*"  # a stretch of numbers, brackets and commas
+# <box>10 20 30 40</box>, <box>(10, 20), (30, 40)</box>, <|box_start|>(10,20),(30,40)<|box_end|>
+_TAG = re.compile(rf"< (?:\| )?\w{{0,20}}box\w{{0,20}} (?:\| )?>({_NUMBERS})(?=<)", re.I)
+# {"x1": 10, "y1": 20, "x2": 30, "y2": 40} in any order, and with other names of the sides. Molmo's
+# <points x1="10" ...> is no box.
+_SIDE = rf"(?<!\S)([xy]_?(?:[12]|min|max)|left|top|right|bottom) [:=] {_NUMBER}"
+_FOUR_SIDES = " [,;]? ?".join([_SIDE] * 4)
+_SIDES = re.compile(rf"(?<!point )(?<!points )(?:\{{ )?{_FOUR_SIDES}(?: \}})?", re.I)
+_PLACES = {"x1": 0, "xmin": 0, "left": 0, "y1": 1, "ymin": 1, "top": 1}
+_PLACES |= {"x2": 2, "xmax": 2, "right": 2, "y2": 3, "ymax": 3, "bottom": 3}
+# values of a key or a tag that names points, such as "point_2d"; values of a key such as "bbox_2d"
+_POINTS = re.compile(rf"(?<!/ )point(?!_end)\w{{0,20}} (?:\| )?[:=>] {_NUMBERS}", re.I)
+_NAMED = re.compile(rf"box\w{{0,20}} [:=] {_NUMBERS}", re.I)
+# [10, 20, 30, 40] in brackets of either kind, or (10, 20), (30, 40). Two points in a list are no
+# box, nor are more than two points.
 _FOUR = re.compile(
-    r"(?<!points : )[\[(] " + " , ".join([_NUMBER] * 4) + r" [\])]"
+    r"[\[(] " + " , ".join([_NUMBER] * 4) + r" [\])]"
     rf"|(?<!\[ )(?<!\) , )\( {_NUMBER} , {_NUMBER} \) , \( {_NUMBER} , {_NUMBER} \)(?! , \()"
 )
 
 
+def _tag_as_key(match: re.Match) -> str:
+    """Write four numbers in a tag as the value of a key "box"; leave other content as it is."""
+    numbers = re.findall(_NUMBER, match[1])
+    if len(numbers) != 4:
+        return match[0]
+    return f"box : [ {' , '.join(numbers)} ] "
+
+
+def _sides_as_list(match: re.Match) -> str:
+    """Write four named sides as [ x1 , y1 , x2 , y2 ]; leave other pairs as they are."""
+    names, numbers = match.groups()[::2], match.groups()[1::2]
+    sides = {_PLACES[name.lower().replace("_", "")]: number for name, number in zip(names, numbers)}
+    if len(sides) != 4:
+        return match[0]
+    return f"[ {' , '.join(sides[i] for i in range(4))} ]"
+
+
+def _last_box(spaced: str, width: int, height: int) -> tuple[float, float, float, float] | None:
+    """Return the last four numbers in brackets that are a proper box."""
+    for match in reversed(list(_FOUR.finditer(spaced))):
+        try:
+            return _box([float(v) for v in match.groups() if v is not None], width, height)
+        except ValueError:
+            continue
+    return None
+
+
 def lenient_box(text: str, width: int, height: int) -> tuple[float, float, float, float] | None:
-    """The last box in the answer part, which need not be closed; where that holds none, the last in the whole text."""
+    """Find a box written in any common shape.
+
+    The answer part, which need not be closed, is read before the whole text. In each of them the
+    last box that a key or a tag names is taken, else the last one of all.
+    """
     answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
     for part in (answer, text):
-        for match in reversed(list(_FOUR.finditer(" ".join(_TOKEN.findall(part))))):
-            try:
-                return _box([float(v) for v in match.groups() if v is not None], width, height)
-            except ValueError:
-                continue
+        spaced = _TAG.sub(_tag_as_key, " ".join(_TOKEN.findall(part)))
+        spaced = _SIDES.sub(_sides_as_list, spaced)
+        spaced = _POINTS.sub("; ", spaced)  # never a box
+        named = " ; ".join(_NAMED.findall(spaced))
+        box = _last_box(named, width, height) or _last_box(spaced, width, height)
+        if box is not None:
+            return box
     return None
 
 

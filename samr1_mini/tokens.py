@@ -1,8 +1,10 @@
 """From hidden states to tokens: the one distribution that is sampled from and trained on. Which ids it may give, and
-where answers end.
+where answers begin and end.
 
 Shapes: D width, V vocabulary, and any number of dimensions before them.
 """
+
+import re
 
 import torch
 
@@ -28,6 +30,30 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
             banned[token] = True
     banned[stop] = False
     return banned
+
+
+def opened_answer(text: str, told: str) -> str:
+    """Return the start of the answer that a chat template has written at the end of `text`.
+
+    Templates of reasoning models write "<think>\\n". Where thinking is switched off, they write
+    "<think>\\n\\n</think>\\n\\n". Others write nothing. `told`, the user's turn, may hold these words.
+    """
+    after = text.rpartition(told)[2]
+    found = re.search(r"<think>[^<]*(?:</think>\s*)?\Z", after)
+    return found[0] if found else ""
+
+
+def answer_text(opened: str, generated: str, cut: bool) -> str:
+    """Return the whole answer: the template's start, the generated text, and CUT if it was cut off.
+
+    A model may write <think> although the template did. Then its own thought alone counts.
+    """
+    text = opened + generated
+    if generated.lstrip().startswith("<think>"):
+        text = generated
+    if cut:
+        text += CUT
+    return text
 
 
 FP32_SUMS = {"cuda"}  # kinds of device whose product of bf16 matrices can give its fp32 sums as they are

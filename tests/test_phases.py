@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from samr1_mini.tiny import phases
 from samr1_mini.tiny.scenes import KINDS
@@ -44,7 +45,7 @@ def test_shares_rewards_and_who_measures_are_those_of_the_answers_of_all_runs_up
     tmp_path, monkeypatch, capsys
 ):
     rows, figures = write_run(tmp_path / "a", 30, 0) + write_run(tmp_path / "b", 24, 1), []
-    monkeypatch.setattr(phases.plt, "close", figures.append)
+    monkeypatch.setattr(phases, "Figure", lambda **given: figures.append(Figure(**given)) or figures[-1])
     phases.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists() and capsys.readouterr().out.split() == [str(tmp_path / "x.png")]
     shares, length, measured, earned = figures[0].axes
@@ -75,7 +76,7 @@ def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkey
     figures, seldom = [], {5: 1, 20: 8}  # step: answers with places
     answers = [{"step": s, "kind": "part", "text": TEXTS["places" if i < seldom.get(s, 0) else "short"], "reward": 3.0}
                for s in range(1, 31) for i in range(16)]
-    monkeypatch.setattr(phases.plt, "close", figures.append)
+    monkeypatch.setattr(phases, "Figure", lambda **given: figures.append(Figure(**given)) or figures[-1])
     styled = [answer | {"style": phases.style_of(answer["text"])} for answer in answers]
     phases.draw(tmp_path / "x.png", [([{"step": s, "reward": 3.0, "length": 9.0} for s in range(1, 31)], styled)])
     [places] = [line.get_ydata() for line in figures[0].axes[3].get_lines() if line.get_label() == "places"]

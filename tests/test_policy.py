@@ -500,7 +500,7 @@ def test_each_of_several_processes_loads_its_base_on_a_gpu_of_its_own(load_in, m
     asked = {}
     monkeypatch.setattr(policy_module, "compute_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(policy_module.AutoModelForImageTextToText, "from_pretrained",
-                        lambda _, **given: asked.update(given))
+                        lambda _, **given: asked.update(given) or (None, {"missing_keys": ()}))
     monkeypatch.setattr(policy_module, "add_adapter", lambda *_: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     load_policy("tiny", load_in, device="cuda")

@@ -46,12 +46,16 @@ def first_look(rollouts: list, s: Settings) -> str:
     line = (f"the base's answers to {len(rollouts)} questions, {s.group} each: in the format {form:.2f}, "
             f"mean IoU {np.mean([r.iou for r in rewards]):.2f}, truncated {cut:.2f}")
     if cut > 0.5:
-        line += (". Warning: most are cut off, so they lose the reasoning format, and many end before their box: raise "
-                 f"--max-new-tokens {s.max_new_tokens}")
-    elif not form:
-        line += (". Warning: none is in the asked format, so nothing can be learnt unless one turns up by chance: try "
-                 "a larger --group or --temperature, or another policy. The first says: "
-                 f"{' '.join(answers[0].text.split())[:120]!r}")
+        return (f"{line}. Warning: most are cut off, so they lose the reasoning format, and many "
+                f"end before their box: raise --max-new-tokens {s.max_new_tokens}")
+    first = f"The first says: {' '.join(answers[0].text.split())[:120]!r}"
+    if not any(r.answer.segmentation_format for r in rewards):
+        return (f"{line}. Warning: none is in the asked format, so nothing can be learnt unless "
+                "one turns up by chance: try a larger --group or --temperature, or another policy. "
+                f"{first}")
+    if not any(r.answer.reasoning_format for r in rewards):
+        return (f"{line}. Warning: none has the form <think>...</think><answer>...</answer>, so "
+                f"the reasoning format is not rewarded. Boxes and points are rewarded. {first}")
     return line
 
 

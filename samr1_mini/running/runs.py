@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..config import Settings, Terminated, UserError
 from ..policy import Policy
+from .files import AGAIN, cause, refuse_pointer
 from .processes import is_first
 
 
@@ -60,13 +61,53 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
         return False
 
 
-def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
-    """Put the saved state back; returns the number of steps done and their seconds: 0 where nothing was saved yet."""
-    if not (folder / "state.pt").exists():
-        return 0, 0.0
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+def read_state(file: Path) -> dict:
+    """What save_state wrote. Raises UserError where the file is damaged, or holds anything else."""
+    refuse_pointer(file)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # for damaged bytes the reader of pickles raises anything
+        # The error's own text advises weights_only=False, which would run foreign code.
+        why = f"{file} is damaged or cut off ({type(error).__name__})"
+        raise UserError(f"{why}: {AGAIN}, or start another run") from None
+    kinds = {"step": int, "seconds": (int, float), "adapter": dict, "optimizer": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise UserError(f"{file} is not the state of a run: {AGAIN}, or start another run")
+    return state
+
+
+def put_state(state: dict, policy: Policy, optimizer) -> None:
+    """Put adapter and AdamW's moments back. Raises ValueError and others where they do not fit."""
+    trained = {name: p.shape for name, p in policy.model.named_parameters() if p.requires_grad}
+    if {name: tensor.shape for name, tensor in state["adapter"].items()} != trained:
+        raise ValueError("the adapter has other shapes")
     put_adapter(policy, state)
     optimizer.load_state_dict(state["optimizer"])
+    for p in policy.trained:
+        moments = optimizer.state.get(p)  # none before the first update
+        if not moments:
+            continue
+        shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq")]
+        if shapes != [p.shape, p.shape] or moments["step"].numel() != 1:
+            raise ValueError("the optimizer's state has other shapes")
+
+
+def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
+    """Put the saved state back; returns the number of steps done and their seconds.
+
+    Both are 0 where nothing was saved yet. Raises UserError where the state is damaged or does not
+    fit.
+    """
+    file = folder / "state.pt"
+    if not file.exists():
+        return 0, 0.0
+    state = read_state(file)
+    try:
+        put_state(state, policy, optimizer)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        why = f"{file} does not fit this run ({cause(error)})"
+        raise UserError(f"{why}: {AGAIN}, or start another run") from None
     return state["step"], state["seconds"]
 
 

@@ -7,9 +7,10 @@ runs are taken together, as far as the shortest goes. A run that is still on its
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..config import Parser, UserError, exit_with
-from ..plots import BLACK, BLUE, GREEN, ORANGE, PINK, plt, smooth
+from ..plots import BLACK, BLUE, GREEN, ORANGE, PINK, smooth
 from ..running.runs import read_log
 from .answers import STYLES, style_of
 from .scenes import KINDS
@@ -49,7 +50,8 @@ def draw(path: Path, runs: list[tuple[list[dict], list[dict]]]) -> None:
     def by_step(chosen: list[dict], value=lambda answer: 1) -> np.ndarray:
         return np.bincount([a["step"] - 1 for a in chosen], [value(a) for a in chosen], minlength=steps)
 
-    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10, 6.6))
+    figure = Figure(figsize=(10, 6.6))
+    (a, b), (c, d) = figure.subplots(2, 2)
     styles = {style: [one for one in answers if one["style"] == style] for style in COLOURS}
     shares = [ratio(by_step(ones), by_step(answers)) for ones in styles.values()]
     a.stackplot(x, shares, labels=list(styles), colors=list(COLOURS.values()), alpha=0.85)
@@ -78,7 +80,6 @@ def draw(path: Path, runs: list[tuple[list[dict], list[dict]]]) -> None:
         axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
