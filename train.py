@@ -7,6 +7,7 @@ from torch import OutOfMemoryError
 
 from samr1_mini.config import Terminated, UserError, exit_with, parse_settings
 from samr1_mini.running.memory import cap_memory
+from samr1_mini.running.stops import outlive_terminal
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,13 +36,14 @@ def main(argv: list[str] | None = None) -> None:
             "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower "
             "--max-new-tokens or --micro. Before it: start again with these, --checkpointing, a lower --group, or "
             f"--load-in nf4; --rehearse 1 forecasts what fits ({error})"), "train.py")
-    except Terminated:
-        print("train.py: terminated", file=sys.stderr)
-        sys.exit(143)
+    except Terminated as error:
+        print(f"train.py: terminated ({error})", file=sys.stderr)
+        sys.exit(128 + error.number)
     except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C
         print("\nstopped; what was saved before stays, see --resume", file=sys.stderr)
         sys.exit(130)
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main(sys.argv[1:])
