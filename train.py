@@ -3,7 +3,7 @@
 import os
 import sys
 
-from torch import OutOfMemoryError
+from torch import AcceleratorError, OutOfMemoryError
 
 from samr1_mini.config import Terminated, UserError, exit_with, parse_settings
 from samr1_mini.running.memory import cap_memory
@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
             train(settings)
     except (UserError, OSError) as error:  # an OSError: a full disk, most likely
         exit_with(error, "train.py")
-    except OutOfMemoryError as error:
+    except (OutOfMemoryError, AcceleratorError) as error:
+        if isinstance(error, AcceleratorError) and "out of memory" not in str(error):
+            raise  # a fault of the GPU or of the code: its traceback says more
         if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
             sys.exit(2)
         exit_with(UserError(
