@@ -3,10 +3,11 @@
 import os
 import sys
 
-from torch import OutOfMemoryError
+from torch import AcceleratorError, OutOfMemoryError
 
 from samr1_mini.config import Terminated, UserError, exit_with, parse_settings
 from samr1_mini.running.memory import cap_memory
+from samr1_mini.running.stops import outlive_terminal
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,20 +29,23 @@ def main(argv: list[str] | None = None) -> None:
             train(settings)
     except (UserError, OSError) as error:  # an OSError: a full disk, most likely
         exit_with(error, "train.py")
-    except OutOfMemoryError as error:
+    except (OutOfMemoryError, AcceleratorError) as error:
+        if isinstance(error, AcceleratorError) and "out of memory" not in str(error):
+            raise  # a fault of the GPU or of the code: its traceback says more
         if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
             sys.exit(2)
         exit_with(UserError(
             "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower "
             "--max-new-tokens or --micro. Before it: start again with these, --checkpointing, a lower --group, or "
             f"--load-in nf4; --rehearse 1 forecasts what fits ({error})"), "train.py")
-    except Terminated:
-        print("train.py: terminated", file=sys.stderr)
-        sys.exit(143)
+    except Terminated as error:
+        print(f"train.py: terminated ({error})", file=sys.stderr)
+        sys.exit(128 + error.number)
     except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C
         print("\nstopped; what was saved before stays, see --resume", file=sys.stderr)
         sys.exit(130)
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main(sys.argv[1:])

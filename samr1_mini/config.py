@@ -5,6 +5,7 @@ import difflib
 import errno
 import json
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -31,8 +32,15 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one line, without a traceback."""
 
 
-class Terminated(Exception):
-    """SIGTERM came: the machine wants to be free, so the state is saved at once and the step in progress is lost."""
+class Terminated(BaseException):
+    """SIGTERM came, or the signal of a closed terminal: the state is saved at once, and the step in progress is lost.
+
+    As KeyboardInterrupt it is no Exception, so that no `except Exception` on its way takes it for a failure.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__(f"signal {int(number)}")
+        self.number = int(number)
 
 
 def _group(heading: str):
@@ -226,9 +234,10 @@ def make_settings(**given) -> tuple[Settings, str]:
     return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
 
 
-# What a resumed run may do otherwise: be longer, or take less memory (with shorter answers if nothing else helps).
+# A resumed run may be longer, and take less memory (with shorter answers if nothing else helps). Its data and models may
+# have been moved: the folder of the run tells whether they are the same (running/runs.py).
 MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit", "max_new_tokens",
-              "save_minutes")
+              "save_minutes", "data", "eval_data", "coco_dir", "policy", "sam", "sam_checkpoint")
 
 
 def read_settings(file: Path) -> dict:

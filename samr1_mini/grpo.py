@@ -188,10 +188,11 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
         norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
         if norm.isfinite():
             optimizer.step()
+            optimizer.skipped_in_a_row = 0
             log["grad_norm"] += norm.item() / (s.updates * s.passes)
         else:
             log["skipped_updates"] += 1
-            tqdm.write(f"update {done + k + 1}: gradient not finite, skipped; if this goes on, lower --lr")
+            count_skipped(optimizer, done + k + 1, s)
     policy.model.eval()
     tokens = max(1, log.pop("tokens"))
     a_token = {name: log.pop(name) / tokens for name in A_TOKEN}
@@ -199,6 +200,22 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
         del a_token["kl"], a_token["kl_held"]
     log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - begun}
     return dict(log)
+
+
+MOST_SKIPPED = 10  # updates in a row; a gradient that is finite again sets the count to 0
+
+
+def count_skipped(optimizer, number: int, s: Settings) -> None:
+    """Count update `number`, which was skipped. Raises UserError at the tenth in a row, in all processes alike.
+
+    The count is kept at the optimizer, because it goes on from step to step. It is no part of the saved state.
+    """
+    if is_first():
+        tqdm.write(f"update {number}: gradient not finite, skipped; if this goes on, lower --lr")
+    optimizer.skipped_in_a_row = getattr(optimizer, "skipped_in_a_row", 0) + 1
+    if optimizer.skipped_in_a_row >= MOST_SKIPPED:
+        raise UserError(f"the gradients of {MOST_SKIPPED} updates in a row were not finite, so nothing is learnt any "
+                        f"more. Start another run with a lower --lr (this run: {s.lr})")
 
 
 # Logged as means over the tokens that take part: with --beta 0 or --skip-flat those of groups with variance alone.

@@ -325,6 +325,8 @@ def sample(
                 unfinished, token = unfinished[stay], token[stay]
         cache.grow()
         hidden = reader(embed(token), (position[unfinished] + t).expand(3, -1, -1))  # [b, G, D]
+    if reader.failed:
+        DEVICES.discard(device.type)  # the answers after these are not recorded either
     # An answer ends with its first stop token; what was drawn after it, while others went on, is left out.
     stopped = torch.isin(ids, stop)  # [B, G, L]
     truncated = ~stopped.any(-1)  # [B, G]

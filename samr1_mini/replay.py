@@ -4,11 +4,14 @@ A token of a 3B policy is some 3,600 operations, most of them so small that Pyth
 to carry them out. A CUDA graph repeats recorded operations on the same tensors, so sizes must stay: `Fixed` is a cache
 whose whole room is read, what is still empty of it masked. A graph lasts until room grows (every 64 tokens) or many
 questions have left; then one token is read as it is, which warms up the GPU's libraries, and the next is recorded.
+Where a token cannot be recorded, all are read as they are: slower, with the same numbers.
 """
 
 import torch
+from tqdm import tqdm
 
 from .attention import Cache
+from .config import first_line
 
 DEVICES = {"cuda"}  # kinds of device that have graphs
 
@@ -32,9 +35,13 @@ class Fixed(Cache):
 
 def recorded(read):
     """What `read` computes, and a function that computes it again in place, from what its inputs hold by then."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # nothing is carried out here
-        out = read()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):  # nothing is carried out here
+            out = read()
+    except Exception:
+        torch.cuda.set_stream(stream)  # a recording that fails leaves its own stream as the current one
+        raise
     return out, graph.replay
 
 
@@ -43,6 +50,7 @@ class Reader:
 
     def __init__(self, language, cache: Cache):
         self.language, self.cache, self.size, self.replay = language, cache, None, None
+        self.failed = False  # a token could not be recorded
 
     def read(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.language(
@@ -51,17 +59,29 @@ class Reader:
 
     def __call__(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Embeddings [b, G, D], positions [3, b, G] -> hidden states [b, G, D], which the next call may overwrite."""
+        if self.failed or not isinstance(self.cache, Fixed):
+            return self.read(embeds, positions)
         size = self.cache.answers[0].shape  # it tells questions and room
-        if not isinstance(self.cache, Fixed) or size != self.size:
+        if size != self.size:
             self.size, self.replay, self.hidden = size, None, None  # the old graph's memory is free before a new one
             return self.read(embeds, positions)
         if self.replay is None:
-            self.inputs = embeds.clone(), positions.clone()
-            self.hidden, self.replay = recorded(lambda: self.read(*self.inputs))
+            self.record(embeds, positions)
+        if self.failed:  # reading writes a token's column alone, so it may be done twice
+            return self.read(embeds, positions)
         for held, given in zip(self.inputs, (embeds, positions)):
             held.copy_(given)
         self.replay()
         return self.hidden
+
+    def record(self, embeds: torch.Tensor, positions: torch.Tensor) -> None:
+        """Record a token, or print why it cannot be recorded. If memory ran out, reading may still find enough."""
+        try:
+            self.inputs = embeds.clone(), positions.clone()
+            self.hidden, self.replay = recorded(lambda: self.read(*self.inputs))
+        except Exception as error:
+            self.failed, self.inputs = True, None
+            tqdm.write(f"CUDA graphs are not used, so answers take longer: recording failed ({first_line(error)})")
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor | None:
         """Cache.drop, ended [b], once it pays: a graph of another size has to be recorded, so not for a few."""

@@ -7,6 +7,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
+from ..config import UserError, first_line
+
 PATIENCE = timedelta(hours=12)  # how long processes wait for each other: the first one may have 19 GB to download
 
 
@@ -21,16 +23,31 @@ def is_first() -> bool:
 
 
 def together(work: Callable):
-    """work() in every process. Where memory runs out in one, all stop with OutOfMemoryError: they would wait for it."""
-    result = full = None
+    """Do work() in every process. A failure in one process ends all: the others would wait for it without end.
+
+    Raises OutOfMemoryError or UserError in all processes where one of them did. Any other exception is raised on where
+    it happened, and is a RuntimeError in the other processes.
+    """
+    result = failure = bug = None
+    several = PartialState().num_processes > 1
     try:
         result = work()
-    except torch.OutOfMemoryError as error:
-        full = str(error)  # no more of it: its traceback would keep all that the work has allocated
-    if PartialState().num_processes > 1:
-        full = next((text for text in [full, *gather_object([full])] if text is not None), None)
-    if full is not None:
-        raise torch.OutOfMemoryError(full)
+    except (torch.OutOfMemoryError, UserError) as error:
+        failure = type(error), str(error)  # no more: its traceback would keep all that the work has allocated
+    except Exception as error:
+        if not several:
+            raise
+        bug = error
+        failure = RuntimeError, f"another process failed: {first_line(error)}"
+    failures = [failure]
+    if several:
+        failures = gather_object(failures)
+    if bug is not None:
+        raise bug
+    for failure in failures:
+        if failure is not None:
+            kind, message = failure
+            raise kind(message)
     return result
 
 

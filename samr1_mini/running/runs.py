@@ -1,10 +1,10 @@
-"""A run's folder: its settings, its log, what it needs to go on after a stop, and how Ctrl-C and SIGTERM stop it."""
+"""A run's folder: its settings, its log, and the state from which it continues after a stop."""
 
 import json
+import shlex
 import shutil
-import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from ..config import Settings, Terminated, UserError
+from ..config import Settings, Terminated, UserError, read_settings
 from ..policy import Policy
+from ..segmenter import SAM_FILES
 from .files import AGAIN, cause, refuse_pointer
 from .processes import is_first
+from .stops import ignore_ending_signals, lasting_output, stop_on_signals
 
 
 # ---------------------------------------------------------------------------------------------------- state
@@ -33,27 +36,34 @@ def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
 
 
 def put_adapter(policy: Policy, state: dict) -> None:
-    """The adapter as it was when `state` was taken."""
+    """Give the policy the adapter of `state`. Raises UserError where the adapter was trained on another policy."""
+    weights = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    sizes = {name: p.shape for name, p in weights.items()}
+    if sizes != {name: saved.shape for name, saved in state["adapter"].items()}:
+        raise UserError("--resume: the saved adapter does not fit this --policy: the run began with another kind or "
+                        "size of policy")
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state["adapter"][name])
+        for name, parameter in weights.items():
+            parameter.copy_(state["adapter"][name])
 
 
 def save_state(folder: Path, policy: Policy, state: dict) -> bool:
-    """Write `state`, and by itself the adapter, which the policy holds as it is in `state`. All is written beside and
-    moved into place, so that a save that is cut off, or for which the disk has no room, loses nothing; the latter is
-    said, and False comes back."""
+    """Write `state` to state.pt, and its adapter to a folder of its own, which eval.py reads.
+
+    No weight is read from the policy: after an error of the GPU its memory cannot be read any more. All is written
+    beside and moved into place, so nothing is lost by a save that is cut off, or for which the disk has no space. The
+    latter is printed, and False comes back.
+    """
     new = folder / "state.new"
     try:
         with new.open("wb") as file:
             torch.save(state, file)
         new.replace(folder / "state.pt")
-        policy.model.save_pretrained(folder / "adapter.new")
+        policy.model.save_pretrained(folder / "adapter.new", state_dict=state["adapter"])
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         (folder / "adapter.new").replace(folder / "adapter")
         return True
-    except (OSError, RuntimeError) as error:  # torch's and safetensors' writers make RuntimeErrors of a full disk
+    except (OSError, RuntimeError, MemoryError) as error:  # torch and safetensors make RuntimeErrors of a full disk
         new.unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter.new", ignore_errors=True)
         tqdm.write(f"step {state['step']} could not be saved in {folder} ({' '.join(str(error).split())}); what was "
@@ -78,10 +88,7 @@ def read_state(file: Path) -> dict:
 
 
 def put_state(state: dict, policy: Policy, optimizer) -> None:
-    """Put adapter and AdamW's moments back. Raises ValueError and others where they do not fit."""
-    trained = {name: p.shape for name, p in policy.model.named_parameters() if p.requires_grad}
-    if {name: tensor.shape for name, tensor in state["adapter"].items()} != trained:
-        raise ValueError("the adapter has other shapes")
+    """Put adapter and AdamW's moments back. Raises UserError, ValueError and others where they do not fit."""
     put_adapter(policy, state)
     optimizer.load_state_dict(state["optimizer"])
     for p in policy.trained:
@@ -118,7 +125,10 @@ def open_run(s: Settings) -> Path:
     """The run's folder, a new one with the settings written down, or the one to go on with."""
     folder = Path(s.run or next_name(s))
     if not s.resume and (folder / "metrics.jsonl").exists():  # a start that failed before it leaves the name free
-        raise UserError(f"--run {folder} holds a run already: go on with it by --resume, or name another folder")
+        raise UserError(f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, or name "
+                        "another folder")
+    if s.resume:
+        check_segmenter_kind(folder, s)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not s.resume:  # which may still be refused: see Run
@@ -134,9 +144,27 @@ def next_name(s: Settings) -> str:
     return next(name for name in names if not Path(name).exists())
 
 
+def check_segmenter_kind(folder: Path, s: Settings) -> None:
+    """Refuse to continue with another SAM. The path of a SAM 2 or SAM 3 may change: it may have been moved."""
+    begun = read_settings(folder / "settings.json").get("sam", s.sam)
+    if begun != s.sam and {begun, s.sam} & {"tiny", *SAM_FILES}:
+        raise UserError(f"--resume: this run was started with --sam {begun}, and --sam {s.sam} is another model")
+
+
 def resume_command(folder: Path, s: Settings) -> str:
-    """What a user types to go on with the run in this folder."""
-    return f"python train.py --resume --run {folder} --samples {s.samples}"
+    """Write the command that continues the run in this folder, with as many processes as there are now."""
+    script = "train.py"
+    if Path(sys.argv[0]).name == script:  # as it was typed, from whichever folder
+        script = sys.argv[0]
+    start = ["python"]
+    processes = PartialState().num_processes
+    if processes > 1:
+        # Accelerate's launcher would start one process on a CPU. Without "--" torchrun takes --run for its own option.
+        start = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "--"]
+    words = [*start, script, "--resume", "--run", str(folder), "--samples", str(s.samples)]
+    if sys.platform == "win32":
+        return subprocess.list2cmdline(words)
+    return shlex.join(words)
 
 
 def write_json(path: Path, value) -> None:
@@ -157,42 +185,35 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
 
 
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
-    """Refuse to go on where other questions would be asked, or tested, than when the run began: the data has changed.
-    What is written down there is a list of ids, and one of answers."""
-    for name, data, option in (("samples", sets[0], s.data), ("test-base", sets[2], s.eval_data or s.data)):
+    """Refuse to continue where training, validation or test would ask other questions than when the run began.
+
+    The folder holds their ids: two lists of ids, and a list of answers, each with its id.
+    """
+    train, validation, test = sets
+    held = s.eval_data or s.data
+    kinds = (("samples", train, s.data), ("validation", validation, held), ("test-base", test, held))
+    for name, data, option in kinds:
         file = folder / f"{name}.json"
-        if file.exists():
-            known = [one if isinstance(one, str) else one["id"] for one in json.loads(file.read_text())]
-            if any(old != new for old, new in zip(known, data.ids)):
-                raise UserError(f"--resume: {option} asks other questions than when {folder} began: its data has "
-                                "changed; start another run")
+        if not file.exists():
+            continue
+        known = [one if isinstance(one, str) else one["id"] for one in json.loads(file.read_text())]
+        if any(old != new for old, new in zip(known, data.ids)):
+            raise UserError(other_questions(option, folder))
 
 
-# ---------------------------------------------------------------------------------------------------- signals
+def check_first_questions(folder: Path, data, s: Settings) -> None:
+    """Compare the first rollout batch with its questions in answers.jsonl: ids may be no more than line numbers."""
+    known = {answer["id"]: answer["question"] for answer in read_log(folder, s.questions, "answers")}
+    for i in range(min(s.questions, len(data))):
+        sample = data[i]
+        if known.get(sample.id, sample.question) != sample.question:
+            raise UserError(other_questions(s.data, folder))
 
 
-@contextmanager
-def stop_on_signals():
-    """Within, Ctrl-C sets the event that this yields, so that the step in progress ends first; a second one stops at
-    once. SIGTERM raises Terminated: whoever sends it seldom waits for a step."""
-    stop = threading.Event()
-
-    def finish_step(*_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop.set()
-        tqdm.write("stopping after this step (Ctrl-C again: at once)")
-
-    def end_at_once(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: saving must not be cut off by a second one
-        raise Terminated
-
-    handlers = {signal.SIGINT: finish_step, signal.SIGTERM: end_at_once}
-    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
-    try:
-        yield stop
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+def other_questions(data: str, folder: Path) -> str:
+    """Write the line that refuses changed data."""
+    return (f"--resume: {data} asks other questions than when {folder} began: its data has changed; start another run, "
+            "or name the folder to which the run's data was moved (--data, --eval-data)")
 
 
 # ---------------------------------------------------------------------------------------------------- on its way
@@ -214,17 +235,21 @@ class Run:
         if s.resume:
             check_questions(folder, sets, s)
             self.start, earlier = load_state(folder, policy, optimizer)
+            if self.start:
+                check_first_questions(folder, sets[0], s)
         self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
         if self.start > self.total:
             raise UserError(f"--samples {s.samples}: {folder} has gone {self.start} steps already, which is "
                             f"--samples {self.start * s.questions}")
         self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()
+        self.first_adapter, self.flat = self.state["adapter"], []  # for learning_warning
         if is_first():
             write_settings(folder, s)
             for name, a_step in (("metrics", 1), ("answers", s.questions)):  # what a cut-off step wrote goes
                 kept = read_log(folder, self.start * a_step, name) if self.start else []
                 (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
             write_json(folder / "samples.json", sets[0].ids)  # which questions this run drew
+            write_json(folder / "validation.json", sets[1].ids)
             if gone := sorted({name for one in sets for name in one.missing}):
                 write_json(folder / "missing.json", gone)
 
@@ -251,31 +276,52 @@ class Run:
         if first and (due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes):
             save_state(self.folder, self.policy, self.state)
             self.saved = time.perf_counter()
-        self.taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
-        if first and len(self.taken) == 10:
-            tqdm.write(time_left(self.taken, self.total - self.start))
-        self.bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", "iou", "segmentation_format")})
+        self.note(line)
+        shown = ("reward", "iou", "segmentation_format", "zero_variance")
+        self.bar.set_postfix({name: f"{line[name]:.2f}" for name in shown})
         if stopped:
             self.bar.close()
             if first:
-                print(f"stopped after step {step}; go on with:\n  {resume_command(self.folder, self.s)}")
+                print(f"stopped after step {step}; continue with:\n  {resume_command(self.folder, self.s)}")
             sys.exit(130)
+
+    def note(self, line: dict) -> None:
+        """Note a step's seconds and zero_variance. After ten steps print the time that is left, and a warning where
+        nothing is learnt."""
+        self.taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
+        self.flat.append(line["zero_variance"])
+        if len(self.taken) != FIRST_STEPS:
+            return
+        changed = adapter_changed(self.first_adapter, self.state["adapter"])
+        self.first_adapter = None  # it is large, and not needed any more
+        if is_first():
+            tqdm.write(time_left(self.taken, self.total - self.start))
+            warning = learning_warning(sum(self.flat) / FIRST_STEPS, changed)
+            if warning:
+                tqdm.write(warning)
 
     @contextmanager
     def saved_whatever_happens(self):
-        """Within, the state after the last whole step is saved before anything ends the run: a step that was cut off is
-        done again by --resume."""
-        with stop_on_signals() as self.stop:
+        """Within, the state after the last whole step is saved before anything ends the run. --resume does the step
+        again that was cut off.
+
+        What ends the run is raised on: a bug keeps its traceback. An OSError becomes a UserError.
+        """
+        with lasting_output(), stop_on_signals() as self.stop:
             try:
                 yield
-            except (torch.OutOfMemoryError, Terminated, UserError, OSError, KeyboardInterrupt) as error:
-                put_adapter(self.policy, self.state)  # no more: memory may have run out
-                if is_first() and save_state(self.folder, self.policy, self.state):
-                    told = f"step {self.state['step']} is saved; go on with:\n  {resume_command(self.folder, self.s)}"
-                    print(told, flush=True)
+            except (Exception, KeyboardInterrupt, Terminated) as error:
+                ignore_ending_signals()
+                self.save_last_step()
                 if isinstance(error, OSError):  # the log's disk is full
                     raise UserError(f"{self.folder}: {error}") from None
                 raise
+
+    def save_last_step(self) -> None:
+        """Save the state after the last whole step, which is a copy in host memory, and print how to continue."""
+        if is_first() and save_state(self.folder, self.policy, self.state):
+            command = resume_command(self.folder, self.s)
+            print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
 
     def finish(self) -> None:
         """Save the last state. Raises UserError where nothing was learnt, or where that state cannot be saved."""
@@ -285,6 +331,30 @@ class Run:
         if is_first() and not save_state(self.folder, self.policy, self.state):
             again = resume_command(self.folder, self.s)
             raise UserError(f"{self.folder}: the last steps are not saved; make room there, then {again}")
+
+
+FIRST_STEPS = 10  # after so many there is a first report
+
+
+def adapter_changed(before: dict, after: dict) -> bool:
+    """Compare two adapters, tensors by name. LoRA's B starts at 0, and an adapter whose B are all 0 has no effect."""
+    effective = any(after[name].any() for name in after if "lora_B" in name)
+    return effective and any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def learning_warning(zero_variance: float, changed: bool) -> str:
+    """Write a line of advice where nothing was learnt in the first ten steps; empty where all is well.
+
+    `zero_variance` is the mean share of groups with equal rewards, `changed` says that a weight of the adapter moved.
+    """
+    if zero_variance > 0.9:
+        return (f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same reward "
+                "(zero_variance), so almost nothing is learnt. Start another run with a larger --group, a higher "
+                "--temperature, other --data, or another --policy")
+    if not changed:
+        return (f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at grad_norm and "
+                "skipped_updates in metrics.jsonl, and start another run with another --lr")
+    return ""
 
 
 def time_left(seconds: list[float], steps: int) -> str:
