@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..config import UserError
 from ..metrics import filled
 from .fetch import COCO_BYTES, fetch_pictures, is_there
-from .masks import are_numbers, as_polygons, check_truth, is_rows, read_mask
+from .masks import are_numbers, as_polygons, check_truth, has_box, is_rows, read_mask, refuse_lossy
 from .pictures import Head, inside, open_picture, plain_path, read_head
 from .samples import Data, Sample, in_order, plain
 
@@ -118,7 +118,7 @@ class Folder(Data):
                 name = f"line-{number}"
             size = row.get("size") if self.converted else None
             image = row["image"] if self.converted else plain_path(row["image"])
-            return Line(number, text, str(name), image, split_of(row), size, "box" in row)
+            return Line(number, text, str(name), image, split_of(row), size, has_box(row))
 
     def of_split(self, lines: list[Line]) -> list[Line]:
         """Return the lines of this split.
@@ -174,6 +174,12 @@ class Folder(Data):
             with self.named(line.number):
                 row = json.loads(line.text)
                 head = read_head(inside(self.pictures, line.image))
+                if line.size and tuple(line.size) != head.size:
+                    raise ValueError(
+                        "{} is {} x {}, and the data say {} x {}".format(
+                            line.image, *head.size, *line.size
+                        )
+                    )
                 reach += reach_of(row, head)
                 turned += check_against_picture(row, head, self.folder, self.converted)
         if turned:
@@ -181,10 +187,10 @@ class Folder(Data):
                 f"{self.file}: EXIF turns {turned} pictures of the {self.split} split. Their masks must fit the "
                 "turned pictures. To be sure, save pictures and masks upright"
             )
-        if len(reach) >= 20 and max(reach) < 0.5:
+        if is_suspect(reach):
             self.warnings.append(
-                f"{self.file}: all coordinates of the {self.split} split lie in the upper left quarter of their "
-                "pictures. Are they pixels of these pictures?"
+                f"{self.file}: no coordinate of the {self.split} split comes near the right or lower "
+                "side of its picture. Are all coordinates pixels of these pictures?"
             )
 
     def distinct_lines(self) -> list[Line]:
@@ -321,13 +327,13 @@ class Folder(Data):
             ignore = None
             if row.get("ignore"):
                 ignore = read_mask(row["ignore"], self.folder, height, width)
-            if "box" in row:
+            if line.box_only:
                 mask = filled(row["box"], height, width)
             else:
                 mask = read_mask(row["mask"], self.folder, height, width)
             kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
             return Sample(
-                image, plain(row["question"]), mask, line.id, kind, ignore, "box" in row, picture
+                image, plain(row["question"]), mask, line.id, kind, ignore, line.box_only, picture
             )
 
 
@@ -338,8 +344,8 @@ def parse_object(text: str) -> dict:
     """Parse a JSON object. Raises ValueError for anything else."""
     try:
         row = json.loads(text)
-    except ValueError:
-        row = None
+    except ValueError as error:
+        raise ValueError(f"not a JSON object ({error}); write one question a line") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object; write one question a line")
     return row
@@ -348,12 +354,14 @@ def parse_object(text: str) -> dict:
 def check_texts(row: dict) -> None:
     """Check that a line has all its parts, and texts where texts belong."""
     missing = [key for key in ("image", "question") if not row.get(key)]
-    if "box" not in row and row.get("mask") in (None, ""):
+    if not has_box(row) and row.get("mask") in (None, ""):
         missing.append("mask")
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
     if not isinstance(row["image"], str) or not isinstance(row["question"], str):
         raise ValueError("image and question must be texts")
+    if row["image"] == row.get("mask"):
+        raise ValueError("image and mask are the same file")
     if not plain(row["question"]):
         raise ValueError("question is empty")
 
@@ -361,7 +369,7 @@ def check_texts(row: dict) -> None:
 def split_of(row: dict) -> str | None:
     """Return the split that a line names, or None."""
     name = row.get("split")
-    if name in (None, ""):
+    if name in (None, "") or name != name:  # NaN is pandas' word for nothing
         return None
     if str(name).lower() not in SPLITS:
         raise ValueError(f"split {name!r} is none of {', '.join(SPLITS)}")
@@ -403,10 +411,7 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
         if isinstance(mask, str):
             mask_head = read_head(inside(folder, mask))
             turned = head.turned != mask_head.turned
-            if mask_head.format in ("JPEG", "WEBP"):
-                raise ValueError(
-                    f"{mask}: {mask_head.format} may blur a mask's border; save it as PNG"
-                )
+            refuse_lossy(mask_head, mask)
             if mask_head.size != head.size:
                 has = "{} x {}, the picture {} x {}".format(*mask_head.size, *head.size)
                 raise ValueError(f"the mask is {has}")
@@ -421,15 +426,34 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
     return turned and not sizes_tell
 
 
-def reach_of(row: dict, head: Head) -> list[float]:
-    """Return how far a line's polygons or box reach, as the larger share of the picture's sides.
+def reach_of(row: dict, head: Head) -> list[tuple[float, float, int, int]]:
+    """Return how far a line's polygons or box reach: right, bottom, and the picture's width and
+    height.
 
-    Other masks: none.
+    The list is empty for other masks.
     """
-    value = row.get("box", row.get("mask"))
+    value = row.get("mask")
+    if has_box(row):
+        value = row["box"]
     if not isinstance(value, list) or is_rows(value, head.size):
         return []
     numbers = value
     if not are_numbers(value):
         numbers = [number for polygon in as_polygons(value) for number in polygon]
-    return [max(max(numbers[::2]) / head.size[0], max(numbers[1::2]) / head.size[1])]
+    return [(max(numbers[::2]), max(numbers[1::2]), *head.size)]
+
+
+def is_suspect(reach: list[tuple[float, float, int, int]]) -> bool:
+    """Tell whether coordinates look like those of smaller pictures, thousandths or percent.
+
+    Ten lines are needed: any single object may be near the upper left corner.
+    """
+    if len(reach) < 10:
+        return False
+    if all(right < 0.5 * width and bottom < 0.5 * height for right, bottom, width, height in reach):
+        return True
+    for unit in (1000, 100):
+        beyond = all(max(width, height) > 1.2 * unit for _, _, width, height in reach)
+        if beyond and all(max(right, bottom) <= unit for right, bottom, _, _ in reach):
+            return True
+    return False

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from ..config import UserError
 from .fetch import picture_name
 from .masks import TOLERANCE, is_point, to_rle
-from .pictures import inside, opened, read_head
+from .pictures import child, inside, opened, read_head
 
 
 def from_refcoco(row: dict, folder: Path, ignore: str) -> dict:
@@ -121,8 +121,16 @@ def from_labelme(row: dict, folder: Path, ignore: str) -> dict:
     """Convert a pair of a picture and a labelme JSON with "text" and "shapes"."""
     if not isinstance(row.get("shapes"), list) or not row.get("text"):
         raise ValueError('a labelme file needs "shapes", and the questions as "text": ["...", ...]')
-    picture = picture_beside(row["file"])
+    picture = picture_beside(row["file"], str(row.get("imagePath")))
     size = read_head(picture).size
+    if (row.get("imageWidth", size[0]), row.get("imageHeight", size[1])) not in (
+        size,
+        (None, None),
+    ):
+        drawn = f"{row['imageWidth']} x {row['imageHeight']}"
+        raise ValueError(
+            f"the shapes are for {drawn} pixels, and {picture.name} has {size[0]} x {size[1]}"
+        )
     meant, undecided = draw_shapes(row["shapes"], size)
     line = {
         "id": picture.stem,
@@ -192,19 +200,19 @@ def picture_bytes(row: dict) -> bytes:
     )
 
 
-def picture_beside(file: Path) -> Path:
-    """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in capitals or
-    not.
+def picture_beside(file: Path, name: str) -> Path:
+    """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in any case.
+
+    Where there are several, `name`, the "imagePath" of the file, tells which. That path is not
+    opened.
     """
-    for ending in (".jpg", ".jpeg", ".png"):
-        for picture in (
-            file.with_suffix(ending),
-            file.with_suffix(ending.upper()),
-            file.with_suffix(ending.title()),
-        ):
-            if picture.is_file():
-                return picture
-    raise ValueError(f"no {file.stem}.jpg, .jpeg or .png beside it")
+    endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".Jpg", ".Jpeg", ".Png")
+    found = [child(file.parent, f"{file.stem}{ending}") for ending in endings]
+    found = [picture for picture in found if picture.is_file()]
+    if not found:
+        raise ValueError(f"no {file.stem}.jpg, .jpeg or .png beside it")
+    meant = [picture for picture in found if picture.suffix == Path(name).suffix]
+    return (meant or found)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- labelme
@@ -217,6 +225,9 @@ def draw_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, 
     From the largest shape to the smallest, each over those before. A label with "ignore" in it is
     undecided; all others but "flag" are meant. `size` is the picture's width and height.
     """
+    numbers = [n for shape in shapes for point in shape["points"] for n in point]
+    if max(numbers, default=2) < 2:
+        raise ValueError("all coordinates are at most 1; write pixels, not shares of the sides")
     parts = []
     for shape in shapes:
         label = str(shape["label"]).lower()
@@ -257,8 +268,8 @@ def draw_shape(shape: dict, size: tuple[int, int]) -> np.ndarray:
         radius = math.dist(*points)
         (x, y), _ = points
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=1, outline=1)
-    elif kind == "rectangle":
-        if len(points) not in (2, 4):
+    elif kind == "rectangle" and len(points) != 4:
+        if len(points) != 2:
             raise ValueError("a rectangle needs two opposite corners, or all four")
         draw.rectangle([min(xs), min(ys), max(xs), max(ys)], fill=1, outline=1)
     elif len(set(map(tuple, points))) > 2:
@@ -267,12 +278,7 @@ def draw_shape(shape: dict, size: tuple[int, int]) -> np.ndarray:
 
 
 def check_points(points: list[list[float]], size: tuple[int, int]) -> None:
-    """Refuse points that are shares of the sides, or that leave the picture."""
-    numbers = [number for point in points for number in point]
-    if len(points) > 1 and max(numbers) < 2:
-        raise ValueError(
-            "all coordinates of a shape are at most 1; write pixels, not shares of the sides"
-        )
+    """Refuse points that leave the picture."""
     for x, y in points:
         if not (-TOLERANCE <= x <= size[0] + TOLERANCE and -TOLERANCE <= y <= size[1] + TOLERANCE):
             raise ValueError(

@@ -8,10 +8,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
 from pycocotools import mask as coco
 
-from .pictures import inside, opened
+from .pictures import Head, inside, opened, read_head, upright
 
 TOLERANCE = 5  # pixels by which annotators' coordinates may leave the picture
 FORMS = "the path of a PNG file, a COCO RLE, polygons, or rows of 0 and 1"
@@ -26,12 +25,17 @@ def check_truth(row: dict, size: tuple[int, int] | None = None, may_be_empty: bo
     `size` is the picture's width and height. Without a size the range of coordinates is not
     checked.
     """
-    if "box" in row:
+    if has_box(row):
         check_box(row["box"], size)
     else:
         check_mask(row.get("mask"), size, may_be_empty)
     if row.get("ignore"):
         check_mask(row["ignore"], size, may_be_empty=True)
+
+
+def has_box(row: dict) -> bool:
+    """Tell whether a line's truth is a box: it has no mask."""
+    return row.get("mask") is None and row.get("box") is not None
 
 
 def check_box(box, size: tuple[int, int] | None = None) -> None:
@@ -173,8 +177,10 @@ def is_rows(value, size: tuple[int, int] | None) -> bool:
         return False
     if size and (width, len(value)) == size:
         return True
+    if size and (width, len(value)) == size[::-1]:
+        return True  # the sides are exchanged, as an error will tell
     numbers = set().union(*value)
-    return numbers <= {0, 1} or (size is None and 0 in numbers and len(numbers) <= 2)
+    return numbers <= {0, 1} or (0 in numbers and len(numbers) <= 2 and len(value) > 2)
 
 
 def rle_runs(rle: dict) -> list[int]:
@@ -198,6 +204,8 @@ def run_lengths(counts: bytes) -> list[int]:
         sign -= 48
         value |= (sign & 31) << bits
         bits += 5
+        if bits > 60:  # no run is that long
+            return [-1]
         if sign & 32:  # the number continues
             continue
         if value >> (bits - 1):  # its highest bit is its sign
@@ -250,21 +258,22 @@ def read_mask_file(file: Path) -> np.ndarray:
 
     0/1, 0/255 and floats are fine.
     """
+    refuse_lossy(read_head(file), file.name)
     with opened(file) as image:
-        if image.format in ("JPEG", "WEBP"):
-            raise ValueError(
-                f"{file.name}: {image.format} may blur a mask's border; save it as PNG"
-            )
         if image.has_transparency_data:
             alpha = image.convert("RGBA").getchannel("A")
             if alpha.getextrema() != (255, 255):
-                raise ValueError(
-                    f"{file.name}: a mask with transparent parts; save it in black and white"
-                )
-        image = ImageOps.exif_transpose(image)
+                raise ValueError("a mask with transparent parts; save it in black and white")
+        image = upright(image)
         if image.mode not in ("1", "L") and image.mode[0] not in "IF":
             image = image.convert("RGB")  # a palette may have black anywhere
         pixels = np.asarray(image)
     if pixels.ndim == 3:
         return pixels.any(-1)
     return pixels > 0
+
+
+def refuse_lossy(head: Head, name: str) -> None:
+    """Refuse a mask whose compression changes pixels."""
+    if head.lossy:
+        raise ValueError(f"{name}: {head.format} may blur a mask's border; save it as PNG")

@@ -31,18 +31,30 @@ def plain_path(name: str) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the file `name` in `folder`.
+    """Return the file `name` in `folder`. The file may be a link.
 
-    The file may be a link. Raises ValueError where there is none.
-
-    Systems write "é" as one sign or as two (NFC or NFD). Both are tried.
+    Raises ValueError where there is none.
     """
-    path = plain_path(name)
-    for form in ("NFC", "NFD"):
-        file = folder / unicodedata.normalize(form, path)
-        if file.is_file():
-            return file
-    raise ValueError(f"{name}: no such file in {folder}")
+    file = folder
+    for part in Path(plain_path(name)).parts:
+        file = child(file, part)
+    if file.is_file():
+        return file
+    hint = ""
+    if "\\" in name:
+        hint = "; write / in paths"
+    raise ValueError(f"{name:.80}: no such file in {folder}{hint}")
+
+
+def child(folder: Path, name: str) -> Path:
+    """Return `name` in a folder, in the form that the disk has.
+
+    Systems write "é" as one sign or as two (NFC or NFD).
+    """
+    other = folder / unicodedata.normalize("NFD", name)
+    if other.exists():
+        return other
+    return folder / unicodedata.normalize("NFC", name)
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -50,7 +62,13 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def opened(file):
-    """Open a picture file with Pillow. Files of several pages or frames are refused."""
+    """Open a picture file with Pillow. Files of several pages or frames are refused.
+
+    Errors, also those of the block inside, begin with the name of the file.
+    """
+    name = ""
+    if isinstance(file, Path):
+        name = f"{file.name}: "
     try:
         with Image.open(file) as image:
             if (
@@ -61,17 +79,27 @@ def opened(file):
                 )
             yield image
     except UnidentifiedImageError:
-        raise ValueError("this is no picture that can be read") from None
+        raise ValueError(f"{name}this is no picture that can be read") from None
     except Image.DecompressionBombError as error:
         pixels, limit = re.findall(r"\d+", str(error))[:2]
         raise ValueError(
-            f"{int(pixels) / 1e6:.0f} megapixels are too many: "
+            f"{name}{int(pixels) / 1e6:.0f} megapixels are too many: "
             f"make the picture smaller than {int(limit) / 1e6:.0f}"
         ) from None
-    except (OSError, ValueError):
-        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}{error}") from None
     except Exception as error:  # SyntaxError, struct.error, EOFError, ...: it depends on the format
-        raise ValueError(f"this picture cannot be read ({error})") from None
+        raise ValueError(f"{name}this picture cannot be read ({error})") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF says. EXIF that cannot be read turns nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (
+        Exception
+    ):  # Pillow raises anything for broken EXIF; broken pixels show when they are read
+        return image
 
 
 def open_picture(file) -> Image.Image:
@@ -79,10 +107,12 @@ def open_picture(file) -> Image.Image:
 
     `file` is a path or an open file.
     """
+    if isinstance(file, str):
+        file = Path(file)
     with opened(file) as image:
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too narrow a picture")
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode[0] in "IF":
             return from_deep_grey(np.asarray(image, float))
         if image.has_transparency_data:
@@ -113,13 +143,36 @@ class Head:
     stored: tuple[int, int]  # width and height before the turn by EXIF
     turned: bool  # EXIF turns or mirrors the picture
     format: str
+    lossy: bool  # its compression changes pixels
+
+
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
 def read_head(file) -> Head:
     """Read the head of a picture file. Its pixels are not decoded."""
     with opened(file) as image:
-        orientation = image.getexif().get(ORIENTATION, 1)
-        size = image.size
-        if orientation in (5, 6, 7, 8):
+        orientation, size, stored = orientation_of(image), image.size, image.size
+        if orientation >= 5 and image.format == "TIFF":  # Pillow has exchanged its sides already
+            stored = size[::-1]
+        elif orientation >= 5:
             size = size[::-1]
-        return Head(size, image.size, orientation in range(2, 9), image.format)
+        lossy = image.format in LOSSY or image.info.get("compression") in (
+            "jpeg",
+            "tiff_jpeg",
+            "webp",
+        )
+        return Head(size, stored, orientation > 1, image.format, lossy)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the turn that EXIF asks for, from 1 (none) to 8."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode all pixels to look behind them
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow raises anything for broken EXIF
+        return 1
+    if orientation in range(1, 9):
+        return orientation
+    return 1

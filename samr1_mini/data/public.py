@@ -18,6 +18,7 @@ from pathlib import Path
 
 import fsspec
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
@@ -77,7 +78,10 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     if coco_dir and not Path(coco_dir).is_dir():
         raise UserError(f"--coco-dir {coco_dir}: no such folder")
     files = find_files(name, split) if Path(name).is_dir() else []
-    known = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in watched(files)
+    ]
     key = repr([VERSION, known or hub_place(name, split), source.sentences, source.ignore])
     folder = SETS / f"{Path(name).name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
@@ -180,6 +184,8 @@ def reason_of(error: Exception) -> str:
     """Describe why a row is broken."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
+    if isinstance(error, (TypeError, AttributeError)):
+        return f"a value is of the wrong kind ({first_line(error)})"
     return first_line(error)
 
 
@@ -257,15 +263,22 @@ def parquet_rows(file) -> Iterator[tuple[str, dict]]:
 
 def cell_value(name: str, cell):
     """Return a cell of an arrow table as a Python value, a mask as bool [H, W]."""
-    if name != "mask" or not pyarrow.types.is_list(cell.type) or cell.values is None:
+    if name != "mask" or not is_list(cell.type) or not is_list(cell.type.value_type):
         return cell.as_py()
     rows = cell.values  # H lists of W booleans
-    if not pyarrow.types.is_list(rows.type):
-        return cell.as_py()
-    flat = rows.flatten().to_numpy(zero_copy_only=False)
-    if not len(flat) or len(flat) % len(rows):
-        return cell.as_py()
-    return flat.reshape(len(rows), -1) != 0
+    if rows is None:
+        return None
+    widths = pyarrow.compute.list_value_length(rows).unique().to_pylist()
+    flat = rows.flatten()
+    if len(widths) != 1 or not widths[0] or flat.null_count:
+        return None
+    return flat.to_numpy(zero_copy_only=False).reshape(len(rows), -1) > 0
+
+
+def is_list(kind: pyarrow.DataType) -> bool:
+    """Tell whether cells of this arrow type are lists."""
+    types = pyarrow.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -345,8 +358,8 @@ def find_files(name: str, split: str) -> list[Path]:
     refs = sorted(folder.glob("refs(*).p"))
     if refs:
         return refs[-1:]
-    for pattern in ("*.parquet", "*.json"):  # beside parquet files, JSON only describes them
-        files = of_split(folder, pattern, split)
+    for ending in (".parquet", ".json"):  # beside parquet files, JSON only describes them
+        files = of_split(folder, ending, split)
         if files:
             return files
     raise UserError(
@@ -354,14 +367,46 @@ def find_files(name: str, split: str) -> list[Path]:
     )
 
 
-def of_split(folder: Path, pattern: str, split: str) -> list[Path]:
+def watched(files: list[Path]) -> list[Path]:
+    """Return the files that a converted set depends on: those of the set, and all files beside its
+    JSON.
+    """
+    if not files or files[0].suffix == ".parquet":
+        return files
+    if files[0].suffix == ".p":
+        return [*files, *files[0].parent.glob("instances.json")]
+    folders = dict.fromkeys(file.parent for file in files)
+    return [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """Return the files with this ending in a folder and its folders, each once, also behind links.
+
+    Hidden files are left out. Raises UserError for a link that leads nowhere.
+    """
+    found, seen = {}, set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()  # a link leads back
+            continue
+        seen.add(os.path.realpath(place))
+        for name in names:
+            file = Path(place, name)
+            if name.endswith(ending) and not name.startswith("."):
+                if not file.is_file():
+                    raise UserError(f"{file} is a link that leads nowhere")
+                found.setdefault(file.resolve(), file)
+    return sorted(found.values())
+
+
+def of_split(folder: Path, ending: str, split: str) -> list[Path]:
     """Return the files of a split. The first part of a path that names a split decides.
 
     Files that name no split are for testing alone. (A set for validation alone may call its only
     file test.parquet.)
     """
     named, nameless = [], []
-    for file in sorted(folder.rglob(pattern)):
+    for file in files_in(folder, ending):
         parts = file.relative_to(folder).parts
         if "explanatory" in parts:  # LISA's answers in words
             continue

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageOps
 
+LONGEST = 2000  # characters of a question
+
 
 @dataclass
 class Sample:
@@ -119,5 +121,7 @@ def plain(question) -> str:
     token = re.search(r"<\|\w+\|>", text)
     if token:
         raise ValueError(f"the question holds {token[0]}, a special token of the model")
+    if len(text) > LONGEST:
+        raise ValueError(f"the question has {len(text)} characters, and {LONGEST} is the limit")
     text.encode()  # half a surrogate pair is a ValueError
     return text

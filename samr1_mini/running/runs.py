@@ -40,8 +40,8 @@ def put_adapter(policy: Policy, state: dict) -> None:
     weights = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     sizes = {name: p.shape for name, p in weights.items()}
     if sizes != {name: saved.shape for name, saved in state["adapter"].items()}:
-        raise UserError("--resume: the saved adapter does not fit this --policy: the run began with another kind or "
-                        "size of policy")
+        raise UserError("--resume: the adapter in state.pt does not fit this --policy: the run began with another "
+                        "kind or size of policy")
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(state["adapter"][name])
