@@ -21,10 +21,10 @@ import eval as evaluate_command
 import train as train_command
 from samr1_mini import policy as policy_module
 from samr1_mini import reward
-from samr1_mini.config import UserError
+from samr1_mini.config import UserError, option
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import new_optimizer, roll_out
-from samr1_mini.policy import TINY, encode, load_policy, logprobs, prompt_text, sample
+from samr1_mini.policy import TINY, encode, load_policy, logprobs, sample
 from samr1_mini.reward import parse
 from samr1_mini.running.reports import first_answers, first_look
 from samr1_mini.running.runs import load_state, save_state, take_state
@@ -32,7 +32,7 @@ from samr1_mini.tokens import CUT, answer_text, opened_answer
 
 ROOT = Path(__file__).parent.parent
 
-# ------------------------------------------------------------------------------------ figures in notebooks
+# -------------------------------------------------------------------------------- figures in notebooks
 
 FRESH = """
 import importlib, json, pkgutil, sys
@@ -75,7 +75,7 @@ def test_a_figure_shows_in_a_notebook_that_imports_the_package_after_its_backend
     assert "image/png" in kinds
 
 
-# ------------------------------------------------------------------------------------ shares
+# -------------------------------------------------------------------------------- shares
 
 
 def asked_format(box: str, points: str = "[[15, 25, 1]]") -> str:
@@ -116,7 +116,7 @@ def test_shares_are_no_box_in_the_lenient_reading_either(text):
     assert parse(f"[10, 20, 30, 40] or {text}", 112, 112).lenient_box == (10, 20, 30, 40)
 
 
-# ------------------------------------------------------------------------------------ lenient reading
+# -------------------------------------------------------------------------------- lenient reading
 
 
 @pytest.mark.parametrize("text", [
@@ -219,7 +219,7 @@ def test_all_answers_of_the_committed_run_are_read_as_when_it_was_made():
     assert read.hexdigest() == "0e104ea0473a8a4e1361021d40b88ffefb5e254c6a7bc44f32a75996ec995dc8"
 
 
-# ------------------------------------------------------------------------------------ opened answers
+# -------------------------------------------------------------------------------- opened answers
 
 OPEN = ["<think>", "<think>\n", "<think>\n\n</think>\n\n"]
 
@@ -229,7 +229,8 @@ def opening(policy, start: str):
     processor = copy.deepcopy(policy.processor)
     end = "assistant\n{% endif %}"
     assert processor.chat_template.endswith(end)
-    processor.chat_template = processor.chat_template.replace(end, f"assistant\n{start}{{% endif %}}")
+    opened = f"assistant\n{start}{{% endif %}}"
+    processor.chat_template = processor.chat_template.replace(end, opened)
     return replace(policy, processor=processor)
 
 
@@ -321,7 +322,8 @@ def folder_that_opens(tmp_path, start: str) -> Path:
     folder = tmp_path / "policy"
     shutil.copytree(TINY, folder)
     template = folder / "chat_template.jinja"
-    changed = template.read_text().replace("assistant\n{% endif %}", f"assistant\n{start}{{% endif %}}")
+    opened = f"assistant\n{start}{{% endif %}}"
+    changed = template.read_text().replace("assistant\n{% endif %}", opened)
     assert changed != template.read_text()
     template.write_text(changed)
     return folder
@@ -341,7 +343,7 @@ def test_one_picture_is_answered_behind_a_template_that_opens_think(tmp_path, sa
 @pytest.mark.parametrize("text, warns", [
     ('<answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>', "<think>"),
     ("It is there.", "--group"),
-    ('<think>Left.</think><answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>', ""),
+    (asked_format("[10, 20, 60, 70]"), ""),
 ])
 def test_the_first_check_names_the_part_of_the_format_that_is_missing(
     text, warns, policy, segmenter, samples, settings
@@ -357,9 +359,9 @@ def test_the_first_check_names_the_part_of_the_format_that_is_missing(
     assert "--group" not in warning or warns == "--group"
 
 
-# ------------------------------------------------------------------------------------ damaged files
+# -------------------------------------------------------------------------------- damaged files
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 12345\n"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
 def damage(file: Path, kind: str) -> None:
@@ -406,8 +408,9 @@ def copied(adapter, tmp_path):
 def test_an_adapters_damaged_weights_are_named_in_one_line(kind, copied, tmp_path, capsys):
     file = copied / "adapter_model.safetensors"
     damage(file, kind)
-    line = refused_in_one_line(capsys, evaluate_command.main, evaluation(tmp_path, "--adapter", copied))
-    assert str(file) in line
+    arguments = evaluation(tmp_path, "--adapter", copied)
+    line = refused_in_one_line(capsys, evaluate_command.main, arguments)
+    assert str(file) in line and ("empty" in line) == (kind == "empty")
     assert ("git lfs pull" in line) == (kind == "pointer")
 
 
@@ -430,8 +433,9 @@ def test_an_adapters_damaged_configuration_is_named_in_one_line(kind, copied):
 def test_an_adapter_of_another_kind_or_with_odd_values_is_refused(name, value, copied):
     file = copied / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    with pytest.raises(UserError, match=str(copied)):
+    with pytest.raises(UserError) as error:
         load_policy("tiny", "fp32", adapter=copied)
+    assert str(file if name == "peft_type" else copied) in str(error.value)
 
 
 @pytest.mark.parametrize("change", [
@@ -441,7 +445,7 @@ def test_an_adapter_of_another_kind_or_with_odd_values_is_refused(name, value, c
     lambda w: {},
 ])
 def test_an_adapter_whose_weights_have_other_names_or_shapes_is_refused(change, copied):
-    """Weights with other names were passed over, and the base model was evaluated as the adapter."""
+    """PEFT only warns of weights with other names, and the base model was evaluated."""
     file = copied / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
     with pytest.raises(UserError, match="does not fit"):
@@ -486,9 +490,12 @@ def test_a_policys_json_without_its_keys_or_missing_is_refused(name, kind, folde
 
 @pytest.mark.parametrize("name, value", [
     ("vision_config", None), ("text_config", None), ("text_config", {}), ("vision_config", [1]),
-    ("text_config", "x"), ("model_type", None), ("model_type", ["qwen2_5_vl"]), ("dtype", "float99"),
+    ("text_config", "x"), ("model_type", None), ("model_type", ["qwen2_5_vl"]),
+    ("dtype", "float99"),
 ])
-def test_a_configuration_with_odd_values_is_refused_before_a_large_model_is_made(name, value, folder):
+def test_a_configuration_with_odd_values_is_refused_before_a_large_model_is_made(
+    name, value, folder
+):
     """Without sizes of its own the library would make a model of 70 billion weights."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
@@ -506,12 +513,13 @@ def test_a_policys_damaged_weights_are_one_line(kind, folder, tmp_path, capsys):
 
 def test_training_refuses_a_damaged_policy_too(folder, tmp_path, capsys):
     damage(folder / "model.safetensors", "cut")
-    arguments = ["--preset", "tiny", "--device", "cpu", "--policy", folder, "--run", tmp_path / "run"]
+    arguments = ["--preset", "tiny", "--device", "cpu", "--policy", folder]
+    arguments += ["--run", tmp_path / "run"]
     assert "model.safetensors" in refused_in_one_line(capsys, train_command.main, arguments)
 
 
 @pytest.mark.parametrize("change", [
-    lambda w: {name: tensor for name, tensor in w.items() if "layers.1.self_attn.k_proj" not in name},
+    lambda w: {name: tensor for name, tensor in w.items() if "layers.1." not in name},
     lambda w: {name: tensor[..., :8].contiguous() for name, tensor in w.items()},
     lambda w: {},
 ])
@@ -585,7 +593,7 @@ def test_out_of_memory_is_not_taken_for_a_damaged_file(monkeypatch):
         load_policy("tiny", "fp32", rank=4)
 
 
-# ------------------------------------------------------------------------------------ a damaged state
+# -------------------------------------------------------------------------------- a damaged state
 
 
 @pytest.fixture(scope="module")
@@ -669,11 +677,13 @@ def test_a_state_with_other_shapes_or_parts_is_refused(change, learner, tmp_path
 
 def test_resume_refuses_a_cut_state_with_code_2(tmp_path, capsys):
     run = tmp_path / "run"
-    small = ["--eval-every", "0", "--eval-samples", "2", "--test-samples", "2", "--max-new-tokens", "8",
-             "--questions", "2", "--updates", "1", "--group", "2", "--samples", "2", "--seed", "3"]
-    with pytest.raises(SystemExit):  # so short answers get no reward, and the run says so when all is done
-        train_command.main(["--preset", "tiny", "--device", "cpu", "--run", str(run), *small])
+    small = dict(eval_every=0, eval_samples=2, test_samples=2, max_new_tokens=8, questions=2,
+                 updates=1, group=2, samples=2)
+    options = [text for name, value in small.items() for text in (option(name), str(value))]
+    with pytest.raises(SystemExit):  # answers of 8 tokens get no reward, so the run learns nothing
+        train_command.main(["--preset", "tiny", "--device", "cpu", "--run", str(run), *options])
     capsys.readouterr()
     (run / "state.pt").write_bytes(POINTER)
-    line = refused_in_one_line(capsys, train_command.main, ["--resume", "--run", run, "--samples", "4"])
+    again = ["--resume", "--run", run, "--samples", "4"]
+    line = refused_in_one_line(capsys, train_command.main, again)
     assert str(run / "state.pt") in line and "git lfs pull" in line
