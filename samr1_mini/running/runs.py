@@ -167,7 +167,7 @@ def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
     if (folder / "test-base.json").exists():
         answers["test"] = json.loads((folder / "test-base.json").read_text())
     for split, data, option in (("train", sets[0], s.data), ("test", sets[2], s.eval_data or s.data)):
-        known = {answer["id"]: answer["question"] for answer in answers[split]}
+        known = {answer["id"]: answer["question"] for answer in answers[split] if "question" in answer}
         for i in range(min(s.questions, len(data))):
             sample = data[i]
             if known.get(sample.id, sample.question) != sample.question:
