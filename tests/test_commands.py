@@ -177,7 +177,8 @@ def test_a_run_that_goes_on_is_the_run_that_began_but_for_its_length_and_its_mem
     (tmp_path / "settings.json").write_text(json.dumps(asdict(Settings(preset="tiny", seed=3))))
     value = {bool: True, int: 9, float: 0.75, str: "other"}[Settings.__dataclass_fields__[name].type]
     given = {"run": str(tmp_path), "resume": True, name: False if name == "points" else value}
-    if name in ("samples", "micro", "checkpointing", "memory_limit", "max_new_tokens", "save_minutes"):
+    if name in ("samples", "micro", "checkpointing", "memory_limit", "max_new_tokens", "save_minutes", "data",
+                "eval_data", "coco_dir", "policy", "sam", "sam_checkpoint"):
         assert getattr(resumed_settings(given)[0], name) == value
     elif name == "preset":  # what it says of sizes is in the run's own settings
         assert resumed_settings(given)[0].preset == "tiny"

@@ -475,8 +475,9 @@ def test_a_run_goes_on_after_its_folder_and_its_data_were_moved_and_not_with_oth
     moved, run = data.rename(tmp_path / "moved data"), (tmp_path / "run").rename(tmp_path / "moved run")
     other = write_folder(tmp_path / "other", first=100)
     before = (run / "state.pt").read_bytes()
-    for wrong in ("shapes", str(other)):  # the latter has the same ids
-        s, _ = resumed_settings({"run": str(run), "resume": True, "samples": 12, "data": wrong})
+    changes = [{"data": "shapes"}, {"data": str(other)}, {"data": str(moved), "eval_data": str(other)}]
+    for change in changes:  # `other` has the same ids
+        s, _ = resumed_settings({"run": str(run), "resume": True, "samples": 12} | change)
         with pytest.raises(UserError, match="--resume"):
             train(s)
         assert json.loads((run / "settings.json").read_text())["data"] == str(data)
@@ -485,15 +486,6 @@ def test_a_run_goes_on_after_its_folder_and_its_data_were_moved_and_not_with_oth
     train(s)
     told = json.loads((run / "settings.json").read_text())
     assert saved_state(run)["step"] == 3 and told["data"] == str(moved) and told["run"] == str(run)
-
-
-def test_other_validation_questions_are_other_questions(tmp_path):
-    s, test = SimpleNamespace(data="mine", eval_data=""), SimpleNamespace(ids=["x"])
-    (tmp_path / "validation.json").write_text('["v", "w"]')
-    sets = lambda ids: [SimpleNamespace(ids=["a"]), SimpleNamespace(ids=ids), test]
-    runs.check_questions(tmp_path, sets(["v", "w"]), s)
-    with pytest.raises(UserError, match="--resume"):
-        runs.check_questions(tmp_path, sets(["w", "v"]), s)
 
 
 def test_an_adapter_of_another_size_of_policy_is_refused(policy):

@@ -185,14 +185,12 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
 
 
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
-    """Refuse to continue where training, validation or test would ask other questions than when the run began.
+    """Refuse to continue where training or test would ask other questions than when the run began.
 
-    The folder holds their ids: two lists of ids, and a list of answers, each with its id.
+    The folder holds a list of ids, and a list of answers with their ids. Nothing is learnt from the validation set,
+    which is of the same data as the test set.
     """
-    train, validation, test = sets
-    held = s.eval_data or s.data
-    kinds = (("samples", train, s.data), ("validation", validation, held), ("test-base", test, held))
-    for name, data, option in kinds:
+    for name, data, option in (("samples", sets[0], s.data), ("test-base", sets[2], s.eval_data or s.data)):
         file = folder / f"{name}.json"
         if not file.exists():
             continue
@@ -201,13 +199,17 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
             raise UserError(other_questions(option, folder))
 
 
-def check_first_questions(folder: Path, data, s: Settings) -> None:
-    """Compare the first rollout batch with its questions in answers.jsonl: ids may be no more than line numbers."""
-    known = {answer["id"]: answer["question"] for answer in read_log(folder, s.questions, "answers")}
-    for i in range(min(s.questions, len(data))):
-        sample = data[i]
-        if known.get(sample.id, sample.question) != sample.question:
-            raise UserError(other_questions(s.data, folder))
+def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
+    """Compare the texts of the first questions, too: ids may be no more than line numbers, alike in all data."""
+    answers = {"train": read_log(folder, s.questions, "answers"), "test": []}
+    if (folder / "test-base.json").exists():
+        answers["test"] = json.loads((folder / "test-base.json").read_text())
+    for split, data, option in (("train", sets[0], s.data), ("test", sets[2], s.eval_data or s.data)):
+        known = {answer["id"]: answer["question"] for answer in answers[split] if "question" in answer}
+        for i in range(min(s.questions, len(data))):
+            sample = data[i]
+            if known.get(sample.id, sample.question) != sample.question:
+                raise UserError(other_questions(option, folder))
 
 
 def other_questions(data: str, folder: Path) -> str:
@@ -236,7 +238,7 @@ class Run:
             check_questions(folder, sets, s)
             self.start, earlier = load_state(folder, policy, optimizer)
             if self.start:
-                check_first_questions(folder, sets[0], s)
+                check_first_questions(folder, sets, s)
         self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
         if self.start > self.total:
             raise UserError(f"--samples {s.samples}: {folder} has gone {self.start} steps already, which is "
@@ -249,7 +251,6 @@ class Run:
                 kept = read_log(folder, self.start * a_step, name) if self.start else []
                 (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
             write_json(folder / "samples.json", sets[0].ids)  # which questions this run drew
-            write_json(folder / "validation.json", sets[1].ids)
             if gone := sorted({name for one in sets for name in one.missing}):
                 write_json(folder / "missing.json", gone)
 
@@ -282,7 +283,7 @@ class Run:
         if stopped:
             self.bar.close()
             if first:
-                print(f"stopped after step {step}; continue with:\n  {resume_command(self.folder, self.s)}")
+                print(f"stopped after step {step}; go on with:\n  {resume_command(self.folder, self.s)}")
             sys.exit(130)
 
     def note(self, line: dict) -> None:
@@ -321,7 +322,7 @@ class Run:
         """Save the state after the last whole step, which is a copy in host memory, and print how to continue."""
         if is_first() and save_state(self.folder, self.policy, self.state):
             command = resume_command(self.folder, self.s)
-            print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
+            print(f"step {self.state['step']} is saved; go on with:\n  {command}", flush=True)
 
     def finish(self) -> None:
         """Save the last state. Raises UserError where nothing was learnt, or where that state cannot be saved."""
