@@ -5,11 +5,35 @@ import sys
 
 from torch import OutOfMemoryError
 
-from samr1_mini.config import Terminated, UserError, exit_with, parse_settings
+from samr1_mini.config import (
+    Settings,
+    Terminated,
+    UserError,
+    exit_with,
+    first_line,
+    parse_settings,
+    print_anything,
+)
 from samr1_mini.running.memory import cap_memory
 
 
+def print_forecast(settings: Settings) -> None:
+    """Print the expected memory and hours. Raises UserError where the GPU cannot even hold the weights.
+
+    A forecast that fails is no reason not to train: then one line says so.
+    """
+    try:
+        from samr1_mini.measuring.forecast import forecast_line
+
+        print(forecast_line(settings), flush=True)
+    except UserError:
+        raise
+    except Exception as error:
+        print(f"no forecast: {type(error).__name__}: {first_line(error)}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
+    print_anything()
     settings, line = parse_settings(argv, "train.py", __doc__)
     print(line, flush=True)
     try:
@@ -19,12 +43,11 @@ def main(argv: list[str] | None = None) -> None:
 
             rehearse(settings)
         else:
-            from samr1_mini.measuring.forecast import forecast_line
             from samr1_mini.grpo import train
 
             # The forecast runs the training's own code, in which several processes would wait for each other.
             if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
-                print(forecast_line(settings), flush=True)
+                print_forecast(settings)
             train(settings)
     except (UserError, OSError) as error:  # an OSError: a full disk, most likely
         exit_with(error, "train.py")
