@@ -156,7 +156,7 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
     print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
     drawn = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
-    print(f"{drawn}, {batch} questions in one batch; SAM's highest-scored mask counts")
+    print(f"{drawn}, {batch} questions side by side; SAM's highest-scored mask counts")
     if votes > 1:
         print("'format' counts the questions with one answer in the format, at least")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")

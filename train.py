@@ -6,6 +6,7 @@ import sys
 from torch import OutOfMemoryError
 
 from samr1_mini.config import (
+    MEMORY,
     Settings,
     Terminated,
     UserError,
@@ -14,13 +15,15 @@ from samr1_mini.config import (
     parse_settings,
     print_anything,
 )
-from samr1_mini.running.memory import cap_memory
+from samr1_mini.running.gpu import card_memory
+from samr1_mini.running.memory import cap_memory, memory_warning
 
 
 def print_forecast(settings: Settings) -> None:
     """Print the expected memory and hours. Raises UserError where the GPU cannot even hold the weights.
 
-    A forecast that fails is no reason not to train: then one line says so.
+    A forecast that fails is no reason not to train. Then one line says so, and the memory that the
+    preset itself needs is compared.
     """
     try:
         from samr1_mini.measuring.forecast import forecast_line
@@ -30,6 +33,11 @@ def print_forecast(settings: Settings) -> None:
         raise
     except Exception as error:
         print(f"no forecast: {type(error).__name__}: {first_line(error)}", flush=True)
+        _, peak = MEMORY.get(settings.preset, (0.0, 0.0))
+        free, _ = card_memory(settings.memory_limit)
+        warning = memory_warning(settings, peak, free)
+        if warning:
+            print(warning, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

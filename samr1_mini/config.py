@@ -125,7 +125,7 @@ class Settings:
     eval_samples: int = _evaluation(64, "validation questions each time")
     test_samples: int = _evaluation(500, "held-out test questions before and after training")
     eval_batch: int = _evaluation(0, "questions that are answered side by side; padding can move greedy answers "
-                                  "(0: about 16,000 prompt tokens)")
+                                  "(0: about 16,000 prompt tokens, and on a GPU fewer where memory is short)")
 
     @property
     def reward_weights(self) -> tuple[float, float, float]:
@@ -153,7 +153,7 @@ def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
         return "tiny", "it is the one for a CPU"
     fault = gpu_fault()
     if fault:
-        return "tiny", f"{fault}, so the tiny policy and the tiny SAM in the package are taken, on the CPU"
+        return "tiny", f"{fault}. So the tiny policy and the tiny SAM in the package are taken, on the CPU"
     name = torch.cuda.get_device_name()
     free, whole = card_memory(memory_limit)
     if emulates_bf16():
@@ -175,7 +175,7 @@ def too_little(free: float, too_large: list[str]) -> str:
     """Say that the `free` GiB are less than larger presets need; "" where there are none."""
     if not too_large:
         return ""
-    return f", of which {free:.1f} are free, and {', '.join(too_large)}"
+    return f", of which {free:.1f} are free; {' and '.join(too_large)}"
 
 
 def emulates_bf16() -> bool:
@@ -249,7 +249,7 @@ def make_settings(**given) -> tuple[Settings, str]:
     if settings.device == "auto":
         settings = replace(settings, device=auto_device())
         if settings.device == "cpu" and why == "asked for":
-            why += f"; {gpu_fault()}, so it runs on the CPU"
+            why += f", on the CPU: {gpu_fault()}"
     if preset != "tiny" and settings.device == "cuda" and emulates_bf16():
         why += "; the GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
     changed = ", ".join(f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume"))
@@ -263,13 +263,16 @@ def auto_device() -> str:
 
 def check_machine(s: Settings, typed_device: str | None) -> None:
     """Refuse a full-size policy on the CPU, which would take weeks, unless the user typed --device cpu."""
-    full_size = [preset["policy"] for preset in PRESETS.values() if preset]
     if s.device != "cpu" or typed_device == "cpu" or s.rehearse:
         return
-    if s.preset == "tiny" and s.policy not in full_size:
+    full_size = {name: preset["policy"] for name, preset in PRESETS.items() if name != "tiny"}
+    if s.preset in full_size:
+        what = f"--preset {s.preset}"
+    elif s.policy in full_size.values():
+        what = f"--policy {s.policy}"
+    else:
         return
-    what = f"--policy {s.policy}" if s.preset == "tiny" else f"--preset {s.preset}"
-    raise UserError(f"{what} needs a GPU, and {gpu_fault() or 'the CPU was chosen'}. Take --preset tiny, or add "
+    raise UserError(f"{what} needs a GPU, but {gpu_fault() or 'the CPU was chosen'}. Take --preset tiny, or add "
                     "--device cpu if the CPU may take weeks")
 
 
@@ -330,7 +333,7 @@ def check(s: Settings) -> None:
         raise UserError(f"--samples {s.samples} is less than one rollout batch: lower --questions {s.questions}")
     fault = gpu_fault() if s.device == "cuda" else ""
     if fault and s.resume:
-        raise UserError(f"--resume: this run was started on a GPU, and here {fault}. Continue it on a machine with a "
+        raise UserError(f"--resume: this run was started on a GPU, but here {fault}. Continue it on a machine with a "
                         "GPU")
     if fault:
         raise UserError(f"--device cuda: {fault}. Without this option the tiny preset runs on the CPU")

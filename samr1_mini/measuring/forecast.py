@@ -34,6 +34,7 @@ from ..config import PRESETS, Settings, UserError, cell_size
 from ..grpo import full_rollouts, new_optimizer, update
 from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
 from ..running.gpu import card_memory
+from ..running.memory import memory_warning, smaller_weights
 from ..segmenter import SAM_FILES, Segmenter, random_sam, small_folder
 from ..tokens import FP32_SUMS
 
@@ -486,36 +487,17 @@ def forecast_line(s: Settings) -> str:
         time = f"about {hours(step_seconds(found, s, card, 128), s.samples, s):.1f} hours at answers of 128 tokens"
     line = f"forecast: peak {peak:.1f} GiB{of}, {time}"
     check_weights(s, gib["weights_gib"] + gib["sam_gib"], free)
-    if peak > free:
-        line += (f"\nwarning: {free:.1f} GiB are free on the GPU and about {peak:.1f} GiB will be needed. If memory "
-                 f"runs out, {less_memory(s)}")
-    return line
+    warning = memory_warning(s, peak, free)
+    return f"{line}\n{warning}" if warning else line
 
 
 def check_weights(s: Settings, weights: float, free: float) -> None:
     """Refuse a start where the `weights` of policy and SAM take more than the `free` memory of the GPU, both in GiB."""
     if weights > free:
+        ways = smaller_weights(s)
+        advice = f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0]
         raise UserError(f"--preset {s.preset}: the weights take {weights:.1f} GiB and {free:.1f} GiB are free on the "
-                        f"GPU: {less_memory(s)}")
-
-
-def less_memory(s: Settings) -> str:
-    """Name what makes a run of these settings take less memory."""
-    ways = []
-    if s.memory_limit:
-        ways.append("raise --memory-limit")
-    if s.preset == "7b":
-        ways.append("take --preset 3b")
-    if s.load_in != "nf4":
-        ways.append("take --load-in nf4")
-    if sam_kind(s) in ("vit_h", "vit_l"):
-        ways.append("take --sam vit_b")
-    if s.micro > 1:
-        ways.append("take --micro 1")
-    if not s.checkpointing:
-        ways.append("add --checkpointing")
-    ways += ["lower --group or --max-new-tokens", "end other programs on the GPU (nvidia-smi lists them)"]
-    return ", ".join(ways[:-1]) + ", or " + ways[-1]
+                        f"GPU. You can {advice}")
 
 
 def check_free_memory(s: Settings) -> None:

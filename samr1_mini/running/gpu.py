@@ -1,6 +1,6 @@
 """The GPU of this machine: can PyTorch use it, why not, and how much of its memory is free.
 
-Nothing here needs the rest of the package, so the settings can ask before anything large is imported.
+Nothing here needs the rest of the package: the settings ask before anything large is imported.
 """
 
 import os
@@ -18,7 +18,8 @@ GIB = 2**30
 DRIVER_FILE = Path("/proc/driver/nvidia/version")  # Linux: the driver writes its version there
 WSL_DEVICE = Path("/dev/dxg")  # WSL: the GPU of the Windows machine
 WSL_TOOL = Path("/usr/lib/wsl/lib/nvidia-smi")
-OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}  # CUDA's major version -> the oldest driver, by NVIDIA's notes
+# CUDA's major version -> the oldest driver that runs it, by NVIDIA's release notes
+OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
 WHEELS = "https://download.pytorch.org/whl/cu130"
 HIDES_ALL = ("", "-1", "none")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
 
@@ -31,10 +32,11 @@ def gpu_is_usable() -> bool:
 
 
 def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Return whether code that was built for `built_for`, such as ["sm_80", "compute_90"], runs on this GPU.
+    """Return whether code built for `built_for`, such as ["sm_80", "compute_90"], runs on this GPU.
 
-    Machine code (sm) runs on its own major version, from its minor version on. PTX (compute) is translated for any
-    newer GPU. With the ending "a" both run on exactly this version, with "f" on this major version alone.
+    Machine code (sm) runs on GPUs of its major version, from its minor version on. PTX (compute) is
+    translated for every newer GPU. With the ending "a" both run on this one version of GPUs, with
+    "f" on GPUs of this major version.
     """
     known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
     known = [entry.groups() for entry in known if entry]
@@ -58,16 +60,18 @@ def gpu_fault() -> str:
     if gpu_is_usable():
         return ""
     if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
         major, minor = torch.cuda.get_device_capability()
+        built_for = ", ".join(torch.cuda.get_arch_list())
         return (
-            f"the GPU {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and PyTorch "
-            f"{torch.__version__} was built for {', '.join(torch.cuda.get_arch_list())} alone"
+            f"PyTorch {torch.__version__} has no code for the GPU {name} of compute capability "
+            f"{major}.{minor}, only for {built_for}"
         )
     driver = driver_version()
     if driver is None:
         return missing_cuda("no GPU was found")
     if torch.version.cuda is None:
-        return missing_cuda(f"{driver_name(driver)} is installed")
+        return missing_cuda(f"there is {driver_name(driver)}")
     return driver_fault(driver)
 
 
@@ -81,13 +85,13 @@ def missing_cuda(found: str) -> str:
     except PackageNotFoundError:
         vision = ""
     return (
-        f"{found}, and PyTorch {torch.__version__} was built without CUDA. For an NVIDIA GPU: pip install "
-        f"torch=={torch_version}+cu130{vision} --extra-index-url {WHEELS}"
+        f"{found}, and PyTorch {torch.__version__} was built without CUDA. An NVIDIA GPU needs: "
+        f"pip install torch=={torch_version}+cu130{vision} --extra-index-url {WHEELS}"
     )
 
 
 def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver, "" where it cannot be read, None where no driver was found."""
+    """Return the version of NVIDIA's driver, "" where it cannot be read, None without a driver."""
     try:
         return first_version(DRIVER_FILE.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -120,20 +124,25 @@ def driver_name(driver: str) -> str:
 
 def driver_fault(driver: str) -> str:
     """Say why this PyTorch, built with CUDA, finds no GPU with the driver of this version."""
-    major = torch.version.cuda.split(".")[0]
-    oldest = OLDEST_DRIVERS.get(major)
-    needed = f"NVIDIA driver {oldest} or newer" if oldest else f"an NVIDIA driver for CUDA {major}"
-    needs = f"PyTorch {torch.__version__} needs {needed} (CUDA {torch.version.cuda})"
-    where = " in Windows" if under_wsl() else ""
-    if driver and oldest and int(driver.split(".")[0]) < oldest:
-        return f"the NVIDIA driver {driver} is too old: {needs}; install a newer driver{where}"
+    cuda = torch.version.cuda
+    pytorch = f"PyTorch {torch.__version__} (CUDA {cuda})"
+    oldest = OLDEST_DRIVERS.get(cuda.split(".")[0])
+    needed = f"driver {oldest} or newer" if oldest else f"a driver for CUDA {cuda}"
+    if under_wsl():
+        needed += " in Windows"
+    if not driver or not oldest:
+        found = f"{pytorch} finds no GPU, with {driver_name(driver)}"
+        return f"{found}. An NVIDIA GPU needs {needed}"
+    if int(driver.split(".")[0]) < oldest:
+        return f"the NVIDIA driver {driver} is too old for {pytorch}. Install {needed}"
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip().lower() in HIDES_ALL:
         hint = "CUDA_VISIBLE_DEVICES hides every GPU"
     else:
-        hint = "a container needs access to the GPU (docker run --gpus all)"
-    if driver and oldest:
-        return f"{driver_name(driver)} is new enough for PyTorch, which still finds no GPU: {hint}"
-    return f"{driver_name(driver)} is installed, and PyTorch finds no GPU: {needs}{where}, and {hint}"
+        hint = "A container needs access to the GPU, as by docker run --gpus all"
+    return (
+        f"{pytorch} finds no GPU, though the NVIDIA driver {driver} is new enough ({oldest} is "
+        f"needed). {hint}"
+    )
 
 
 def under_wsl() -> bool:
@@ -142,14 +151,15 @@ def under_wsl() -> bool:
 
 
 def windows_lends_memory() -> bool:
-    """Return whether the driver would use system memory where the GPU's is full: slow, and without an error."""
+    """Return whether the driver would use system memory where the GPU's is full."""
     return sys.platform == "win32" or under_wsl()
 
 
 def card_memory(limit: float = 0.0) -> tuple[float, float]:
     """Return GiB (free, whole) of this process's GPU, at most `limit` where that is above 0.
 
-    With several processes the whole memory counts as free: otherwise two processes could choose different presets.
+    With several processes the whole memory counts as free: otherwise each could choose another
+    preset.
     """
     whole = torch.cuda.get_device_properties(0).total_memory / GIB
     free = whole
@@ -161,7 +171,7 @@ def card_memory(limit: float = 0.0) -> tuple[float, float]:
 
 
 def free_gib(whole: float) -> float:
-    """Return GiB that are free on the GPU now; `whole`, its memory, where the driver does not tell."""
+    """Return GiB that are free on the GPU now, or `whole`, its memory, where that is unknown."""
     try:
         return torch.cuda.mem_get_info()[0] / GIB
     except (RuntimeError, AssertionError) as error:

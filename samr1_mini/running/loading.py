@@ -1,6 +1,5 @@
 """What a run needs: first all that can be refused at once, then what has to be downloaded, then the large parts."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,14 +63,21 @@ def check_room(s: Settings, sets: list) -> None:
     disks = {}  # disk -> what is downloaded to it, and a folder on it
     for what, size, folder in wanted:
         there = next(p for p in (folder, *folder.parents) if p.exists())
-        disk = os.stat(there).st_dev, there.absolute().anchor  # Windows has a letter, and some disks no number
-        parts, _ = disks.setdefault(disk, ([], there))
+        parts, _ = disks.setdefault(disk_of(there), ([], there))
         parts.append((what, size, folder))
     for parts, there in disks.values():
         total, free = sum(size for _, size, _ in parts), shutil.disk_usage(there).free
         if total > free:
             raise UserError(f"{total / 1e9:.1f} GB are to be downloaded to {there}, and {free / 1e9:.1f} GB are free "
                             f"there: make room, or {other_disk(s, parts)}")
+
+
+def disk_of(folder: Path) -> tuple[int, str]:
+    """Return what tells the disk of a folder from others: its number, and in Windows its letter.
+
+    Windows gives some disks the number 0.
+    """
+    return folder.stat().st_dev, folder.absolute().anchor
 
 
 def other_disk(s: Settings, parts: list[tuple[str, int, Path]]) -> str:

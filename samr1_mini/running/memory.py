@@ -30,6 +30,39 @@ def cap_memory(s: Settings) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), i)
 
 
+def memory_warning(s: Settings, peak: float, free: float) -> str:
+    """Return a line about a `peak` that is larger than the `free` memory, both in GiB; "" where it is not."""
+    if peak <= free:
+        return ""
+    ways = less_memory(s)
+    return (f"warning: {free:.1f} GiB are free on the GPU and about {peak:.1f} GiB will be needed. If memory runs out, "
+            f"{', '.join(ways[:-1])} or {ways[-1]}")
+
+
+def smaller_weights(s: Settings) -> list[str]:
+    """Name the changes that let the weights of these settings fit."""
+    ways = []
+    if s.memory_limit:
+        ways.append("raise --memory-limit")
+    if s.preset == "7b":
+        ways.append("take --preset 3b")
+    if s.load_in != "nf4":
+        ways.append("take --load-in nf4")
+    if s.sam in ("vit_h", "vit_l"):
+        ways.append("take --sam vit_b")
+    return [*ways, "end other programs on the GPU (nvidia-smi lists them)"]
+
+
+def less_memory(s: Settings) -> list[str]:
+    """Name the changes that let a run of these settings fit."""
+    ways = ["lower --group or --max-new-tokens"]
+    if s.micro > 1:
+        ways.append("take --micro 1")
+    if not s.checkpointing:
+        ways.append("add --checkpointing")
+    return [*ways, *smaller_weights(s)]
+
+
 def compute_dtype(load_in: str, device: str) -> torch.dtype:
     """What all that is not in four bits is held and computed in (the adapter is fp32 always).
 
