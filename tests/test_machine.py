@@ -147,9 +147,9 @@ OLD_DRIVER = dict(driver=CLOSED.format("535.183.01"))
         (RTX_3090 | {"free": 10.0}, ["--preset", "7b"], "7b", "cuda", ["10.0", "13.1", "--preset 3b"]),
         (RTX_3090 | {"free": 10.0}, ["--device", "cpu"], "tiny", "cpu", []),
         (RTX_3060, [], "3b", "cuda", ["10.8 GiB"]),
-        (OLD_DRIVER, [], "tiny", "cpu", ["535.183.01", "580"]),
+        (OLD_DRIVER, [], "tiny", "cpu", ["535.183.01", "580", "too old"]),
         (OLD_DRIVER, ["--preset", "tiny"], "tiny", "cpu", ["535.183.01", "580"]),
-        (dict(driver=OPEN.format("570.86.15")), [], "tiny", "cpu", ["570.86.15", "580"]),
+        (dict(driver=OPEN.format("570.86.15")), [], "tiny", "cpu", ["570.86.15", "580", "too old"]),
         (dict(driver=OLD_DRIVER["driver"], cuda="12.8"), [], "tiny", "cpu", ["535.183.01", "525"]),
         (dict(driver=OLD_DRIVER["driver"], cuda="14.0"), [], "tiny", "cpu", ["535.183.01", "CUDA 14"]),
         (dict(driver=OPEN.format("580.95.05")), [], "tiny", "cpu", ["580.95.05", "new enough"]),
@@ -273,11 +273,15 @@ def test_a_forecast_that_fails_does_not_stop_the_training(error, put_in, trained
     def fails(*_, **__):
         raise error
 
-    put_in(**RTX_3090)
     monkeypatch.setattr(forecast_module, "counts", fails)
-    assert run_train(["--preset", "7b"]) == 0 and len(trained) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if "no forecast" in line]
-    assert len(lines) == 1 and type(error).__name__ in lines[0]
+    for free, warned in ((23.0, 0), (12.0, 1)):  # the preset's own memory is compared all the same
+        put_in(**RTX_3090 | {"free": free})
+        assert run_train(["--preset", "7b"]) == 0
+        printed = capsys.readouterr().out
+        lines = [line for line in printed.splitlines() if "no forecast" in line]
+        assert len(lines) == 1 and type(error).__name__ in lines[0]
+        assert printed.count("warning") == warned
+    assert len(trained) == 2
 
 
 def test_an_evaluation_whose_memory_cannot_be_forecast_goes_on(put_in, monkeypatch, capsys):
@@ -442,6 +446,8 @@ def test_an_evaluation_answers_fewer_questions_in_a_batch_where_memory_is_short(
     assert batch_size(policy, replace(s, device="cpu"), votes=3) == 5
     free["gib"] = 60.0
     assert batch_size(policy, s, votes=3) == 5
+    free["gib"] = 4.0
+    assert batch_size(policy, replace(s, group=64)) == sizes[2]  # the group is training's alone
 
 
 def test_an_evaluation_that_continues_with_another_batch_answers_every_question(
