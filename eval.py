@@ -5,9 +5,21 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from samr1_mini.config import Parser, UserError, add_options, check, exit_with, make_settings, read_settings
+from samr1_mini.config import (
+    Parser,
+    UserError,
+    add_options,
+    check,
+    check_machine,
+    exit_with,
+    first_line,
+    make_settings,
+    print_anything,
+    read_settings,
+)
 
 USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore",
         "empty_truth", "image_size", "coordinates", "max_new_tokens", "max_points", "points", "eval_batch"}
@@ -65,6 +77,8 @@ def parse(argv: list[str] | None):
                 raise UserError("--preset is for a base: this adapter has the settings of its run")
             given = {k: v for k, v in saved.items() if k in USED - {"device"}} | given
         settings, line = make_settings(**given)
+        if options["merge"] is None:  # the CPU is enough to merge
+            check_machine(settings, given.get("device"))
         check(settings)
     except UserError as error:
         parser.error(str(error))
@@ -121,7 +135,9 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     weights = Path(options["adapter"] or "") / "adapter_model.safetensors"
     what = json.dumps([options | {"out": ""}, used, data.ids, weights.stat().st_mtime if options["adapter"] else 0])
     keep = out / "answers.part", what
-    report = evaluate(policy, segmenter, data, settings, options["split"], options["blank"], votes=votes, keep=keep)
+    batch = batch_size(policy, settings, votes)
+    now = replace(settings, eval_batch=batch)
+    report = evaluate(policy, segmenter, data, now, options["split"], options["blank"], votes=votes, keep=keep)
     if not is_first():
         return
     summary = report.summary()
@@ -140,7 +156,7 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
     print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
     drawn = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
-    print(f"{drawn}, {batch_size(policy, settings, votes)} questions side by side; SAM's highest-scored mask counts")
+    print(f"{drawn}, {batch} questions side by side; SAM's highest-scored mask counts")
     if votes > 1:
         print("'format' counts the questions with one answer in the format, at least")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
@@ -186,7 +202,6 @@ def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
     processor. Where that fails nothing is left."""
     from safetensors import SafetensorError
 
-    from samr1_mini.config import first_line
     from samr1_mini.policy import load_policy
 
     policy, part = load_policy(name, "bf16", adapter=adapter), Path(f"{folder}.part")
@@ -199,12 +214,29 @@ def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
         raise UserError(f"--merge {folder}: {first_line(error)}") from None
 
 
+def refuse_too_little_memory(settings) -> None:
+    """Refuse weights that are larger than the GPU's free memory, before they are fetched. A check that fails is left
+    out."""
+    if settings.device != "cuda":
+        return
+    try:
+        from samr1_mini.measuring.forecast import check_free_memory
+
+        check_free_memory(settings)
+    except UserError:
+        raise
+    except Exception as error:
+        print(f"free memory was not checked: {type(error).__name__}: {first_line(error)}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
+    print_anything()
     settings, options, line = parse(argv)
     print(line, flush=True)
     from torch import OutOfMemoryError  # imported late, here and below: --help and mistakes answer at once
 
     from samr1_mini.running.loading import load_parts
+    from samr1_mini.running.memory import cap_memory
     from samr1_mini.running.processes import join
 
     try:
@@ -213,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
             merge(settings.policy, options["adapter"], options["merge"])
             print(f"merged model: {options['merge']}")
             return
+        cap_memory(settings)
+        refuse_too_little_memory(settings)
         join(settings.device)  # under torchrun each process takes its own GPU
         data = open_input(settings, options)
         policy, segmenter = load_parts(settings, [] if options["image"] is not None else [data], options["adapter"])

@@ -5,12 +5,44 @@ import sys
 
 from torch import AcceleratorError, OutOfMemoryError
 
-from samr1_mini.config import Terminated, UserError, exit_with, parse_settings
-from samr1_mini.running.memory import cap_memory
+from samr1_mini.config import (
+    MEMORY,
+    Settings,
+    Terminated,
+    UserError,
+    exit_with,
+    first_line,
+    parse_settings,
+    print_anything,
+)
+from samr1_mini.running.gpu import card_memory
+from samr1_mini.running.memory import cap_memory, memory_warning
 from samr1_mini.running.stops import outlive_terminal
 
 
+def print_forecast(settings: Settings) -> None:
+    """Print the expected memory and hours. Raises UserError where the GPU cannot even hold the weights.
+
+    A forecast that fails is no reason not to train. Then one line says so, and the memory that the
+    preset itself needs is compared.
+    """
+    try:
+        from samr1_mini.measuring.forecast import forecast_line
+
+        print(forecast_line(settings), flush=True)
+    except UserError:
+        raise
+    except Exception as error:
+        print(f"no forecast: {type(error).__name__}: {first_line(error)}", flush=True)
+        _, peak = MEMORY.get(settings.preset, (0.0, 0.0))
+        free, _ = card_memory(settings.memory_limit)
+        warning = memory_warning(settings, peak, free)
+        if warning:
+            print(warning, flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
+    print_anything()
     settings, line = parse_settings(argv, "train.py", __doc__)
     print(line, flush=True)
     try:
@@ -20,12 +52,11 @@ def main(argv: list[str] | None = None) -> None:
 
             rehearse(settings)
         else:
-            from samr1_mini.measuring.forecast import forecast_line
             from samr1_mini.grpo import train
 
             # The forecast runs the training's own code, in which several processes would wait for each other.
             if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
-                print(forecast_line(settings), flush=True)
+                print_forecast(settings)
             train(settings)
     except (UserError, OSError) as error:  # an OSError: a full disk, most likely
         exit_with(error, "train.py")

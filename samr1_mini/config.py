@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from .running.gpu import card_memory, gpu_fault
+
 
 def cache_folder() -> Path:
     """The folder of downloads and converted data sets: SAMR1_CACHE, or .cache/samr1_mini in the home folder."""
@@ -131,7 +133,7 @@ class Settings:
     eval_samples: int = _evaluation(64, "validation questions each time")
     test_samples: int = _evaluation(500, "held-out test questions before and after training")
     eval_batch: int = _evaluation(0, "questions that are answered side by side; padding can move greedy answers "
-                                  "(0: about 16,000 prompt tokens)")
+                                  "(0: about 16,000 prompt tokens, and on a GPU fewer where memory is short)")
 
     @property
     def reward_weights(self) -> tuple[float, float, float]:
@@ -148,22 +150,44 @@ PRESETS = {
 }
 
 
-def choose_preset(device: str) -> tuple[str, str]:
-    """The preset for this machine, and why. Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12."""
+# From the largest on: GiB of the whole card that a preset is for, and GiB that must be free, the forecast's peak of it.
+# Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12.
+MEMORY = {"7b": (21.0, 13.5), "3b": (11.0, 9.8)}
+
+
+def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
+    """Return the preset for this machine, and why. `memory_limit`, in GiB, counts as the card's memory."""
     if device == "cpu":
         return "tiny", "it is the one for a CPU"
-    if not torch.cuda.is_available():
-        return "tiny", "no GPU was found, so the tiny policy and the tiny SAM in the package are taken, on the CPU"
-    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    fault = gpu_fault()
+    if fault:
+        return "tiny", f"{fault}. So the tiny policy and the tiny SAM in the package are taken, on the CPU"
+    name = torch.cuda.get_device_name()
+    free, whole = card_memory(memory_limit)
     if emulates_bf16():
-        return "tiny", (f"the GPU {name} ({memory:.1f} GiB) is older than compute capability 8.0 and emulates bf16; "
+        return "tiny", (f"the GPU {name} ({whole:.1f} GiB) is older than compute capability 8.0 and emulates bf16; "
                         "--preset 3b would keep all but the 4-bit weights in fp32: slow, and nobody has measured it")
-    preset = "7b" if memory > 21 else "3b" if memory > 11 else "tiny"
-    return preset, f"the GPU {name} has {memory:.1f} GiB"
+    why = f"the GPU {name} has {whole:.1f} GiB"
+    if memory_limit:
+        why = f"the GPU {name} may be used up to --memory-limit {memory_limit:g}"
+    too_large = []
+    for preset, (card, peak) in MEMORY.items():
+        if whole > card and free > peak:
+            return preset, why + too_little(free, too_large)
+        if whole > card:
+            too_large.append(f"{preset} needs {peak:g}")
+    return "tiny", why + too_little(free, too_large)
+
+
+def too_little(free: float, too_large: list[str]) -> str:
+    """Say that the `free` GiB are less than larger presets need; "" where there are none."""
+    if not too_large:
+        return ""
+    return f", of which {free:.1f} are free; {' and '.join(too_large)}"
 
 
 def emulates_bf16() -> bool:
-    """Whether this GPU is older than compute capability 8.0 (T4, V100): it has no bf16 of its own."""
+    """Whether this GPU is older than compute capability 8.0 (T4): it has no bf16 of its own."""
     return torch.cuda.get_device_capability() < (8, 0)
 
 
@@ -213,7 +237,11 @@ def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple
     add_options(parser)
     given = vars(parser.parse(argv))
     try:
-        settings, line = resumed_settings(given) if given.get("resume") else make_settings(**given)
+        if given.get("resume"):
+            settings, line = resumed_settings(given)
+        else:
+            settings, line = make_settings(**given)
+            check_machine(settings, given.get("device"))
         check(settings)
     except UserError as error:
         parser.error(str(error))
@@ -224,18 +252,40 @@ def make_settings(**given) -> tuple[Settings, str]:
     """Settings from a preset with the `given` fields on top, and a line that says so."""
     preset, why = given.get("preset", "auto"), "asked for"
     if preset == "auto":
-        preset, why = choose_preset(given.get("device", "auto"))
+        preset, why = choose_preset(given.get("device", "auto"), given.get("memory_limit", 0.0))
     settings = Settings(**PRESETS[preset] | given | {"preset": preset})
     if settings.device == "auto":
-        settings = replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
+        settings = replace(settings, device=auto_device())
+        if settings.device == "cpu" and why == "asked for":
+            why += f", on the CPU: {gpu_fault()}"
     if preset != "tiny" and settings.device == "cuda" and emulates_bf16():
         why += "; the GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
     changed = ", ".join(f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume"))
     return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
 
 
-# A resumed run may be longer, and take less memory (with shorter answers if nothing else helps). Its data and models may
-# have been moved: the folder of the run tells whether they are the same (running/runs.py).
+def auto_device() -> str:
+    """Return the device that --device auto means here."""
+    return "cpu" if gpu_fault() else "cuda"
+
+
+def check_machine(s: Settings, typed_device: str | None) -> None:
+    """Refuse a full-size policy on the CPU, which would take weeks, unless the user typed --device cpu."""
+    if s.device != "cpu" or typed_device == "cpu" or s.rehearse:
+        return
+    full_size = {name: preset["policy"] for name, preset in PRESETS.items() if name != "tiny"}
+    if s.preset in full_size:
+        what = f"--preset {s.preset}"
+    elif s.policy in full_size.values():
+        what = f"--policy {s.policy}"
+    else:
+        return
+    raise UserError(f"{what} needs a GPU, but {gpu_fault() or 'the CPU was chosen'}. Take --preset tiny, or add "
+                    "--device cpu if the CPU may take weeks")
+
+
+# A resumed run may be longer, and take less memory (with shorter answers if nothing else helps). Its data and models
+# may have been moved: the folder of the run tells whether they are the same (running/runs.py).
 MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "memory_limit", "max_new_tokens",
               "save_minutes", "data", "eval_data", "coco_dir", "policy", "sam", "sam_checkpoint")
 
@@ -243,7 +293,8 @@ MAY_CHANGE = ("run", "resume", "samples", "preset", "micro", "checkpointing", "m
 def read_settings(file: Path) -> dict:
     """What a run wrote down of its settings: those that still exist."""
     try:
-        return {name: value for name, value in json.loads(file.read_text()).items() if name in asdict(Settings())}
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return {name: value for name, value in saved.items() if name in asdict(Settings())}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read as a run's settings ({error})") from None
 
@@ -261,6 +312,9 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
             raise UserError(f"--resume: this run was started with {option(name)} {saved[name]}, not {value}")
     changed = {name: value for name, value in given.items() if name in MAY_CHANGE and name != "preset"}
     settings = Settings(**saved | changed)
+    if settings.device == "auto":  # no run writes this, but a hand may
+        settings = replace(settings, device=auto_device())
+        check_machine(settings, None)
     return settings, f"going on with {settings.run}, preset {settings.preset}"
 
 
@@ -286,8 +340,12 @@ def check(s: Settings) -> None:
         raise UserError(f"--updates {s.updates} is more than --questions {s.questions}: an update needs a question")
     if s.samples < s.questions:
         raise UserError(f"--samples {s.samples} is less than one rollout batch: lower --questions {s.questions}")
-    if s.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; leave the option out to train on the CPU")
+    fault = gpu_fault() if s.device == "cuda" else ""
+    if fault and s.resume:
+        raise UserError(f"--resume: this run was started on a GPU, but here {fault}. Continue it on a machine with a "
+                        "GPU")
+    if fault:
+        raise UserError(f"--device cuda: {fault}. Without this option the tiny preset runs on the CPU")
     if s.device == "cuda" and s.load_in == "bf16" and emulates_bf16():
         raise UserError(f"--load-in bf16: {torch.cuda.get_device_name()} emulates bf16; take --load-in nf4")
     if not any(s.reward_weights):
@@ -310,11 +368,22 @@ def check_size(model, image_size: int) -> None:
         raise UserError(f"--image-size {need}, not {image_size}: try {nearest}")
 
 
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # EDQUOT, a quota, is not on every system
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line; a library's message may have many."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return "this disk is full; make room and run again, what was fetched is kept"
+    if getattr(error, "errno", None) in DISK_FULL:
+        return ("this disk is full. Make room, or name folders on another disk in the environment: HF_HOME for models, "
+                "SAMR1_CACHE for pictures, tables and SAM. Then run again: the files that were fetched are kept")
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def print_anything() -> None:
+    """Let print write "?" for a character that the console or the file of the output lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's stream takes every character
+            stream.reconfigure(errors="replace")
 
 
 def exit_with(error: Exception, prog: str) -> None:

@@ -21,6 +21,7 @@ from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
 from .reward import Reward, score_group
+from .running.memory import free_memory, questions_per_batch
 from .running.processes import is_first, join, together
 from .segmenter import Segmenter
 
@@ -106,8 +107,18 @@ def policy_image(sample: Sample, size: int) -> Image.Image:
 
 
 def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
-    """Questions that are answered side by side: --eval-batch, or about 16,000 prompt tokens, shared among votes."""
-    return s.eval_batch or max(1, 16384 // ((s.image_size // cell_size(policy.base.config)) ** 2 + 160) // votes)
+    """Return how many questions are answered in one batch: --eval-batch, or about 16,000 prompt tokens.
+
+    Votes share these tokens. On a GPU the batch is smaller where free memory is short. On a CPU the number depends on
+    the settings alone, because padding can move greedy answers.
+    """
+    if s.eval_batch:
+        return s.eval_batch
+    tokens = (s.image_size // cell_size(policy.base.config)) ** 2 + 160
+    most = max(1, 16384 // tokens // votes)
+    if s.device == "cpu":
+        return most
+    return questions_per_batch(policy.base, most, tokens, replace(s, group=votes), free_memory(s))
 
 
 def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame: int) -> tuple:
@@ -136,13 +147,15 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame:
 def kept_rows(file: Path, what: str) -> dict[int, Row]:
     """The rows in `file` by index, a line a batch, if its first line is `what`; else the file begins anew."""
     try:
-        first, *lines, _ = file.read_text().split("\n")  # what a kill has cut off stands behind the last end of line
+        # a line that a kill has cut off stands behind the last end of line
+        first, *lines, _ = file.read_text(encoding="utf-8").split("\n")
         if first == what:
-            file.write_text("\n".join([first, *lines, ""]))  # without it, or the next line would begin with it
+            whole = "\n".join([first, *lines, ""])  # without it, or the next line would begin with it
+            file.write_text(whole, encoding="utf-8")
             return {row["index"]: Row(**row) for line in lines for row in json.loads(line)}
     except (OSError, ValueError, TypeError):
         pass  # nothing that can be used
-    file.write_text(f"{what}\n")
+    file.write_text(f"{what}\n", encoding="utf-8")
     return {}
 
 
@@ -167,8 +180,8 @@ def evaluate(
 
     def answered() -> list[Row]:
         part = keep and Path(f"{keep[0]}.{processes.process_index}")
-        # how many processes share the questions tells which ones a part holds
-        rows = kept_rows(part, f"{keep[1]} {processes.num_processes}") if keep else {}
+        # the number of processes and the size of a batch tell which questions a part holds
+        rows = kept_rows(part, f"{keep[1]} {processes.num_processes} {step}") if keep else {}
         for i in tqdm(range(0, len(share), step), f"test {name}", disable=quiet, leave=False, dynamic_ncols=True):
             if rows.keys() & share[i : i + step]:
                 continue
@@ -197,7 +210,7 @@ def evaluate(
                     true_box_iou(segmenter, x) if with_ceiling else None,
                 )
             if keep:
-                with part.open("a") as file:
+                with part.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([asdict(rows[j]) for j in samples]) + "\n")
         return list(rows.values())
 

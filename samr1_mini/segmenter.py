@@ -4,14 +4,14 @@ Shapes: n prompts to one picture of H x W pixels, h x w low-resolution logits.
 """
 
 import json
-import pickle
+import zipfile
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -145,7 +145,7 @@ def random_sam(kind: str) -> Sam:
     """segment_anything's Sam of this kind, a small one's folder or "vit_b", "vit_l", "vit_h", with random weights."""
     if not (folder := small_folder(kind)):
         return sam_model_registry[kind]()
-    size = json.loads((folder / "sam.json").read_text())
+    size = json.loads((folder / "sam.json").read_text(encoding="utf-8"))
     side, width = size["image_size"], size["decoder_width"]
     return Sam(
         image_encoder=ImageEncoderViT(
@@ -193,9 +193,24 @@ def sam_file(kind: str) -> Path:
         try:
             torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"--sam {kind}: {SAM_URL}{name} could not be fetched ({error}); fetch it yourself and "
+            raise UserError(f"--sam {kind}: {SAM_URL}{name} could not be fetched ({first_line(error)}); fetch it yourself and "
                             "name it as --sam-checkpoint") from None
     return path
+
+
+def read_sam(kind: str, path: str | Path) -> Sam:
+    """Return segment_anything's Sam of `kind`, "vit_b", "vit_l" or "vit_h", in fp32 with the weights of a file.
+
+    The model is built without numbers and takes the tensors that lie in the file, which is mapped into memory: no
+    random weights are drawn, and no second copy is made. Whatever is wrong with the file raises an exception.
+    """
+    with init_empty_weights():  # of the parameters alone: buffers that the file lacks keep their numbers
+        sam = random_sam(kind)
+    mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are none, and cannot be mapped
+    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    weights = {name: value.float() for name, value in weights.items()}
+    sam.load_state_dict(weights, assign=True)
+    return sam.eval()
 
 
 def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str = "cpu") -> Segmenter:
@@ -204,10 +219,14 @@ def load_segmenter(kind: str, checkpoint: str | Path | None = None, device: str 
     check_segmenter(kind, checkpoint)
     if not (small := small_folder(kind)) and kind not in SAM_FILES:
         return Segmenter(Sam2Predictor(kind, device))
-    sam, path = random_sam(kind), small / "model.safetensors" if small else checkpoint or sam_file(kind)
+    path = small / "model.safetensors" if small else checkpoint or sam_file(kind)
     try:
-        sam.load_state_dict(load_file(path) if small else torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        why = f"not the weights of {kind} ({first_line(error)})"
-        raise UserError(f"{'' if small else '--sam-checkpoint '}{path}: {why}") from None
+        if small:
+            sam = random_sam(kind)
+            sam.load_state_dict(load_file(path))
+        else:
+            sam = read_sam(kind, path)
+    except Exception as error:  # a broken file can raise nearly any
+        name = path if small else f"--sam-checkpoint {path}"
+        raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
     return Segmenter(SamPredictor(sam.to(device).requires_grad_(False)))

@@ -122,7 +122,7 @@ def one_run(row: str, seed: int, keep=None) -> dict:
     else:
         shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train.py"), *options, *["--resume"] * halfway]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace",
                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]} (delete {folder} to begin anew)")
@@ -135,11 +135,12 @@ def one_run(row: str, seed: int, keep=None) -> dict:
 
 def figures_of(folder: Path) -> dict:
     """What is kept of a run that is done: figures for the CSV, as text, and "scenes"."""
-    summary, each = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "test-trained"))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    each = json.loads((folder / "test-trained.json").read_text(encoding="utf-8"))
     if [x["id"] for x in each] != Shapes("test", SCENES).ids:
         raise RuntimeError(
             f"{folder} was not tested on the first {SCENES} test scenes in their order, as the other runs are")
-    steps, answers = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    steps, answers = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
                       for name in ("metrics", "answers"))
     tested = summary["trained"] | {
         kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
@@ -157,9 +158,9 @@ def write(line: dict, results: Path | None = None) -> None:
     results = results or FILE
     file = results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(line["scenes"], separators=(",", ":")))
+    file.write_text(json.dumps(line["scenes"], separators=(",", ":")), encoding="utf-8")
     new = not results.exists()
-    with results.open("a", newline="") as out:
+    with results.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
         if new:
             writer.writeheader()
@@ -172,7 +173,7 @@ def read(results: Path | None = None) -> list[dict]:
     if not results.exists():
         return []
     text, lines = ("row", "options"), []
-    with results.open(newline="") as file:
+    with results.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             sys.exit(f"ablations.py: error: {results} has other columns than these runs: name another one by --results")
@@ -185,7 +186,7 @@ def read(results: Path | None = None) -> list[dict]:
                 sys.exit(f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, "
                          f"seed {line['seed']}, in {results}, and it is run again")
             numbers = {k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()}
-            lines.append(numbers | {"scenes": json.loads(scenes.read_text())})
+            lines.append(numbers | {"scenes": json.loads(scenes.read_text(encoding="utf-8"))})
     return lines
 
 

@@ -21,10 +21,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from ..attention import Cache
-from ..config import cell_size
+from ..config import auto_device, cell_size
 from ..data import load_data
 from ..evaluation import policy_image
 from ..policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
+from ..running.gpu import gpu_is_usable
 from ..running.memory import device_name
 from .forecast import SHAPES, Counter, shape_config
 from .rehearse import random_policy
@@ -40,7 +41,7 @@ def seconds(functions: dict, rounds: int) -> dict:
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if torch.cuda.is_available():
+            if gpu_is_usable():
                 torch.cuda.synchronize()
             taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in taken.items()}
@@ -208,7 +209,7 @@ def main() -> None:
                         help="the policy: the tiny one, or a shape with random weights (default tiny)")
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto_device()
     policy = make_policy(args.shape, "nf4", device)
     (small, large), (short, long) = [(side * cell_size(policy.base.config), n) for side, n in SIDES], args.lengths
     results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in (small, large)]
@@ -240,7 +241,8 @@ def main() -> None:
         print(f"  {name:<14} {value:7.3f} s")
     if args.out:
         figures = dict(results=results, updates=updates, decoding=decoding, weights=weights)
-        Path(args.out).write_text(json.dumps({"device": device_name(), "shape": args.shape} | figures, indent=1))
+        table = {"device": device_name(), "shape": args.shape} | figures
+        Path(args.out).write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main() -> None:
         for way in ways:
             command = [sys.executable, "-m", "samr1_mini.measuring.benchmark_step", "--steps", str(args.steps)]
             command += ["--row", json.dumps([way, sizes])]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode:
                 sys.exit(f"{way} {sizes}: {done.stderr[-2000:]}")
             row = {"way": way, **sizes, **json.loads(done.stdout.splitlines()[-1])}
@@ -122,7 +122,7 @@ def main() -> None:
             cells = "".join(f"{row[name]:>16}" for name in TINY)
             print(f"{way:<8}{cells}{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True)
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1))
+        Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,11 @@ from transformers import AutoProcessor, ProcessorMixin, Qwen2_5_VLConfig, Qwen2_
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from ..attention import IMPLEMENTATION, Cache
-from ..config import PRESETS, Settings, cell_size
+from ..config import PRESETS, Settings, UserError, cell_size
 from ..grpo import full_rollouts, new_optimizer, update
 from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
+from ..running.gpu import card_memory
+from ..running.memory import memory_warning, smaller_weights
 from ..segmenter import SAM_FILES, Segmenter, random_sam, small_folder
 from ..tokens import FP32_SUMS
 
@@ -465,24 +467,46 @@ def shape_is_known(s: Settings) -> bool:
 def forecast_line(s: Settings) -> str:
     """One line for the start of a training on a GPU: its peak of memory, and hours, of a shape that is known.
 
+    A second line warns where less memory is free. Raises UserError where the free memory cannot hold the weights.
     Takes seconds, because two and three layers are counted and multiplied; the run's random numbers stay as they are.
     """
     if not shape_is_known(s):
         return "no forecast: it knows the policies of --preset 3b and 7b alone"
     with torch.random.fork_rng(devices=[]):
         found = counts(shape_config(s.preset), s, ((s.group, 128),), whole=False)
-    gib, name, memory, of = peaks(found), "a machine without a GPU", math.inf, ""
+    gib, name, free, of = peaks(found), "a machine without a GPU", math.inf, ""
     if torch.cuda.is_available():
-        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / GIB
-        memory = min(memory, s.memory_limit or memory)
-        of = f" of this card's {memory:.1f}"
-    sampling = min(memory, max(gib["prefill_peak_gib"], gib["decode_peak_gib"]))  # fewer questions where it is short
+        name = torch.cuda.get_device_name()
+        free, whole = card_memory(s.memory_limit)
+        of = f" of this card's {whole:.1f}"
+    sampling = min(free, max(gib["prefill_peak_gib"], gib["decode_peak_gib"]))  # fewer questions where it is short
     peak = max(sampling, *(gib[f"{p}_peak_gib"] for p in ("load", "encode", "reward", "update")))
     card = known_card(name)
     time = f"no hours: {name} is none of {', '.join(CARDS)}"
     if card:
         time = f"about {hours(step_seconds(found, s, card, 128), s.samples, s):.1f} hours at answers of 128 tokens"
-    return f"forecast: peak {peak:.1f} GiB{of}, {time}"
+    line = f"forecast: peak {peak:.1f} GiB{of}, {time}"
+    check_weights(s, gib["weights_gib"] + gib["sam_gib"], free)
+    warning = memory_warning(s, peak, free)
+    return f"{line}\n{warning}" if warning else line
+
+
+def check_weights(s: Settings, weights: float, free: float) -> None:
+    """Refuse a start where the `weights` of policy and SAM take more than the `free` memory of the GPU, both in GiB."""
+    if weights > free:
+        ways = smaller_weights(s)
+        advice = f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0]
+        raise UserError(f"--preset {s.preset}: the weights take {weights:.1f} GiB and {free:.1f} GiB are free on the "
+                        f"GPU. You can {advice}")
+
+
+def check_free_memory(s: Settings) -> None:
+    """Refuse an evaluation where the weights of a shape that is known take more than the GPU's free memory."""
+    if s.device != "cuda" or not shape_is_known(s):
+        return
+    with torch.random.fork_rng(devices=[]):
+        *_, loaded = build(shape_config(s.preset), s)
+    check_weights(s, (loaded["weights"] + loaded["sam"]) / GIB, card_memory(s.memory_limit)[0])
 
 
 def beside(seconds: dict, gib: dict, expected: dict, times: dict) -> list[str]:

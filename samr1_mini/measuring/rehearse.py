@@ -198,5 +198,6 @@ def rehearse(s: Settings) -> dict:
             print(f"update with {what} tokens: " + (f"{peak:.1f} GiB" if peak else "does not fit"))
     if s.run:
         Path(s.run).mkdir(parents=True, exist_ok=True)
-        (Path(s.run) / "rehearsal.json").write_text(json.dumps(table, indent=1))
+        file = Path(s.run) / "rehearsal.json"
+        file.write_text(json.dumps(table, indent=1), encoding="utf-8")
     return table

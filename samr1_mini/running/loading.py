@@ -1,6 +1,5 @@
 """What a run needs: first all that can be refused at once, then what has to be downloaded, then the large parts."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,19 +56,44 @@ def check_room(s: Settings, sets: list) -> None:
         (f"SAM {s.sam}", sam_bytes(s.sam, s.sam_checkpoint), SAM_FOLDER),
         (f"SAM {s.sam}", 0 if s.sam in SAM_FILES else hub_bytes(s.sam), Path(HF_HUB_CACHE)),
     ]
-    disks = {}  # device -> bytes wanted there, a folder on it
-    for _, size, folder in wanted:
-        there = next(p for p in (folder, *folder.parents) if p.exists())
-        disks.setdefault(os.stat(there).st_dev, [0, there])[0] += size
-    wanted = [f"{what} {size / 1e9:.1f} GB" for what, size, _ in wanted if size]
+    wanted = [one for one in wanted if one[1]]
     if wanted:
-        print(f"to download: {', '.join(wanted)}", flush=True)
-    for size, folder in disks.values():
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise UserError(f"{size / 1e9:.1f} GB are to be downloaded to {folder}, and {free / 1e9:.1f} GB are free "
-                            "there: make room, or move the caches (HF_HOME for models, --coco-dir for pictures, "
-                            "--sam-checkpoint for SAM)")
+        sizes = [f"{what} {size / 1e9:.1f} GB" for what, size, _ in wanted]
+        print(f"to download: {', '.join(sizes)}", flush=True)
+    disks = {}  # disk -> what is downloaded to it, and a folder on it
+    for what, size, folder in wanted:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        parts, _ = disks.setdefault(disk_of(there), ([], there))
+        parts.append((what, size, folder))
+    for parts, there in disks.values():
+        total, free = sum(size for _, size, _ in parts), shutil.disk_usage(there).free
+        if total > free:
+            raise UserError(f"{total / 1e9:.1f} GB are to be downloaded to {there}, and {free / 1e9:.1f} GB are free "
+                            f"there: make room, or {other_disk(s, parts)}")
+
+
+def disk_of(folder: Path) -> tuple[int, str]:
+    """Return what tells the disk of a folder from others: its number, and in Windows its letter.
+
+    Windows gives some disks the number 0.
+    """
+    return folder.stat().st_dev, folder.absolute().anchor
+
+
+def other_disk(s: Settings, parts: list[tuple[str, int, Path]]) -> str:
+    """Name the options that move the `parts`, (name, bytes, folder), to another disk, or find them there."""
+    folders, names = [folder for *_, folder in parts], [name for name, *_ in parts]
+    ways = []
+    if Path(HF_HUB_CACHE) in folders:
+        ways.append("set HF_HOME, the folder of models,")
+    if any(folder != Path(HF_HUB_CACHE) for folder in folders):
+        ways.append("set SAMR1_CACHE, the folder of pictures, tables and SAM,")
+    advice = " and ".join(ways) + " to a folder on another disk"
+    if "pictures" in names and {s.data, s.eval_data} & {"refcoco", "refcocog", "refcocoplus"}:
+        advice += "; --coco-dir names COCO pictures that you have"
+    if s.sam in SAM_FILES and f"SAM {s.sam}" in names:
+        advice += "; --sam-checkpoint names a file of SAM that you have"
+    return advice
 
 
 def load_parts(

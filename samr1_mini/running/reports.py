@@ -64,7 +64,7 @@ def score_base(
 ) -> dict:
     """The base on the test set and what true boxes would reach there, kept in base.json for a run that is resumed."""
     if resumed and (folder / "base.json").exists():
-        return json.loads((folder / "base.json").read_text())
+        return json.loads((folder / "base.json").read_text(encoding="utf-8"))
     report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)
     base = report.summary() | {"ceiling": report.ceiling}
     if is_first():

@@ -170,7 +170,7 @@ def resume_command(folder: Path, s: Settings) -> str:
 def write_json(path: Path, value) -> None:
     """Written beside and moved into place, so that whoever reads it finds it whole."""
     new = path.with_suffix(".new.json")
-    new.write_text(json.dumps(value, indent=1))
+    new.write_text(json.dumps(value, indent=1), encoding="utf-8")
     new.replace(path)
 
 
@@ -181,7 +181,7 @@ def write_settings(folder: Path, s: Settings) -> None:
 def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
     """The lines of metrics.jsonl (or answers.jsonl), or its first `count` (a line that was cut off is beyond them)."""
     file = folder / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()[:count]] if file.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]] if file.exists() else []
 
 
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
@@ -194,7 +194,8 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
         file = folder / f"{name}.json"
         if not file.exists():
             continue
-        known = [one if isinstance(one, str) else one["id"] for one in json.loads(file.read_text())]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        known = [one if isinstance(one, str) else one["id"] for one in content]
         if any(old != new for old, new in zip(known, data.ids)):
             raise UserError(other_questions(option, folder))
 
@@ -203,7 +204,7 @@ def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
     """Compare the texts of the first questions, too: ids may be no more than line numbers, alike in all data."""
     answers = {"train": read_log(folder, s.questions, "answers"), "test": []}
     if (folder / "test-base.json").exists():
-        answers["test"] = json.loads((folder / "test-base.json").read_text())
+        answers["test"] = json.loads((folder / "test-base.json").read_text(encoding="utf-8"))
     for split, data, option in (("train", sets[0], s.data), ("test", sets[2], s.eval_data or s.data)):
         known = {answer["id"]: answer["question"] for answer in answers[split] if "question" in answer}
         for i in range(min(s.questions, len(data))):
@@ -224,7 +225,7 @@ def other_questions(data: str, folder: Path) -> str:
 def known_missing(folder: Path) -> list[str]:
     """Pictures that could not be had when the run began: others stand in their places, nobody asks for them again."""
     file = folder / "missing.json"
-    return json.loads(file.read_text()) if file.exists() else []
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
 class Run:
@@ -249,7 +250,8 @@ class Run:
             write_settings(folder, s)
             for name, a_step in (("metrics", 1), ("answers", s.questions)):  # what a cut-off step wrote goes
                 kept = read_log(folder, self.start * a_step, name) if self.start else []
-                (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
             write_json(folder / "samples.json", sets[0].ids)  # which questions this run drew
             if gone := sorted({name for one in sets for name in one.missing}):
                 write_json(folder / "missing.json", gone)
@@ -271,7 +273,7 @@ class Run:
         answers = gather_object(answers)
         if first:
             for name, lines in (("metrics", [line]), ("answers", [{"step": step} | one for one in answers])):
-                with (self.folder / f"{name}.jsonl").open("a") as out:
+                with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as out:
                     out.write("".join(json.dumps(one) + "\n" for one in lines))
         self.state = take_state(self.policy, self.optimizer, step, self.seconds())
         if first and (due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes):

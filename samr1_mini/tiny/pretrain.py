@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..config import Parser, UserError, exit_with, first_line
+from ..config import Parser, UserError, auto_device, exit_with, first_line
 from ..data import load_data
 from ..metrics import box_iou, intersection_union, iou, tight_box
 from ..policy import TINY, Policy, Prompt, encode, load_policy, logprobs, sample
@@ -36,7 +36,7 @@ from .answers import (
 from .build import build_policy, build_processor
 from .scenes import COLOURS, PRETRAIN, SHAPES, SIZE, SPLITS, Scene, Thing, ask, fair_questions, make_scene
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = auto_device()
 
 
 def scenes_from(start: int, count: int) -> list[Scene]:
@@ -599,7 +599,7 @@ def run_stage(stage: str, work: Path) -> None:
     else:
         sam, policy = measure_sam(str(TINY_SAM)), load_policy(str(TINY))
         measured = {"sam": sam, "policy": measure_policy(policy, load_segmenter(str(TINY_SAM)), SCENES)}
-        (TINY.parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+        (TINY.parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(measured, indent=1))
 
 

@@ -1,0 +1,179 @@
+"""The GPU of this machine: can PyTorch use it, why not, and how much of its memory is free.
+
+Nothing here needs the rest of the package: the settings ask before anything large is imported.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+DRIVER_FILE = Path("/proc/driver/nvidia/version")  # Linux: the driver writes its version there
+WSL_DEVICE = Path("/dev/dxg")  # WSL: the GPU of the Windows machine
+WSL_TOOL = Path("/usr/lib/wsl/lib/nvidia-smi")
+# CUDA's major version -> the oldest driver that runs it, by NVIDIA's release notes
+OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
+WHEELS = "https://download.pytorch.org/whl/cu130"
+HIDES_ALL = ("", "-1", "none")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
+
+
+def gpu_is_usable() -> bool:
+    """Return whether PyTorch finds a GPU and has kernels for it."""
+    return torch.cuda.is_available() and has_kernels(
+        torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    )
+
+
+def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Return whether code built for `built_for`, such as ["sm_80", "compute_90"], runs on this GPU.
+
+    Machine code (sm) runs on GPUs of its major version, from its minor version on. PTX (compute) is
+    translated for every newer GPU. With the ending "a" both run on this one version of GPUs, with
+    "f" on GPUs of this major version.
+    """
+    known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
+    known = [entry.groups() for entry in known if entry]
+    if not known:  # a build for other GPUs than NVIDIA's, which uses other names
+        return True
+    for kind, major, minor, ending in known:
+        built = int(major), int(minor)
+        if ending == "a":
+            runs = capability == built
+        elif kind == "compute" and not ending:
+            runs = capability >= built
+        else:
+            runs = capability[0] == built[0] and capability >= built
+        if runs:
+            return True
+    return False
+
+
+def gpu_fault() -> str:
+    """Say in one line why PyTorch can use no GPU here; "" where it can."""
+    if gpu_is_usable():
+        return ""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        built_for = ", ".join(torch.cuda.get_arch_list())
+        return (
+            f"PyTorch {torch.__version__} has no code for the GPU {name} of compute capability "
+            f"{major}.{minor}, only for {built_for}"
+        )
+    driver = driver_version()
+    if driver is None:
+        return missing_cuda("no GPU was found")
+    if torch.version.cuda is None:
+        return missing_cuda(f"there is {driver_name(driver)}")
+    return driver_fault(driver)
+
+
+def missing_cuda(found: str) -> str:
+    """Return `found`, with advice where this PyTorch was built without CUDA."""
+    if torch.version.cuda or torch.version.hip or sys.platform == "darwin":
+        return found
+    torch_version = torch.__version__.split("+")[0]
+    try:
+        vision = f" torchvision=={version('torchvision').split('+')[0]}+cu130"
+    except PackageNotFoundError:
+        vision = ""
+    return (
+        f"{found}, and PyTorch {torch.__version__} was built without CUDA. An NVIDIA GPU needs: "
+        f"pip install torch=={torch_version}+cu130{vision} --extra-index-url {WHEELS}"
+    )
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, "" where it cannot be read, None without a driver."""
+    try:
+        return first_version(DRIVER_FILE.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        pass
+    tool = shutil.which("nvidia-smi")
+    if tool is None and WSL_TOOL.exists():
+        tool = str(WSL_TOOL)
+    if tool is None:
+        return "" if WSL_DEVICE.exists() else None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return first_version(done.stdout)
+
+
+def first_version(text: str) -> str:
+    """Return the first number like 570.86.15 in `text`, "" where there is none."""
+    found = re.search(r"\b\d{3,4}\.\d+(\.\d+)*", text)
+    return found.group() if found else ""
+
+
+def driver_name(driver: str) -> str:
+    """Return words for a driver of this version; "" is a version that cannot be read."""
+    if driver:
+        return f"the NVIDIA driver {driver}"
+    return "a GPU driver of unknown version"
+
+
+def driver_fault(driver: str) -> str:
+    """Say why this PyTorch, built with CUDA, finds no GPU with the driver of this version."""
+    cuda = torch.version.cuda
+    pytorch = f"PyTorch {torch.__version__} (CUDA {cuda})"
+    oldest = OLDEST_DRIVERS.get(cuda.split(".")[0])
+    needed = f"driver {oldest} or newer" if oldest else f"a driver for CUDA {cuda}"
+    if under_wsl():
+        needed += " in Windows"
+    if not driver or not oldest:
+        found = f"{pytorch} finds no GPU, with {driver_name(driver)}"
+        return f"{found}. An NVIDIA GPU needs {needed}"
+    if int(driver.split(".")[0]) < oldest:
+        return f"the NVIDIA driver {driver} is too old for {pytorch}. Install {needed}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip().lower() in HIDES_ALL:
+        hint = "CUDA_VISIBLE_DEVICES hides every GPU"
+    else:
+        hint = "A container needs access to the GPU, as by docker run --gpus all"
+    return (
+        f"{pytorch} finds no GPU, though the NVIDIA driver {driver} is new enough ({oldest} is "
+        f"needed). {hint}"
+    )
+
+
+def under_wsl() -> bool:
+    """Return whether this is Linux inside Windows."""
+    return "microsoft" in platform.release().lower() or WSL_DEVICE.exists()
+
+
+def windows_lends_memory() -> bool:
+    """Return whether the driver would use system memory where the GPU's is full."""
+    return sys.platform == "win32" or under_wsl()
+
+
+def card_memory(limit: float = 0.0) -> tuple[float, float]:
+    """Return GiB (free, whole) of this process's GPU, at most `limit` where that is above 0.
+
+    With several processes the whole memory counts as free: otherwise each could choose another
+    preset.
+    """
+    whole = torch.cuda.get_device_properties(0).total_memory / GIB
+    free = whole
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        free = min(free, free_gib(whole))
+    if limit:
+        free, whole = min(free, limit), min(whole, limit)
+    return free, whole
+
+
+def free_gib(whole: float) -> float:
+    """Return GiB that are free on the GPU now, or `whole`, its memory, where that is unknown."""
+    try:
+        return torch.cuda.mem_get_info()[0] / GIB
+    except (RuntimeError, AssertionError) as error:
+        # a GPU that other programs have filled has no memory left even for the question
+        return 0.0 if "out of memory" in str(error) else whole
