@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     print(line, flush=True)
     from torch import OutOfMemoryError  # imported late, here and below: --help and mistakes answer at once
 
-    from samr1_mini.running.loading import load_parts
+    from samr1_mini.running.loading import check_models, load_parts
     from samr1_mini.running.memory import cap_memory
     from samr1_mini.running.processes import join
 
@@ -247,8 +247,9 @@ def main(argv: list[str] | None = None) -> None:
             return
         cap_memory(settings)
         refuse_too_little_memory(settings)
-        join(settings.device)  # under torchrun each process takes its own GPU
-        data = open_input(settings, options)
+        check_models(settings)
+        with join(settings.device).main_process_first():  # under torchrun each process takes its own GPU
+            data = open_input(settings, options)
         policy, segmenter = load_parts(settings, [] if options["image"] is not None else [data], options["adapter"])
         (answer_one if options["image"] is not None else evaluate_set)(policy, segmenter, data, settings, options)
     except (UserError, OSError) as error:

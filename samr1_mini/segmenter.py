@@ -193,8 +193,8 @@ def sam_file(kind: str) -> Path:
         try:
             torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"--sam {kind}: {SAM_URL}{name} could not be fetched ({first_line(error)}); fetch it yourself and "
-                            "name it as --sam-checkpoint") from None
+            why = f"{SAM_URL}{name} could not be fetched ({first_line(error)})"
+            raise UserError(f"--sam {kind}: {why}; fetch it yourself and name it as --sam-checkpoint") from None
     return path
 
 

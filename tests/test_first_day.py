@@ -1,4 +1,6 @@
-"""Data as people bring them on the first day: good files give the right pixels, bad ones one line before the first step.
+"""Data as people bring them on the first day.
+
+Good files give the right pixels, and bad ones give one line before the first step.
 
 Each case below writes a folder. The picture is 60 x 40, and the object is the square x 10 to 30, y 5 to 25.
 """
@@ -559,7 +561,9 @@ def test_a_table_that_is_there_twice_by_a_link_counts_once(tmp_path):
     assert len(open_data(str(tmp_path), "test", 9)) == 1
 
 
-@pytest.mark.parametrize("size, mask", [((1280, 960), [166, 125, 500, 125, 829, 625]), ((200, 150), [16, 12, 96, 97, 50, 6])])
+@pytest.mark.parametrize("size, mask", [
+    ((1280, 960), [166, 125, 500, 125, 829, 625]), ((200, 150), [16, 12, 96, 97, 50, 6]),
+])
 def test_thousandths_and_percent_of_large_pictures_are_a_warning(size, mask, tmp_path):
     lines = [{"image": "a.png", "question": "?", "mask": mask, "split": "test", "id": str(i)} for i in range(12)]
     photo(size).save(tmp_path / "a.png")

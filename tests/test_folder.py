@@ -104,7 +104,8 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them(shape):
         changes = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
         expected = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
         counts = coco.encode(mask)["counts"]
-        assert rle_runs({"counts": counts}) == rle_runs({"counts": counts.decode()}) == expected and sum(expected) == math.prod(shape)
+        assert rle_runs({"counts": counts}) == rle_runs({"counts": counts.decode()}) == expected
+        assert sum(expected) == math.prod(shape)
 
 
 GOOD = coco.encode(np.asfortranarray(np.asarray(square()) > 0).astype(np.uint8))["counts"].decode()

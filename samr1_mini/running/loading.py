@@ -18,8 +18,24 @@ from ..segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, S
 from .processes import is_first
 
 
+def check_models(s: Settings) -> None:
+    """Refuse a policy or a segmenter that cannot be used. No weights are loaded."""
+    check_policy(s.policy, s.image_size)
+    check_segmenter(s.sam, s.sam_checkpoint)
+
+
 def open_sets(s: Settings) -> list:
-    """The data sets for training, validation and test, checked; no picture is fetched yet."""
+    """Open and check the data sets for training, validation and test. COCO's pictures are not fetched yet.
+
+    A public set is converted by the first process. The others find it in the cache.
+    """
+    check_models(s)
+    with PartialState().main_process_first():
+        return open_three(s)
+
+
+def open_three(s: Settings) -> list:
+    """Open the data sets for training, validation and test, in this process."""
     held = s.eval_data or s.data
     wanted = ((s.data, "train", s.samples), (held, "validation", s.eval_samples), (held, "test", s.test_samples))
     sets = []
@@ -100,8 +116,7 @@ def load_parts(
     s: Settings, sets: list, adapter: str | None = None, missing: Sequence[str] = ()
 ) -> tuple[Policy, Segmenter]:
     """Policy and segmenter, the sets fetched. Cheap mistakes are found before anything is downloaded."""
-    check_policy(s.policy, s.image_size)
-    check_segmenter(s.sam, s.sam_checkpoint)
+    check_models(s)
     if is_first():  # what has to be downloaded is downloaded once
         check_room(s, sets)
         for one in sets:
