@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samr1_mini.config import Settings
+from samr1_mini.config import MEMORY, Settings
 from samr1_mini.data import fetch
 from samr1_mini.tiny import phases, scenes
 from samr1_mini.tiny.scenes import KINDS
@@ -345,6 +345,11 @@ def test_line_counts_are_right_and_within_reach_of_an_afternoon():
     ours = [*package, *ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tutorials/*.py")]
     long = [f"{p.name}:{i}" for p in ours for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
     assert len(ours) > 50 and not long, long
+
+
+def test_the_memory_of_each_preset_is_what_the_program_asks_for():
+    for preset, (card, free) in MEMORY.items():
+        assert f"| `{preset}` | above {card:g} | above {free:g} |" in TEXT
 
 
 def test_the_method_knows_nothing_of_the_drawn_world():
