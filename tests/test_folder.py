@@ -112,11 +112,11 @@ GOOD = coco.encode(np.asfortranarray(np.asarray(square()) > 0).astype(np.uint8))
 
 
 @pytest.mark.parametrize("mask, words", [
-    ({"size": [40, 60], "counts": [100]}, "do not fill its size"),
-    ({"size": [40, 60], "counts": []}, "do not fill"),
-    ({"size": [40, 60], "counts": [-1, 2401]}, "do not fill"), ({"size": [40, 60], "counts": ""}, "do not fill"),
-    ({"size": [40, 60], "counts": GOOD[: len(GOOD) // 2]}, "do not fill"),
-    ({"size": [40, 60], "counts": GOOD + "o"}, "do not fill"), ({"counts": GOOD}, "needs size and counts"),
+    ({"size": [40, 60], "counts": [100]}, "RLE"),
+    ({"size": [40, 60], "counts": []}, "RLE"),
+    ({"size": [40, 60], "counts": [-1, 2401]}, "RLE"), ({"size": [40, 60], "counts": ""}, "RLE"),
+    ({"size": [40, 60], "counts": GOOD[: len(GOOD) // 2]}, "RLE"),
+    ({"size": [40, 60], "counts": GOOD + "o"}, "RLE"), ({"counts": GOOD}, "needs size and counts"),
     ([[1, 1, 9, 1, 9, float("nan")]], "polygon|rows"), ([[False, True] * 3] * 2, "polygon|rows"),
     (7, "PNG"),
 ])
@@ -127,9 +127,9 @@ def test_a_mask_that_cannot_be_drawn_is_told_when_the_data_are_opened(mask, word
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"mask": "small.png"}, "the mask is 8 x 9, the picture 60 x 40"), ({"mask": "broken.png"}, "no picture"),
+    ({"mask": "small.png"}, "the mask is 8 x 9, the picture 60 x 40"), ({"mask": "broken.png"}, "broken.png"),
     ({"mask": {"size": [9, 8], "counts": [0, 72]}}, "the mask is 8 x 9, the picture 60 x 40"),
-    ({"image": "broken.png"}, "no picture"), ({"image": "huge.png"}, "megapixels"),
+    ({"image": "broken.png"}, "broken.png"), ({"image": "huge.png"}, "megapixels"),
 ])
 def test_a_file_that_cannot_be_used_is_told_when_the_data_are_opened_and_not_when_its_turn_comes(
     change, words, tmp_path, monkeypatch
@@ -244,7 +244,7 @@ def test_a_line_ends_where_json_says_and_a_byte_order_mark_is_no_part_of_it(tmp_
 
 
 @pytest.mark.parametrize("question, words", [
-    ("is it <|image_pad|>?", "holds <.image_pad.>, a special token of the model"), ("\ud83d", "surrogates not allowed"),
+    ("is it <|image_pad|>?", "<.image_pad.>"), ("\ud83d", "surrogates not allowed"),
 ])
 def test_a_question_that_no_model_can_read_is_told_at_once(question, words, tmp_path, capsys):
     with pytest.raises(UserError, match=f"line 1: .*{words}"):

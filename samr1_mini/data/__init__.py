@@ -33,13 +33,12 @@ def open_data(
     """Open up to `count` samples of a split (train, validation, test) of "shapes", a public data
     set, or a folder.
 
-    A training split gives as many as are asked for, one pass after the other; with `seed` None each
-    sample once. For public sets: `sentences`, "first" or "all" of an object; `coco_dir`, a folder
-    with COCO's train2014 pictures; `ignore`, undecided pixels count as "foreground", or are
-    "excluded".
+    A training split repeats its samples until it has `count`. With `seed` None, each sample comes
+    once. Three arguments are for public sets. `sentences` uses the "first" or "all" expressions of
+    an object. `coco_dir` is a folder with COCO's train2014 pictures. `ignore` counts undecided
+    pixels as "foreground", or as "excluded".
 
-    Lines and the heads of files are checked here. A mistake is a UserError. Pictures are downloaded
-    by `fetch`.
+    Lines and file headers are checked here. Raises UserError. Pictures are downloaded by `fetch`.
     """
     if name == "shapes":
         from ..tiny.shapes import (

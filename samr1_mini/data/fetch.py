@@ -1,6 +1,4 @@
-"""COCO's pictures from its web server: whole or not at all, tried again, and never waited for
-without end.
-"""
+"""Download COCO's pictures with retries and time limits. Incomplete files are never kept."""
 
 import io
 import os
@@ -34,7 +32,7 @@ LARGEST = 64 * 2**20  # bytes of a picture
 def picture_name(path: str) -> str:
     """Return the file's own name in a path that comes with data.
 
-    Raises ValueError if it is not a picture's.
+    Raises ValueError if the path is not a picture's file name.
     """
     name = Path(str(path)).name
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.(jpe?g|png)", name, re.IGNORECASE):
@@ -87,8 +85,9 @@ def is_there(file: Path) -> bool:
 
 
 def fetch_picture(url: str, file: Path, size: tuple[int, int]) -> str:
-    """Fetch one picture, "" if that went well, else the reason; it gets its name once it is known
-    to be whole.
+    """Download one picture.
+
+    Returns "" or the reason for failure. Only complete files get the final name.
     """
     end, reason = time.monotonic() + LIMIT, ""
     for pause in (0.0, *PAUSES):
@@ -100,7 +99,7 @@ def fetch_picture(url: str, file: Path, size: tuple[int, int]) -> str:
             data = within(left, download, url, min(SILENCE, left))
             if (found := open_picture(io.BytesIO(data)).size) != size:
                 raise ValueError(
-                    f"it is {found[0]} x {found[1]}, and {size[0]} x {size[1]} is what the data say"
+                    f"the picture is {found[0]} x {found[1]}, but the data expect {size[0]} x {size[1]}"
                 )
             keep(data, file)
             return ""
@@ -127,7 +126,7 @@ def download(url: str, silence: float) -> bytes:
 
 
 def within(seconds: float, work, *arguments):
-    """What `work(*arguments)` returns or raises, or a TimeoutError after so many seconds in all."""
+    """Run `work(*arguments)` and return its result. Raises TimeoutError after `seconds` in total."""
     outcome = Future()
 
     def run():
@@ -146,9 +145,7 @@ def within(seconds: float, work, *arguments):
 
 
 def keep(data: bytes, file: Path) -> None:
-    """Write beside and move into place, so that nothing half-written has the name; another process
-    may do the same.
-    """
+    """Write a temporary file, then rename it. Other processes may write the same picture safely."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,10 @@ FEW_PICTURES = 2  # with so few, all splits hold the same questions
 
 @dataclass
 class Line:
-    """A line of data.jsonl. Its text is parsed again when its turn comes: a mask may be large."""
+    """A line of data.jsonl.
+
+    The text is kept and parsed again at use, because parsed masks take much memory.
+    """
 
     number: int
     text: str
@@ -58,9 +61,9 @@ class Line:
 class Folder(Data):
     """`count` questions of a split of the folder's data.jsonl.
 
-    `pictures` is where the pictures are, if not beside data.jsonl. With `fetches` they are COCO's,
-    and those that are not there are fetched. Lines of a `converted` set were checked when the set
-    was converted.
+    `pictures` is the folder of the pictures, if they are not beside data.jsonl. If `fetches` is
+    true, the pictures come from COCO, and missing ones are downloaded. Lines of a `converted` set
+    were checked when the set was converted.
     """
 
     def __init__(
@@ -104,7 +107,10 @@ class Folder(Data):
         return lines
 
     def parse(self, number: int, text: str) -> Line:
-        """Parse a line. All that its text alone tells is checked, except in a converted set."""
+        """Parse a line, and check everything that needs no picture.
+
+        Lines of converted sets are not checked again.
+        """
         with self.named(number):
             row = parse_object(text)
             if not self.converted:
@@ -130,11 +136,13 @@ class Folder(Data):
         if not found and len(splits) <= FEW_PICTURES:
             found = lines
             self.warnings.append(
-                f"{self.file} has only {len(splits)} of the 3 pictures that separate splits need. The {self.split} "
-                "split has the same questions as the others, so its scores tell nothing about new pictures"
+                f"{self.file} has only {len(splits)} pictures, so all splits have the same questions. "
+                "Scores do not describe new pictures. Add pictures: separate splits need 3"
             )
         if not found:
-            raise UserError(f"{self.file} has no line for the {self.split} split")
+            raise UserError(
+                f"{self.file} has no line for the {self.split} split; add lines with this split"
+            )
         return found
 
     def choose(self) -> None:
@@ -166,8 +174,8 @@ class Folder(Data):
     # ------------------------------------------------------------------------------------------------ files
 
     def check_heads(self) -> None:
-        """Check the heads of the files of all chosen lines, and their masks against the size of the
-        picture.
+        """Check the file headers of all chosen lines, and compare each mask with its picture's
+        size.
         """
         turned, reach = 0, []
         for line in self.distinct_lines():
@@ -176,7 +184,7 @@ class Folder(Data):
                 head = read_head(inside(self.pictures, line.image))
                 if line.size and tuple(line.size) != head.size:
                     raise ValueError(
-                        "{} is {} x {}, and the data say {} x {}".format(
+                        "{} is {} x {}, but the data expect {} x {}; use the original picture".format(
                             line.image, *head.size, *line.size
                         )
                     )
@@ -184,13 +192,13 @@ class Folder(Data):
                 turned += check_against_picture(row, head, self.folder, self.converted)
         if turned:
             self.warnings.append(
-                f"{self.file}: EXIF turns {turned} pictures of the {self.split} split. Their masks must fit the "
-                "turned pictures. To be sure, save pictures and masks upright"
+                f"{self.file}: EXIF rotates {turned} pictures of the {self.split} split. Their masks "
+                "must fit the rotated pictures. To be sure, save pictures and masks upright"
             )
         if is_suspect(reach):
             self.warnings.append(
                 f"{self.file}: no coordinate of the {self.split} split comes near the right or lower "
-                "side of its picture. Are all coordinates pixels of these pictures?"
+                "side of its picture. Check that coordinates are pixels of these pictures"
             )
 
     def distinct_lines(self) -> list[Line]:
@@ -224,8 +232,8 @@ class Folder(Data):
                 pool.shutdown(cancel_futures=True)
         if full:
             self.warnings.append(
-                f"{self.file}: {full} masks of the {self.split} split hold the whole picture. A mask is all that "
-                "is not black"
+                f"{self.file}: {full} masks of the {self.split} split cover the whole picture. In a "
+                "mask, the background must be black"
             )
         if empty:
             self.warnings.append(
@@ -237,19 +245,22 @@ class Folder(Data):
         mask = self.read_sample(line).mask
         if not mask.any() and not self.converted:
             raise UserError(
-                f"{self.file} line {line.number}: the mask holds no pixel; leave the line out if nothing is to be found"
+                f"{self.file} line {line.number}: the mask is empty; remove the line if the picture "
+                "has no such object"
             )
         return mask.mean()
 
     @property
     def endless(self) -> bool:
-        """Whether other questions can take the place of a broken one: those of a training split."""
+        """Return whether the split repeats without end, so that spare questions can replace broken
+        ones.
+        """
         return self.split == "train" and self.seed is not None
 
     # ------------------------------------------------------------------------------------------------ fetching
 
     def wanted(self) -> dict[str, tuple[int, int]]:
-        """Return the pictures that are fetched one by one, with their width and height."""
+        """Return the names and sizes of the pictures that must be downloaded."""
         if not self.fetches:
             return {}
         return {line.image: tuple(line.size) for line in self.lines}
@@ -259,7 +270,10 @@ class Folder(Data):
         return COCO_BYTES * sum(not is_there(self.pictures / name) for name in self.wanted())
 
     def fetch(self, missing: Sequence[str] = ()) -> None:
-        """Fetch the pictures of the chosen lines. One in a hundred may be impossible to have."""
+        """Download the pictures of the chosen lines.
+
+        At most 1 % of them, and one at least, may fail.
+        """
         self.missing = list(dict.fromkeys([*self.missing, *missing]))
         self.choose()
         failed, total = {}, len(self.wanted())
@@ -274,8 +288,8 @@ class Folder(Data):
         if failed:
             reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
             print(
-                f"{self.file}: {len(failed)} of {total} pictures could not be fetched. The next lines drawn replace "
-                f"theirs, and {len(self)} questions are used: {reasons}"
+                f"{self.file}: {len(failed)} of {total} pictures were not fetched. Other lines replace "
+                f"them, and {len(self)} questions remain: {reasons}"
             )
         if not self.lines:
             raise UserError(f"{self.file}: no question of the {self.split} split has a picture")
@@ -309,7 +323,7 @@ class Folder(Data):
         self.replaced.add(number)
         if len(self.replaced) > self.allowed:
             raise UserError(
-                f"{error}. This is broken line number {len(self.replaced)}; mend the files"
+                f"{error}. {len(self.replaced)} broken lines were found so far; repair the files"
             )
         for k in range(len(self.spare)):
             try:
@@ -352,7 +366,7 @@ def parse_object(text: str) -> dict:
 
 
 def check_texts(row: dict) -> None:
-    """Check that a line has all its parts, and texts where texts belong."""
+    """Check that a line has all required keys, and that text keys hold strings."""
     missing = [key for key in ("image", "question") if not row.get(key)]
     if not has_box(row) and row.get("mask") in (None, ""):
         missing.append("mask")
@@ -377,10 +391,10 @@ def split_of(row: dict) -> str | None:
 
 
 def split_pictures(lines: list[Line]) -> dict[str, str]:
-    """Return the split of each picture: that of one of its lines, else by the hash of its path.
+    """Return each picture's split: the split named in its lines, or one from the hash of its path.
 
-    A tenth of the others is for validation and a tenth for test, and one picture at least of each.
-    A folder with one or two pictures has them all in train.
+    Of pictures without a named split, validation and test get about a tenth each, and at least one.
+    In a folder with one or two pictures, both belong to train.
     """
     splits = {line.image: line.split for line in lines}
     splits |= {line.image: line.split for line in lines if line.split}
@@ -404,7 +418,8 @@ def hash_number(name: str) -> float:
 def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: bool = False) -> bool:
     """Check a line's mask or box against the head of its picture. Raises ValueError.
 
-    Returns whether EXIF turns one of picture and mask, and their sizes do not tell if both fit.
+    Returns True if EXIF rotates only the picture or only the mask, and their sizes cannot show a
+    mismatch.
     """
     mask, turned = row.get("mask"), head.turned
     try:
@@ -419,7 +434,7 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
     except ValueError as error:
         if turned:
             raise ValueError(
-                f"{error}. EXIF turns one of picture and mask: save both upright"
+                f"{error}. EXIF rotates the picture or the mask, but not both; save both upright"
             ) from None
         raise
     sizes_tell = isinstance(mask, (str, dict)) and head.size != head.stored
@@ -427,10 +442,8 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
 
 
 def reach_of(row: dict, head: Head) -> list[tuple[float, float, int, int]]:
-    """Return how far a line's polygons or box reach: right, bottom, and the picture's width and
-    height.
-
-    The list is empty for other masks.
+    """Return [(right, bottom, width, height)]: the extent of a line's polygons or box, and the
+    picture size. The list is empty for other masks.
     """
     value = row.get("mask")
     if has_box(row):
@@ -444,9 +457,10 @@ def reach_of(row: dict, head: Head) -> list[tuple[float, float, int, int]]:
 
 
 def is_suspect(reach: list[tuple[float, float, int, int]]) -> bool:
-    """Tell whether coordinates look like those of smaller pictures, thousandths or percent.
+    """Return whether coordinates seem to be in another unit: a smaller picture, thousandths or
+    percent.
 
-    Ten lines are needed: any single object may be near the upper left corner.
+    Needs ten lines, because one object near the upper left corner also has small coordinates.
     """
     if len(reach) < 10:
         return False

@@ -7,9 +7,9 @@
     from_boxes      boxes without masks: refCOCOg_*_840, and JSON lists as LISA-Grounding has them
     from_labelme    ReasonSeg's pairs of picture and labelme JSON, as its authors publish it
 
-A line has "texts" in the place of "question": all that asks for its object. Its "image" is a name,
-or the bytes of a picture. A fault of a row is a ValueError, LookupError or TypeError. No path or
-address in a row is opened.
+Instead of "question", a line here has "texts", the list of all expressions for its object. Its
+"image" is a name, or the bytes of a picture. A broken row raises ValueError, LookupError or
+TypeError. No path or address in a row is opened.
 """
 
 import base64
@@ -32,7 +32,7 @@ def from_refcoco(row: dict, folder: Path, ignore: str) -> dict:
     """Convert a row of jxu124's tables, or of REFER's files. The picture is one of COCO's."""
     annotation, info = row["annotation"], row["info"]
     if annotation is None or info is None:
-        raise ValueError("instances.json lacks its annotation or its picture")
+        raise ValueError("instances.json has no annotation or no picture for this row")
     return {
         "id": row["ref_id"],
         "image": picture_name(info["file_name"]),
@@ -54,7 +54,7 @@ def from_tables(row: dict, folder: Path, ignore: str) -> dict:
 def from_lmms(row: dict, folder: Path, ignore: str) -> dict:
     """Convert a row of lmms-lab/RefCOCOg.
 
-    The set was made for captioning: its expressions are answers.
+    The set was made for captioning, so the column "answer" holds the expressions.
     """
     line = {
         "id": row["question_id"],
@@ -93,8 +93,8 @@ def refuse_excluded(ignore: str) -> None:
     """Refuse --ignore excluded for a copy that does not mark its undecided pixels."""
     if ignore == "excluded":
         raise UserError(
-            "--ignore excluded: this copy of the data counts undecided pixels as foreground; name the authors' own "
-            "folder as --data"
+            "--ignore excluded needs the authors' original files, not this copy; give their folder "
+            "with --data"
         )
 
 
@@ -129,7 +129,8 @@ def from_labelme(row: dict, folder: Path, ignore: str) -> dict:
     ):
         drawn = f"{row['imageWidth']} x {row['imageHeight']}"
         raise ValueError(
-            f"the shapes are for {drawn} pixels, and {picture.name} has {size[0]} x {size[1]}"
+            f"the shapes are for {drawn} pixels, but {picture.name} has {size[0]} x {size[1]}; "
+            "use the picture that was labelled"
         )
     meant, undecided = draw_shapes(row["shapes"], size)
     line = {
@@ -142,7 +143,7 @@ def from_labelme(row: dict, folder: Path, ignore: str) -> dict:
     else:
         meant |= undecided
     if not meant.any():
-        raise ValueError("the shapes hold no pixel of the object")
+        raise ValueError("the shapes cover no pixel; draw the object again")
     return line | {"mask": to_rle(meant)}
 
 
@@ -158,10 +159,7 @@ LAYOUTS = {
 
 
 def layout_of(columns) -> str:
-    """Return the column by which the layout of these columns is known.
-
-    Raises ValueError where none is.
-    """
+    """Return the column name that identifies the layout of a table. Raises ValueError if none does."""
     for column in LAYOUTS:
         if column in columns:
             return column
@@ -196,21 +194,21 @@ def picture_bytes(row: dict) -> bytes:
     if isinstance(image, dict) and image.get("bytes"):
         return image["bytes"]
     raise ValueError(
-        f"a picture in a table is its bytes; no path that comes with data is opened, as {image!r:.80}"
+        f"the column image must hold the bytes of pictures, not {image!r:.80}; no path is opened"
     )
 
 
 def picture_beside(file: Path, name: str) -> Path:
     """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in any case.
 
-    Where there are several, `name`, the "imagePath" of the file, tells which. That path is not
-    opened.
+    If several files match, `name` selects one by its ending. It is the file's "imagePath", which is
+    not opened.
     """
     endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".Jpg", ".Jpeg", ".Png")
     found = [child(file.parent, f"{file.stem}{ending}") for ending in endings]
     found = [picture for picture in found if picture.is_file()]
     if not found:
-        raise ValueError(f"no {file.stem}.jpg, .jpeg or .png beside it")
+        raise ValueError(f"no picture {file.stem}.jpg, .jpeg or .png is in its folder")
     meant = [picture for picture in found if picture.suffix == Path(name).suffix]
     return (meant or found)[0]
 
@@ -219,15 +217,19 @@ def picture_beside(file: Path, name: str) -> Path:
 
 
 def draw_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw labelme shapes: meant and undecided pixels, two bool [H, W], as ReasonSeg's authors draw
-    them.
+    """Draw labelme shapes like ReasonSeg's authors.
 
-    From the largest shape to the smallest, each over those before. A label with "ignore" in it is
-    undecided; all others but "flag" are meant. `size` is the picture's width and height.
+    Returns target and undecided pixels, each bool [H, W].
+
+    The largest shape is drawn first, and smaller shapes overwrite larger ones. Labels that contain
+    "ignore" are undecided, "flag" is skipped, and all others are targets. `size` is the picture's
+    width and height.
     """
     numbers = [n for shape in shapes for point in shape["points"] for n in point]
     if max(numbers, default=2) < 2:
-        raise ValueError("all coordinates are at most 1; write pixels, not shares of the sides")
+        raise ValueError(
+            "no coordinate is above 1; write pixels, not fractions of width and height"
+        )
     parts = []
     for shape in shapes:
         label = str(shape["label"]).lower()
@@ -293,7 +295,8 @@ def draw_labelme_mask(shape: dict, size: tuple[int, int]) -> np.ndarray:
         part = np.array(image.convert("L")) > 0
     if part.shape != (bottom - top + 1, right - left + 1):
         raise ValueError(
-            f"a mask shape is {part.shape[1]} x {part.shape[0]}, its box {right - left + 1} x {bottom - top + 1}"
+            f"a mask shape is {part.shape[1]} x {part.shape[0]}, but its box "
+            f"{right - left + 1} x {bottom - top + 1}; both must have the same size"
         )
     mask = np.zeros(size[::-1], bool)
     rows, columns = slice(max(0, top), bottom + 1), slice(max(0, left), right + 1)

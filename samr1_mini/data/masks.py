@@ -1,7 +1,7 @@
 """True masks as data files write them: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
-`check_truth` finds every fault that a line and the size of its picture tell. `read_mask` gives
-pixels.
+`check_truth` finds all faults that can be detected from the line and the picture size. `read_mask`
+returns pixels.
 """
 
 import math
@@ -34,7 +34,7 @@ def check_truth(row: dict, size: tuple[int, int] | None = None, may_be_empty: bo
 
 
 def has_box(row: dict) -> bool:
-    """Tell whether a line's truth is a box: it has no mask."""
+    """Return whether a line has a box instead of a mask."""
     return row.get("mask") is None and row.get("box") is not None
 
 
@@ -49,7 +49,9 @@ def check_box(box, size: tuple[int, int] | None = None) -> None:
         )
     check_range(box, size)
     if round(x1) == round(x2) or round(y1) == round(y2):
-        raise ValueError(f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} holds no pixel")
+        raise ValueError(
+            f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} holds no pixel; make the box larger"
+        )
 
 
 def check_mask(value, size: tuple[int, int] | None = None, may_be_empty: bool = False) -> None:
@@ -69,7 +71,7 @@ def check_mask(value, size: tuple[int, int] | None = None, may_be_empty: bool = 
     else:
         pixels = check_polygons(value, size)
     if not pixels and not may_be_empty:
-        raise ValueError("the mask holds no pixel; leave the line out if nothing is to be found")
+        raise ValueError("the mask is empty; remove the line if the picture has no such object")
 
 
 def check_rle(rle: dict, size: tuple[int, int] | None) -> int:
@@ -82,16 +84,16 @@ def check_rle(rle: dict, size: tuple[int, int] | None) -> int:
     if size and tuple(sides) != size[::-1]:
         raise ValueError(
             f"the mask is {sides[1]} x {sides[0]}, the picture {size[0]} x {size[1]} "
-            "(the size of an RLE is [height, width])"
+            "(write an RLE's size as [height, width])"
         )
     runs = rle_runs(rle)
     if not all(is_whole(run) for run in runs) or sum(runs) != math.prod(sides):
-        raise ValueError("the runs of the mask's RLE do not fill its size")
+        raise ValueError("the counts of the mask's RLE must add up to height x width")
     return sum(runs[1::2])
 
 
 def check_polygons(value, size: tuple[int, int] | None) -> int:
-    """Check polygons and return their number of pixels, 1 where the picture's size is not known."""
+    """Check polygons and return their pixel count. Return 1 if the picture size is unknown."""
     polygons = as_polygons(value)
     check_range([number for polygon in polygons for number in polygon], size)
     if not size:
@@ -100,17 +102,20 @@ def check_polygons(value, size: tuple[int, int] | None) -> int:
 
 
 def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
-    """Refuse coordinates x, y, x, y, ... that are shares of the sides, or that leave the picture.
+    """Refuse normalised coordinates (fractions of width and height) and coordinates outside the
+    picture. `numbers` are x, y, x, y, ...
     """
     if max(numbers) < 2:  # shares, or shares that rounding has lifted above 1
-        raise ValueError("all coordinates are at most 1; write pixels, not shares of the sides")
+        raise ValueError(
+            "no coordinate is above 1; write pixels, not fractions of width and height"
+        )
     if not size:
         return
     right, bottom = max(numbers[::2]), max(numbers[1::2])
     if min(numbers) < -TOLERANCE or right > size[0] + TOLERANCE or bottom > size[1] + TOLERANCE:
         raise ValueError(
-            f"coordinates from {min(numbers):g} to {right:g}, {bottom:g} leave the picture of "
-            f"{size[0]} x {size[1]}; write pixels of this picture, not of a larger copy, and no thousandths"
+            f"coordinates from {min(numbers):g} to {right:g}, {bottom:g} are outside the picture of "
+            f"{size[0]} x {size[1]}; write pixels of this picture"
         )
 
 
@@ -118,7 +123,7 @@ def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
 
 
 def are_numbers(values: list) -> bool:
-    """Tell whether all values of a list are finite numbers. True and false are none."""
+    """Return whether all values of a list are finite numbers. Booleans do not count as numbers."""
     return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
 
 
@@ -130,7 +135,7 @@ def is_whole(value) -> bool:
 def as_polygons(value) -> list[list[float]]:
     """Return polygons as COCO writes them: lists x1, y1, x2, y2, ...
 
-    A single polygon may stand alone.
+    A single polygon does not need an outer list.
 
     Points may be pairs: [[x, y], [x, y], ...]. Parts without three points are dropped if others are
     left.
@@ -138,7 +143,9 @@ def as_polygons(value) -> list[list[float]]:
     if not isinstance(value, list):
         raise ValueError(f"the mask is none of these: {FORMS}")
     if not value:
-        raise ValueError("the mask is an empty list; leave the line out if nothing is to be found")
+        raise ValueError(
+            "the mask is an empty list; remove the line if the picture has no such object"
+        )
     if not isinstance(value[0], list) or is_point(value[0]):
         value = [value]
     polygons = [flat_polygon(polygon) for polygon in value]
@@ -149,12 +156,12 @@ def as_polygons(value) -> list[list[float]]:
 
 
 def is_point(value) -> bool:
-    """Tell whether a value is [x, y]."""
+    """Return whether a value is [x, y]."""
     return isinstance(value, list) and len(value) == 2 and are_numbers(value)
 
 
 def flat_polygon(polygon) -> list[float]:
-    """Return one polygon as x1, y1, x2, y2, ..., from such a list or from pairs."""
+    """Convert a flat list or a list of pairs to one flat polygon [x1, y1, x2, y2, ...]."""
     if isinstance(polygon, list) and polygon and all(map(is_point, polygon)):
         return [number for point in polygon for number in point]
     if isinstance(polygon, list) and len(polygon) % 2 == 0 and are_numbers(polygon):
@@ -163,10 +170,11 @@ def flat_polygon(polygon) -> list[float]:
 
 
 def is_rows(value, size: tuple[int, int] | None) -> bool:
-    """Tell whether a mask is a list of rows: as large as the picture, or else of 0 and 1 (false and
-    true).
+    """Return whether a mask is a list of rows of pixels.
 
-    Without a size, rows of 0 and one other number count too.
+    Rows of another size than the picture must hold only 0 and one other value.
+
+
     """
     if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], list):
         return False
@@ -194,10 +202,10 @@ def rle_runs(rle: dict) -> list[int]:
 
 
 def run_lengths(counts: bytes) -> list[int]:
-    """Read COCO's compressed runs. A number that is cut off becomes -1.
+    """Read COCO's compressed runs. A run that is cut off or too long becomes -1.
 
-    Five bits a sign, the lowest first. From the fourth run on, a number is the difference to the
-    run before the last.
+    Each character holds five bits, and the lowest bits come first. From the fourth run on, each
+    number is the difference from the run two places earlier.
     """
     runs, value, bits = [], 0, 0
     for sign in counts:

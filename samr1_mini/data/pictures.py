@@ -1,4 +1,4 @@
-"""Picture files: open them, read their heads, find them in a folder.
+"""Open picture files, read their headers, and find them in a folder.
 
 Every fault is an OSError or a ValueError.
 """
@@ -47,9 +47,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def child(folder: Path, name: str) -> Path:
-    """Return `name` in a folder, in the form that the disk has.
+    """Return the path of `name` in the Unicode form (NFC or NFD) that the disk uses.
 
-    Systems write "é" as one sign or as two (NFC or NFD).
+    Some systems write "é" as one character, others as two.
     """
     other = folder / unicodedata.normalize("NFD", name)
     if other.exists():
@@ -64,7 +64,7 @@ def child(folder: Path, name: str) -> Path:
 def opened(file):
     """Open a picture file with Pillow. Files of several pages or frames are refused.
 
-    Errors, also those of the block inside, begin with the name of the file.
+    Errors start with the file name, including errors raised inside the `with` block.
     """
     name = ""
     if isinstance(file, Path):
@@ -79,7 +79,7 @@ def opened(file):
                 )
             yield image
     except UnidentifiedImageError:
-        raise ValueError(f"{name}this is no picture that can be read") from None
+        raise ValueError(f"{name}not a readable picture; save it as PNG or JPEG") from None
     except Image.DecompressionBombError as error:
         pixels, limit = re.findall(r"\d+", str(error))[:2]
         raise ValueError(
@@ -89,7 +89,7 @@ def opened(file):
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}{error}") from None
     except Exception as error:  # SyntaxError, struct.error, EOFError, ...: it depends on the format
-        raise ValueError(f"{name}this picture cannot be read ({error})") from None
+        raise ValueError(f"{name}not a readable picture ({error})") from None
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -111,7 +111,7 @@ def open_picture(file) -> Image.Image:
         file = Path(file)
     with opened(file) as image:
         if max(image.size) > 100 * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels are too narrow a picture")
+            raise ValueError(f"a picture of {image.width} x {image.height} pixels is too narrow")
         image = upright(image)
         if image.mode[0] in "IF":
             return from_deep_grey(np.asarray(image, float))
@@ -137,7 +137,7 @@ def from_deep_grey(grey: np.ndarray) -> Image.Image:
 
 @dataclass
 class Head:
-    """What the first bytes of a picture file tell."""
+    """The header of a picture file: size, orientation and format."""
 
     size: tuple[int, int]  # width and height as people see the picture
     stored: tuple[int, int]  # width and height before the turn by EXIF

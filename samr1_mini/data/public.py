@@ -94,7 +94,7 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     if known["left_out"]:
         broken = known["left_out"]
         found.warnings.append(
-            f"--data {name}: {len(broken)} rows are broken and left out, the first {broken[0]}"
+            f"--data {name}: {len(broken)} broken rows are left out. The first is {broken[0]}"
         )
     if known["pictures"] == "coco" and coco_dir:
         lacking = [
@@ -104,7 +104,8 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
         ]
         if lacking:
             raise UserError(
-                f"--coco-dir {coco_dir} lacks {len(lacking)} of the pictures wanted, as {lacking[0]}"
+                f"--coco-dir {coco_dir} lacks {len(lacking)} pictures, for example "
+                f"{lacking[0]}; add them, or leave --coco-dir out"
             )
     if not fetches:
         found.check_heads()
@@ -117,8 +118,8 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
 def convert(source: Source, files: list[Path], folder: Path) -> None:
     """Write a set's folder: data.jsonl, pictures and source.json, whole or not at all.
 
-    `files` are the set's own; without them the hub is asked. Broken rows are left out and listed,
-    if they are no more than one in a hundred. Raises UserError.
+    `files` are local files of the set. Without `files`, the set is downloaded from the hub. Broken
+    rows are left out and listed, if they are no more than one in a hundred. Raises UserError.
     """
     name, part = source.name, folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
@@ -128,11 +129,13 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
             bar = tqdm(rows, f"rows of {name}", leave=False, dynamic_ncols=True)
             found = write_lines(bar, source, out, part)
         if not found["rows"]:
-            raise UserError(f"--data {name} has no row in its {source.split} split")
+            raise UserError(
+                f"--data {name} has no row in its {source.split} split; use another --data"
+            )
         broken = found["left_out"]
         if 100 * len(broken) > found["rows"]:
             raise UserError(
-                f"--data {name}: {len(broken)} of {found['rows']} rows are broken, the first {broken[0]}"
+                f"--data {name}: {len(broken)} of {found['rows']} rows are broken. The first is {broken[0]}"
             )
         content = json.dumps(asdict(source) | found, indent=1)
         (part / "source.json").write_text(content, encoding="utf-8")
@@ -151,9 +154,8 @@ def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
     """Convert rows to lines of data.jsonl in the file `out`, and store their pictures in the folder
     `part`.
 
-    Returns for source.json: the number of rows, the broken ones, and where the pictures are. "" is
-    the converted folder itself, "coco" is COCO's train2014, else it is the folder with the set's
-    files.
+    Returns the row count, the broken rows and the picture folder, for source.json. The picture
+    folder is "" (the converted folder), "coco" (train2014), or the folder of the set's files.
     """
     count, left_out, place, root = 0, [], "", Path(source.name)
     for where, row in rows:
@@ -185,7 +187,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
     if isinstance(error, (TypeError, AttributeError)):
-        return f"a value is of the wrong kind ({first_line(error)})"
+        return f"a value has the wrong type ({first_line(error)})"
     return first_line(error)
 
 
@@ -215,7 +217,7 @@ def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
 
 
 def publish(part: Path, folder: Path) -> None:
-    """Give a converted folder its name. Another process may have been faster."""
+    """Give a converted folder its name. If another process did so first, that folder is kept."""
     try:
         part.rename(folder)
     except OSError:
@@ -227,9 +229,7 @@ def publish(part: Path, folder: Path) -> None:
 
 
 def read_rows(files: list, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the rows of a split with the place of each, from files in whatever form they are
-    published.
-    """
+    """Yield each row of a split with its location, from any of the published file formats."""
     for file in files:
         if str(file).endswith(".parquet") or not isinstance(file, Path):
             yield from parquet_rows(file)
@@ -248,7 +248,7 @@ def parquet_rows(file) -> Iterator[tuple[str, dict]]:
         table = pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{file} is no parquet file that can be read ({first_line(error)})"
+            f"{file} is not readable as parquet ({first_line(error)}); download the file again"
         ) from None
     layout_of(table.schema_arrow.names)
     at_once = 4 if "mask" in table.schema_arrow.names else 256
@@ -288,7 +288,7 @@ class PlainUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only plain values are read")
+        raise pickle.UnpicklingError(f"the pickle needs {module}.{name}, which is not allowed")
 
 
 def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
@@ -303,7 +303,7 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
         infos = {one["id"]: one for one in known["images"]}
         splits = [ref["split"] for ref in refs]
     except Exception as error:  # a damaged pickle raises what it likes
-        raise UserError(f"{file} with instances.json cannot be read: {error!r}") from None
+        raise UserError(f"{file} or its instances.json cannot be read: {error!r}") from None
     wanted = "val" if split == "validation" else split
     if split == "test" and "test" not in splits:
         wanted = "testA"  # RefCOCO and RefCOCO+ have two
@@ -330,16 +330,16 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
         isinstance(row, dict) and {"image", "problem", "solution"} <= set(row) for row in rows
     ):
         raise UserError(
-            f"{file} is neither a labelme file with text and shapes, nor a list of boxes: "
-            '[{"image": "1.jpg", "problem": "the cup", "solution": [x1, y1, x2, y2]}, ...]. For data of your own, '
-            "write a folder with data.jsonl"
+            f"{file} is not a labelme file, and not a list of boxes like "
+            '[{"image": "1.jpg", "problem": "the cup", "solution": [x1, y1, x2, y2]}]. '
+            "For your own data, write a folder with data.jsonl"
         )
     for number, row in enumerate(rows, 1):
         yield f"{file} row {number}", row | {"list": file, "number": number}
 
 
 def letters(file: Path) -> str:
-    """Read a text file in UTF-8, or, as some of ReasonSeg's are, in Windows' Latin letters."""
+    """Read a text file as UTF-8, or as Windows-1252, which some ReasonSeg files use."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -380,7 +380,9 @@ def watched(files: list[Path]) -> list[Path]:
 
 
 def files_in(folder: Path, ending: str) -> list[Path]:
-    """Return the files with this ending in a folder and its folders, each once, also behind links.
+    """Return all files with this extension in a folder tree.
+
+    Links are followed, and each file comes once.
 
     Hidden files are left out. Raises UserError for a link that leads nowhere.
     """
@@ -394,7 +396,7 @@ def files_in(folder: Path, ending: str) -> list[Path]:
             file = Path(place, name)
             if name.endswith(ending) and not name.startswith("."):
                 if not file.is_file():
-                    raise UserError(f"{file} is a link that leads nowhere")
+                    raise UserError(f"{file} is a broken link; copy the file itself")
                 found.setdefault(file.resolve(), file)
     return sorted(found.values())
 
@@ -402,8 +404,8 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 def of_split(folder: Path, ending: str, split: str) -> list[Path]:
     """Return the files of a split. The first part of a path that names a split decides.
 
-    Files that name no split are for testing alone. (A set for validation alone may call its only
-    file test.parquet.)
+    Files that name no split are for testing alone. The first part decides, because a set for
+    validation may have one file, val/test.parquet.
     """
     named, nameless = [], []
     for file in files_in(folder, ending):
@@ -421,17 +423,19 @@ def of_split(folder: Path, ending: str, split: str) -> list[Path]:
 
 
 def hub_place(name: str, split: str) -> tuple[str, str]:
-    """Return the id on the hub, and what this split is called there."""
+    """Return the set's repository id on the hub, and the hub's name for this split."""
     if split in HUB[name]:
         return HUB[name][split]
     other = ""
     if split != "train":
-        other = "; train.py takes another set with --eval-data, eval.py another --split"
+        other = "; in train.py name another set with --eval-data, in eval.py another --split"
     raise UserError(f"--data {name} has no {split} split, only {', '.join(HUB[name])}{other}")
 
 
 def hub_files(source: Source) -> list[str]:
-    """Download the parquet files of a split. An only split may have another name.
+    """Download the parquet files of a split.
+
+    If the hub has only one split, its name does not matter.
 
     Columns and disk space are checked before anything large is downloaded.
     """
@@ -451,7 +455,7 @@ def hub_files(source: Source) -> list[str]:
                 columns = pyarrow.parquet.read_schema(first).names
     except Exception as error:  # the hub's libraries raise what their own libraries raise
         raise UserError(
-            f"--data {source.name}: the hub does not give {hub_id} ({first_line(error)})"
+            f"--data {source.name}: cannot download {hub_id} from the hub ({first_line(error)})"
         ) from None
     if not urls:
         raise UserError(
@@ -464,8 +468,7 @@ def hub_files(source: Source) -> list[str]:
 
 
 def check_space(hub_id: str, size: int) -> None:
-    """Refuse a download that the disk of the cache cannot hold twice: as it comes, and converted.
-    """
+    """Refuse a download if the cache disk has no space for both the download and its conversion."""
     SETS.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(SETS).free
     print(f"to download: {hub_id} {size / 1e9:.2f} GB", flush=True)

@@ -1,4 +1,4 @@
-"""A question about a picture, and what every data set can tell."""
+"""Define `Sample`, a question about a picture, and `Data`, the interface of all data sets."""
 
 import random
 import re
@@ -26,7 +26,7 @@ class Sample:
 
 
 class Data(Sequence):
-    """Samples, and what is known about them before any picture is read.
+    """A sequence of samples, with the facts that are known before pictures are read.
 
     `ids` holds each sample's id.
     """
@@ -41,19 +41,18 @@ class Data(Sequence):
     def fetch(self, missing: Sequence[str] = ()) -> None:
         """Download what is not here yet.
 
-        Leave out the pictures `missing`, so that all processes hold the same.
+        Remove the pictures `missing`, so that all processes have the same samples.
         """
 
     def check_files(self) -> None:
-        """Read pictures and masks before the first step. Raises UserError for the first broken one.
-        """
+        """Read pictures and masks before the first step. Raises UserError for the first broken one."""
 
 
 class Mirrored(Sequence):
     """A data set in a mirror: pictures and true masks flipped, and the words left and right
     exchanged.
 
-    A policy that sees where things are should do as well there.
+    A policy that uses the positions of objects should score equally on the mirrored set.
     """
 
     SIDES = {
@@ -97,11 +96,10 @@ def flipped(mask: np.ndarray) -> np.ndarray:
 def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
     """Yield the items of a split in the order of their use.
 
-    `count` are wanted, the others are spare.
+    The first `count` items are used. The others replace unreadable ones.
 
-    train: one pass after the other without end, each in a new order. validation and test, and train
-    without a seed: each item once, as they stand if all are wanted, else in one order for every
-    seed.
+    A training split with a seed repeats all items without end, each time in a new order. Otherwise
+    each item comes once: in file order if all are used, else shuffled independently of the seed.
     """
     if split == "train" and seed is not None:
         rng = random.Random(seed)
@@ -113,14 +111,15 @@ def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
 
 
 def plain(question) -> str:
-    """Return a question as a model can read it.
+    """Return the text of a question without spaces around it.
 
-    Raises ValueError for a special token: <|image_pad|> is a picture.
+    Raises ValueError for text that is too long, and for special tokens: the model would read
+    <|image_pad|> as a picture.
     """
     text = str(question).strip()
     token = re.search(r"<\|\w+\|>", text)
     if token:
-        raise ValueError(f"the question holds {token[0]}, a special token of the model")
+        raise ValueError(f"the question holds {token[0]}, a special token; remove the token")
     if len(text) > LONGEST:
         raise ValueError(f"the question has {len(text)} characters, and {LONGEST} is the limit")
     text.encode()  # half a surrogate pair is a ValueError

@@ -35,7 +35,7 @@ NEEDED = (  # one of each
 
 
 def cause(error: Exception) -> str:
-    """An error's kind and text in one line: the text alone may be no more than a name."""
+    """Return an error's type and text in one line. A KeyError's text is only a key."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -102,7 +102,9 @@ def check_policy_files(folder: Path) -> None:
 
 
 def check_policy_is_whole(folder: Path) -> None:
-    """Raise UserError where a policy's folder lacks a file, or config.json the sizes of a part."""
+    """Raise UserError if a policy's folder lacks a file, or if config.json lacks the sizes of a
+    part.
+    """
     for names in NEEDED:
         if not any((folder / name).is_file() for name in names):
             raise UserError(f"{folder} has no {' or '.join(names[:2])}: {AGAIN}")

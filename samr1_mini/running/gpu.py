@@ -1,6 +1,6 @@
 """The GPU of this machine: can PyTorch use it, why not, and how much of its memory is free.
 
-Nothing here needs the rest of the package: the settings ask before anything large is imported.
+This module imports nothing else of the package, because the settings use it before large imports.
 """
 
 import os
@@ -34,9 +34,9 @@ def gpu_is_usable() -> bool:
 def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
     """Return whether code built for `built_for`, such as ["sm_80", "compute_90"], runs on this GPU.
 
-    Machine code (sm) runs on GPUs of its major version, from its minor version on. PTX (compute) is
-    translated for every newer GPU. With the ending "a" both run on this one version of GPUs, with
-    "f" on GPUs of this major version.
+    Machine code (sm) needs a GPU with the same major version and an equal or higher minor version.
+    PTX (compute) is translated for every newer GPU. With suffix "a", sm and PTX need exactly this
+    version; with "f", the same major version.
     """
     known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
     known = [entry.groups() for entry in known if entry]
@@ -76,7 +76,7 @@ def gpu_fault() -> str:
 
 
 def missing_cuda(found: str) -> str:
-    """Return `found`, with advice where this PyTorch was built without CUDA."""
+    """Return the text `found`. Add advice if this PyTorch was built without CUDA."""
     if torch.version.cuda or torch.version.hip or sys.platform == "darwin":
         return found
     torch_version = torch.__version__.split("+")[0]
@@ -116,7 +116,7 @@ def first_version(text: str) -> str:
 
 
 def driver_name(driver: str) -> str:
-    """Return words for a driver of this version; "" is a version that cannot be read."""
+    """Return a description of the driver. The version "" means unreadable."""
     if driver:
         return f"the NVIDIA driver {driver}"
     return "a GPU driver of unknown version"
@@ -131,14 +131,14 @@ def driver_fault(driver: str) -> str:
     if under_wsl():
         needed += " in Windows"
     if not driver or not oldest:
-        found = f"{pytorch} finds no GPU, with {driver_name(driver)}"
+        found = f"{pytorch} finds no GPU, but {driver_name(driver)} is installed"
         return f"{found}. An NVIDIA GPU needs {needed}"
     if int(driver.split(".")[0]) < oldest:
         return f"the NVIDIA driver {driver} is too old for {pytorch}. Install {needed}"
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip().lower() in HIDES_ALL:
         hint = "CUDA_VISIBLE_DEVICES hides every GPU"
     else:
-        hint = "A container needs access to the GPU, as by docker run --gpus all"
+        hint = "In a container, start with docker run --gpus all"
     return (
         f"{pytorch} finds no GPU, though the NVIDIA driver {driver} is new enough ({oldest} is "
         f"needed). {hint}"
@@ -156,7 +156,7 @@ def windows_lends_memory() -> bool:
 
 
 def card_memory(limit: float = 0.0) -> tuple[float, float]:
-    """Return GiB (free, whole) of this process's GPU, at most `limit` where that is above 0.
+    """Return (free, total) memory of this process's GPU in GiB. A `limit` above 0 caps both.
 
     With several processes the whole memory counts as free: otherwise each could choose another
     preset.
@@ -171,7 +171,7 @@ def card_memory(limit: float = 0.0) -> tuple[float, float]:
 
 
 def free_gib(whole: float) -> float:
-    """Return GiB that are free on the GPU now, or `whole`, its memory, where that is unknown."""
+    """Return the free GPU memory in GiB. If it is unknown, return the total, `whole`."""
     try:
         return torch.cuda.mem_get_info()[0] / GIB
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""What a run needs: first all that can be refused at once, then what has to be downloaded, then the large parts."""
+"""Prepare a run: check settings and files first, then download, then load the models."""
 
 import shutil
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ def check_models(s: Settings) -> None:
 
 
 def open_sets(s: Settings) -> list:
-    """Open and check the data sets for training, validation and test. COCO's pictures are not fetched yet.
+    """Open and check the data sets for training, validation and test.
+
+    COCO's pictures are not fetched yet.
 
     A public set is converted by the first process. The others find it in the cache.
     """
@@ -53,7 +55,7 @@ def open_three(s: Settings) -> list:
 
 
 def hub_bytes(name: str) -> int:
-    """Bytes of a model that the hub would have to send; 0 for a folder, or where the hub cannot be asked."""
+    """Return the bytes left to download for a model. Return 0 for folders and without a network."""
     if name == "tiny" or Path(name).is_dir():
         return 0
     try:
@@ -89,7 +91,8 @@ def check_room(s: Settings, sets: list) -> None:
 
 
 def disk_of(folder: Path) -> tuple[int, str]:
-    """Return what tells the disk of a folder from others: its number, and in Windows its letter.
+    """Return an identifier of the disk that holds a folder: device number, plus drive letter on
+    Windows.
 
     Windows gives some disks the number 0.
     """
@@ -97,7 +100,9 @@ def disk_of(folder: Path) -> tuple[int, str]:
 
 
 def other_disk(s: Settings, parts: list[tuple[str, int, Path]]) -> str:
-    """Name the options that move the `parts`, (name, bytes, folder), to another disk, or find them there."""
+    """Name the options that move `parts`, (name, bytes, folder), to another disk, or that read them
+    from elsewhere.
+    """
     folders, names = [folder for *_, folder in parts], [name for name, *_ in parts]
     ways = []
     if Path(HF_HUB_CACHE) in folders:
@@ -106,16 +111,19 @@ def other_disk(s: Settings, parts: list[tuple[str, int, Path]]) -> str:
         ways.append("set SAMR1_CACHE, the folder of pictures, tables and SAM,")
     advice = " and ".join(ways) + " to a folder on another disk"
     if "pictures" in names and {s.data, s.eval_data} & {"refcoco", "refcocog", "refcocoplus"}:
-        advice += "; --coco-dir names COCO pictures that you have"
+        advice += "; if you have COCO's pictures, give their folder with --coco-dir"
     if s.sam in SAM_FILES and f"SAM {s.sam}" in names:
-        advice += "; --sam-checkpoint names a file of SAM that you have"
+        advice += "; if you have SAM's weights, give their file with --sam-checkpoint"
     return advice
 
 
 def load_parts(
     s: Settings, sets: list, adapter: str | None = None, missing: Sequence[str] = ()
 ) -> tuple[Policy, Segmenter]:
-    """Policy and segmenter, the sets fetched. Cheap mistakes are found before anything is downloaded."""
+    """Download the data sets, then load and return policy and segmenter.
+
+    Mistakes that are cheap to detect are reported before any download.
+    """
     check_models(s)
     if is_first():  # what has to be downloaded is downloaded once
         check_room(s, sets)

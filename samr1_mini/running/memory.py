@@ -1,4 +1,4 @@
-"""The machine: its name, how much of its memory may be taken and how much was, how many questions to sample at once."""
+"""Device name, memory limit, peak memory, and the number of questions to sample in one batch."""
 
 import math
 import platform
@@ -14,8 +14,8 @@ from .gpu import GIB, gpu_is_usable, windows_lends_memory
 def cap_memory(s: Settings) -> None:
     """Let this process take no more than `memory_limit` GiB of its GPU, whichever that will be.
 
-    In Windows and under WSL it takes no more than is free now. Beyond that the driver would use system memory, and
-    steps would become many times slower, without an error.
+    In Windows and under WSL it takes no more than is free now. Beyond that the driver would use
+    system memory, and steps would become many times slower, without an error.
     """
     windows = windows_lends_memory()
     if s.device != "cuda" or not (s.memory_limit or windows):
@@ -25,13 +25,15 @@ def cap_memory(s: Settings) -> None:
         most = s.memory_limit * GIB if s.memory_limit else total
         if windows:
             most = min(most, torch.cuda.mem_get_info(i)[0])
-            print(f"Windows would lend system memory to GPU {i}, which is slow: this process takes at most "
-                  f"{most / GIB:.1f} GiB", flush=True)
+            print(f"Windows replaces full GPU memory with slow system memory, so this process uses at most "
+                  f"{most / GIB:.1f} GiB of GPU {i}", flush=True)
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), i)
 
 
 def memory_warning(s: Settings, peak: float, free: float) -> str:
-    """Return a line about a `peak` that is larger than the `free` memory, both in GiB; "" where it is not."""
+    """Return a line about a `peak` that is larger than the `free` memory, both in GiB; "" where it
+    is not.
+    """
     if peak <= free:
         return ""
     ways = less_memory(s)
@@ -64,10 +66,9 @@ def less_memory(s: Settings) -> list[str]:
 
 
 def compute_dtype(load_in: str, device: str) -> torch.dtype:
-    """What all that is not in four bits is held and computed in (the adapter is fp32 always).
-
-    bf16 for NF4 on a GPU that computes in it. Before compute capability 8.0 bf16 is emulated, and fp16 overflows in
-    Qwen's vision tower: fp32 there, as on a CPU.
+    """Return the dtype for storing and computing everything except 4-bit weights and the fp32
+    adapter. NF4 goes with bf16 if the GPU supports bf16 natively. Older GPUs (below 8.0) and CPUs
+    get fp32: bf16 is emulated, and fp16 overflows in Qwen's vision tower.
     """
     if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
         return torch.float32
@@ -75,7 +76,7 @@ def compute_dtype(load_in: str, device: str) -> torch.dtype:
 
 
 def device_name() -> str:
-    """What a measured figure was measured on."""
+    """Return the device name to print beside measurements."""
     if gpu_is_usable():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} threads, {platform.machine()}"
@@ -97,7 +98,7 @@ def peak_memory(device: str) -> float:
 
 
 def free_memory(s: Settings) -> float:
-    """Bytes that this process can still take on its GPU; without a GPU nobody asks."""
+    """Return the bytes that this process can still allocate on its GPU; infinity without a GPU."""
     if s.device != "cuda":
         return float("inf")
     taken = torch.cuda.memory_allocated()
@@ -111,7 +112,10 @@ def free_memory(s: Settings) -> float:
 
 
 def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
-    """Bytes that sampling full answers to one question takes at its peak: reading the prompt, or the last token."""
+    """Return the peak bytes of sampling one question.
+
+    The peak is at the prompt or at the last token.
+    """
     text, size = model.config.text_config, model.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer
@@ -123,7 +127,7 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
 
 
 def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
-    """How many of the questions to sample at a time: in the fewest equal parts that half of the `free` bytes hold."""
+    """Return the batch size: the fewest equal batches that each fit in half of the `free` bytes."""
     most = max(1, int(min(questions, free / 2 / bytes_a_question(model, prompt_tokens, s))))
     parts = math.ceil(questions / most)
     return math.ceil(questions / parts)

@@ -18,7 +18,8 @@ def in_main_thread() -> bool:
 def ending_signals() -> list[signal.Signals]:
     """List the signals that end a run at once: SIGTERM, and the signal of a closed terminal.
 
-    The latter is SIGHUP, and SIGBREAK on Windows. It stays out where it is ignored already, as under nohup.
+    The latter is SIGHUP, and SIGBREAK on Windows. The list omits a signal that is ignored already,
+    as under nohup.
     """
     kinds = [signal.SIGTERM]
     for name in ("SIGHUP", "SIGBREAK"):
@@ -29,7 +30,7 @@ def ending_signals() -> list[signal.Signals]:
 
 
 def ignore_ending_signals() -> None:
-    """Let no signal but Ctrl-C's end the program from here on: a save must not be cut off."""
+    """Ignore all ending signals except Ctrl-C from now on, so that no save is interrupted."""
     if in_main_thread():
         for kind in ending_signals():
             signal.signal(kind, signal.SIG_IGN)
@@ -37,11 +38,11 @@ def ignore_ending_signals() -> None:
 
 @contextmanager
 def stop_on_signals():
-    """Handle signals within, and yield an event that Ctrl-C sets.
+    """Context manager: handle signals inside the block, and yield an event that Ctrl-C sets.
 
-    The first Ctrl-C sets the event, so that the step in progress ends first. A second Ctrl-C stops at once. SIGTERM
-    and the signal of a closed terminal raise Terminated: their sender seldom waits for a step. Outside the main thread
-    no signal is handled.
+    The first Ctrl-C sets the event, so that the step in progress ends first. A second Ctrl-C stops
+    at once. SIGTERM and the signal of a closed terminal raise Terminated: their sender seldom waits
+    for a step. Outside the main thread no signal is handled.
     """
     stop = threading.Event()
     if not in_main_thread():
@@ -51,7 +52,7 @@ def stop_on_signals():
     def finish_step(*_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stop.set()
-        tqdm.write("stopping after this step (Ctrl-C again: at once)")
+        tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
     def end_at_once(number, _):
         ignore_ending_signals()  # a second one must not cut the saving off
@@ -72,7 +73,10 @@ LOST = (OSError, ValueError, RuntimeError)
 
 
 class LastingStream:
-    """A text stream whose writes never fail. Text is lost once its terminal is closed or its reader has ended."""
+    """A text stream whose writes never fail.
+
+    Text is lost once its terminal is closed or its reader has ended.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -94,7 +98,7 @@ class LastingStream:
 
 
 def outlive_terminal() -> None:
-    """Let no later print of this program fail because its terminal is gone."""
+    """Make later prints succeed even after the terminal is closed."""
     if sys.stdout is not None:  # a program without a console has none
         sys.stdout = LastingStream(sys.stdout)
     if sys.stderr is not None:
@@ -103,7 +107,7 @@ def outlive_terminal() -> None:
 
 @contextmanager
 def lasting_output():
-    """As outlive_terminal, within: for a training that a notebook or another program calls."""
+    """Context manager form of outlive_terminal, for training called from a notebook."""
     before = sys.stdout, sys.stderr
     outlive_terminal()
     try:
