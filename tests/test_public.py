@@ -325,7 +325,7 @@ def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_printe
     assert not capsys.readouterr().out
     free = public.shutil.disk_usage("/")
     monkeypatch.setattr(public.shutil, "disk_usage", lambda folder: free._replace(free=9))
-    with pytest.raises(UserError, match="SAMR1_CACHE"):
+    with pytest.raises(UserError, match="SAMR1_CACHE|HF_HOME"):
         open_data("reasonseg", "test", 3)
     assert "Ricky06662/ReasonSeg_test" in capsys.readouterr().out
     assert not downloaded and not list(public.SETS.iterdir())

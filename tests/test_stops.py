@@ -562,3 +562,13 @@ def test_two_processes_save_what_they_have_learnt_when_one_fails_and_the_command
                            timeout=600)
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("preset tiny") == 2 and saved_state(folder)["step"] == 3
+
+
+def test_a_run_continues_where_questions_with_an_empty_truth_were_left_out(tmp_path):
+    (tmp_path / "samples.json").write_text('["a"]')
+    (tmp_path / "test-base.json").write_text('[{"id": "x"}, {"id": "z"}]')
+    s = SimpleNamespace(data="mine", eval_data="")
+    check = lambda test: runs.check_questions(tmp_path, [SimpleNamespace(ids=["a"]), None, SimpleNamespace(ids=test)], s)
+    check(["x", "y", "z"])
+    with pytest.raises(UserError, match="mine"):
+        check(["z", "x", "y"])

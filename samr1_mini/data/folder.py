@@ -30,14 +30,24 @@ from tqdm import tqdm
 from ..config import UserError
 from ..metrics import filled
 from .fetch import COCO_BYTES, fetch_pictures, is_there
-from .masks import are_numbers, as_polygons, check_truth, has_box, is_rows, read_mask, refuse_lossy
+from .masks import (
+    are_numbers,
+    as_polygons,
+    check_truth,
+    has_box,
+    is_absent,
+    is_rows,
+    read_mask,
+    refuse_lossy,
+)
 from .pictures import Head, inside, open_picture, plain_path, read_head
 from .samples import Data, Sample, in_order, plain
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
 )
-CHECK_SECONDS = 60  # after so long, only the first CHECK_COUNT questions for training are read before the first step
+# Training questions are read before the first step for so many seconds, but at least so many.
+CHECK_SECONDS = 60
 CHECK_COUNT = 1000
 FEW_PICTURES = 2  # with so few, all splits hold the same questions
 
@@ -116,11 +126,12 @@ class Folder(Data):
             if not self.converted:
                 check_texts(row)
                 check_truth(row)
-                for name in (row["image"], row.get("mask"), row.get("ignore")):
-                    if isinstance(name, str):
+                inside(self.pictures, row["image"])
+                for name in (row.get("mask"), row.get("ignore")):
+                    if isinstance(name, str) and name:
                         inside(self.folder, name)
             name = row.get("id")
-            if name is None:
+            if is_absent(name):
                 name = f"line-{number}"
             size = row.get("size") if self.converted else None
             image = row["image"] if self.converted else plain_path(row["image"])
@@ -136,8 +147,8 @@ class Folder(Data):
         if not found and len(splits) <= FEW_PICTURES:
             found = lines
             self.warnings.append(
-                f"{self.file} has only {len(splits)} pictures, so all splits have the same questions. "
-                "Scores do not describe new pictures. Add pictures: separate splits need 3"
+                f"{self.file} has only {len(splits)} pictures, so the {self.split} split has all "
+                "questions. Its scores do not describe new pictures. Add pictures: separate splits need 3"
             )
         if not found:
             raise UserError(
@@ -156,7 +167,7 @@ class Folder(Data):
         if len(gone) and gone.issuperset(line.image for line in self.candidates):
             there = iter(())  # the order of a training split has no end
         self.lines = list(islice(there, self.count))
-        self.spare = list(islice(there, self.allowed))
+        self.spare = list(islice(there, 10 + self.allowed))
 
     @property
     def allowed(self) -> int:
@@ -326,8 +337,11 @@ class Folder(Data):
                 f"{error}. {len(self.replaced)} broken lines were found so far; repair the files"
             )
         for k in range(len(self.spare)):
+            line = self.spare[(i + k) % len(self.spare)]
+            if line.number in self.replaced:
+                continue
             try:
-                return self.read_sample(self.spare[(i + k) % len(self.spare)])
+                return self.read_sample(line)
             except UserError:
                 continue
         raise error
@@ -368,7 +382,7 @@ def parse_object(text: str) -> dict:
 def check_texts(row: dict) -> None:
     """Check that a line has all required keys, and that text keys hold strings."""
     missing = [key for key in ("image", "question") if not row.get(key)]
-    if not has_box(row) and row.get("mask") in (None, ""):
+    if not has_box(row) and is_absent(row.get("mask")):
         missing.append("mask")
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
@@ -383,7 +397,7 @@ def check_texts(row: dict) -> None:
 def split_of(row: dict) -> str | None:
     """Return the split that a line names, or None."""
     name = row.get("split")
-    if name in (None, "") or name != name:  # NaN is pandas' word for nothing
+    if is_absent(name):
         return None
     if str(name).lower() not in SPLITS:
         raise ValueError(f"split {name!r} is none of {', '.join(SPLITS)}")
@@ -423,13 +437,14 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
     """
     mask, turned = row.get("mask"), head.turned
     try:
-        if isinstance(mask, str):
-            mask_head = read_head(inside(folder, mask))
-            turned = head.turned != mask_head.turned
-            refuse_lossy(mask_head, mask)
-            if mask_head.size != head.size:
-                has = "{} x {}, the picture {} x {}".format(*mask_head.size, *head.size)
-                raise ValueError(f"the mask is {has}")
+        for name in (mask, row.get("ignore")):
+            if isinstance(name, str) and name:
+                mask_head = read_head(inside(folder, name))
+                turned = head.turned != mask_head.turned
+                refuse_lossy(mask_head, name)
+                if mask_head.size != head.size:
+                    has = "{} x {}, the picture {} x {}".format(*mask_head.size, *head.size)
+                    raise ValueError(f"{name}: the mask is {has}")
         check_truth(row, head.size, may_be_empty)
     except ValueError as error:
         if turned:
@@ -437,8 +452,8 @@ def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: boo
                 f"{error}. EXIF rotates the picture or the mask, but not both; save both upright"
             ) from None
         raise
-    sizes_tell = isinstance(mask, (str, dict)) and head.size != head.stored
-    return turned and not sizes_tell
+    has_size = isinstance(mask, (str, dict)) or is_rows(mask, head.size)
+    return turned and not (has_size and head.size != head.stored)
 
 
 def reach_of(row: dict, head: Head) -> list[tuple[float, float, int, int]]:

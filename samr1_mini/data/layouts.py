@@ -123,16 +123,16 @@ def from_labelme(row: dict, folder: Path, ignore: str) -> dict:
         raise ValueError('a labelme file needs "shapes", and the questions as "text": ["...", ...]')
     picture = picture_beside(row["file"], str(row.get("imagePath")))
     size = read_head(picture).size
-    if (row.get("imageWidth", size[0]), row.get("imageHeight", size[1])) not in (
-        size,
-        (None, None),
-    ):
-        drawn = f"{row['imageWidth']} x {row['imageHeight']}"
+    width, height = row.get("imageWidth") or size[0], row.get("imageHeight") or size[1]
+    if (width, height) != size:
+        drawn = f"{width} x {height}"
         raise ValueError(
             f"the shapes are for {drawn} pixels, but {picture.name} has {size[0]} x {size[1]}; "
             "use the picture that was labelled"
         )
     meant, undecided = draw_shapes(row["shapes"], size)
+    if not (meant | undecided).any():
+        raise ValueError("the shapes cover no pixel; draw the object again")
     line = {
         "id": picture.stem,
         "image": picture.relative_to(folder).as_posix(),
@@ -142,8 +142,6 @@ def from_labelme(row: dict, folder: Path, ignore: str) -> dict:
         line["ignore"] = to_rle(undecided)
     else:
         meant |= undecided
-    if not meant.any():
-        raise ValueError("the shapes cover no pixel; draw the object again")
     return line | {"mask": to_rle(meant)}
 
 
@@ -159,7 +157,8 @@ LAYOUTS = {
 
 
 def layout_of(columns) -> str:
-    """Return the column name that identifies the layout of a table. Raises ValueError if none does."""
+    """Return the column name that identifies the layout of a table. Raises ValueError if none does.
+    """
     for column in LAYOUTS:
         if column in columns:
             return column
@@ -181,7 +180,7 @@ def convert_row(row: dict, folder: Path, sentences: str, ignore: str) -> list[di
         texts = texts[:1]
     name = line["id"]
     if name is None:
-        name = row["number"]
+        name = row["place"]
     return [line | {"question": text, "id": f"{name}-{k}"} for k, text in enumerate(texts)]
 
 
@@ -227,9 +226,7 @@ def draw_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, 
     """
     numbers = [n for shape in shapes for point in shape["points"] for n in point]
     if max(numbers, default=2) < 2:
-        raise ValueError(
-            "no coordinate is above 1; write pixels, not fractions of width and height"
-        )
+        raise ValueError("no coordinate reaches 2; write pixels, not fractions of width and height")
     parts = []
     for shape in shapes:
         label = str(shape["label"]).lower()

@@ -35,7 +35,12 @@ def check_truth(row: dict, size: tuple[int, int] | None = None, may_be_empty: bo
 
 def has_box(row: dict) -> bool:
     """Return whether a line has a box instead of a mask."""
-    return row.get("mask") is None and row.get("box") is not None
+    return is_absent(row.get("mask")) and not is_absent(row.get("box"))
+
+
+def is_absent(value) -> bool:
+    """Return whether a value stands for nothing: null, an empty text, or NaN, as pandas writes."""
+    return value is None or value == "" or value != value
 
 
 def check_box(box, size: tuple[int, int] | None = None) -> None:
@@ -106,9 +111,7 @@ def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
     picture. `numbers` are x, y, x, y, ...
     """
     if max(numbers) < 2:  # shares, or shares that rounding has lifted above 1
-        raise ValueError(
-            "no coordinate is above 1; write pixels, not fractions of width and height"
-        )
+        raise ValueError("no coordinate reaches 2; write pixels, not fractions of width and height")
     if not size:
         return
     right, bottom = max(numbers[::2]), max(numbers[1::2])

@@ -88,6 +88,8 @@ def opened(file):
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}{error}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # SyntaxError, struct.error, EOFError, ...: it depends on the format
         raise ValueError(f"{name}not a readable picture ({error})") from None
 
@@ -167,7 +169,8 @@ def read_head(file) -> Head:
 
 def orientation_of(image: Image.Image) -> int:
     """Return the turn that EXIF asks for, from 1 (none) to 8."""
-    if image.format == "PNG" and "exif" not in image.info:
+    places = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+    if image.format == "PNG" and not any(place in image.info for place in places):
         return 1  # Pillow would decode all pixels to look behind them
     try:
         orientation = image.getexif().get(ORIENTATION, 1)

@@ -20,6 +20,7 @@ import fsspec
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
@@ -258,7 +259,8 @@ def parquet_rows(file) -> Iterator[tuple[str, dict]]:
             cells = zip(batch.schema.names, batch.columns)
             row = {name: cell_value(name, column[i]) for name, column in cells}
             number += 1
-            yield f"{Path(file).name} row {number}", row | {"number": number}
+            place = f"{Path(file).name} row {number}"
+            yield place, row | {"place": place}
 
 
 def cell_value(name: str, cell):
@@ -335,7 +337,7 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
             "For your own data, write a folder with data.jsonl"
         )
     for number, row in enumerate(rows, 1):
-        yield f"{file} row {number}", row | {"list": file, "number": number}
+        yield f"{file} row {number}", row | {"list": file, "place": f"{file.name} row {number}"}
 
 
 def letters(file: Path) -> str:
@@ -358,10 +360,12 @@ def find_files(name: str, split: str) -> list[Path]:
     refs = sorted(folder.glob("refs(*).p"))
     if refs:
         return refs[-1:]
-    for ending in (".parquet", ".json"):  # beside parquet files, JSON only describes them
-        files = of_split(folder, ending, split)
-        if files:
-            return files
+    ending = ".json"
+    if files_in(folder, ".parquet"):  # beside parquet files, JSON only describes them
+        ending = ".parquet"
+    files = of_split(folder, ending, split)
+    if files:
+        return files
     raise UserError(
         f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split"
     )
@@ -384,7 +388,7 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 
     Links are followed, and each file comes once.
 
-    Hidden files are left out. Raises UserError for a link that leads nowhere.
+    Hidden files and folders are left out. Raises UserError for a link that leads nowhere.
     """
     found, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -392,6 +396,7 @@ def files_in(folder: Path, ending: str) -> list[Path]:
             folders.clear()  # a link leads back
             continue
         seen.add(os.path.realpath(place))
+        folders[:] = [one for one in folders if not one.startswith(".")]
         for name in names:
             file = Path(place, name)
             if name.endswith(ending) and not name.startswith("."):
@@ -468,12 +473,13 @@ def hub_files(source: Source) -> list[str]:
 
 
 def check_space(hub_id: str, size: int) -> None:
-    """Refuse a download if the cache disk has no space for both the download and its conversion."""
-    SETS.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(SETS).free
+    """Refuse a download that does not fit on the disk of the hub's cache, or on that of SETS."""
     print(f"to download: {hub_id} {size / 1e9:.2f} GB", flush=True)
-    if free < 2 * size:
-        raise UserError(
-            f"{hub_id} needs {2 * size / 1e9:.1f} GB, and {SETS} has {free / 1e9:.1f} GB left: free some disk space, "
-            "or set SAMR1_CACHE to a folder on another disk"
-        )
+    for folder, variable in ((Path(HF_HUB_CACHE), "HF_HOME"), (SETS, "SAMR1_CACHE")):
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(there).free
+        if free < 2 * size:  # both folders may be on one disk
+            raise UserError(
+                f"{hub_id} needs {2 * size / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB left: "
+                f"free some disk space, or set {variable} to a folder on another disk"
+            )

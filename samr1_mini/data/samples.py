@@ -45,7 +45,8 @@ class Data(Sequence):
         """
 
     def check_files(self) -> None:
-        """Read pictures and masks before the first step. Raises UserError for the first broken one."""
+        """Read pictures and masks before the first step. Raises UserError for the first broken one.
+        """
 
 
 class Mirrored(Sequence):

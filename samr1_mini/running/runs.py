@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -58,8 +59,8 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
     try:
         with new.open("wb") as file:
             torch.save(state, file)
-        new.replace(folder / "state.pt")
         policy.model.save_pretrained(folder / "adapter.new", state_dict=state["adapter"])
+        new.replace(folder / "state.pt")
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         (folder / "adapter.new").replace(folder / "adapter")
         return True
@@ -195,8 +196,12 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
         if not file.exists():
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
-        known = [one if isinstance(one, str) else one["id"] for one in content]
-        if any(old != new for old, new in zip(known, data.ids)):
+        if name == "samples":
+            same = all(old == new for old, new in zip(content, data.ids))
+        else:  # --empty-truth may have left questions out
+            now = iter(data.ids)
+            same = all(answer["id"] in now for answer in content[: len(data.ids)])
+        if not same:
             raise UserError(other_questions(option, folder))
 
 
@@ -206,10 +211,13 @@ def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
     if (folder / "test-base.json").exists():
         answers["test"] = json.loads((folder / "test-base.json").read_text(encoding="utf-8"))
     for split, data, option in (("train", sets[0], s.data), ("test", sets[2], s.eval_data or s.data)):
-        known = {answer["id"]: answer["question"] for answer in answers[split] if "question" in answer}
+        known = defaultdict(set)  # id -> questions: an id may come twice
+        for answer in answers[split]:
+            if "question" in answer:
+                known[answer["id"]].add(answer["question"])
         for i in range(min(s.questions, len(data))):
             sample = data[i]
-            if known.get(sample.id, sample.question) != sample.question:
+            if sample.id in known and sample.question not in known[sample.id]:
                 raise UserError(other_questions(option, folder))
 
 
@@ -276,16 +284,17 @@ class Run:
                 with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as out:
                     out.write("".join(json.dumps(one) + "\n" for one in lines))
         self.state = take_state(self.policy, self.optimizer, step, self.seconds())
+        whole = False
         if first and (due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes):
-            save_state(self.folder, self.policy, self.state)
+            whole = save_state(self.folder, self.policy, self.state)
             self.saved = time.perf_counter()
         self.note(line)
         shown = ("reward", "iou", "segmentation_format", "zero_variance")
         self.bar.set_postfix({name: f"{line[name]:.2f}" for name in shown})
         if stopped:
             self.bar.close()
-            if first:
-                print(f"stopped after step {step}; go on with:\n  {resume_command(self.folder, self.s)}")
+            if whole:
+                print(f"stopped after step {step}; continue with:\n  {resume_command(self.folder, self.s)}")
             sys.exit(130)
 
     def note(self, line: dict) -> None:

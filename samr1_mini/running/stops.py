@@ -84,6 +84,8 @@ class LastingStream:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
+        except UnicodeEncodeError:  # a stream without these characters
+            return self.write(text.encode("ascii", "replace").decode())
         except LOST:
             return len(text)
 
