@@ -106,6 +106,7 @@ def test_a_run_that_ignores_a_closed_terminal_ends_as_if_it_were_open(tmp_path):
 def test_a_closed_terminal_ends_a_run_as_sigterm_does_and_either_of_them_once():
     for first, second in ((signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGHUP)):
         with stops.stop_on_signals():
+            assert signal.getsignal(first) != signal.SIG_DFL  # which would end the tests
             with pytest.raises(Terminated) as end:
                 signal.raise_signal(first)
             assert end.value.number == first
@@ -129,6 +130,7 @@ def test_where_there_is_no_sighup_sigbreak_ends_a_run(monkeypatch):
         assert signal.getsignal(signal.Signals.SIGUSR1) == signal.SIG_DFL
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)  # Windows alone has it
     with stops.stop_on_signals(), pytest.raises(Terminated):
+        assert signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL
         signal.raise_signal(signal.SIGUSR1)
 
 
@@ -434,7 +436,7 @@ def test_ten_updates_in_a_row_without_finite_gradients_end_the_run_and_lose_noth
 
 
 def test_nine_updates_in_a_row_without_finite_gradients_are_borne(settings, tmp_path, monkeypatch):
-    not_finite(monkeypatch, finite={1, 11, 12})
+    not_finite(monkeypatch, finite={1, 11})
     train(replace(settings, samples=24))
     assert saved_state(tmp_path / "run")["step"] == 6
 
