@@ -81,7 +81,7 @@ def test_a_mistake_gets_one_line_that_names_the_option(argv, words, capsys):
     "command, words",
     [
         (["train.py", "--policy", "no-such/policy"], "--policy no-such/policy"),
-        (["train.py", "--preset", "3b", "--device", "cpu"], "--data refcocog: the hub"),
+        (["train.py", "--preset", "3b", "--device", "cpu"], "--policy Qwen/Qwen2.5-VL-3B-Instruct"),
         (["train.py", "--sam", "no-such/sam"], "--sam no-such/sam"),
         (["eval.py", "--wrong", "1"], "unknown option --wrong"),
     ],
