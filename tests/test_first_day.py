@@ -250,8 +250,10 @@ BAD = {  # name: (what writes the folder, what the message names)
     "a picture that is cut off": (lambda f: cut_off(f, "a.png", mask=rle(square())), LINE),
     "a mask that is cut off": (lambda f: cut_off(f, "m.png", mask="m.png"), LINE),
     "a picture that is not there": (lambda f: write(f, image="b.png", mask=POLYGON), LINE),
-    "a path that leads out": (lambda f: write(f, image="../a.png", mask=POLYGON), LINE),
-    "an absolute path": (lambda f: write(f, image="/etc/a.png", mask=POLYGON), LINE),
+    "a path that leads out": (
+        lambda f: (photo().save(f.parent / "a.png"), write(f, image="../a.png", mask=POLYGON)), LINE),
+    "an absolute path": (
+        lambda f: (photo().save(f.parent / "a.png"), write(f, image=str(f.parent / "a.png"), mask=POLYGON)), LINE),
     "an unknown split": (lambda f: write(f, split="held out", mask=POLYGON), LINE),
     "no question": (lambda f: write(f, question=" ", mask=POLYGON), LINE),
     "a mask that is a number": (lambda f: write(f, mask=7), LINE),
