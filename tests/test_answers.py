@@ -21,7 +21,7 @@ import eval as evaluate_command
 import train as train_command
 from samr1_mini import policy as policy_module
 from samr1_mini import reward
-from samr1_mini.config import UserError, option
+from samr1_mini.config import UserError, make_settings, option
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import new_optimizer, roll_out
 from samr1_mini.policy import TINY, encode, load_policy, logprobs, sample
@@ -600,32 +600,37 @@ def test_out_of_memory_is_not_taken_for_a_damaged_file(monkeypatch):
 def learner():
     """A policy and its optimizer after one update."""
     policy = with_live_adapter(load_policy("tiny", "fp32", rank=4))
-    s = train_command.parse_settings(["--preset", "tiny", "--device", "cpu"], "test", "")[0]
-    optimizer = new_optimizer(policy, s)
+    optimizer = new_optimizer(policy, make_settings(preset="tiny", device="cpu")[0])
     for parameter in policy.trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return policy, optimizer
 
 
-def test_a_whole_state_is_put_back(learner, tmp_path):
+@pytest.fixture(scope="module")
+def taken(learner):
+    """Their state. It is taken before a test loads a damaged one into them."""
+    return take_state(*learner, 3, 1.5)
+
+
+def test_a_whole_state_is_put_back(learner, taken, tmp_path):
     policy, optimizer = learner
-    assert save_state(tmp_path, policy, take_state(policy, optimizer, 3, 1.5))
-    before = [p.detach().clone() for p in policy.trained]
+    assert save_state(tmp_path, policy, taken)
     with torch.no_grad():
         policy.trained[0].zero_()
     assert load_state(tmp_path, policy, optimizer) == (3, 1.5)
-    assert all((a == b).all() for a, b in zip(before, policy.trained))
+    again = take_state(policy, optimizer, 3, 1.5)
+    assert all((again["adapter"][name] == tensor).all() for name, tensor in taken["adapter"].items())
+    assert again["optimizer"]["state"].keys() == taken["optimizer"]["state"].keys()
 
 
 @pytest.mark.parametrize("kind", ["cut", "last byte", "pointer", "empty", "words", "bytes", "list"])
-def test_a_damaged_state_is_named_in_one_line(kind, learner, tmp_path):
-    policy, optimizer = learner
+def test_a_damaged_state_is_named_in_one_line(kind, learner, taken, tmp_path):
     file = tmp_path / "state.pt"
-    torch.save(take_state(policy, optimizer, 3, 1.5), file)
+    torch.save(taken, file)
     damage(file, kind)
     with pytest.raises(UserError) as error:
-        load_state(tmp_path, policy, optimizer)
+        load_state(tmp_path, *learner)
     assert str(file) in str(error.value) and "weights_only" not in str(error.value)
     assert ("git lfs pull" in str(error.value)) == (kind == "pointer")
 
@@ -667,8 +672,8 @@ def less_adapter(state):
     lambda state: state.update(optimizer=5), lambda state: state.update(adapter={"a": 1}),
     lambda state: state["optimizer"].update(state=[1]),
 ])
-def test_a_state_with_other_shapes_or_parts_is_refused(change, learner, tmp_path):
-    state = copy.deepcopy(take_state(*learner, 3, 1.5))
+def test_a_state_with_other_shapes_or_parts_is_refused(change, learner, taken, tmp_path):
+    state = copy.deepcopy(taken)
     change(state)
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(UserError, match="state.pt"):
