@@ -1,10 +1,10 @@
 """One decoded token as a CUDA graph: recorded once, then started whole.
 
-A token of a 3B policy is some 3,600 operations, most of them so small that Python needs longer to start them than a GPU
-to carry them out. A CUDA graph repeats recorded operations on the same tensors, so sizes must stay: `Fixed` is a cache
-whose whole room is read, what is still empty of it masked. A graph lasts until room grows (every 64 tokens) or many
-questions have left; then one token is read as it is, which warms up the GPU's libraries, and the next is recorded.
-Where a token cannot be recorded, all are read as they are: slower, with the same numbers.
+A token of a 3B policy takes about 3,600 operations. Python starts most of them more slowly than the
+GPU executes them. A CUDA graph needs constant sizes. Therefore the whole room of the cache `Fixed`
+is read, with empty places masked. When the room grows (every 64 tokens), or when many questions
+have ended, one token is read without a graph as a warm-up. The next token is recorded. If recording
+fails, all tokens are read without graphs: slower, but with the same numbers.
 """
 
 import torch
@@ -28,13 +28,19 @@ class Fixed(Cache):
         self.last += 1
 
     def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in Cache; of the room [2, b, KV, G, room, d] that which is still empty is True, bool [room]."""
+        """As Cache.write.
+
+        Returns the room [2, b, KV, G, room, d], and bool [room], True where the room is empty.
+        """
         answers = self.answers[layer].index_copy_(4, self.last, new[..., None, :])
         return answers, torch.arange(answers.shape[4], device=new.device) > self.last
 
 
 def recorded(read):
-    """What `read` computes, and a function that computes it again in place, from what its inputs hold by then."""
+    """Record `read`.
+
+    Return its output, and a function that recomputes this output in place from the current inputs.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):  # nothing is carried out here
@@ -46,7 +52,7 @@ def recorded(read):
 
 
 class Reader:
-    """The language model's reading of the next token of every answer."""
+    """Reads the next token of every answer with the language model."""
 
     def __init__(self, language, cache: Cache):
         self.language, self.cache, self.size, self.replay = language, cache, None, None
@@ -58,7 +64,9 @@ class Reader:
         ).last_hidden_state
 
     def __call__(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Embeddings [b, G, D], positions [3, b, G] -> hidden states [b, G, D], which the next call may overwrite."""
+        """Embeddings [b, G, D], positions [3, b, G] -> hidden states [b, G, D], which the next call
+        may overwrite.
+        """
         if self.failed or not isinstance(self.cache, Fixed):
             return self.read(embeds, positions)
         size = self.cache.answers[0].shape  # it tells questions and room
@@ -75,7 +83,10 @@ class Reader:
         return self.hidden
 
     def record(self, embeds: torch.Tensor, positions: torch.Tensor) -> None:
-        """Record a token, or print why it cannot be recorded. If memory ran out, reading may still find enough."""
+        """Record a token, or print why it cannot be recorded.
+
+        If memory runs out during recording, it may still be enough for reading without a graph.
+        """
         try:
             self.inputs = embeds.clone(), positions.clone()
             self.hidden, self.replay = recorded(lambda: self.read(*self.inputs))
@@ -84,6 +95,8 @@ class Reader:
             tqdm.write(f"CUDA graphs are not used, so answers take longer: recording failed ({first_line(error)})")
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor | None:
-        """Cache.drop, ended [b], once it pays: a graph of another size has to be recorded, so not for a few."""
+        """Call Cache.drop with ended [b] only if many ended, because each new size needs a new
+        graph.
+        """
         few = len(ended) // 2 if isinstance(self.cache, Fixed) else 1
         return self.cache.drop(ended) if ended.sum() >= max(1, few) else None

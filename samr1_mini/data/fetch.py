@@ -43,8 +43,8 @@ def picture_name(path: str) -> str:
 def fetch_pictures(sizes: dict[str, tuple[int, int]], folder: Path, allowed: int) -> dict[str, str]:
     """Fetch the pictures of `sizes`, {name: (width, height)}, that `folder` lacks.
 
-    Returns {name: reason} for those that could not be fetched. More than `allowed`, or a full disk,
-    is a UserError.
+    Returns {name: reason} for those that could not be fetched. Raises UserError for more than
+    `allowed` failures, or for a full disk.
     """
     pool, failed = ThreadPoolExecutor(WORKERS), {}
     lacking = [name for name in sizes if not is_there(folder / name)]

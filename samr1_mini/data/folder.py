@@ -6,7 +6,7 @@ A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" an
 
     image    path of a picture in the folder
     mask     path of a PNG, COCO RLE, polygons, or rows of 0 and 1; in its place "box": [x1, y1, x2, y2]
-    ignore   as mask: pixels that count neither for nor against an answer
+    ignore   same forms as mask; these pixels are left out of the score
     split    train, validation (or val, valid, dev) or test. Without it about a tenth of the pictures is held out
              for validation, and another tenth for test. A picture keeps its split when lines are added
 
@@ -171,7 +171,7 @@ class Folder(Data):
 
     @property
     def allowed(self) -> int:
-        """How many questions may lose their picture: one in a hundred, and one at least."""
+        """Return how many questions may lose their picture: 1 % of them, but at least one."""
         return max(1, min(self.count, len(self.candidates)) // 100)
 
     @contextmanager
@@ -283,7 +283,7 @@ class Folder(Data):
     def fetch(self, missing: Sequence[str] = ()) -> None:
         """Download the pictures of the chosen lines.
 
-        At most 1 % of them, and one at least, may fail.
+        Up to 1 % of the downloads may fail, and one failure is always allowed.
         """
         self.missing = list(dict.fromkeys([*self.missing, *missing]))
         self.choose()
@@ -407,8 +407,8 @@ def split_of(row: dict) -> str | None:
 def split_pictures(lines: list[Line]) -> dict[str, str]:
     """Return each picture's split: the split named in its lines, or one from the hash of its path.
 
-    Of pictures without a named split, validation and test get about a tenth each, and at least one.
-    In a folder with one or two pictures, both belong to train.
+    Validation and test each get about a tenth of the pictures without a named split, at least one
+    picture. In a folder with one or two pictures, those without a named split belong to train.
     """
     splits = {line.image: line.split for line in lines}
     splits |= {line.image: line.split for line in lines if line.split}
@@ -432,8 +432,7 @@ def hash_number(name: str) -> float:
 def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: bool = False) -> bool:
     """Check a line's mask or box against the head of its picture. Raises ValueError.
 
-    Returns True if EXIF rotates only the picture or only the mask, and their sizes cannot show a
-    mismatch.
+    Returns True if EXIF rotates only one of picture and mask, and both sizes match even so.
     """
     mask, turned = row.get("mask"), head.turned
     try:
@@ -472,8 +471,7 @@ def reach_of(row: dict, head: Head) -> list[tuple[float, float, int, int]]:
 
 
 def is_suspect(reach: list[tuple[float, float, int, int]]) -> bool:
-    """Return whether coordinates seem to be in another unit: a smaller picture, thousandths or
-    percent.
+    """Return whether coordinates seem to be thousandths, percent, or pixels of a smaller picture.
 
     Needs ten lines, because one object near the upper left corner also has small coordinates.
     """

@@ -200,8 +200,8 @@ def picture_bytes(row: dict) -> bytes:
 def picture_beside(file: Path, name: str) -> Path:
     """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in any case.
 
-    If several files match, `name` selects one by its ending. It is the file's "imagePath", which is
-    not opened.
+    If several files match, `name` selects one by its ending. `name` is the file's "imagePath". It
+    is only compared, never opened.
     """
     endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".Jpg", ".Jpeg", ".Png")
     found = [child(file.parent, f"{file.stem}{ending}") for ending in endings]

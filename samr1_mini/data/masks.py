@@ -175,7 +175,7 @@ def flat_polygon(polygon) -> list[float]:
 def is_rows(value, size: tuple[int, int] | None) -> bool:
     """Return whether a mask is a list of rows of pixels.
 
-    Rows of another size than the picture must hold only 0 and one other value.
+    If the rows do not have the picture's size, they may hold only 0 and one other value.
 
 
     """

@@ -195,7 +195,7 @@ def reason_of(error: Exception) -> str:
 def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
     """Check a line, and give it a picture's path and size.
 
-    Returns where the picture is, as write_lines does.
+    Returns the picture folder in the form that write_lines returns.
 
     A picture's bytes are put into `stored` under a name that is their hash: a picture that comes
     twice is stored once.
@@ -372,8 +372,8 @@ def find_files(name: str, split: str) -> list[Path]:
 
 
 def watched(files: list[Path]) -> list[Path]:
-    """Return the files that a converted set depends on: those of the set, and all files beside its
-    JSON.
+    """Return the files that a converted set depends on: its own, and all in the folders of its JSON
+    files.
     """
     if not files or files[0].suffix == ".parquet":
         return files
@@ -409,8 +409,8 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 def of_split(folder: Path, ending: str, split: str) -> list[Path]:
     """Return the files of a split. The first part of a path that names a split decides.
 
-    Files that name no split are for testing alone. The first part decides, because a set for
-    validation may have one file, val/test.parquet.
+    Files that name no split are for testing alone. The first part decides: the file
+    val/test.parquet belongs to validation.
     """
     named, nameless = [], []
     for file in files_in(folder, ending):

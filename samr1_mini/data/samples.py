@@ -41,7 +41,7 @@ class Data(Sequence):
     def fetch(self, missing: Sequence[str] = ()) -> None:
         """Download what is not here yet.
 
-        Remove the pictures `missing`, so that all processes have the same samples.
+        Remove the samples of the pictures in `missing`. Then all processes have the same samples.
         """
 
     def check_files(self) -> None:
@@ -100,7 +100,7 @@ def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
     The first `count` items are used. The others replace unreadable ones.
 
     A training split with a seed repeats all items without end, each time in a new order. Otherwise
-    each item comes once: in file order if all are used, else shuffled independently of the seed.
+    each item comes once: in file order if all are used, or in one fixed random order.
     """
     if split == "train" and seed is not None:
         rng = random.Random(seed)

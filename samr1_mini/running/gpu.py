@@ -35,8 +35,8 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
     """Return whether code built for `built_for`, such as ["sm_80", "compute_90"], runs on this GPU.
 
     Machine code (sm) needs a GPU with the same major version and an equal or higher minor version.
-    PTX (compute) is translated for every newer GPU. With suffix "a", sm and PTX need exactly this
-    version; with "f", the same major version.
+    PTX (compute) is translated for every newer GPU. The suffix "a" requires exactly this version of
+    the GPU, and "f" the same major version.
     """
     known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
     known = [entry.groups() for entry in known if entry]
@@ -56,7 +56,7 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 
 def gpu_fault() -> str:
-    """Say in one line why PyTorch can use no GPU here; "" where it can."""
+    """Return one line that says why PyTorch cannot use a GPU here, or "" if it can."""
     if gpu_is_usable():
         return ""
     if torch.cuda.is_available():
@@ -151,7 +151,7 @@ def under_wsl() -> bool:
 
 
 def windows_lends_memory() -> bool:
-    """Return whether the driver would use system memory where the GPU's is full."""
+    """Return whether the driver would use system memory when the GPU's memory is full."""
     return sys.platform == "win32" or under_wsl()
 
 

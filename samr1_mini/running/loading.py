@@ -100,8 +100,9 @@ def disk_of(folder: Path) -> tuple[int, str]:
 
 
 def other_disk(s: Settings, parts: list[tuple[str, int, Path]]) -> str:
-    """Name the options that move `parts`, (name, bytes, folder), to another disk, or that read them
-    from elsewhere.
+    """Name the options that put `parts` on another disk or read them from elsewhere.
+
+    A part is (name, bytes, folder).
     """
     folders, names = [folder for *_, folder in parts], [name for name, *_ in parts]
     ways = []

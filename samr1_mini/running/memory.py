@@ -12,7 +12,7 @@ from .gpu import GIB, gpu_is_usable, windows_lends_memory
 
 
 def cap_memory(s: Settings) -> None:
-    """Let this process take no more than `memory_limit` GiB of its GPU, whichever that will be.
+    """Limit this process to `memory_limit` GiB of its GPU. The GPU may be chosen later.
 
     In Windows and under WSL it takes no more than is free now. Beyond that the driver would use
     system memory, and steps would become many times slower, without an error.
@@ -31,8 +31,7 @@ def cap_memory(s: Settings) -> None:
 
 
 def memory_warning(s: Settings, peak: float, free: float) -> str:
-    """Return a line about a `peak` that is larger than the `free` memory, both in GiB; "" where it
-    is not.
+    """Return a warning if `peak` exceeds the `free` memory (both in GiB), else "".
     """
     if peak <= free:
         return ""
@@ -127,7 +126,9 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
 
 
 def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
-    """Return the batch size: the fewest equal batches that each fit in half of the `free` bytes."""
+    """Return the size of equal batches, as few as possible, that each fit in half of the `free`
+    bytes.
+    """
     most = max(1, int(min(questions, free / 2 / bytes_a_question(model, prompt_tokens, s))))
     parts = math.ceil(questions / most)
     return math.ceil(questions / parts)

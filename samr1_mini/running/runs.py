@@ -37,7 +37,10 @@ def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
 
 
 def put_adapter(policy: Policy, state: dict) -> None:
-    """Give the policy the adapter of `state`. Raises UserError where the adapter was trained on another policy."""
+    """Give the policy the adapter of `state`.
+
+    Raises UserError where the adapter was trained on another policy.
+    """
     weights = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     sizes = {name: p.shape for name, p in weights.items()}
     if sizes != {name: saved.shape for name, saved in state["adapter"].items()}:
@@ -51,9 +54,9 @@ def put_adapter(policy: Policy, state: dict) -> None:
 def save_state(folder: Path, policy: Policy, state: dict) -> bool:
     """Write `state` to state.pt, and its adapter to a folder of its own, which eval.py reads.
 
-    No weight is read from the policy: after an error of the GPU its memory cannot be read any more. All is written
-    beside and moved into place, so nothing is lost by a save that is cut off, or for which the disk has no space. The
-    latter is printed, and False comes back.
+    No weight is read from the policy, because the GPU's memory cannot be read after a GPU error.
+    Files are written under temporary names, then moved. An interrupted save, or a full disk, loses
+    nothing. If the disk is full, prints this and returns False.
     """
     new = folder / "state.new"
     try:
@@ -89,7 +92,10 @@ def read_state(file: Path) -> dict:
 
 
 def put_state(state: dict, policy: Policy, optimizer) -> None:
-    """Put adapter and AdamW's moments back. Raises UserError, ValueError and others where they do not fit."""
+    """Put adapter and AdamW's moments back.
+
+    Raises UserError, ValueError and others where they do not fit.
+    """
     put_adapter(policy, state)
     optimizer.load_state_dict(state["optimizer"])
     for p in policy.trained:
@@ -123,7 +129,7 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
 
 
 def open_run(s: Settings) -> Path:
-    """The run's folder, a new one with the settings written down, or the one to go on with."""
+    """Return the run's folder: a new one with the settings saved in it, or the one to continue."""
     folder = Path(s.run or next_name(s))
     if not s.resume and (folder / "metrics.jsonl").exists():  # a start that failed before it leaves the name free
         raise UserError(f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, or name "
@@ -146,14 +152,19 @@ def next_name(s: Settings) -> str:
 
 
 def check_segmenter_kind(folder: Path, s: Settings) -> None:
-    """Refuse to continue with another SAM. The path of a SAM 2 or SAM 3 may change: it may have been moved."""
+    """Refuse to continue with another SAM.
+
+    The path of a SAM 2 or SAM 3 may change: it may have been moved.
+    """
     begun = read_settings(folder / "settings.json").get("sam", s.sam)
     if begun != s.sam and {begun, s.sam} & {"tiny", *SAM_FILES}:
         raise UserError(f"--resume: this run was started with --sam {begun}, and --sam {s.sam} is another model")
 
 
 def resume_command(folder: Path, s: Settings) -> str:
-    """Write the command that continues the run in this folder, with as many processes as there are now."""
+    """Write the command that continues the run in this folder, with as many processes as there are
+    now.
+    """
     script = "train.py"
     if Path(sys.argv[0]).name == script:  # as it was typed, from whichever folder
         script = sys.argv[0]
@@ -169,7 +180,7 @@ def resume_command(folder: Path, s: Settings) -> str:
 
 
 def write_json(path: Path, value) -> None:
-    """Written beside and moved into place, so that whoever reads it finds it whole."""
+    """Write JSON to a temporary file, then rename it. Readers never see an incomplete file."""
     new = path.with_suffix(".new.json")
     new.write_text(json.dumps(value, indent=1), encoding="utf-8")
     new.replace(path)
@@ -180,16 +191,19 @@ def write_settings(folder: Path, s: Settings) -> None:
 
 
 def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
-    """The lines of metrics.jsonl (or answers.jsonl), or its first `count` (a line that was cut off is beyond them)."""
+    """Return all lines of `name`.jsonl, or the first `count`.
+
+    Only a line after these can be incomplete.
+    """
     file = folder / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]] if file.exists() else []
 
 
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
-    """Refuse to continue where training or test would ask other questions than when the run began.
+    """Refuse to continue if the training or test questions have changed since the run began.
 
-    The folder holds a list of ids, and a list of answers with their ids. Nothing is learnt from the validation set,
-    which is of the same data as the test set.
+    The folder holds a list of ids, and a list of answers with their ids. The validation set is not
+    checked: nothing is learnt from it, and its data are those of the test set.
     """
     for name, data, option in (("samples", sets[0], s.data), ("test-base", sets[2], s.eval_data or s.data)):
         file = folder / f"{name}.json"
@@ -206,7 +220,10 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
 
 
 def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
-    """Compare the texts of the first questions, too: ids may be no more than line numbers, alike in all data."""
+    """Also compare the texts of the first questions.
+
+    Ids may be mere line numbers, the same in any data.
+    """
     answers = {"train": read_log(folder, s.questions, "answers"), "test": []}
     if (folder / "test-base.json").exists():
         answers["test"] = json.loads((folder / "test-base.json").read_text(encoding="utf-8"))
@@ -231,16 +248,25 @@ def other_questions(data: str, folder: Path) -> str:
 
 
 def known_missing(folder: Path) -> list[str]:
-    """Pictures that could not be had when the run began: others stand in their places, nobody asks for them again."""
+    """Return the pictures that were unavailable when the run began.
+
+    They stay replaced and are not requested again.
+    """
     file = folder / "missing.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
 class Run:
-    """A run on its way: its log, and its state after the last whole step, which is saved now and then."""
+    """A run in progress: its log, and the state after the last whole step.
+
+    The state is saved regularly.
+    """
 
     def __init__(self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float):
-        """`sets` are its three data sets; `begun` is when the program was, on time.perf_counter's clock."""
+        """`sets` are the run's three data sets.
+
+        `begun` is the program's start time by time.perf_counter.
+        """
         self.folder, self.s, self.policy, self.optimizer = folder, s, policy, optimizer
         self.start, earlier = 0, 0.0
         if s.resume:
@@ -265,18 +291,20 @@ class Run:
                 write_json(folder / "missing.json", gone)
 
     def seconds(self) -> float:
-        """How long it has run, in all its parts."""
+        """Return the run's total time, including the parts before each --resume."""
         return round(time.perf_counter() - self.begun, 1)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, beside a bar."""
+        """Yield the remaining steps, and show a progress bar."""
         self.bar = tqdm(range(self.start, self.total), "train", self.total, initial=self.start, dynamic_ncols=True,
                         disable=not is_first())
         yield from self.bar
 
     def keep(self, line: dict, answers: list[dict], due: bool) -> None:
-        """Log a step that is done, and some of its `answers`; save where that is `due`, where it is time to, and where
-        Ctrl-C ends the program."""
+        """Log a finished step and some `answers`.
+
+        Save if `due`, if the save interval is over, or after Ctrl-C.
+        """
         stopped, first, step = any(gather_object([self.stop.is_set()])), is_first(), line["step"]
         answers = gather_object(answers)
         if first:
@@ -298,8 +326,10 @@ class Run:
             sys.exit(130)
 
     def note(self, line: dict) -> None:
-        """Note a step's seconds and zero_variance. After ten steps print the time that is left, and a warning where
-        nothing is learnt."""
+        """Note a step's seconds and zero_variance.
+
+        After ten steps print the time that is left, and a warning where nothing is learnt.
+        """
         self.taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
         self.flat.append(line["zero_variance"])
         if len(self.taken) != FIRST_STEPS:
@@ -314,10 +344,11 @@ class Run:
 
     @contextmanager
     def saved_whatever_happens(self):
-        """Within, the state after the last whole step is saved before anything ends the run. --resume does the step
-        again that was cut off.
+        """Context manager: if anything ends the run, first save the state after the last whole
+        step. --resume repeats the step that was interrupted.
 
-        What ends the run is raised on: a bug keeps its traceback. An OSError becomes a UserError.
+        The exception that ends the run is raised again, so a bug keeps its traceback. An OSError
+        becomes a UserError.
         """
         with lasting_output(), stop_on_signals() as self.stop:
             try:
@@ -330,13 +361,18 @@ class Run:
                 raise
 
     def save_last_step(self) -> None:
-        """Save the state after the last whole step, which is a copy in host memory, and print how to continue."""
+        """Save the state after the last whole step, which is a copy in host memory, and print how
+        to continue.
+        """
         if is_first() and save_state(self.folder, self.policy, self.state):
             command = resume_command(self.folder, self.s)
             print(f"step {self.state['step']} is saved; go on with:\n  {command}", flush=True)
 
     def finish(self) -> None:
-        """Save the last state. Raises UserError where nothing was learnt, or where that state cannot be saved."""
+        """Save the last state.
+
+        Raises UserError where nothing was learnt, or where that state cannot be saved.
+        """
         if all(not p.any() for n, p in self.policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
             raise UserError("the adapter never changed: each group's answers all got the same reward (see "
                             "zero_variance)")
@@ -349,15 +385,20 @@ FIRST_STEPS = 10  # after so many there is a first report
 
 
 def adapter_changed(before: dict, after: dict) -> bool:
-    """Compare two adapters, tensors by name. LoRA's B starts at 0, and an adapter whose B are all 0 has no effect."""
+    """Compare two adapters, tensors by name.
+
+    LoRA's matrices B start at 0. While all are 0, the adapter has no effect.
+    """
     effective = any(after[name].any() for name in after if "lora_B" in name)
     return effective and any(not torch.equal(before[name], after[name]) for name in after)
 
 
 def learning_warning(zero_variance: float, changed: bool) -> str:
-    """Write a line of advice where nothing was learnt in the first ten steps; empty where all is well.
+    """Write a line of advice where nothing was learnt in the first ten steps; empty where all is
+    well.
 
-    `zero_variance` is the mean share of groups with equal rewards, `changed` says that a weight of the adapter moved.
+    `zero_variance` is the mean share of groups with equal rewards. `changed` is true if any adapter
+    weight changed.
     """
     if zero_variance > 0.9:
         return (f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same reward "
@@ -370,6 +411,9 @@ def learning_warning(zero_variance: float, changed: bool) -> str:
 
 
 def time_left(seconds: list[float], steps: int) -> str:
-    """A line about a run of `steps` steps from the `seconds` of those done, two at least: the first warms up."""
+    """Return an estimate for `steps` steps from the `seconds` of finished ones.
+
+    Needs two: the first is a warm-up.
+    """
     step = sum(seconds[1:]) / (len(seconds) - 1)
     return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
