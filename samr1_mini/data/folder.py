@@ -5,12 +5,14 @@ All data are read here.
 A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" and "ignore".
 
     image    path of a picture in the folder
-    mask     path of a PNG, COCO RLE, polygons, or rows of 0 and 1; in its place "box": [x1, y1, x2, y2]
+    mask     path of a PNG, COCO RLE, polygons, or rows of 0 and 1
+    box      [x1, y1, x2, y2], instead of a mask
     ignore   same forms as mask; these pixels are left out of the score
-    split    train, validation (or val, valid, dev) or test. Without it about a tenth of the pictures is held out
-             for validation, and another tenth for test. A picture keeps its split when lines are added
+    split    train, validation (or val, valid, dev) or test
 
-All coordinates are pixels of the picture as people see it, turned as its EXIF says.
+Without "split", about a tenth of the pictures is for validation, and a tenth for test. With a few
+dozen pictures or more, a picture keeps its split when lines are added. All coordinates are pixels
+of the picture after its EXIF rotation.
 """
 
 import hashlib
@@ -46,7 +48,7 @@ from .samples import Data, Sample, in_order, plain
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
 )
-# Training questions are read before the first step for so many seconds, but at least so many.
+# The check of a training split stops after CHECK_SECONDS, once it has read CHECK_COUNT questions.
 CHECK_SECONDS = 60
 CHECK_COUNT = 1000
 FEW_PICTURES = 2  # with so few, all splits hold the same questions
