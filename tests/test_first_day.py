@@ -412,6 +412,17 @@ def test_a_picture_that_breaks_during_training_gives_its_place_to_a_spare_questi
     assert data.ids[3] != replaced[0] and f"line {int(data.ids[3]) + 1}" in capsys.readouterr().out
 
 
+def test_a_resumed_run_continues_after_a_training_picture_broke(tmp_path):
+    data = open_data(many(tmp_path, 250), "train", 240, seed=1)
+    break_pictures(tmp_path, int(data.ids[3]))
+    with pytest.raises(UserError, match="data.jsonl line"):
+        data.check_files()
+    data.check_files(resumed=True)
+    break_pictures(tmp_path, int(data.ids[4]), int(data.ids[5]))
+    with pytest.raises(UserError, match="3 broken lines"):
+        data.check_files(resumed=True)
+
+
 def test_more_broken_pictures_than_one_in_a_hundred_end_the_run(tmp_path):
     data = open_data(many(tmp_path, 250), "train", 240, seed=1)
     break_pictures(tmp_path, *(int(name) for name in data.ids[:3]))

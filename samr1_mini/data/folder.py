@@ -218,10 +218,11 @@ class Folder(Data):
         """Return the chosen lines, each once: a training split may go through them again."""
         return list({line.number: line for line in self.lines}.values())
 
-    def check_files(self) -> None:
+    def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks.
 
-        Raises UserError for the first broken one. See CHECK_SECONDS for large sets.
+        Raises UserError for the first broken one. A resumed run has replaced questions of its
+        training split before, so some may be broken there. See CHECK_SECONDS for large sets.
         """
         lines, begun, full, empty = self.distinct_lines(), time.monotonic(), 0, 0
         bar = tqdm(
@@ -234,10 +235,13 @@ class Folder(Data):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(self.mask_share, line) for line in lines]
             try:
-                for done, (_, job) in enumerate(zip(bar, jobs)):
+                for done, (line, job) in enumerate(zip(bar, jobs)):
                     late = time.monotonic() - begun > CHECK_SECONDS
                     if self.endless and late and done >= CHECK_COUNT:
                         break
+                    if resumed and self.endless and job.exception():
+                        self.count_broken(line, job.exception())
+                        continue
                     share = job.result()
                     full += share == 1
                     empty += share == 0
@@ -330,14 +334,7 @@ class Folder(Data):
 
         The choice depends on `i` alone, as --resume needs.
         """
-        number = self.lines[i].number
-        if number not in self.replaced:
-            tqdm.write(f"{error}. Another question replaces this one")
-        self.replaced.add(number)
-        if len(self.replaced) > self.allowed:
-            raise UserError(
-                f"{error}. {len(self.replaced)} broken lines were found so far; repair the files"
-            )
+        self.count_broken(self.lines[i], error)
         for k in range(len(self.spare)):
             line = self.spare[(i + k) % len(self.spare)]
             if line.number in self.replaced:
@@ -347,6 +344,16 @@ class Folder(Data):
             except UserError:
                 continue
         raise error
+
+    def count_broken(self, line: Line, error: UserError) -> None:
+        """Count a line that has become unreadable. Raises UserError if there are too many."""
+        if line.number not in self.replaced:
+            tqdm.write(f"{error}. Another question replaces this one")
+        self.replaced.add(line.number)
+        if len(self.replaced) > self.allowed:
+            raise UserError(
+                f"{error}. {len(self.replaced)} broken lines were found so far; repair the files"
+            )
 
     def read_sample(self, line: Line) -> Sample:
         """Read a line's picture and mask. Raises UserError."""

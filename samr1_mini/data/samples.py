@@ -44,7 +44,7 @@ class Data(Sequence):
         Remove the samples of the pictures in `missing`. Then all processes have the same samples.
         """
 
-    def check_files(self) -> None:
+    def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks before the first step. Raises UserError for the first broken one.
         """
 

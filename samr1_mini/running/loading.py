@@ -130,7 +130,7 @@ def load_parts(
         check_room(s, sets)
         for one in sets:
             one.fetch(missing)
-            one.check_files()
+            one.check_files(s.resume)
             for line in one.warnings:
                 print(line, flush=True)
     missing = broadcast_object_list([[one.missing for one in sets]])[0]  # so that all hold the same samples
