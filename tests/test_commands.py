@@ -312,7 +312,7 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
 
 def test_a_picture_a_hundred_times_longer_than_wide_is_refused(tmp_path):
     Image.new("RGB", (1010, 10)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="1010 x 10 pixels are too narrow"):
+    with pytest.raises(ValueError, match="1010 x 10 pixels is too narrow"):
         open_picture(tmp_path / "a.png")
 
 

@@ -570,7 +570,10 @@ def test_a_run_continues_where_questions_with_an_empty_truth_were_left_out(tmp_p
     (tmp_path / "samples.json").write_text('["a"]')
     (tmp_path / "test-base.json").write_text('[{"id": "x"}, {"id": "z"}]')
     s = SimpleNamespace(data="mine", eval_data="")
-    check = lambda test: runs.check_questions(tmp_path, [SimpleNamespace(ids=["a"]), None, SimpleNamespace(ids=test)], s)
+
+    def check(test):
+        runs.check_questions(tmp_path, [SimpleNamespace(ids=["a"]), None, SimpleNamespace(ids=test)], s)
+
     check(["x", "y", "z"])
     with pytest.raises(UserError, match="mine"):
         check(["z", "x", "y"])
