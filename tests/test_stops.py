@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,8 +27,8 @@ import train as command
 from samr1_mini import grpo, replay
 from samr1_mini import policy as policy_module
 from samr1_mini.attention import Cache
-from samr1_mini.config import Settings, Terminated, UserError, make_settings, resumed_settings
-from samr1_mini.grpo import train, update
+from samr1_mini.config import Settings, Terminated, UserError, resumed_settings
+from samr1_mini.grpo import train
 from samr1_mini.policy import encode, sample
 from samr1_mini.running import processes, runs, stops
 from samr1_mini.tiny.scenes import make_scene

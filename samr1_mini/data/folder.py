@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError

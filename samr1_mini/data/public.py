@@ -87,17 +87,17 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     folder = SETS / f"{Path(name).name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         convert(source, files, folder)
-    known = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-    pictures, fetches = known["pictures"], False
+    converted = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+    pictures, fetches = converted["pictures"], False
     if pictures == "coco":
         pictures, fetches = coco_dir or fetch.PICTURES, not coco_dir
     found = Folder(folder, split, count, seed, pictures, fetches, converted=True)
-    if known["left_out"]:
-        broken = known["left_out"]
+    if converted["left_out"]:
+        broken = converted["left_out"]
         found.warnings.append(
             f"--data {name}: {len(broken)} broken rows are left out. The first is {broken[0]}"
         )
-    if known["pictures"] == "coco" and coco_dir:
+    if converted["pictures"] == "coco" and coco_dir:
         lacking = [
             line.image
             for line in found.distinct_lines()
@@ -143,9 +143,7 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
         publish(part, folder)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # the libraries of the hub, of parquet and of pickles raise what they like
+    except Exception as error:  # libraries of the hub, of parquet and of pickles raise anything
         raise UserError(f"--data {name}, {folder.parent}: {first_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
