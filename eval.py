@@ -21,34 +21,87 @@ from samr1_mini.config import (
     read_settings,
 )
 
-USED = {"preset", "device", "policy", "load_in", "sam", "sam_checkpoint", "data", "coco_dir", "sentences", "ignore",
-        "empty_truth", "image_size", "coordinates", "max_new_tokens", "max_points", "points", "eval_batch"}
+USED = {
+    "preset",
+    "device",
+    "policy",
+    "load_in",
+    "sam",
+    "sam_checkpoint",
+    "data",
+    "coco_dir",
+    "sentences",
+    "ignore",
+    "empty_truth",
+    "image_size",
+    "coordinates",
+    "max_new_tokens",
+    "max_points",
+    "points",
+    "eval_batch",
+}
 
 
 def parse(argv: list[str] | None):
     """Command line -> (settings, the options that only eval.py has, a line to print)."""
     parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--adapter", help="folder of a trained adapter; its run's settings are used. Without it the "
-                                          "base is evaluated")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"),
-                        help="split of the data set (default test)")
-    parser.add_argument("--count", type=int, help="how many questions of it (default: 600 drawn scenes; of another set "
-                                                  "all)")
-    parser.add_argument("--blank", action="store_true",
-                        help="show the policy a grey picture: what is left of the score is guessing")
-    parser.add_argument("--mirror", action="store_true",
-                        help="mirror pictures, true masks and the words left and right: a policy that really sees "
-                             "positions scores the same")
-    parser.add_argument("--votes", type=int, default=1,
-                        help="answers a question, drawn at temperature 1, that vote on a mask (default 1: one, greedy)")
+    parser.add_argument(
+        "--adapter",
+        help="folder of a trained adapter; its run's settings are used. Without it the "
+        "base is evaluated",
+    )
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=("train", "validation", "test"),
+        help="split of the data set (default test)",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="how many questions of it (default: 600 drawn scenes; of another set " "all)",
+    )
+    parser.add_argument(
+        "--blank",
+        action="store_true",
+        help="show the policy a grey picture: what is left of the score is guessing",
+    )
+    parser.add_argument(
+        "--mirror",
+        action="store_true",
+        help="mirror pictures, true masks and the words left and right: a policy that really sees "
+        "positions scores the same",
+    )
+    parser.add_argument(
+        "--votes",
+        type=int,
+        default=1,
+        help="answers a question, drawn at temperature 1, that vote on a mask (default 1: one, greedy)",
+    )
     parser.add_argument("--image", help="answer about this one picture instead of a data set")
     parser.add_argument("--question", help="what to find in that picture")
-    parser.add_argument("--merge", help="write base and adapter merged, in bf16, as a model folder of this name, and "
-                                        "evaluate nothing")
-    parser.add_argument("--out", default="eval", help="folder for results.json and the pictures (default eval)")
+    parser.add_argument(
+        "--merge",
+        help="write base and adapter merged, in bf16, as a model folder of this name, and "
+        "evaluate nothing",
+    )
+    parser.add_argument(
+        "--out", default="eval", help="folder for results.json and the pictures (default eval)"
+    )
     add_options(parser, USED)
     given = vars(parser.parse(argv))
-    names = ("adapter", "split", "count", "votes", "blank", "mirror", "image", "question", "merge", "out")
+    names = (
+        "adapter",
+        "split",
+        "count",
+        "votes",
+        "blank",
+        "mirror",
+        "image",
+        "question",
+        "merge",
+        "out",
+    )
     options = {name: given.pop(name) for name in names}
     typed = ", ".join(f"{name} = {value}" for name, value in given.items())
     if (options["image"] is None) != (options["question"] is None):
@@ -57,7 +110,9 @@ def parse(argv: list[str] | None):
         parser.error("--question is empty")
     if options["mirror"] and options["image"] is not None:
         parser.error("--mirror goes with a data set, not with --image")
-    if options["merge"] is not None and (options["adapter"] is None or Path(options["merge"]).exists()):
+    if options["merge"] is not None and (
+        options["adapter"] is None or Path(options["merge"]).exists()
+    ):
         there = f"--merge {options['merge']}: this is there already"
         parser.error("--merge needs --adapter" if options["adapter"] is None else there)
     for name in ("count", "votes"):
@@ -83,8 +138,10 @@ def parse(argv: list[str] | None):
     except UserError as error:
         parser.error(str(error))
     if options["adapter"] is not None:
-        line = (f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}, "
-                f"data {settings.data}" + (f"; you set {typed}" if typed else ""))
+        line = (
+            f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}, "
+            f"data {settings.data}" + (f"; you set {typed}" if typed else "")
+        )
         if not beside.is_file():
             line += f"; no settings.json beside it, so all else is that of preset {settings.preset}"
     return settings, options, line
@@ -108,8 +165,15 @@ def open_input(settings, options: dict):
     make_folder(Path(options["out"]), f"--out {options['out']}")
     if options["image"] is None:
         every = 600 if settings.data == "shapes" else sys.maxsize
-        data = open_data(settings.data, options["split"], options["count"] or every, None, settings.sentences,
-                         settings.coco_dir, settings.ignore)
+        data = open_data(
+            settings.data,
+            options["split"],
+            options["count"] or every,
+            None,
+            settings.sentences,
+            settings.coco_dir,
+            settings.ignore,
+        )
         return Mirrored(data) if options["mirror"] else data
     try:
         image = open_picture(options["image"])
@@ -133,11 +197,20 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     out, votes = Path(options["out"]), options["votes"]
     used = {name: getattr(settings, name) for name in sorted(USED)}
     weights = Path(options["adapter"] or "") / "adapter_model.safetensors"
-    what = json.dumps([options | {"out": ""}, used, data.ids, weights.stat().st_mtime if options["adapter"] else 0])
+    what = json.dumps(
+        [
+            options | {"out": ""},
+            used,
+            data.ids,
+            weights.stat().st_mtime if options["adapter"] else 0,
+        ]
+    )
     keep = out / "answers.part", what
     batch = batch_size(policy, settings, votes)
     now = replace(settings, eval_batch=batch)
-    report = evaluate(policy, segmenter, data, now, options["split"], options["blank"], votes=votes, keep=keep)
+    report = evaluate(
+        policy, segmenter, data, now, options["split"], options["blank"], votes=votes, keep=keep
+    )
     if not is_first():
         return
     summary = report.summary()
@@ -148,11 +221,15 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
         scores = f"{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}"
         print(f"{name or 'no kind':<12}{x['count']:>6}{scores}")
     (g_low, g_high), (c_low, c_high) = summary["gIoU_interval"], summary["cIoU_interval"]
-    print(f"95 % bootstrap interval of gIoU: {g_low:.3f} to {g_high:.3f}; of cIoU: {c_low:.3f} to {c_high:.3f}")
+    print(
+        f"95 % bootstrap interval of gIoU: {g_low:.3f} to {g_high:.3f}; of cIoU: {c_low:.3f} to {c_high:.3f}"
+    )
     print(f"boxes with IoU above 0.5 (REC accuracy): {summary['box_accuracy']:.3f}")
     if data.box_only:
         print("this data set has boxes and no masks: all of the above compares boxes")
-    expressions = f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object"
+    expressions = (
+        f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object"
+    )
     empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
     print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
     drawn = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
@@ -161,7 +238,13 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
         print("'format' counts the questions with one answer in the format, at least")
     print("an answer outside the format counts 0, or under 'lenient' by its last box")
     print("an answer that cannot be read counts 0 whatever the truth is")
-    results = {**options, **used, "missing": list(data.missing), "summary": summary, "answers": report.each()}
+    results = {
+        **options,
+        **used,
+        "missing": list(data.missing),
+        "summary": summary,
+        "answers": report.each(),
+    }
     write_json(out / "results.json", results)
     for part in out.glob("answers.part.*"):
         part.unlink()
@@ -169,7 +252,11 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
     frame = policy.frame(settings.image_size)
     panels = shown(segmenter, data, chosen, settings, frame)
-    title = "Best four, middle four, worst four answers" if len(ranked) > 12 else "All answers, best first"
+    title = (
+        "Best four, middle four, worst four answers"
+        if len(ranked) > 12
+        else "All answers, best first"
+    )
     sample_sheet(out / "sheet.png", panels, frame, title + how)
     print(f"answers and sheet are in {out}")
 
@@ -182,7 +269,9 @@ def answer_one(policy, segmenter, data, settings, options: dict) -> None:
     from samr1_mini.plots import sample_sheet
 
     frame = policy.frame(settings.image_size)
-    report = evaluate(policy, segmenter, data, settings, blank=options["blank"], votes=options["votes"])
+    report = evaluate(
+        policy, segmenter, data, settings, blank=options["blank"], votes=options["votes"]
+    )
     [panel] = shown(segmenter, data, report.rows, settings, frame)
     print(panel.text)
     if panel.reward.mask is None:
@@ -226,14 +315,18 @@ def refuse_too_little_memory(settings) -> None:
     except UserError:
         raise
     except Exception as error:
-        print(f"free memory was not checked: {type(error).__name__}: {first_line(error)}", flush=True)
+        print(
+            f"free memory was not checked: {type(error).__name__}: {first_line(error)}", flush=True
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     print_anything()
     settings, options, line = parse(argv)
     print(line, flush=True)
-    from torch import OutOfMemoryError  # imported late, here and below: --help and mistakes answer at once
+    from torch import (
+        OutOfMemoryError,
+    )  # imported late, here and below: --help and mistakes answer at once
 
     from samr1_mini.running.loading import check_models, load_parts
     from samr1_mini.running.memory import cap_memory
@@ -248,10 +341,16 @@ def main(argv: list[str] | None = None) -> None:
         cap_memory(settings)
         refuse_too_little_memory(settings)
         check_models(settings)
-        with join(settings.device).main_process_first():  # under torchrun each process takes its own GPU
+        with join(
+            settings.device
+        ).main_process_first():  # under torchrun each process takes its own GPU
             data = open_input(settings, options)
-        policy, segmenter = load_parts(settings, [] if options["image"] is not None else [data], options["adapter"])
-        (answer_one if options["image"] is not None else evaluate_set)(policy, segmenter, data, settings, options)
+        policy, segmenter = load_parts(
+            settings, [] if options["image"] is not None else [data], options["adapter"]
+        )
+        (answer_one if options["image"] is not None else evaluate_set)(
+            policy, segmenter, data, settings, options
+        )
     except (UserError, OSError) as error:
         exit_with(error, "eval.py")
     except OutOfMemoryError as error:

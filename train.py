@@ -65,10 +65,14 @@ def main(argv: list[str] | None = None) -> None:
             raise  # a fault of the GPU or of the code: its traceback says more
         if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
             sys.exit(2)
-        exit_with(UserError(
-            "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower "
-            "--max-new-tokens or --micro. Before it: start again with these, --checkpointing, a lower --group, or "
-            f"--load-in nf4; --rehearse 1 forecasts what fits ({error})"), "train.py")
+        exit_with(
+            UserError(
+                "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower "
+                "--max-new-tokens or --micro. Before it: start again with these, --checkpointing, a lower --group, or "
+                f"--load-in nf4; --rehearse 1 forecasts what fits ({error})"
+            ),
+            "train.py",
+        )
     except Terminated as error:
         print(f"train.py: terminated ({error})", file=sys.stderr)
         sys.exit(128 + error.number)

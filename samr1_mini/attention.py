@@ -22,18 +22,26 @@ from transformers.masking_utils import sdpa_mask
 
 from .tokens import products
 
-IMPLEMENTATION = {"": "sdpa", "text_config": "shared_prompt", "vision_config": "sdpa"}  # by part of the model
+IMPLEMENTATION = {
+    "": "sdpa",
+    "text_config": "shared_prompt",
+    "vision_config": "sdpa",
+}  # by part of the model
 
 
 def shared_prompt(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """One layer, as transformers calls it: query [b, H, T, d], key and value [b, KV, T, d] -> [b, T, H, d]."""
     if layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 
 
 AttentionInterface.register("shared_prompt", shared_prompt)
-AttentionMaskInterface.register("shared_prompt", sdpa_mask)  # for calls without a layout: others need no mask
+AttentionMaskInterface.register(
+    "shared_prompt", sdpa_mask
+)  # for calls without a layout: others need no mask
 
 
 class Row:
@@ -56,7 +64,9 @@ class Row:
                 lent = k, v
                 out.append(sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
             elif q.shape[2]:  # of an answer of one token nothing is read
-                k, v = torch.cat([lent[0], k], 2), torch.cat([lent[1], v], 2)  # [1, KV, P + L - 1, d]
+                k, v = torch.cat([lent[0], k], 2), torch.cat(
+                    [lent[1], v], 2
+                )  # [1, KV, P + L - 1, d]
                 out.append(sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
         return torch.cat(out, 2).transpose(1, 2)
 
@@ -72,25 +82,40 @@ class Cache:
 
     def __init__(self, prompts: list[int], group: int, device):
         """Lengths of the b prompts, and G."""
-        self.group, self.tokens, self.shortest = group, 0, min(prompts)  # before column `shortest` nothing is padding
-        self.padding = (torch.arange(self.shortest, max(prompts)) >= torch.tensor(prompts)[:, None]).to(device)
-        self.prompt, self.answers = [], []  # keys and values of each layer: [2, b, KV, P, d] and [2, b, KV, G, room, d]
+        self.group, self.tokens, self.shortest = (
+            group,
+            0,
+            min(prompts),
+        )  # before column `shortest` nothing is padding
+        self.padding = (
+            torch.arange(self.shortest, max(prompts)) >= torch.tensor(prompts)[:, None]
+        ).to(device)
+        self.prompt, self.answers = (
+            [],
+            [],
+        )  # keys and values of each layer: [2, b, KV, P, d] and [2, b, KV, G, room, d]
 
     def grow(self) -> None:
         """Make room for one more token of each answer."""
         if self.tokens % self.BLOCK == 0:
             for i, x in enumerate(self.answers):
-                self.answers[i] = torch.cat([x, x.new_zeros(*x.shape[:4], self.BLOCK, x.shape[5])], 4)
+                self.answers[i] = torch.cat(
+                    [x, x.new_zeros(*x.shape[:4], self.BLOCK, x.shape[5])], 4
+                )
         self.tokens += 1
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor:
         """Forget questions, ended [b] -> where those that stay stood [n]. Only the last move, into the gaps."""
         place = (~ended).nonzero()[:, 0]  # [n]
         gaps = ended[: len(place)].nonzero()[:, 0]
-        place = torch.arange(len(place), device=ended.device).index_copy(0, gaps, place[len(place) - len(gaps) :])
+        place = torch.arange(len(place), device=ended.device).index_copy(
+            0, gaps, place[len(place) - len(gaps) :]
+        )
         for x in self.prompt + self.answers:
             x[:, gaps] = x[:, place[gaps]]
-        self.prompt, self.answers = ([x[:, : len(place)] for x in kind] for kind in (self.prompt, self.answers))
+        self.prompt, self.answers = (
+            [x[:, : len(place)] for x in kind] for kind in (self.prompt, self.answers)
+        )
         self.padding = self.padding[place]
         return place
 
@@ -105,16 +130,29 @@ class Cache:
         if layer == len(self.prompt):
             self.prompt.append(torch.stack([key, value]))
             self.answers.append(key.new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
-            return sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+            return sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(
+                1, 2
+            )
         k, v = self.prompt[layer]  # [b, KV, P, d]
-        (answer_k, answer_v), empty = self.write(layer, torch.stack([key, value]))  # [b, KV, G, t, d]
-        size, q = k.shape[2], query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # P, [b, KV, G, R, d]
-        score = q.new_empty(*q.shape[:4], size + answer_k.shape[3], dtype=torch.float32)  # [b, KV, G, R, P + t]
-        torch.mul(products(q.flatten(2, 3), k).view(*q.shape[:4], size), scale, out=score[..., :size])
+        (answer_k, answer_v), empty = self.write(
+            layer, torch.stack([key, value])
+        )  # [b, KV, G, t, d]
+        size, q = (
+            k.shape[2],
+            query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous(),
+        )  # P, [b, KV, G, R, d]
+        score = q.new_empty(
+            *q.shape[:4], size + answer_k.shape[3], dtype=torch.float32
+        )  # [b, KV, G, R, P + t]
+        torch.mul(
+            products(q.flatten(2, 3), k).view(*q.shape[:4], size), scale, out=score[..., :size]
+        )
         torch.mul(products(q, answer_k), scale, out=score[..., size:])
         score[..., self.shortest : size].masked_fill_(self.padding[:, None, None, None], -torch.inf)
         if empty is not None:
             score[..., size:].masked_fill_(empty, -torch.inf)
         weight = score.softmax(-1).to(v.dtype)  # over prompt and answer in one
-        seen = (weight[..., :size].flatten(2, 3) @ v).view_as(q) + weight[..., size:] @ answer_v  # [b, KV, G, R, d]
+        seen = (weight[..., :size].flatten(2, 3) @ v).view_as(q) + weight[
+            ..., size:
+        ] @ answer_v  # [b, KV, G, R, d]
         return seen.transpose(1, 2).flatten(2, 3)

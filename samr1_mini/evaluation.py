@@ -43,7 +43,9 @@ class Row:
     box_iou: float
     pair: tuple[int, int]  # intersection and union, read leniently
     strict: tuple[int, int]  # the same as the strict figures count them
-    ceiling: float | None = None  # IoU of what SAM makes of the true box; None if not asked, or without an object
+    ceiling: float | None = (
+        None  # IoU of what SAM makes of the true box; None if not asked, or without an object
+    )
 
     @property
     def iou(self) -> float:
@@ -63,8 +65,13 @@ class Panel:
 def scores(rows: list[Row]) -> dict:
     """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate; and the count."""
     strict, lenient = [r.strict for r in rows], [r.pair for r in rows]
-    return {"gIoU": giou(strict), "gIoU_lenient": giou(lenient), "cIoU": ciou(strict),
-            "format": float(np.mean([r.in_format for r in rows])), "count": len(rows)}
+    return {
+        "gIoU": giou(strict),
+        "gIoU_lenient": giou(lenient),
+        "cIoU": ciou(strict),
+        "format": float(np.mean([r.in_format for r in rows])),
+        "count": len(rows),
+    }
 
 
 @dataclass
@@ -89,8 +96,22 @@ class Report:
 
     def each(self) -> list[dict]:
         """Every question's answer and its own figures, so that two runs can be compared question by question."""
-        names = ("id", "picture", "question", "kind", "text", "in_format", "why", "box_iou", "iou", "pair", "strict")
-        figures = lambda row: {name: getattr(row, name) for name in names} | {"iou_strict": iou(*row.strict)}
+        names = (
+            "id",
+            "picture",
+            "question",
+            "kind",
+            "text",
+            "in_format",
+            "why",
+            "box_iou",
+            "iou",
+            "pair",
+            "strict",
+        )
+        figures = lambda row: {name: getattr(row, name) for name in names} | {
+            "iou_strict": iou(*row.strict)
+        }
         return [figures(row) for row in self.rows]
 
     @property
@@ -130,11 +151,23 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame:
     figures count them.
     """
     rewards = score_group(
-        segmenter, x, texts, frame, s.accuracy, s.reward_weights, s.max_points, s.points, lenient=True
+        segmenter,
+        x,
+        texts,
+        frame,
+        s.accuracy,
+        s.reward_weights,
+        s.max_points,
+        s.points,
+        lenient=True,
     )
     chosen, mask, pairs = 0, None, []
     for strict in (False, True):
-        voters = [i for i, r in enumerate(rewards) if r.mask is not None and (r.answer.in_format or not strict)]
+        voters = [
+            i
+            for i, r in enumerate(rewards)
+            if r.mask is not None and (r.answer.in_format or not strict)
+        ]
         voted = None
         if voters:
             middle, voted = vote([rewards[i].mask for i in voters])
@@ -150,7 +183,9 @@ def kept_rows(file: Path, what: str) -> dict[int, Row]:
         # a line that a kill has cut off stands behind the last end of line
         first, *lines, _ = file.read_text(encoding="utf-8").split("\n")
         if first == what:
-            whole = "\n".join([first, *lines, ""])  # without it, or the next line would begin with it
+            whole = "\n".join(
+                [first, *lines, ""]
+            )  # without it, or the next line would begin with it
             file.write_text(whole, encoding="utf-8")
             return {row["index"]: Row(**row) for line in lines for row in json.loads(line)}
     except (OSError, ValueError, TypeError):
@@ -160,8 +195,15 @@ def kept_rows(file: Path, what: str) -> dict[int, Row]:
 
 
 def evaluate(
-    policy: Policy, segmenter: Segmenter, data, s: Settings, name: str = "", blank: bool = False,
-    with_ceiling: bool = False, votes: int = 1, keep: tuple[Path, str] | None = None,
+    policy: Policy,
+    segmenter: Segmenter,
+    data,
+    s: Settings,
+    name: str = "",
+    blank: bool = False,
+    with_ceiling: bool = False,
+    votes: int = 1,
+    keep: tuple[Path, str] | None = None,
 ) -> Report:
     """Answer every question of `data` and score it: greedily, or by the vote of `votes` answers drawn at temperature
     1, the same ones every time.
@@ -182,7 +224,13 @@ def evaluate(
         part = keep and Path(f"{keep[0]}.{processes.process_index}")
         # the number of processes and the size of a batch tell which questions a part holds
         rows = kept_rows(part, f"{keep[1]} {processes.num_processes} {step}") if keep else {}
-        for i in tqdm(range(0, len(share), step), f"test {name}", disable=quiet, leave=False, dynamic_ncols=True):
+        for i in tqdm(
+            range(0, len(share), step),
+            f"test {name}",
+            disable=quiet,
+            leave=False,
+            dynamic_ncols=True,
+        ):
             if rows.keys() & share[i : i + step]:
                 continue
             samples = {j: data[j] for j in share[i : i + step]}
@@ -199,14 +247,29 @@ def evaluate(
                 groups = sample(policy, prompts, 1, s.max_new_tokens, temperature=0)
             else:  # what is drawn depends on the question's place alone
                 seeds = [torch.Generator().manual_seed(s.seed * 10**6 + j) for j in samples]
-                chance = [torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds]  # B x [votes, L]
+                chance = [
+                    torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds
+                ]  # B x [votes, L]
                 groups = sample(policy, prompts, votes, s.max_new_tokens, 1.0, torch.stack(chance))
             for (j, x), answers in zip(samples.items(), groups):
                 texts = [answer.text for answer in answers]
-                chosen, reward, pair, strict = judge(segmenter, x, texts, s, policy.frame(s.image_size))
+                chosen, reward, pair, strict = judge(
+                    segmenter, x, texts, s, policy.frame(s.image_size)
+                )
                 rows[j] = Row(
-                    j, x.id, x.picture, x.kind, x.question, texts, texts[chosen], answers[chosen].truncated,
-                    reward.answer.in_format, reward.answer.why, reward.box_iou, pair, strict,
+                    j,
+                    x.id,
+                    x.picture,
+                    x.kind,
+                    x.question,
+                    texts,
+                    texts[chosen],
+                    answers[chosen].truncated,
+                    reward.answer.in_format,
+                    reward.answer.why,
+                    reward.box_iou,
+                    pair,
+                    strict,
                     true_box_iou(segmenter, x) if with_ceiling else None,
                 )
             if keep:
@@ -216,7 +279,9 @@ def evaluate(
 
     rows = sorted(gather_object(together(answered)), key=lambda row: row.index)
     if not rows:
-        raise UserError(f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded")
+        raise UserError(
+            f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded"
+        )
     return Report(rows)
 
 
@@ -241,6 +306,8 @@ def before_after(summary: dict) -> str:
     rows = [f"{'held-out test, greedy':<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
     for name in ("base", "trained"):
         x = summary[name]
-        rows.append(f"{name:<24}{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}")
+        rows.append(
+            f"{name:<24}{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}"
+        )
     rows.append(f"{'true boxes through SAM':<24}{summary['ceiling']['gIoU']:>8.3f}")
     return "\n".join(rows)

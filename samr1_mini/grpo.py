@@ -56,9 +56,13 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
     """
     weights = []
     for group in lengths:
-        if normalise == "token":  # (4)  1 / sum_i |o_i|: a token counts the same in a long and in a short answer
+        if (
+            normalise == "token"
+        ):  # (4)  1 / sum_i |o_i|: a token counts the same in a long and in a short answer
             weights += [torch.full((n,), 1 / sum(group)) for n in group]
-        elif normalise == "sequence":  # (2)  (1/G) (1/|o_i|): answers count the same, so a token of a long one less
+        elif (
+            normalise == "sequence"
+        ):  # (2)  (1/G) (1/|o_i|): answers count the same, so a token of a long one less
             weights += [torch.full((n,), 1 / (len(group) * n)) for n in group]
         else:
             raise ValueError(f"no weights are known for normalise {normalise!r}")
@@ -66,7 +70,15 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def objective(
-    logp, old, reference, advantage, weight, eps_low: float, eps_high: float, beta: float, kl_bound: float = torch.inf
+    logp,
+    old,
+    reference,
+    advantage,
+    weight,
+    eps_low: float,
+    eps_high: float,
+    beta: float,
+    kl_bound: float = torch.inf,
 ) -> tuple[torch.Tensor, dict]:
     """The loss (minus eq. 4, summed over groups) from five [S] tensors, and sums over tokens to log; `reference` None
     means beta 0.
@@ -88,11 +100,15 @@ def objective(
     loss = -(weight * (surrogate - beta * kl)).sum()
     with torch.no_grad():
         sums = {
-            "kl": kl.sum(), "kl_held": (gap > kl_bound).sum(), "approx_kl": (ratio - 1 - (logp - old)).sum(),
+            "kl": kl.sum(),
+            "kl_held": (gap > kl_bound).sum(),
+            "approx_kl": (ratio - 1 - (logp - old)).sum(),
             "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum(),
             "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum(),
-            "sampling_gap": (logp - old).abs().sum(), "sampling_gap_max": (logp - old).abs().max(),
-            "ratio_min": ratio.min(), "ratio_max": ratio.max(),
+            "sampling_gap": (logp - old).abs().sum(),
+            "sampling_gap_max": (logp - old).abs().max(),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
         }
         return loss, {name: value.item() for name, value in sums.items()}
 
@@ -109,7 +125,9 @@ class Rollout:
     answers: list[Completion]  # G
     rewards: list[Reward]  # G
     advantage: torch.Tensor | None = None  # [G]
-    reference: torch.Tensor | None = None  # [all tokens of the G answers] log-probabilities under the frozen base
+    reference: torch.Tensor | None = (
+        None  # [all tokens of the G answers] log-probabilities under the frozen base
+    )
 
 
 def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
@@ -120,20 +138,35 @@ def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
 @torch.no_grad()
 def read_questions(policy: Policy, samples: list[Sample], s: Settings) -> list[Prompt]:
     """Pictures and questions, encoded once for all that a step does with them."""
-    return encode(policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples])
+    return encode(
+        policy, [policy_image(x, s.image_size) for x in samples], [x.question for x in samples]
+    )
 
 
-def sample_in_turn(policy: Policy, prompts: list[Prompt], s: Settings, chance: torch.Tensor) -> list[list[Completion]]:
+def sample_in_turn(
+    policy: Policy, prompts: list[Prompt], s: Settings, chance: torch.Tensor
+) -> list[list[Completion]]:
     """policy.sample, with no more questions at a time than fit in memory; what comes out is the same."""
     longest, groups = max(len(p.ids) for p in prompts), []
     step = questions_per_batch(policy.base, len(prompts), longest, s, free_memory(s))
     for i in range(0, len(prompts), step):
-        groups += sample(policy, prompts[i : i + step], s.group, s.max_new_tokens, s.temperature, chance[i : i + step])
+        groups += sample(
+            policy,
+            prompts[i : i + step],
+            s.group,
+            s.max_new_tokens,
+            s.temperature,
+            chance[i : i + step],
+        )
     return groups
 
 
 def roll_out(
-    policy: Policy, segmenter: Segmenter, samples: list[Sample], s: Settings, chance: torch.Tensor | None = None
+    policy: Policy,
+    segmenter: Segmenter,
+    samples: list[Sample],
+    s: Settings,
+    chance: torch.Tensor | None = None,
 ) -> tuple[list[Rollout], dict]:
     """Sample G answers to each question, reward them, compare them within their group. `chance`: see policy.sample."""
     start = time.perf_counter()
@@ -145,12 +178,17 @@ def roll_out(
     frame, rollouts = policy.frame(s.image_size), []
     for x, prompt, answers in zip(samples, prompts, groups):
         texts = [a.text for a in answers]
-        rewards = score_group(segmenter, x, texts, frame, s.accuracy, s.reward_weights, s.max_points, s.points)
+        rewards = score_group(
+            segmenter, x, texts, frame, s.accuracy, s.reward_weights, s.max_points, s.points
+        )
         rollouts.append(Rollout(x, prompt, answers, rewards))
     totals = torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts])  # [B, G]
     for rollout, advantage in zip(rollouts, advantages(totals, s.advantage)):
         rollout.advantage = advantage
-    return rollouts, {"seconds_rollout": middle - start, "seconds_reward": time.perf_counter() - middle}
+    return rollouts, {
+        "seconds_rollout": middle - start,
+        "seconds_reward": time.perf_counter() - middle,
+    }
 
 
 def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
@@ -160,7 +198,9 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
         with torch.no_grad(), policy.reference():
             groups = [[a.ids for a in r.answers] for r in batch]
             logps, _ = logprobs(policy, [r.prompt for r in batch], groups, s.temperature)  # [S]
-        for rollout, reference in zip(batch, logps.split([sum(len(a.ids) for a in r.answers) for r in batch])):
+        for rollout, reference in zip(
+            batch, logps.split([sum(len(a.ids) for a in r.answers) for r in batch])
+        ):
             rollout.reference = reference
 
 
@@ -173,7 +213,9 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     for k in range(s.updates * s.passes):
         start, end = (i * len(rollouts) // s.updates for i in (k % s.updates, k % s.updates + 1))
         for group in optimizer.param_groups:
-            group["lr"] = s.lr * min(1.0, (done + k + 1) / max(1, s.warmup))  # warm-up, then constant
+            group["lr"] = s.lr * min(
+                1.0, (done + k + 1) / max(1, s.warmup)
+            )  # warm-up, then constant
         optimizer.zero_grad()
         sums = together(lambda: backward(policy, rollouts[start:end], s))
         log["loss"] += sums["loss"] / len(rollouts) / s.passes
@@ -198,7 +240,10 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     a_token = {name: log.pop(name) / tokens for name in A_TOKEN}
     if not s.beta:  # there is no reference to measure it by
         del a_token["kl"], a_token["kl_held"]
-    log |= a_token | {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.perf_counter() - begun}
+    log |= a_token | {
+        "lr": optimizer.param_groups[0]["lr"],
+        "seconds_update": time.perf_counter() - begun,
+    }
     return dict(log)
 
 
@@ -214,8 +259,10 @@ def count_skipped(optimizer, number: int, s: Settings) -> None:
         tqdm.write(f"update {number}: gradient not finite, skipped; if this goes on, lower --lr")
     optimizer.skipped_in_a_row = getattr(optimizer, "skipped_in_a_row", 0) + 1
     if optimizer.skipped_in_a_row >= MOST_SKIPPED:
-        raise UserError(f"the gradients of {MOST_SKIPPED} updates in a row were not finite, so nothing is learnt any "
-                        f"more. Start another run with a lower --lr (this run: {s.lr})")
+        raise UserError(
+            f"the gradients of {MOST_SKIPPED} updates in a row were not finite, so nothing is learnt any "
+            f"more. Start another run with a lower --lr (this run: {s.lr})"
+        )
 
 
 # Logged as means over the tokens that take part: with --beta 0 or --skip-flat those of groups with variance alone.
@@ -230,7 +277,9 @@ def takes_part(rollout: Rollout, s: Settings) -> bool:
 def backward(policy: Policy, rollouts: list[Rollout], s: Settings) -> dict:
     """Gradients of one update, `micro` questions a forward; returns sums over its tokens, and extremes."""
     questions = len(rollouts) * PartialState().num_processes  # of this update, in all processes
-    rollouts = [r for r in rollouts if takes_part(r, s)]  # the term of what is left out is 0 in the mean
+    rollouts = [
+        r for r in rollouts if takes_part(r, s)
+    ]  # the term of what is left out is 0 in the mean
     total = defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     for i in range(0, len(rollouts), s.micro):
         loss, sums = batch_loss(policy, rollouts[i : i + s.micro], s)
@@ -246,12 +295,16 @@ def batch_loss(policy: Policy, rollouts: list[Rollout], s: Settings) -> tuple[to
     prompts, groups = [r.prompt for r in rollouts], [[a.ids for a in r.answers] for r in rollouts]
     lengths = [[len(ids) for ids in group] for group in groups]
     logp, entropy = logprobs(policy, prompts, groups, s.temperature)  # [S], [S]
-    old = torch.cat([a.logps for r in rollouts for a in r.answers])  # [S] from sampling: the same distribution
+    old = torch.cat(
+        [a.logps for r in rollouts for a in r.answers]
+    )  # [S] from sampling: the same distribution
     reference = torch.cat([r.reference for r in rollouts]) if s.beta else None  # [S]
     each = torch.cat([r.advantage for r in rollouts])  # [B * G]
     advantage = each.repeat_interleave(torch.tensor(lengths).flatten()).to(policy.device)  # [S]
     weight = token_weights(lengths, s.normalise).to(policy.device)  # [S]
-    loss, sums = objective(logp, old, reference, advantage, weight, s.eps_low, s.eps_high, s.beta, s.kl_bound)
+    loss, sums = objective(
+        logp, old, reference, advantage, weight, s.eps_low, s.eps_high, s.beta, s.kl_bound
+    )
     return loss, sums | {"entropy": entropy.sum().item(), "tokens": len(logp)}
 
 
@@ -260,13 +313,18 @@ def full_rollouts(policy: Policy, prompts: list[Prompt], s: Settings) -> list[Ro
     ids = torch.full((s.max_new_tokens,), 300, device=policy.device)
     logps = torch.zeros(s.group, len(ids), device=policy.device)
     answers = [Completion(ids, row, False, "") for row in logps]
-    return [Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group), logps.flatten()) for p in prompts]
+    return [
+        Rollout(None, p, answers, [], torch.linspace(-1, 1, s.group), logps.flatten())
+        for p in prompts
+    ]
 
 
 def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> None:
     """One forward and backward with answers of full length: memory that is too small shows before the first step."""
     rollouts = full_rollouts(policy, read_questions(policy, samples, s), s)
-    moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # AdamW will hold as many
+    moments = [
+        torch.zeros_like(p) for p in policy.trained for _ in range(2)
+    ]  # AdamW will hold as many
     policy.model.train()
     batch_loss(policy, rollouts, s)[0].backward()
     del moments
@@ -277,28 +335,42 @@ def try_largest_update(policy: Policy, samples: list[Sample], s: Settings) -> No
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
-def one_step(policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int) -> tuple[dict, list[dict]]:
+def one_step(
+    policy: Policy, segmenter: Segmenter, optimizer, data, s: Settings, step: int
+) -> tuple[dict, list[dict]]:
     """Step number `step`, from 0, each process on its share of the questions. Returns what to log, and one of the
     sampled answers to each question."""
     processes = PartialState()
     share = slice(processes.process_index, None, processes.num_processes)
-    torch.manual_seed(s.seed * 10**6 + step)  # a step's draws depend on its number alone: a resumed run repeats them
+    torch.manual_seed(
+        s.seed * 10**6 + step
+    )  # a step's draws depend on its number alone: a resumed run repeats them
     chance = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
     batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[share]]
     rollouts, seconds = together(lambda: roll_out(policy, segmenter, batch, s, chance[share]))
     learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
-    line = average({**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)})
+    line = average(
+        {**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
+    )
     tokens = line["length"] * s.questions * s.group
-    return {"step": step + 1, **line, "tokens_per_second": tokens / line["seconds_rollout"]}, first_answers(rollouts)
+    return {
+        "step": step + 1,
+        **line,
+        "tokens_per_second": tokens / line["seconds_rollout"],
+    }, first_answers(rollouts)
 
 
 def before_training(policy: Policy, segmenter: Segmenter, data, s: Settings, begins: bool) -> None:
     """On a GPU the largest update is tried, and a run that begins says what the base's answers are like."""
     if s.device == "cuda":
-        together(lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s))
+        together(
+            lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s)
+        )
     if begins:
         few = [data[i] for i in range(min(4, len(data)))]
-        chance = torch.rand(len(few), s.group, s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed))
+        chance = torch.rand(
+            len(few), s.group, s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed)
+        )
         rollouts, _ = together(lambda: roll_out(policy, segmenter, few, s, chance))
         if is_first():
             print(first_look(rollouts, s), flush=True)
@@ -312,7 +384,9 @@ def train(s: Settings) -> dict:
     """
     begun, count = time.perf_counter(), join(s.device).num_processes
     if count > 1 and s.questions % (s.updates * count):
-        raise UserError(f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}")
+        raise UserError(
+            f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}"
+        )
     data, validation, test = sets = open_sets(s)
     folder = broadcast_object_list([open_run(s) if is_first() else None])[0]
     policy, segmenter = load_parts(s, sets, missing=known_missing(folder) if s.resume else [])

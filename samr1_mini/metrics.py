@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def intersection_union(mask: np.ndarray | None, truth: np.ndarray, ignore: np.ndarray | None = None) -> tuple[int, int]:
+def intersection_union(
+    mask: np.ndarray | None, truth: np.ndarray, ignore: np.ndarray | None = None
+) -> tuple[int, int]:
     """Pixels in both and pixels in either of two bool masks [H, W], those of `ignore` left out.
 
     None is an answer that cannot be read. It is wrong whatever the truth, in training and in evaluation: its union is
@@ -30,7 +32,9 @@ def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]
     The middle one has the most masks with an IoU of at least `agree` to it, itself among them (the first of equals
     does); these are the cluster. A pixel is in the result if more than half of the cluster's masks hold it.
     """
-    near = np.array([[iou(*intersection_union(a, b)) >= agree for b in masks] for a in masks])  # [n, n]
+    near = np.array(
+        [[iou(*intersection_union(a, b)) >= agree for b in masks] for a in masks]
+    )  # [n, n]
     middle = int(near.sum(1).argmax())
     cluster = [mask for mask, close in zip(masks, near[middle]) if close]
     return middle, np.sum(cluster, axis=0, dtype=np.uint16) * 2 > len(cluster)
@@ -63,7 +67,11 @@ def ciou(pairs) -> float:
 
 
 def bootstrap_interval(
-    measure, pairs: list[tuple[int, int]], pictures: list[str] | None = None, draws: int = 1000, seed: int = 0
+    measure,
+    pairs: list[tuple[int, int]],
+    pictures: list[str] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """95 % percentile interval of `measure` (giou or ciou) over resampled pictures; the same numbers every time.
 
@@ -71,10 +79,15 @@ def bootstrap_interval(
     independent observations. Pairs without a name, "", have a picture of their own each.
     """
     number = {}
-    cluster = [number.setdefault(name or i, len(number)) for i, name in enumerate(pictures or [""] * len(pairs))]
+    cluster = [
+        number.setdefault(name or i, len(number))
+        for i, name in enumerate(pictures or [""] * len(pairs))
+    ]
     rng, values, pairs = np.random.default_rng(seed), [], np.asarray(pairs)
     for _ in range(draws):
-        times = np.bincount(rng.integers(len(number), size=len(number)), minlength=len(number))  # each picture is drawn
+        times = np.bincount(
+            rng.integers(len(number), size=len(number)), minlength=len(number)
+        )  # each picture is drawn
         values.append(measure(np.repeat(pairs, times[cluster], axis=0)))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
@@ -83,4 +96,8 @@ def bootstrap_interval(
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """The smallest box that holds a bool mask [H, W]; (0, 0, 0, 0) for an empty one."""
     ys, xs = np.where(mask)
-    return (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0)
+    return (
+        (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
+        if len(xs)
+        else (0, 0, 0, 0)
+    )

@@ -15,20 +15,46 @@ from matplotlib.figure import Figure
 
 # Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and Arabic letters; what
 # it lacks is taken from those of the others that are installed.
-FAMILIES = [name for name in (
-    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB",
-    "Arial Unicode MS", "Noto Sans", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola",
-) if name in font_manager.get_font_names()]
+FAMILIES = [
+    name
+    for name in (
+        "DejaVu Sans",
+        "Noto Sans CJK SC",
+        "Noto Sans CJK JP",
+        "Source Han Sans SC",
+        "WenQuanYi Micro Hei",
+        "WenQuanYi Zen Hei",
+        "Droid Sans Fallback",
+        "Microsoft YaHei",
+        "SimHei",
+        "PingFang SC",
+        "Hiragino Sans GB",
+        "Arial Unicode MS",
+        "Noto Sans",
+        "Noto Sans Devanagari",
+        "Noto Sans Thai",
+        "Noto Emoji",
+        "Symbola",
+    )
+    if name in font_manager.get_font_names()
+]
 
-BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"  # Okabe and Ito's
+BLUE, ORANGE, GREEN, PINK, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#000000",
+)  # Okabe and Ito's
 
 
 def legible(text: str, width: int, lines: int = 99) -> str:
     """At most so many lines of `width` characters, with … where there is more; a character that no font here has is
     written as ⟨U+5DE6⟩."""
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
-    known = lambda c: c.isspace() or (c.isprintable() and any(font.get_char_index(ord(c)) for font in fonts))
+    known = lambda c: c.isspace() or (
+        c.isprintable() and any(font.get_char_index(ord(c)) for font in fonts)
+    )
     text = "".join(c if known(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
 
@@ -37,7 +63,9 @@ def draw_answer(axes, panel, size: int) -> None:
     """One evaluated answer (evaluation.Panel) on its picture: truth as a dashed outline, SAM's mask outlined and in
     full light, box, points (dot: on the object, cross: off it)."""
     sample, answer = panel.sample, panel.reward.answer
-    fine = max(1, max(sample.image.size) // 800)  # a panel is small: of a large photo every few pixels are drawn
+    fine = max(
+        1, max(sample.image.size) // 800
+    )  # a panel is small: of a large photo every few pixels are drawn
     picture, truth = np.asarray(sample.image)[::fine, ::fine], sample.mask[::fine, ::fine]
     mask = np.zeros_like(truth) if panel.reward.mask is None else panel.reward.mask[::fine, ::fine]
     # What the mask leaves out is dimmed: a fill would hide the colours that the question may be about.
@@ -45,8 +73,14 @@ def draw_answer(axes, panel, size: int) -> None:
     axes.imshow((picture * light[..., None]).astype(np.uint8))
     axes.set_xticks([]), axes.set_yticks([])
     sx, sy = sample.image.width / size / fine, sample.image.height / size / fine
-    for area, colour, width, line in ((truth, "white", 1.6, "-"), (mask, ORANGE, 2.4, "-"), (truth, BLACK, 1.2, "--")):
-        if area.any() and not area.all() and min(area.shape) > 1:  # a contour needs two rows and two columns
+    for area, colour, width, line in (
+        (truth, "white", 1.6, "-"),
+        (mask, ORANGE, 2.4, "-"),
+        (truth, BLACK, 1.2, "--"),
+    ):
+        if (
+            area.any() and not area.all() and min(area.shape) > 1
+        ):  # a contour needs two rows and two columns
             axes.contour(area, [0.5], colors=colour, linewidths=width, linestyles=line)
     box = answer.box or answer.lenient_box
     if box:
@@ -54,8 +88,12 @@ def draw_answer(axes, panel, size: int) -> None:
         for colour, width in (("white", 3.2), (BLUE, 1.6)):
             axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=width)
     for x, y, label in answer.points:
-        axes.plot(x * sx, y * sy, "o" if label else "X", color=GREEN if label else PINK, mec="white", ms=7)
-    axes.set_aspect("equal", adjustable="datalim"), axes.set_box_aspect(1)  # one height for all, whatever their shape
+        axes.plot(
+            x * sx, y * sy, "o" if label else "X", color=GREEN if label else PINK, mec="white", ms=7
+        )
+    axes.set_aspect("equal", adjustable="datalim"), axes.set_box_aspect(
+        1
+    )  # one height for all, whatever their shape
 
 
 def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
@@ -72,7 +110,9 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
             axes.axis("on")
             draw_answer(axes, panel, size)
             axes.set_title(legible(panel.sample.question, 40, 3), fontsize=9, parse_math=False)
-            verdict = f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.3g}   " if truth else ""
+            verdict = (
+                f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.3g}   " if truth else ""
+            )
             verdict += "" if panel.reward.answer.in_format else "outside the format"
             caption = f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
             axes.set_xlabel(caption, fontsize=7.5, loc="left", parse_math=False)
@@ -100,22 +140,45 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     def mean(axes, name: str, colour: str, label: str, factor: float = 1, width: float = 1.8):
         axes.plot(step, factor * smooth(column(name)), color=colour, lw=width, label=label)
 
-    for name, colour, label in (("reward", BLUE, "total, 0 to 6"), ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4")):
+    for name, colour, label in (
+        ("reward", BLUE, "total, 0 to 6"),
+        ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4"),
+    ):
         a.plot(step, column(name), color=colour, alpha=0.25, lw=1)
         mean(a, name, colour, label)
     a.set(title="Reward of the sampled answers", ylabel="mean reward")
 
     # The two lines lie one on the other once all is in the format: hence two widths.
-    for name, colour, label, wide in (("gIoU", BLUE, "gIoU", 2), ("gIoU_lenient", ORANGE, "lenient gIoU", 1)):
+    for name, colour, label, wide in (
+        ("gIoU", BLUE, "gIoU", 2),
+        ("gIoU_lenient", ORANGE, "lenient gIoU", 1),
+    ):
         if evaluated:
             values = [line[f"validation_{name}"] for line in evaluated]
-            b.plot([line["step"] for line in evaluated], values, "o-", color=colour, lw=2 * wide, ms=4 * wide,
-                   label=f"{label}, validation")
+            b.plot(
+                [line["step"] for line in evaluated],
+                values,
+                "o-",
+                color=colour,
+                lw=2 * wide,
+                ms=4 * wide,
+                label=f"{label}, validation",
+            )
         if summary:
             values = [summary[run][name] for run in ("base", "trained")]
-            b.plot([0, step[-1]], values, "s", color=colour, ms=6 * wide, mfc="none", label=f"{label}, test")
+            b.plot(
+                [0, step[-1]],
+                values,
+                "s",
+                color=colour,
+                ms=6 * wide,
+                mfc="none",
+                label=f"{label}, test",
+            )
     if summary:
-        b.axhline(summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM")
+        b.axhline(
+            summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM"
+        )
     b.set(title="Held-out questions, greedy", ylabel="gIoU", ylim=(0, 1))
 
     mean(c, "reasoning_format", BLUE, "reasoning format", width=4.5)

@@ -27,7 +27,9 @@ from .running.files import cause, check_adapter_files, check_policy_files, check
 from .running.memory import compute_dtype
 from .tokens import answer_text, banned_ids, draw, opened_answer, stop_ids, token_logits
 
-TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder: from_pretrained reads it
+TINY = (
+    Path(__file__).parent / "tiny" / "policy"
+)  # an ordinary model folder: from_pretrained reads it
 
 PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside \
 <think> </think>, then give the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, \
@@ -49,9 +51,13 @@ class Policy:
     processor: object  # chat template, tokenizer and image processor
     banned: torch.Tensor  # bool [V]: ids that must never be sampled
     stop: torch.Tensor  # [k] ids that end an answer
-    coordinates: str = "pixels"  # what its answers count in: pixels of the square picture, or thousandths of its sides
+    coordinates: str = (
+        "pixels"  # what its answers count in: pixels of the square picture, or thousandths of its sides
+    )
 
-    def __post_init__(self):  # any other attention would let answers see each other, and say nothing
+    def __post_init__(
+        self,
+    ):  # any other attention would let answers see each other, and say nothing
         assert self.base.config.text_config._attn_implementation == IMPLEMENTATION["text_config"]
 
     @property
@@ -85,7 +91,9 @@ class Prompt:
     embeds: torch.Tensor  # [P, D] token embeddings, the picture's features in their places
     positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
     picture: torch.Tensor  # bool [P]: which tokens are the picture's
-    deep: tuple[torch.Tensor, ...] = ()  # Qwen3-VL's deepstack: [picture tokens, D] to add after the first layers
+    deep: tuple[
+        torch.Tensor, ...
+    ] = ()  # Qwen3-VL's deepstack: [picture tokens, D] to add after the first layers
     opened: str = ""  # start of the answer that the chat template writes, such as "<think>\n"
 
     @property
@@ -123,7 +131,9 @@ def check_policy(name: str, image_size: int | None = None):
     except Exception as error:  # for wrong values the library raises anything, such as TypeError
         raise UserError(f"--policy {name}: {why} ({first_line(error)})") from None
     if config.model_type not in COORDINATES:
-        raise UserError(f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}")
+        raise UserError(
+            f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}"
+        )
     if folder.is_dir():
         check_policy_is_whole(folder)
     if image_size is not None:
@@ -134,14 +144,22 @@ def check_policy(name: str, image_size: int | None = None):
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 with double quantisation for the language model's layers; a 4-bit vision tower or head breaks a Qwen-VL."""
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["model.visual", "lm_head"],
     )
 
 
 def load_policy(
-    name: str | Path, load_in: str = "nf4", rank: int = 32, adapter: str | Path | None = None, device: str = "cpu",
-    checkpointing: bool = False, coordinates: str = "auto",
+    name: str | Path,
+    load_in: str = "nf4",
+    rank: int = 32,
+    adapter: str | Path | None = None,
+    device: str = "cpu",
+    checkpointing: bool = False,
+    coordinates: str = "auto",
 ) -> Policy:
     """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32),
     with a trainable LoRA adapter.
@@ -157,8 +175,12 @@ def load_policy(
     quantization = four_bits(dtype) if load_in == "nf4" else None
     try:
         base, found = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantization, device_map=device,
-            attn_implementation=IMPLEMENTATION, output_loading_info=True,
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map=device,
+            attn_implementation=IMPLEMENTATION,
+            output_loading_info=True,
         )
         processor = AutoProcessor.from_pretrained(folder)
     except torch.OutOfMemoryError:
@@ -174,7 +196,11 @@ def load_policy(
 
 
 def add_adapter(
-    base, processor, rank: int, adapter: str | Path | None = None, checkpointing: bool = False,
+    base,
+    processor,
+    rank: int,
+    adapter: str | Path | None = None,
+    checkpointing: bool = False,
     coordinates: str = "auto",
 ) -> Policy:
     """Freeze a loaded base and give it a trainable LoRA adapter, a new one or the one in the folder `adapter`."""
@@ -199,15 +225,21 @@ def add_adapter(
             raise UserError(f"{misfit} (it is of other layers)") from None
         except Exception as error:  # for a damaged configuration PEFT raises anything
             raise UserError(f"{misfit} ({cause(error)})") from None
-        with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:  # PEFT loads what has a place
+        with safe_open(
+            Path(adapter) / "adapter_model.safetensors", "pt"
+        ) as file:  # PEFT loads what has a place
             if len(file.keys()) != sum("lora_" in name for name, _ in model.named_parameters()):
                 raise UserError(f"{misfit} (it is of other layers)")
     else:
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
+        lora = LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS
+        )
         model = get_peft_model(base, lora)
     coordinates = COORDINATES[base.config.model_type] if coordinates == "auto" else coordinates
     stop = stop_ids(base, processor.tokenizer)
-    return Policy(model.eval(), processor, banned_ids(base, processor.tokenizer, stop), stop, coordinates)
+    return Policy(
+        model.eval(), processor, banned_ids(base, processor.tokenizer, stop), stop, coordinates
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- prompt
@@ -221,7 +253,9 @@ def instruction(question: str, width: int, height: int, coordinates: str = "pixe
     return PROMPT.format(question=question.strip(), unit=unit)
 
 
-def prompt_text(processor, question: str, width: int, height: int, coordinates: str = "pixels") -> str:
+def prompt_text(
+    processor, question: str, width: int, height: int, coordinates: str = "pixels"
+) -> str:
     """The chat text of one question, with one picture placeholder."""
     text = instruction(question, width, height, coordinates)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
@@ -246,23 +280,31 @@ def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> l
     All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32, tiny 14) a side.
     """
     base, prompts = policy.base, []
-    step = max(1, 4096 * 14 * 14 // (images[0].width * images[0].height))  # pictures a call: 4,096 patches of 14 pixels
+    step = max(
+        1, 4096 * 14 * 14 // (images[0].width * images[0].height)
+    )  # pictures a call: 4,096 patches of 14 pixels
     for i in range(0, len(images), step):
         batch = images[i : i + step]
         pairs = zip(questions[i : i + step], batch)
         told = [(q, x.width, x.height, policy.coordinates) for q, x in pairs]
         texts = [prompt_text(policy.processor, *one) for one in told]
         opened = [opened_answer(text, instruction(*one)) for text, one in zip(texts, told)]
-        inputs = policy.processor(text=texts, images=batch, padding=True, return_tensors="pt").to(policy.device)
+        inputs = policy.processor(text=texts, images=batch, padding=True, return_tensors="pt").to(
+            policy.device
+        )
         positions, _ = base.model.get_rope_index(
-            inputs.input_ids, inputs.mm_token_type_ids, image_grid_thw=inputs.image_grid_thw,
+            inputs.input_ids,
+            inputs.mm_token_type_ids,
+            image_grid_thw=inputs.image_grid_thw,
             attention_mask=inputs.attention_mask,
         )  # [3, b, P]
         # pooler_output: b x [picture tokens, D]
         seen = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
         embeds = base.get_input_embeddings()(inputs.input_ids)  # [b, P, D]
         picture = inputs.input_ids == base.config.image_token_id  # [b, P]
-        embeds = embeds.masked_scatter(picture[..., None], torch.cat(seen.pooler_output).to(embeds.dtype))
+        embeds = embeds.masked_scatter(
+            picture[..., None], torch.cat(seen.pooler_output).to(embeds.dtype)
+        )
         for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
             deep = tuple(layer[b] for layer in getattr(seen, "deepstack_features", ()))
             ids = inputs.input_ids[b, real]
@@ -284,7 +326,11 @@ def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def sample(
-    policy: Policy, prompts: list[Prompt], group: int, max_new_tokens: int, temperature: float = 1.0,
+    policy: Policy,
+    prompts: list[Prompt],
+    group: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
     chance: torch.Tensor | None = None,
 ) -> list[list[Completion]]:
     """Draw `group` answers to each of B prompts -> B lists of `group` completions; temperature 0 is greedy.
@@ -294,27 +340,48 @@ def sample(
     token, so that an answer is, up to rounding, the same whatever is sampled beside it; without it they come from
     torch's global random state.
     """
-    language, embed, device = policy.base.model.language_model, policy.base.get_input_embeddings(), policy.device
+    language, embed, device = (
+        policy.base.model.language_model,
+        policy.base.get_input_embeddings(),
+        policy.device,
+    )
     tokenizer, stop = policy.processor.tokenizer, policy.stop
     if temperature:
-        chance = (torch.rand(len(prompts), group, max_new_tokens) if chance is None else chance).to(device)
+        chance = (torch.rand(len(prompts), group, max_new_tokens) if chance is None else chance).to(
+            device
+        )
     sizes = [len(p.ids) for p in prompts]
     cache = (Fixed if device.type in DEVICES else Cache)(sizes, group, device)
     reader = Reader(language, cache)  # on a GPU it records a token as a CUDA graph and replays it
     hidden = language(
-        inputs_embeds=pad_sequence([p.embeds for p in prompts], True), layout=cache, use_cache=False,  # [B, P, D]
-        position_ids=pad_sequence([p.positions.T for p in prompts], True).permute(2, 0, 1),  # [3, B, P]
+        inputs_embeds=pad_sequence([p.embeds for p in prompts], True),
+        layout=cache,
+        use_cache=False,  # [B, P, D]
+        position_ids=pad_sequence([p.positions.T for p in prompts], True).permute(
+            2, 0, 1
+        ),  # [3, B, P]
         **deepstack(prompts, pad_sequence([p.picture for p in prompts], True)),
     ).last_hidden_state  # [B, P, D]
-    hidden = torch.stack([h[n - 1] for h, n in zip(hidden, sizes)])[:, None].expand(-1, group, -1)  # [B, G, D]
-    position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(-1, group)  # [B, G]
-    ids = torch.zeros(len(prompts), group, max_new_tokens, dtype=torch.long, device=device)  # [B, G, L]
+    hidden = torch.stack([h[n - 1] for h, n in zip(hidden, sizes)])[:, None].expand(
+        -1, group, -1
+    )  # [B, G, D]
+    position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(
+        -1, group
+    )  # [B, G]
+    ids = torch.zeros(
+        len(prompts), group, max_new_tokens, dtype=torch.long, device=device
+    )  # [B, G, L]
     logps = torch.zeros(ids.shape, device=device)  # [B, G, L]
-    unfinished = torch.arange(len(prompts), device=device)  # [b] questions that are still in the batch
+    unfinished = torch.arange(
+        len(prompts), device=device
+    )  # [b] questions that are still in the batch
     for t in range(max_new_tokens):
         logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
         token = draw(logp, chance[unfinished, :, t]) if temperature else logp.argmax(-1)  # [b, G]
-        ids[unfinished, :, t], logps[unfinished, :, t] = token, logp.gather(-1, token[..., None])[..., 0]
+        ids[unfinished, :, t], logps[unfinished, :, t] = (
+            token,
+            logp.gather(-1, token[..., None])[..., 0],
+        )
         if t + 1 == max_new_tokens:
             break
         if t % 8 == 7:  # not at every token: to ask a GPU for a number is to wait for it
@@ -334,7 +401,9 @@ def sample(
     answers = []
     for i, (n, cut) in enumerate(zip(lengths.flatten().tolist(), truncated.flatten().tolist())):
         answer, logp = ids.flatten(0, 1)[i, :n], logps.flatten(0, 1)[i, :n]
-        text = tokenizer.decode(answer if cut else answer[:-1])  # other special tokens stay, and break the format
+        text = tokenizer.decode(
+            answer if cut else answer[:-1]
+        )  # other special tokens stay, and break the format
         text = answer_text(prompts[i // group].opened, text, cut)
         answers.append(Completion(answer, logp, cut, text))
     return [answers[i : i + group] for i in range(0, len(answers), group)]
@@ -350,24 +419,40 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     answer token, in order, the index of the hidden state that predicts it, and the token itself: LongTensors [S].
     """
     device = policy.device
-    read = [[len(ids) - 1 for ids in group] for group in groups]  # the last token of an answer is predicted, never read
-    embeds = policy.base.get_input_embeddings()(torch.cat([ids[:-1] for group in groups for ids in group]))
+    read = [
+        [len(ids) - 1 for ids in group] for group in groups
+    ]  # the last token of an answer is predicted, never read
+    embeds = policy.base.get_input_embeddings()(
+        torch.cat([ids[:-1] for group in groups for ids in group])
+    )
     parts, positions, picture, index, start = [], [], [], [], 0
-    for prompt, lengths, answers in zip(prompts, read, embeds.split([sum(lengths) for lengths in read])):
+    for prompt, lengths, answers in zip(
+        prompts, read, embeds.split([sum(lengths) for lengths in read])
+    ):
         parts += [prompt.embeds, answers]
-        after = [prompt.next_position + torch.arange(n) for n in lengths]  # every answer starts where the prompt ends
+        after = [
+            prompt.next_position + torch.arange(n) for n in lengths
+        ]  # every answer starts where the prompt ends
         positions += [prompt.positions, torch.cat(after).expand(3, -1).to(device)]
         picture += [prompt.picture, prompt.picture.new_zeros(len(answers))]
-        last = start + len(prompt.ids) - 1  # the prompt's last token predicts the first of each answer
+        last = (
+            start + len(prompt.ids) - 1
+        )  # the prompt's last token predicts the first of each answer
         start = last + 1
         for n in lengths:
             index += [last, *range(start, start + n)]
             start += n
     inputs = dict(
-        inputs_embeds=torch.cat(parts)[None], position_ids=torch.cat(positions, 1)[:, None],
-        layout=Row([len(p.ids) for p in prompts], read), **deepstack(prompts, torch.cat(picture)[None]),
+        inputs_embeds=torch.cat(parts)[None],
+        position_ids=torch.cat(positions, 1)[:, None],
+        layout=Row([len(p.ids) for p in prompts], read),
+        **deepstack(prompts, torch.cat(picture)[None]),
     )
-    return inputs, torch.tensor(index, device=device), torch.cat([ids for group in groups for ids in group])
+    return (
+        inputs,
+        torch.tensor(index, device=device),
+        torch.cat([ids for group in groups for ids in group]),
+    )
 
 
 def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
@@ -378,7 +463,12 @@ def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, 
     return logits.gather(1, target[:, None])[:, 0] - normaliser, entropy
 
 
-def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]], temperature: float = 1.0):
+def logprobs(
+    policy: Policy,
+    prompts: list[Prompt],
+    groups: list[list[torch.Tensor]],
+    temperature: float = 1.0,
+):
     """Log-probabilities of B groups of answers (B lists of ids [L]) -> (logps, entropy), both fp32 [sum of all L],
     answer after answer.
 
@@ -386,7 +476,9 @@ def logprobs(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tens
     of 512 tokens over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
     """
     inputs, index, target = pack(policy, prompts, groups)
-    hidden = policy.base.model.language_model(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
+    hidden = policy.base.model.language_model(
+        **inputs, use_cache=False
+    ).last_hidden_state  # [1, T, D]
     # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other
     # last digits
     hidden = hidden[0].index_select(0, index)  # [sum of L, D]

@@ -21,7 +21,9 @@ class Fixed(Cache):
 
     def __init__(self, prompts: list[int], group: int, device):
         super().__init__(prompts, group, device)
-        self.last = torch.full((1,), -1, device=device)  # the last token's column: a graph finds a new number there
+        self.last = torch.full(
+            (1,), -1, device=device
+        )  # the last token's column: a graph finds a new number there
 
     def grow(self) -> None:
         super().grow()
@@ -46,7 +48,9 @@ def recorded(read):
         with torch.cuda.graph(graph):  # nothing is carried out here
             out = read()
     except Exception:
-        torch.cuda.set_stream(stream)  # a recording that fails leaves its own stream as the current one
+        torch.cuda.set_stream(
+            stream
+        )  # a recording that fails leaves its own stream as the current one
         raise
     return out, graph.replay
 
@@ -71,7 +75,11 @@ class Reader:
             return self.read(embeds, positions)
         size = self.cache.answers[0].shape  # it tells questions and room
         if size != self.size:
-            self.size, self.replay, self.hidden = size, None, None  # the old graph's memory is free before a new one
+            self.size, self.replay, self.hidden = (
+                size,
+                None,
+                None,
+            )  # the old graph's memory is free before a new one
             return self.read(embeds, positions)
         if self.replay is None:
             self.record(embeds, positions)
@@ -92,7 +100,9 @@ class Reader:
             self.hidden, self.replay = recorded(lambda: self.read(*self.inputs))
         except Exception as error:
             self.failed, self.inputs = True, None
-            tqdm.write(f"CUDA graphs are not used, so answers take longer: recording failed ({first_line(error)})")
+            tqdm.write(
+                f"CUDA graphs are not used, so answers take longer: recording failed ({first_line(error)})"
+            )
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor | None:
         """Call Cache.drop with ended [b] only if many ended, because each new size needs a new

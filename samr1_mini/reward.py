@@ -33,7 +33,9 @@ class Answer:
     reasoning_format: bool = False
     segmentation_format: bool = False
     why: str = ""  # what broke the format, for people
-    lenient_box: tuple[float, float, float, float] | None = None  # a box found in any shape, for gIoU_lenient
+    lenient_box: tuple[float, float, float, float] | None = (
+        None  # a box found in any shape, for gIoU_lenient
+    )
 
     @property
     def in_format(self) -> bool:
@@ -170,7 +172,9 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
     places = [text.find(tag) for tag in tags]
     whole = all(text.count(tag) == 1 for tag in tags) and places == sorted(places)
     between = text[places[1] + len(tags[1]) : places[2]].strip() if whole else ""
-    answer.reasoning_format = whole and text.startswith(tags[0]) and text.endswith(tags[3]) and not between
+    answer.reasoning_format = (
+        whole and text.startswith(tags[0]) and text.endswith(tags[3]) and not between
+    )
     if not answer.reasoning_format:
         answer.why = "not <think>...</think><answer>...</answer>"
     try:
@@ -178,13 +182,23 @@ def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
             raise ValueError("not exactly one <answer>...</answer>")
         inside = text[places[2] + len(tags[2]) : places[3]].strip()
         inside = re.sub("^```(json)?", "", inside, flags=re.I).removesuffix("```")
-        content = json.loads(inside, object_pairs_hook=_object, parse_constant=_number)  # NaN is no number
+        content = json.loads(
+            inside, object_pairs_hook=_object, parse_constant=_number
+        )  # NaN is no number
         if not isinstance(content, dict):
             raise ValueError("the answer is not a JSON object")
         box = _box(content.get("bbox"), width, height)
         points = _points(content.get("points"), width, height, max_points)
-        answer.box, answer.points, answer.segmentation_format, answer.lenient_box = box, points, True, box
-    except (ValueError, RecursionError) as error:  # JSON errors are ValueErrors; deep nesting is a RecursionError
+        answer.box, answer.points, answer.segmentation_format, answer.lenient_box = (
+            box,
+            points,
+            True,
+            box,
+        )
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSON errors are ValueErrors; deep nesting is a RecursionError
         answer.why = "; ".join(filter(None, [answer.why, str(error) or "nested too deep"]))
     return answer
 
@@ -217,7 +231,9 @@ def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> fl
     return 4.0 if value > 0.8 else 3.0 if value > 0.7 else 2.0 if value > 0.5 else 0.0  # eq. (5)
 
 
-def to_picture(answer_box: tuple, points: list[tuple], sample: Sample, size: int) -> tuple[tuple, list[tuple]]:
+def to_picture(
+    answer_box: tuple, points: list[tuple], sample: Sample, size: int
+) -> tuple[tuple, list[tuple]]:
     """An answer's coordinates from the policy's size x size square to the picture's own pixels."""
     sx, sy = sample.image.width / size, sample.image.height / size
     x1, y1, x2, y2 = answer_box
@@ -225,8 +241,15 @@ def to_picture(answer_box: tuple, points: list[tuple], sample: Sample, size: int
 
 
 def score_group(
-    segmenter: Segmenter, sample: Sample, texts: list[str], size: int, accuracy: str = "tiered",
-    weights=(1.0, 1.0, 1.0), max_points: int = 8, points: bool = True, lenient: bool = False,
+    segmenter: Segmenter,
+    sample: Sample,
+    texts: list[str],
+    size: int,
+    accuracy: str = "tiered",
+    weights=(1.0, 1.0, 1.0),
+    max_points: int = 8,
+    points: bool = True,
+    lenient: bool = False,
 ) -> list[Reward]:
     """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.frame).
 
@@ -237,11 +260,19 @@ def score_group(
     answers = [parse(text, size, size, max_points) for text in texts]
     boxes = [a.lenient_box if lenient else a.box for a in answers]
     read = [i for i, box in enumerate(boxes) if box is not None]
-    prompts = [to_picture(boxes[i], answers[i].points if points else [], sample, size) for i in read]
-    if sample.box_only:  # no true mask to compare with, so boxes stand for masks and SAM has nothing to do
+    prompts = [
+        to_picture(boxes[i], answers[i].points if points else [], sample, size) for i in read
+    ]
+    if (
+        sample.box_only
+    ):  # no true mask to compare with, so boxes stand for masks and SAM has nothing to do
         masks = {i: filled(box, *sample.mask.shape) for i, (box, _) in zip(read, prompts)}
     else:
-        masks = dict(zip(read, segmenter.masks(np.asarray(sample.image), *map(list, zip(*prompts))))) if read else {}
+        masks = (
+            dict(zip(read, segmenter.masks(np.asarray(sample.image), *map(list, zip(*prompts)))))
+            if read
+            else {}
+        )
     prompted, rewards = dict(zip(read, prompts)), []
     for i, answer in enumerate(answers):
         pair = intersection_union(masks.get(i), sample.mask, sample.ignore)

@@ -28,10 +28,21 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
     ids without a token, and the padding where it does not end an answer.
     """
     config = model.config
-    banned = torch.zeros(model.lm_head.weight.shape[0], dtype=torch.bool, device=model.lm_head.weight.device)
+    banned = torch.zeros(
+        model.lm_head.weight.shape[0], dtype=torch.bool, device=model.lm_head.weight.device
+    )
     banned[len(tokenizer) :] = True
-    vision = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
-    for token in (*vision, tokenizer.convert_tokens_to_ids("<|vision_pad|>"), tokenizer.pad_token_id):
+    vision = (
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    )
+    for token in (
+        *vision,
+        tokenizer.convert_tokens_to_ids("<|vision_pad|>"),
+        tokenizer.pad_token_id,
+    ):
         if token is not None and token < len(banned):
             banned[token] = True
     banned[stop] = False
@@ -64,7 +75,9 @@ def answer_text(opened: str, generated: str, cut: bool) -> str:
     return text
 
 
-FP32_SUMS = {"cuda"}  # kinds of device whose product of bf16 matrices can give its fp32 sums as they are
+FP32_SUMS = {
+    "cuda"
+}  # kinds of device whose product of bf16 matrices can give its fp32 sums as they are
 
 
 def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -73,7 +86,9 @@ def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """
     if q.dtype == torch.float32 or q.device.type not in FP32_SUMS:
         return q.float() @ k.float().mT
-    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])
+    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(
+        0, q.shape[:-2]
+    )
 
 
 class Fp32Head(torch.autograd.Function):
@@ -104,12 +119,18 @@ def token_logits(policy, hidden: torch.Tensor, temperature: float) -> torch.Tens
         logits = head(hidden)
     else:
         logits = Fp32Head.apply(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
-    return (logits / temperature).masked_fill(policy.banned, -1e30)  # finite, so that 0 * logit stays 0 in the entropy
+    return (logits / temperature).masked_fill(
+        policy.banned, -1e30
+    )  # finite, so that 0 * logit stays 0 in the entropy
 
 
 def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [..., V] and a uniform number in [0, 1) each [...] -> the tokens that they
     stand for [...].
     """
-    cumulative = logp.double().exp().cumsum(-1)  # token i owns the stretch up to cumulative[i], a banned one nothing
-    return torch.searchsorted(cumulative, chance.double()[..., None] * cumulative[..., -1:], right=True)[..., 0]
+    cumulative = (
+        logp.double().exp().cumsum(-1)
+    )  # token i owns the stretch up to cumulative[i], a banned one nothing
+    return torch.searchsorted(
+        cumulative, chance.double()[..., None] * cumulative[..., -1:], right=True
+    )[..., 0]

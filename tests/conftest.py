@@ -16,7 +16,6 @@ from samr1_mini.data import public
 from samr1_mini.policy import load_policy
 from samr1_mini.segmenter import load_segmenter
 
-
 # On a machine with a GPU, too, all but the tests that ask for one run on the CPU, in this process and in others.
 VISIBLE, HAS_GPU = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available()
 
@@ -81,15 +80,34 @@ def real_vocabulary(tmp_path_factory):
         pytest.skip("the real vocabulary is not at hand")
     folder, config = tmp_path_factory.mktemp("qwen2_5_vl"), AutoConfig.from_pretrained(VOCABULARY)
     for part, small in (
-        (config.text_config, dict(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)),
-        (config.vision_config, dict(
-            hidden_size=32, intermediate_size=64, depth=2, num_heads=2, fullatt_block_indexes=[1], out_hidden_size=64)),
+        (
+            config.text_config,
+            dict(
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            ),
+        ),
+        (
+            config.vision_config,
+            dict(
+                hidden_size=32,
+                intermediate_size=64,
+                depth=2,
+                num_heads=2,
+                fullatt_block_indexes=[1],
+                out_hidden_size=64,
+            ),
+        ),
     ):
         for name, value in small.items():
             setattr(part, name, value)
     config.text_config.layer_types, config.text_config.rope_parameters["mrope_section"] = (
-        ["full_attention"] * 2, [2, 3, 3])
+        ["full_attention"] * 2,
+        [2, 3, 3],
+    )
     torch.manual_seed(0)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     for file in VOCABULARY.iterdir():
@@ -102,6 +120,16 @@ def real_vocabulary(tmp_path_factory):
 def settings(tmp_path):
     """Settings of a run so short that tests can afford it."""
     return make_settings(
-        preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=8, questions=4, group=4, micro=2, updates=2,
-        eval_every=0, eval_samples=4, test_samples=4, warmup=1,
+        preset="tiny",
+        device="cpu",
+        run=str(tmp_path / "run"),
+        samples=8,
+        questions=4,
+        group=4,
+        micro=2,
+        updates=2,
+        eval_every=0,
+        eval_samples=4,
+        test_samples=4,
+        warmup=1,
     )[0]

@@ -82,13 +82,16 @@ def asked_format(box: str, points: str = "[[15, 25, 1]]") -> str:
     return f'<think>Left.</think><answer>{{"bbox": {box}, "points": {points}}}</answer>'
 
 
-@pytest.mark.parametrize("box", [
-    "[0.1, 0.2, 0.5, 0.6]",
-    "[0, 0, 1, 1]",
-    "[0.0, 0.0, 1.0, 0.5]",
-    "[-0.1, 0.2, 0.5, 0.6]",
-    "[0.001, 0.001, 0.999, 0.999]",
-])
+@pytest.mark.parametrize(
+    "box",
+    [
+        "[0.1, 0.2, 0.5, 0.6]",
+        "[0, 0, 1, 1]",
+        "[0.0, 0.0, 1.0, 0.5]",
+        "[-0.1, 0.2, 0.5, 0.6]",
+        "[0.001, 0.001, 0.999, 0.999]",
+    ],
+)
 @pytest.mark.parametrize("size", [112, 840, 1000])
 def test_a_box_in_shares_of_the_picture_is_not_in_the_format(box, size):
     answer = parse(asked_format(box), size, size)
@@ -96,21 +99,30 @@ def test_a_box_in_shares_of_the_picture_is_not_in_the_format(box, size):
     assert answer.box is None and answer.lenient_box is None and "shares" in answer.why
 
 
-@pytest.mark.parametrize("box", [
-    "[0, 0, 2, 1]", "[0.5, 0.5, 1.5, 1.5]", "[0, 0, 1, 30]", "[0.1, 0.2, 50.5, 60.6]",
-])
+@pytest.mark.parametrize(
+    "box",
+    [
+        "[0, 0, 2, 1]",
+        "[0.5, 0.5, 1.5, 1.5]",
+        "[0, 0, 1, 30]",
+        "[0.1, 0.2, 50.5, 60.6]",
+    ],
+)
 def test_a_small_box_in_pixels_stays_in_the_format(box):
     answer = parse(asked_format(box), 112, 112)
     assert answer.in_format and answer.box == tuple(json.loads(box))
 
 
-@pytest.mark.parametrize("text", [
-    "[0.1, 0.2, 0.5, 0.6]",
-    '{"bbox_2d": [0.1, 0.2, 0.5, 0.6]}',
-    '{"x1": 0.1, "y1": 0.2, "x2": 0.5, "y2": 0.6}',
-    "<box>0.1 0.2 0.5 0.6</box>",
-    "(0.1, 0.2), (0.5, 0.6)",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[0.1, 0.2, 0.5, 0.6]",
+        '{"bbox_2d": [0.1, 0.2, 0.5, 0.6]}',
+        '{"x1": 0.1, "y1": 0.2, "x2": 0.5, "y2": 0.6}',
+        "<box>0.1 0.2 0.5 0.6</box>",
+        "(0.1, 0.2), (0.5, 0.6)",
+    ],
+)
 def test_shares_are_no_box_in_the_lenient_reading_either(text):
     assert parse(text, 112, 112).lenient_box is None
     assert parse(f"[10, 20, 30, 40] or {text}", 112, 112).lenient_box == (10, 20, 30, 40)
@@ -119,67 +131,76 @@ def test_shares_are_no_box_in_the_lenient_reading_either(text):
 # -------------------------------------------------------------------------------- lenient reading
 
 
-@pytest.mark.parametrize("text", [
-    '{"bbox_2d": [10, 20, 30, 40], "point_2d": [1, 2, 9, 9]}',
-    '{"point_2d": [1, 2, 9, 9], "bbox_2d": [10, 20, 30, 40]}',
-    '{"bbox": [10, 20, 30, 40], "points": [[1, 2, 9, 9]]}',
-    '{"box": [10, 20, 30, 40], "keypoints": (1, 2, 9, 9)}',
-    '{"box_2d": [10, 20, 30, 40], "points_2d": [1, 2, 9, 9], "size": [1, 1, 90, 90]}',
-    '{"bbox": [10, 20, 30, 40], "color": [1, 2, 9, 9]}',
-    '<answer>{"bbox_2d": [10, 20, 30, 40]} and not [1, 2, 9, 9]</answer>',
-    '{"bbox": {"x1": 10, "y1": 20, "x2": 30, "y2": 40}, "point": [1, 2, 9, 9]}',
-    '[{"bbox_2d": [1, 2, 9, 9]}, {"bbox_2d": [10, 20, 30, 40]}] on [1, 1, 90, 90]',
-    '{"bbox": [[1, 2, 9, 9], [10, 20, 30, 40]]}',
-    '{"bbox": [{"x1": 1, "y1": 2, "x2": 9, "y2": 9}, {"x1": 10, "y1": 20, "x2": 30, "y2": 40}]}',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bbox_2d": [10, 20, 30, 40], "point_2d": [1, 2, 9, 9]}',
+        '{"point_2d": [1, 2, 9, 9], "bbox_2d": [10, 20, 30, 40]}',
+        '{"bbox": [10, 20, 30, 40], "points": [[1, 2, 9, 9]]}',
+        '{"box": [10, 20, 30, 40], "keypoints": (1, 2, 9, 9)}',
+        '{"box_2d": [10, 20, 30, 40], "points_2d": [1, 2, 9, 9], "size": [1, 1, 90, 90]}',
+        '{"bbox": [10, 20, 30, 40], "color": [1, 2, 9, 9]}',
+        '<answer>{"bbox_2d": [10, 20, 30, 40]} and not [1, 2, 9, 9]</answer>',
+        '{"bbox": {"x1": 10, "y1": 20, "x2": 30, "y2": 40}, "point": [1, 2, 9, 9]}',
+        '[{"bbox_2d": [1, 2, 9, 9]}, {"bbox_2d": [10, 20, 30, 40]}] on [1, 1, 90, 90]',
+        '{"bbox": [[1, 2, 9, 9], [10, 20, 30, 40]]}',
+        '{"bbox": [{"x1": 1, "y1": 2, "x2": 9, "y2": 9}, {"x1": 10, "y1": 20, "x2": 30, "y2": 40}]}',
+    ],
+)
 def test_a_key_that_names_a_box_goes_before_all_other_numbers(text):
     answer = parse(text, 112, 112)
     assert answer.lenient_box == (10, 20, 30, 40) and answer.box is None
 
 
-@pytest.mark.parametrize("text", [
-    '{"point_2d": [10, 20, 30, 40]}',
-    '[{"point_2d": [10, 20, 30, 40], "label": "star"}]',
-    '{"points": [[10, 20, 30, 40]]}',
-    '{"point": (10, 20, 30, 40)}',
-    '{"points_2d": (10, 20), (30, 40)}',
-    '{"keypoints": [10, 20, 30, 40]}',
-    '{"points": {"x1": 10, "y1": 20, "x2": 30, "y2": 40}}',
-    '<points x1="10" y1="20" x2="30" y2="40" alt="star">star</points>',
-    "<point>(10, 20), (30, 40)</point>",
-    '{"x1": 10, "y1": 20, "x2": 30}',
-    '{"x1": 10, "y1": 20, "x1": 30, "y1": 40}',
-    "<box>10 20 30</box>",
-    "<box>10 20 30 40 50</box>",
-    '{"x1": 30, "y1": 40, "x2": 10, "y2": 20}',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"point_2d": [10, 20, 30, 40]}',
+        '[{"point_2d": [10, 20, 30, 40], "label": "star"}]',
+        '{"points": [[10, 20, 30, 40]]}',
+        '{"point": (10, 20, 30, 40)}',
+        '{"points_2d": (10, 20), (30, 40)}',
+        '{"keypoints": [10, 20, 30, 40]}',
+        '{"points": {"x1": 10, "y1": 20, "x2": 30, "y2": 40}}',
+        '<points x1="10" y1="20" x2="30" y2="40" alt="star">star</points>',
+        "<point>(10, 20), (30, 40)</point>",
+        '{"x1": 10, "y1": 20, "x2": 30}',
+        '{"x1": 10, "y1": 20, "x1": 30, "y1": 40}',
+        "<box>10 20 30</box>",
+        "<box>10 20 30 40 50</box>",
+        '{"x1": 30, "y1": 40, "x2": 10, "y2": 20}',
+    ],
+)
 def test_a_key_that_names_points_and_a_box_with_a_side_too_few_give_none(text):
     assert parse(text, 112, 112).lenient_box is None
 
 
-@pytest.mark.parametrize("text", [
-    '{"x1": 10, "y1": 20, "x2": 30, "y2": 40}',
-    '{"y2": 40, "x1": 10, "x2": 30, "y1": 20}',
-    '{"label": "star", "x1": 10.0, "y1": 20, "x2": 30, "y2": 40, "score": 0.9}',
-    '{"x1": "10", "y1": "20", "x2": "30", "y2": "40"}',
-    '{\n "xmin": 10,\n "ymin": 20,\n "xmax": 30,\n "ymax": 40\n}',
-    '{"x_min": 10, "x_max": 30, "y_min": 20, "y_max": 40}',
-    '{"left": 10, "top": 20, "right": 30, "bottom": 40}',
-    "Left: 10, Right: 30, Top: 20, Bottom: 40",
-    "x1=10 y1=20 x2=30 y2=40",
-    "<box>(10,20),(30,40)</box>",
-    "<box>(10, 20), (30, 40)</box>",
-    "<box>[10, 20, 30, 40]</box>",
-    "<box>[[10, 20, 30, 40]]</box>",
-    "<box>10 20 30 40</box>",
-    "<box>10, 20, 30, 40</box>",
-    "<bbox>\n10 20\n30 40\n</bbox>",
-    "<|box_start|>(10,20),(30,40)<|box_end|>",
-    "<|box_start|>[10, 20, 30, 40]<|box_end|>",
-    "<think>Left.</think><answer><box>10 20 30 40</box><points>(15,25),(1,2)</points></answer>",
-    "<box>(10,20),(30,40)</box> in a picture of (1, 1, 90, 90)",
-    "<ref>cup</ref><box>(1,2),(9,9)</box><ref>star</ref><box>(10,20),(30,40)</box>",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"x1": 10, "y1": 20, "x2": 30, "y2": 40}',
+        '{"y2": 40, "x1": 10, "x2": 30, "y1": 20}',
+        '{"label": "star", "x1": 10.0, "y1": 20, "x2": 30, "y2": 40, "score": 0.9}',
+        '{"x1": "10", "y1": "20", "x2": "30", "y2": "40"}',
+        '{\n "xmin": 10,\n "ymin": 20,\n "xmax": 30,\n "ymax": 40\n}',
+        '{"x_min": 10, "x_max": 30, "y_min": 20, "y_max": 40}',
+        '{"left": 10, "top": 20, "right": 30, "bottom": 40}',
+        "Left: 10, Right: 30, Top: 20, Bottom: 40",
+        "x1=10 y1=20 x2=30 y2=40",
+        "<box>(10,20),(30,40)</box>",
+        "<box>(10, 20), (30, 40)</box>",
+        "<box>[10, 20, 30, 40]</box>",
+        "<box>[[10, 20, 30, 40]]</box>",
+        "<box>10 20 30 40</box>",
+        "<box>10, 20, 30, 40</box>",
+        "<bbox>\n10 20\n30 40\n</bbox>",
+        "<|box_start|>(10,20),(30,40)<|box_end|>",
+        "<|box_start|>[10, 20, 30, 40]<|box_end|>",
+        "<think>Left.</think><answer><box>10 20 30 40</box><points>(15,25),(1,2)</points></answer>",
+        "<box>(10,20),(30,40)</box> in a picture of (1, 1, 90, 90)",
+        "<ref>cup</ref><box>(1,2),(9,9)</box><ref>star</ref><box>(10,20),(30,40)</box>",
+    ],
+)
 def test_named_sides_and_box_tags_are_read_leniently_and_only_so(text):
     answer = parse(text, 112, 112)
     assert answer.lenient_box == (10, 20, 30, 40)
@@ -187,9 +208,27 @@ def test_named_sides_and_box_tags_are_read_leniently_and_only_so(text):
 
 
 PIECES = [
-    "x1:1,", "{x1:1", "x1:1 y1:1 x2:1 x1:1 ", "x1:1,y1:2,x2:3,y2:4,", "left=1 ", "<box>", "<box>1",
-    "<box>1 2 3 4", "<box>(1,2),(3,4)", "<box>[1,2,3,4]</box>", "<|", "box:", "box_", "box",
-    "box:[9,9,1,1],", "point", "point:[", "points:[[1,2,", "<point", "{", "[0.1,0.2,0.3,0.4],",
+    "x1:1,",
+    "{x1:1",
+    "x1:1 y1:1 x2:1 x1:1 ",
+    "x1:1,y1:2,x2:3,y2:4,",
+    "left=1 ",
+    "<box>",
+    "<box>1",
+    "<box>1 2 3 4",
+    "<box>(1,2),(3,4)",
+    "<box>[1,2,3,4]</box>",
+    "<|",
+    "box:",
+    "box_",
+    "box",
+    "box:[9,9,1,1],",
+    "point",
+    "point:[",
+    "points:[[1,2,",
+    "<point",
+    "{",
+    "[0.1,0.2,0.3,0.4],",
 ]
 
 
@@ -253,26 +292,38 @@ def test_what_a_template_opens_is_found_and_the_instruction_is_not(policy, sampl
     assert decoded.endswith(f"assistant\n{start}")
 
 
-@pytest.mark.parametrize("text, opened", [
-    ("<|im_start|>user\nTOLD<|im_end|>\n<|im_start|>assistant\n", ""),
-    ("<|im_start|>user\nTOLD<|im_end|>\n<|im_start|>assistant\n<think>\nOkay, ", "<think>\nOkay, "),
-    ("<|im_start|>user\nTOLD Use <think>.<|im_end|>\n<|im_start|>assistant\n", ""),
-    ("<|im_start|>system\n<think> </think><|im_end|>\nUSER: TOLD ASSISTANT: <think>", "<think>"),
-    ("USER: <think> TOLD\nASSISTANT:", ""),
-    ("USER: TOLD\nASSISTANT:<think>\n</think>\n", "<think>\n</think>\n"),
-])
+@pytest.mark.parametrize(
+    "text, opened",
+    [
+        ("<|im_start|>user\nTOLD<|im_end|>\n<|im_start|>assistant\n", ""),
+        (
+            "<|im_start|>user\nTOLD<|im_end|>\n<|im_start|>assistant\n<think>\nOkay, ",
+            "<think>\nOkay, ",
+        ),
+        ("<|im_start|>user\nTOLD Use <think>.<|im_end|>\n<|im_start|>assistant\n", ""),
+        (
+            "<|im_start|>system\n<think> </think><|im_end|>\nUSER: TOLD ASSISTANT: <think>",
+            "<think>",
+        ),
+        ("USER: <think> TOLD\nASSISTANT:", ""),
+        ("USER: TOLD\nASSISTANT:<think>\n</think>\n", "<think>\n</think>\n"),
+    ],
+)
 def test_only_the_end_of_the_prompt_behind_the_users_turn_opens_an_answer(text, opened):
     assert opened_answer(text, "TOLD") == opened
 
 
-@pytest.mark.parametrize("opened, generated, whole", [
-    ("", "<think>a</think>b", "<think>a</think>b"),
-    ("<think>\n", "a</think>b", "<think>\na</think>b"),
-    ("<think>\n", "<think>a</think>b", "<think>a</think>b"),
-    ("<think>\n", "\n<think>a</think>b", "\n<think>a</think>b"),
-    ("<think>\n\n</think>\n\n", "b", "<think>\n\n</think>\n\nb"),
-    ("<think>\n\n</think>\n\n", "<think>a</think>b", "<think>a</think>b"),
-])
+@pytest.mark.parametrize(
+    "opened, generated, whole",
+    [
+        ("", "<think>a</think>b", "<think>a</think>b"),
+        ("<think>\n", "a</think>b", "<think>\na</think>b"),
+        ("<think>\n", "<think>a</think>b", "<think>a</think>b"),
+        ("<think>\n", "\n<think>a</think>b", "\n<think>a</think>b"),
+        ("<think>\n\n</think>\n\n", "b", "<think>\n\n</think>\n\nb"),
+        ("<think>\n\n</think>\n\n", "<think>a</think>b", "<think>a</think>b"),
+    ],
+)
 def test_an_answer_has_one_think_part_however_the_template_begins(opened, generated, whole):
     assert answer_text(opened, generated, False) == whole
     assert answer_text(opened, generated, True) == whole + CUT
@@ -331,20 +382,34 @@ def folder_that_opens(tmp_path, start: str) -> Path:
 
 def test_one_picture_is_answered_behind_a_template_that_opens_think(tmp_path, samples, capsys):
     samples[0].image.save(tmp_path / "scene.png")
-    evaluate_command.main([
-        "--preset", "tiny", "--device", "cpu", "--image", str(tmp_path / "scene.png"),
-        "--question", samples[0].question, "--out", str(tmp_path / "out"),
-        "--policy", str(folder_that_opens(tmp_path, "<think>")),
-    ])
+    evaluate_command.main(
+        [
+            "--preset",
+            "tiny",
+            "--device",
+            "cpu",
+            "--image",
+            str(tmp_path / "scene.png"),
+            "--question",
+            samples[0].question,
+            "--out",
+            str(tmp_path / "out"),
+            "--policy",
+            str(folder_that_opens(tmp_path, "<think>")),
+        ]
+    )
     shown = capsys.readouterr().out
     assert "\n<think>" in shown and shown.count("<think>") == 1 and "mask:" in shown
 
 
-@pytest.mark.parametrize("text, warns", [
-    ('<answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>', "<think>"),
-    ("It is there.", "--group"),
-    (asked_format("[10, 20, 60, 70]"), ""),
-])
+@pytest.mark.parametrize(
+    "text, warns",
+    [
+        ('<answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>', "<think>"),
+        ("It is there.", "--group"),
+        (asked_format("[10, 20, 60, 70]"), ""),
+    ],
+)
 def test_the_first_check_names_the_part_of_the_format_that_is_missing(
     text, warns, policy, segmenter, samples, settings
 ):
@@ -371,8 +436,14 @@ def damage(file: Path, kind: str) -> None:
         return
     whole = file.read_bytes()
     contents = {
-        "cut": whole[: len(whole) // 2], "last byte": whole[:-1], "pointer": POINTER, "empty": b"",
-        "list": b"[]", "words": b"hello", "bytes": bytes(range(128, 256)) * 4, "object": b"{}",
+        "cut": whole[: len(whole) // 2],
+        "last byte": whole[:-1],
+        "pointer": POINTER,
+        "empty": b"",
+        "list": b"[]",
+        "words": b"hello",
+        "bytes": bytes(range(128, 256)) * 4,
+        "object": b"{}",
     }
     file.write_bytes(contents[kind])
 
@@ -424,12 +495,27 @@ def test_an_adapters_damaged_configuration_is_named_in_one_line(kind, copied):
     assert ("git lfs pull" in str(error.value)) == (kind == "pointer")
 
 
-@pytest.mark.parametrize("name, value", [
-    ("peft_type", "IA3"), ("peft_type", "LOHA"), ("peft_type", "LN_TUNING"), ("peft_type", None),
-    ("peft_type", "NONSENSE"), ("peft_type", 5), ("r", None), ("r", "four"), ("r", 2.5), ("r", 2),
-    ("r", 0), ("target_modules", None), ("target_modules", "("), ("target_modules", 7),
-    ("target_modules", ["q_proj"]), ("lora_alpha", "x"),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("peft_type", "IA3"),
+        ("peft_type", "LOHA"),
+        ("peft_type", "LN_TUNING"),
+        ("peft_type", None),
+        ("peft_type", "NONSENSE"),
+        ("peft_type", 5),
+        ("r", None),
+        ("r", "four"),
+        ("r", 2.5),
+        ("r", 2),
+        ("r", 0),
+        ("target_modules", None),
+        ("target_modules", "("),
+        ("target_modules", 7),
+        ("target_modules", ["q_proj"]),
+        ("lora_alpha", "x"),
+    ],
+)
 def test_an_adapter_of_another_kind_or_with_odd_values_is_refused(name, value, copied):
     file = copied / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
@@ -438,12 +524,15 @@ def test_an_adapter_of_another_kind_or_with_odd_values_is_refused(name, value, c
     assert str(file if name == "peft_type" else copied) in str(error.value)
 
 
-@pytest.mark.parametrize("change", [
-    lambda w: {f"{name}.other": tensor for name, tensor in w.items()},
-    lambda w: dict(list(w.items())[1:]),
-    lambda w: {name: tensor[:, :2].contiguous() for name, tensor in w.items()},
-    lambda w: {},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: {f"{name}.other": tensor for name, tensor in w.items()},
+        lambda w: dict(list(w.items())[1:]),
+        lambda w: {name: tensor[:, :2].contiguous() for name, tensor in w.items()},
+        lambda w: {},
+    ],
+)
 def test_an_adapter_whose_weights_have_other_names_or_shapes_is_refused(change, copied):
     """PEFT only warns of weights with other names, and the base model was evaluated."""
     file = copied / "adapter_model.safetensors"
@@ -466,7 +555,10 @@ def refused(folder: Path) -> str:
 
 
 JSONS = [
-    "config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
     "generation_config.json",
 ]
 
@@ -488,11 +580,19 @@ def test_a_policys_json_without_its_keys_or_missing_is_refused(name, kind, folde
     assert str(folder) in refused(folder)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("vision_config", None), ("text_config", None), ("text_config", {}), ("vision_config", [1]),
-    ("text_config", "x"), ("model_type", None), ("model_type", ["qwen2_5_vl"]),
-    ("dtype", "float99"),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("vision_config", None),
+        ("text_config", None),
+        ("text_config", {}),
+        ("vision_config", [1]),
+        ("text_config", "x"),
+        ("model_type", None),
+        ("model_type", ["qwen2_5_vl"]),
+        ("dtype", "float99"),
+    ],
+)
 def test_a_configuration_with_odd_values_is_refused_before_a_large_model_is_made(
     name, value, folder
 ):
@@ -518,11 +618,14 @@ def test_training_refuses_a_damaged_policy_too(folder, tmp_path, capsys):
     assert "model.safetensors" in refused_in_one_line(capsys, train_command.main, arguments)
 
 
-@pytest.mark.parametrize("change", [
-    lambda w: {name: tensor for name, tensor in w.items() if "layers.1." not in name},
-    lambda w: {name: tensor[..., :8].contiguous() for name, tensor in w.items()},
-    lambda w: {},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: {name: tensor for name, tensor in w.items() if "layers.1." not in name},
+        lambda w: {name: tensor[..., :8].contiguous() for name, tensor in w.items()},
+        lambda w: {},
+    ],
+)
 def test_weights_that_are_not_the_configurations_are_refused_and_never_drawn(change, folder):
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, {"format": "pt"})
@@ -551,10 +654,20 @@ def test_a_policy_in_shards_loads(sharded):
     assert load_policy(str(sharded), "fp32", rank=4).trained
 
 
-@pytest.mark.parametrize("name, kind", [
-    (SECOND, "missing"), (SECOND, "pointer"), (SECOND, "last byte"), (SECOND, "empty"),
-    (INDEX, "cut"), (INDEX, "pointer"), (INDEX, "list"), (INDEX, "object"), (INDEX, "missing"),
-])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        (SECOND, "missing"),
+        (SECOND, "pointer"),
+        (SECOND, "last byte"),
+        (SECOND, "empty"),
+        (INDEX, "cut"),
+        (INDEX, "pointer"),
+        (INDEX, "list"),
+        (INDEX, "object"),
+        (INDEX, "missing"),
+    ],
+)
 def test_a_damaged_shard_or_index_is_named(name, kind, sharded):
     damage(sharded / name, kind)
     line = refused(sharded)
@@ -620,7 +733,9 @@ def test_a_whole_state_is_put_back(learner, taken, tmp_path):
         policy.trained[0].zero_()
     assert load_state(tmp_path, policy, optimizer) == (3, 1.5)
     again = take_state(policy, optimizer, 3, 1.5)
-    assert all((again["adapter"][name] == tensor).all() for name, tensor in taken["adapter"].items())
+    assert all(
+        (again["adapter"][name] == tensor).all() for name, tensor in taken["adapter"].items()
+    )
     assert again["optimizer"]["state"].keys() == taken["optimizer"]["state"].keys()
 
 
@@ -665,13 +780,23 @@ def less_adapter(state):
     state["adapter"].popitem()
 
 
-@pytest.mark.parametrize("change", [
-    other_moments, no_step, fewer_parameters, other_adapter, less_adapter,
-    lambda state: state.pop("step"), lambda state: state.pop("adapter"),
-    lambda state: state.update(step="3"), lambda state: state.update(optimizer={}),
-    lambda state: state.update(optimizer=5), lambda state: state.update(adapter={"a": 1}),
-    lambda state: state["optimizer"].update(state=[1]),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_moments,
+        no_step,
+        fewer_parameters,
+        other_adapter,
+        less_adapter,
+        lambda state: state.pop("step"),
+        lambda state: state.pop("adapter"),
+        lambda state: state.update(step="3"),
+        lambda state: state.update(optimizer={}),
+        lambda state: state.update(optimizer=5),
+        lambda state: state.update(adapter={"a": 1}),
+        lambda state: state["optimizer"].update(state=[1]),
+    ],
+)
 def test_a_state_with_other_shapes_or_parts_is_refused(change, learner, taken, tmp_path):
     state = copy.deepcopy(taken)
     change(state)
@@ -682,8 +807,16 @@ def test_a_state_with_other_shapes_or_parts_is_refused(change, learner, taken, t
 
 def test_resume_refuses_a_cut_state_with_code_2(tmp_path, capsys):
     run = tmp_path / "run"
-    small = dict(eval_every=0, eval_samples=2, test_samples=2, max_new_tokens=8, questions=2,
-                 updates=1, group=2, samples=2)
+    small = dict(
+        eval_every=0,
+        eval_samples=2,
+        test_samples=2,
+        max_new_tokens=8,
+        questions=2,
+        updates=1,
+        group=2,
+        samples=2,
+    )
     options = [text for name, value in small.items() for text in (option(name), str(value))]
     with pytest.raises(SystemExit):  # answers of 8 tokens get no reward, so the run learns nothing
         train_command.main(["--preset", "tiny", "--device", "cpu", "--run", str(run), *options])

@@ -39,7 +39,17 @@ import train
 from samr1_mini import evaluation, plots
 from samr1_mini.config import UserError, make_settings, resumed_settings
 from samr1_mini.data import Mirrored, Sample, load_data
-from samr1_mini.evaluation import Panel, Report, Row, batch_size, before_after, evaluate, judge, shown, true_box_iou
+from samr1_mini.evaluation import (
+    Panel,
+    Report,
+    Row,
+    batch_size,
+    before_after,
+    evaluate,
+    judge,
+    shown,
+    true_box_iou,
+)
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.policy import Completion
 from samr1_mini.reward import score_group
@@ -49,7 +59,8 @@ from samr1_mini.tiny.shapes import Shapes
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
 # Boxes that miss the object by more and more, in the policy's 112 x 112 square.
 BOXES = [
-    '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>' % (19 + 8 * i, 56 + 8 * i)
+    '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>'
+    % (19 + 8 * i, 56 + 8 * i)
     for i in range(5)
 ]
 
@@ -57,24 +68,51 @@ BOXES = [
 def say(monkeypatch, words):
     """Let the policy answer these, in turn; all that comes after it is real."""
     words = cycle(words)
-    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [
-        [Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts])
+    monkeypatch.setattr(
+        evaluation,
+        "sample",
+        lambda _, prompts, *a, **k: [
+            [Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts
+        ],
+    )
 
 
 def bool_rows(*masks):
-    return [{"image": png(i), "text": "the largest object", "mask": m.tolist(), "image_id": str(i), "ann_id": str(i),
-             "img_height": HEIGHT, "img_width": WIDTH}
-            for i, m in enumerate(masks)]
+    return [
+        {
+            "image": png(i),
+            "text": "the largest object",
+            "mask": m.tolist(),
+            "image_id": str(i),
+            "ann_id": str(i),
+            "img_height": HEIGHT,
+            "img_width": WIDTH,
+        }
+        for i, m in enumerate(masks)
+    ]
 
 
 def layouts(folder, coco_dir):  # noqa: F811
     """Small copies of three published layouts under their options."""
-    yield load_data(parquet(folder / "a", "test", [r | {"split": "test"} for r in coco_rows()]), "test", 6,
-                    coco_dir=str(coco_dir))
-    yield load_data(parquet(folder / "b", "test", bool_rows(square(), ~square(), square())), "test", 6)
-    polygon = [{"question_id": str(i), "image": png(i), "question": "", "answer": ["the left object"],
-                "segmentation": [float(v) for v in SQUARE]}
-               for i in range(3)]
+    yield load_data(
+        parquet(folder / "a", "test", [r | {"split": "test"} for r in coco_rows()]),
+        "test",
+        6,
+        coco_dir=str(coco_dir),
+    )
+    yield load_data(
+        parquet(folder / "b", "test", bool_rows(square(), ~square(), square())), "test", 6
+    )
+    polygon = [
+        {
+            "question_id": str(i),
+            "image": png(i),
+            "question": "",
+            "answer": ["the left object"],
+            "segmentation": [float(v) for v in SQUARE],
+        }
+        for i in range(3)
+    ]
     yield load_data(parquet(folder / "c", "val", polygon), "validation", 6)
     (folder / "d").mkdir()
     reasonseg_folder(folder / "d")
@@ -95,7 +133,11 @@ def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(
         report = evaluate(policy, segmenter, data, SETTINGS)
         ious, intersections, unions = [], 0, 0
         for row, panel in zip(report.rows, shown(segmenter, data, report.rows, SETTINGS, 112)):
-            truth, ignore, nothing = panel.sample.mask, panel.sample.ignore, np.zeros_like(panel.sample.mask)
+            truth, ignore, nothing = (
+                panel.sample.mask,
+                panel.sample.ignore,
+                np.zeros_like(panel.sample.mask),
+            )
             mask = panel.reward.mask if row.in_format else nothing
             known = ~(nothing if ignore is None else ignore)  # undecided pixels are cut out of both
             pair = [coco.merge([code(m), code(known)], intersect=True) for m in (mask, truth)]
@@ -104,46 +146,78 @@ def test_giou_and_ciou_are_those_of_pycocotools_on_every_layout(
             unions += int(coco.area(coco.merge(pair)))
             seen += row.in_format
         summary = report.summary()
-        assert (summary["gIoU"] == pytest.approx(np.mean(ious))
-                and summary["cIoU"] == pytest.approx(intersections / unions))
+        assert summary["gIoU"] == pytest.approx(np.mean(ious)) and summary["cIoU"] == pytest.approx(
+            intersections / unions
+        )
         assert 0 < summary["cIoU"] < 1
     assert seen == 14  # of 16: two could not be read
 
 
-def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(policy, segmenter, tmp_path, monkeypatch):
+def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(
+    policy, segmenter, tmp_path, monkeypatch
+):
     say(monkeypatch, BOXES[:1])
     empty = np.zeros((HEIGHT, WIDTH), bool)
     data = load_data(parquet(tmp_path / "a", "test", bool_rows(square(), empty)), "test", 6)
     both, one = (
         evaluate(policy, segmenter, data, SETTINGS),
-        evaluate(policy, segmenter, data, replace(SETTINGS, empty_truth="excluded")))
-    assert len(both.rows) == 2 and len(one.rows) == 1 and both.summary()["count"] == 2 and one.summary()["count"] == 1
+        evaluate(policy, segmenter, data, replace(SETTINGS, empty_truth="excluded")),
+    )
+    assert (
+        len(both.rows) == 2
+        and len(one.rows) == 1
+        and both.summary()["count"] == 2
+        and one.summary()["count"] == 1
+    )
     assert both.rows[1].pair[1] > 0 == both.rows[1].iou  # something was predicted where nothing is
     assert 0 < both.summary()["gIoU"] == pytest.approx(one.summary()["gIoU"] / 2)
-    monkeypatch.setattr(segmenter, "masks", lambda image, boxes, points: np.zeros((len(boxes), *image.shape[:2]), bool))
+    monkeypatch.setattr(
+        segmenter,
+        "masks",
+        lambda image, boxes, points: np.zeros((len(boxes), *image.shape[:2]), bool),
+    )
     silent = evaluate(policy, segmenter, data, SETTINGS)
     # an answer that was read, and a mask with nothing in it
     assert silent.rows[1].pair == silent.rows[1].strict == (0, 0)
     # right about the empty one, wrong about the other
     assert silent.summary()["gIoU"] == silent.summary()["gIoU_lenient"] == 0.5
     with pytest.raises(UserError, match="--empty-truth"):
-        evaluate(policy, segmenter, load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1),
-                 replace(SETTINGS, empty_truth="excluded"))
+        evaluate(
+            policy,
+            segmenter,
+            load_data(parquet(tmp_path / "b", "test", bool_rows(empty)), "test", 1),
+            replace(SETTINGS, empty_truth="excluded"),
+        )
 
 
 def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_and_in_evaluation(
     policy, segmenter, monkeypatch
 ):
     say(monkeypatch, ["nothing"])
-    data = [Sample(Image.new("RGB", (112, 112)), "?", truth, "x")
-            for truth in (np.zeros((112, 112), bool), np.eye(112, dtype=bool))]
+    data = [
+        Sample(Image.new("RGB", (112, 112)), "?", truth, "x")
+        for truth in (np.zeros((112, 112), bool), np.eye(112, dtype=bool))
+    ]
     report = evaluate(policy, segmenter, data, SETTINGS)
-    assert [row.strict for row in report.rows] == [row.pair for row in report.rows] == [(0, 1), (0, 112)]
-    assert report.summary()["gIoU"] == report.summary()["gIoU_lenient"] == report.summary()["cIoU"] == 0
+    assert (
+        [row.strict for row in report.rows]
+        == [row.pair for row in report.rows]
+        == [(0, 1), (0, 112)]
+    )
+    assert (
+        report.summary()["gIoU"]
+        == report.summary()["gIoU_lenient"]
+        == report.summary()["cIoU"]
+        == 0
+    )
     for x in data:
         [trained], [evaluated] = (
-            score_group(segmenter, x, ["nothing"], 112, "iou", lenient=lenient) for lenient in (False, True))
-        assert trained.iou == evaluated.iou == trained.accuracy == 0 and trained.pair == evaluated.pair
+            score_group(segmenter, x, ["nothing"], 112, "iou", lenient=lenient)
+            for lenient in (False, True)
+        )
+        assert (
+            trained.iou == evaluated.iou == trained.accuracy == 0 and trained.pair == evaluated.pair
+        )
 
 
 # ------------------------------------------------------------------------------------------------ how it goes about it
@@ -154,14 +228,19 @@ def test_the_ceiling_is_that_of_the_true_boxes_and_each_picture_is_encoded_once(
 ):
     say(monkeypatch, BOXES)
     calls, encode = [], segmenter.predictor.model.image_encoder.forward
-    monkeypatch.setattr(segmenter.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x))
+    monkeypatch.setattr(
+        segmenter.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x)
+    )
     segmenter.seen = b""
     blind = Sample(samples[0].image, "?", np.zeros_like(samples[0].mask), "no object")
     report = evaluate(policy, segmenter, [*samples, blind], SETTINGS, with_ceiling=True)
     assert len(calls) == len(samples) + 1
     masks = [segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])[0] for x in samples]
     each = [(m & x.mask).sum() / (m | x.mask).sum() for m, x in zip(masks, samples)]
-    assert report.ceiling == {"gIoU": pytest.approx(np.mean(each)), "count": len(samples)} and 0.5 < np.mean(each) < 1
+    assert (
+        report.ceiling == {"gIoU": pytest.approx(np.mean(each)), "count": len(samples)}
+        and 0.5 < np.mean(each) < 1
+    )
     assert [row.ceiling is None for row in report.rows] == [False] * len(samples) + [True]
 
 
@@ -177,7 +256,12 @@ class Photos(Sequence):
     def __getitem__(self, i):
         if not 0 <= i < self.count:
             raise IndexError(i)
-        x = Sample(Image.new("RGB", (600, 400), (i, 90, 30)), "the star", np.eye(400, 600, dtype=bool), str(i))
+        x = Sample(
+            Image.new("RGB", (600, 400), (i, 90, 30)),
+            "the star",
+            np.eye(400, 600, dtype=bool),
+            str(i),
+        )
         self.made.append([weakref.ref(part) for part in (x, x.image, x.mask)])
         self.most = max(self.most, self.held())
         return x
@@ -186,7 +270,9 @@ class Photos(Sequence):
         return max(sum(part() is not None for part in parts) for parts in zip(*self.made))
 
 
-def test_a_report_holds_no_picture_and_no_mask_and_those_it_shows_are_made_again(policy, segmenter, monkeypatch):
+def test_a_report_holds_no_picture_and_no_mask_and_those_it_shows_are_made_again(
+    policy, segmenter, monkeypatch
+):
     say(monkeypatch, BOXES)
     data = Photos(12)
     report = evaluate(policy, segmenter, data, replace(SETTINGS, eval_batch=2))
@@ -197,7 +283,11 @@ def test_a_report_holds_no_picture_and_no_mask_and_those_it_shows_are_made_again
     first, last = shown(segmenter, data, [report.rows[11], report.rows[3]], SETTINGS, 112)
     assert (first.sample.id, last.sample.id) == ("11", "3")
     for panel, row in ((first, report.rows[11]), (last, report.rows[3])):
-        assert panel.text == row.text and panel.reward.pair == row.pair and panel.reward.mask.shape == (400, 600)
+        assert (
+            panel.text == row.text
+            and panel.reward.pair == row.pair
+            and panel.reward.mask.shape == (400, 600)
+        )
 
 
 def test_the_batch_of_evaluation_is_what_was_asked_for(policy, segmenter, samples, monkeypatch):
@@ -205,8 +295,11 @@ def test_the_batch_of_evaluation_is_what_was_asked_for(policy, segmenter, sample
     say(monkeypatch, BOXES)
     speak = evaluation.sample
     monkeypatch.setattr(
-        evaluation, "sample",
-        lambda policy, prompts, *a, **k: sizes.append(len(prompts)) or speak(policy, prompts, *a, **k))
+        evaluation,
+        "sample",
+        lambda policy, prompts, *a, **k: sizes.append(len(prompts))
+        or speak(policy, prompts, *a, **k),
+    )
     for batch, expected in ((0, [6]), (4, [4, 2]), (1, [1] * 6)):
         sizes.clear()
         evaluate(policy, segmenter, samples, replace(SETTINGS, eval_batch=batch))
@@ -247,48 +340,87 @@ json.dump(found, open(sys.argv[1] + f"/{rank}.json", "w"))
 """
 
 
-def test_two_processes_evaluate_half_each_and_both_end_with_the_whole_report(policy, segmenter, tmp_path, monkeypatch):
+def test_two_processes_evaluate_half_each_and_both_end_with_the_whole_report(
+    policy, segmenter, tmp_path, monkeypatch
+):
     (tmp_path / "shared.py").write_text(SHARED)
     root, launch = Path(__file__).parent.parent, [
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(tmp_path / "shared.py")]
-    out = subprocess.run([sys.executable, *launch, str(tmp_path)], cwd=root, capture_output=True, text=True,
-                         timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--",
+        str(tmp_path / "shared.py"),
+    ]
+    out = subprocess.run(
+        [sys.executable, *launch, str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+    )
     assert out.returncode == 0, out.stderr[-3000:]
     a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert a.pop("asked") == [0, 2, 4, 6] and b.pop("asked") == [1, 3, 5] and a == b
     # what each says to its first, second, ... question
     say(monkeypatch, [answer([10 * i, 10, 90, 90]) for i in (0, 0, 1, 1, 2, 2, 3)])
-    alone = evaluate(policy, segmenter, load_data("shapes", "validation", 7), SETTINGS, with_ceiling=True)
+    alone = evaluate(
+        policy, segmenter, load_data("shapes", "validation", 7), SETTINGS, with_ceiling=True
+    )
     assert [row["index"] for row in a["rows"]] == list(range(7)) and a["ceiling"] == alone.ceiling
-    assert [(row["id"], row["strict"]) for row in a["rows"]] == [(row.id, list(row.strict)) for row in alone.rows]
+    assert [(row["id"], row["strict"]) for row in a["rows"]] == [
+        (row.id, list(row.strict)) for row in alone.rows
+    ]
     assert a["summary"] == json.loads(json.dumps(alone.summary()))
 
 
 def answer(box, think="."):
-    return '<think>%s</think><answer>{"bbox": %s, "points": [[40, 40, 1]]}</answer>' % (think, json.dumps(box))
+    return '<think>%s</think><answer>{"bbox": %s, "points": [[40, 40, 1]]}</answer>' % (
+        think,
+        json.dumps(box),
+    )
 
 
 def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all(
     policy, segmenter, samples, monkeypatch
 ):
     """The group of each question: two alike in the format, three alike that are not, one that says nothing."""
-    texts = [answer([60, 60, 100, 100]), "no idea", answer([60, 60, 100, 100], "2"),
-             *[f"At [10, 10, {x}, 50]." for x in (50, 51, 50)]]
+    texts = [
+        answer([60, 60, 100, 100]),
+        "no idea",
+        answer([60, 60, 100, 100], "2"),
+        *[f"At [10, 10, {x}, 50]." for x in (50, 51, 50)],
+    ]
     chances = []
 
     def speak(_, prompts, group, length, temperature, chance):
         assert group == 6 and temperature == 1
         chances.extend(chance)
-        return [[Completion(torch.ones(1), torch.zeros(1), False, text) for text in texts] for _ in prompts]
+        return [
+            [Completion(torch.ones(1), torch.zeros(1), False, text) for text in texts]
+            for _ in prompts
+        ]
 
     monkeypatch.setattr(evaluation, "sample", speak)
-    boxes = lambda image, boxes, points: np.stack([
-        np.pad(np.ones((int(d - b), int(c - a)), bool), ((int(b), 112 - int(d)), (int(a), 112 - int(c))))
-        for a, b, c, d in boxes])
+    boxes = lambda image, boxes, points: np.stack(
+        [
+            np.pad(
+                np.ones((int(d - b), int(c - a)), bool),
+                ((int(b), 112 - int(d)), (int(a), 112 - int(c))),
+            )
+            for a, b, c, d in boxes
+        ]
+    )
     monkeypatch.setattr(segmenter, "masks", boxes)
     low, high = np.zeros((2, 112, 112), bool)
     low[60:100, 60:100], high[10:50, 10:50] = True, True
-    data = [replace(samples[0], mask=low), replace(samples[1], mask=high), replace(samples[2], mask=low | high)]
+    data = [
+        replace(samples[0], mask=low),
+        replace(samples[1], mask=high),
+        replace(samples[2], mask=low | high),
+    ]
     report = evaluate(policy, segmenter, data, SETTINGS, votes=6)
     # the two, wherever the object is
     assert [row.strict for row in report.rows] == [(1600, 1600), (0, 3200), (1600, 3200)]
@@ -301,31 +433,54 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
     assert len(again.rows) == 3 and (torch.get_rng_state() == before).all()
     drawn, redrawn = torch.stack(chances[:3]), torch.stack(chances[3:])
     # by the place, whatever the batch
-    assert (drawn == redrawn).all() and drawn.shape == (3, 6, 112) and len(drawn.flatten().unique()) > 1600
+    assert (
+        (drawn == redrawn).all()
+        and drawn.shape == (3, 6, 112)
+        and len(drawn.flatten().unique()) > 1600
+    )
 
 
-def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(policy, segmenter, samples):
+def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(
+    policy, segmenter, samples
+):
     short = replace(SETTINGS, max_new_tokens=12)
     first, second = (evaluate(policy, segmenter, samples[:2], short, votes=3) for _ in range(2))
     assert [row.texts for row in first.rows] == [row.texts for row in second.rows]
-    assert all(len(row.texts) == 3 for row in first.rows) and any(len(set(row.texts)) > 1 for row in first.rows)
+    assert all(len(row.texts) == 3 for row in first.rows) and any(
+        len(set(row.texts)) > 1 for row in first.rows
+    )
 
 
 def row(i, picture, pair, strict, **more):
-    given = dict(kind="", question="?", texts=["."], text=".", truncated=False, in_format=True, why="", box_iou=1.0)
+    given = dict(
+        kind="",
+        question="?",
+        texts=["."],
+        text=".",
+        truncated=False,
+        in_format=True,
+        why="",
+        box_iou=1.0,
+    )
     return Row(i, str(i), picture, pair=pair, strict=strict, **given | more)
 
 
 def test_each_interval_of_a_summary_is_over_pictures_and_of_its_own_figure():
-    rows = [row(i, "a", (9, 10), (9, 10)) for i in range(30)] + [row(i, "b", (5, 10), (1, 10)) for i in range(30)]
+    rows = [row(i, "a", (9, 10), (9, 10)) for i in range(30)] + [
+        row(i, "b", (5, 10), (1, 10)) for i in range(30)
+    ]
     summary = Report(rows).summary()
     for name, low in (("gIoU", 0.1), ("gIoU_lenient", 0.5), ("cIoU", 0.1)):
         assert summary[f"{name}_interval"] == pytest.approx((low, 0.9)), name
 
 
 def test_a_box_outside_the_format_is_not_accurate_and_what_was_cut_off_is_counted():
-    rows = [row(0, "", (1, 1), (1, 1)), row(1, "", (1, 1), (0, 1), in_format=False, truncated=True),
-            row(2, "", (1, 2), (1, 2), box_iou=0.5), row(3, "", (1, 2), (1, 2), box_iou=0.51)]
+    rows = [
+        row(0, "", (1, 1), (1, 1)),
+        row(1, "", (1, 1), (0, 1), in_format=False, truncated=True),
+        row(2, "", (1, 2), (1, 2), box_iou=0.5),
+        row(3, "", (1, 2), (1, 2), box_iou=0.51),
+    ]
     summary = Report(rows).summary()
     assert (summary["box_accuracy"], summary["truncated"], summary["format"]) == (0.5, 0.25, 0.75)
 
@@ -341,9 +496,22 @@ def test_the_answer_that_counts_is_the_middle_one_and_what_is_shown_is_the_mask_
 ):
     boxes = [[70, 10, 100, 30], [10, 10, 51, 50], [10, 10, 50, 50], [10, 10, 49, 50]]
     texts = [answer(box) for box in boxes]
-    monkeypatch.setattr(evaluation, "sample", lambda _, prompts, *a, **k: [
-        [Completion(torch.ones(1), torch.zeros(1), i == 0, text) for i, text in enumerate(texts)] for _ in prompts])
-    monkeypatch.setattr(segmenter, "masks", lambda image, boxes, points: np.stack([filled(b, 112, 112) for b in boxes]))
+    monkeypatch.setattr(
+        evaluation,
+        "sample",
+        lambda _, prompts, *a, **k: [
+            [
+                Completion(torch.ones(1), torch.zeros(1), i == 0, text)
+                for i, text in enumerate(texts)
+            ]
+            for _ in prompts
+        ],
+    )
+    monkeypatch.setattr(
+        segmenter,
+        "masks",
+        lambda image, boxes, points: np.stack([filled(b, 112, 112) for b in boxes]),
+    )
     report = evaluate(policy, segmenter, samples[:1], SETTINGS, votes=4)
     [only] = report.rows
     assert only.text == texts[1] and only.truncated is False
@@ -354,8 +522,11 @@ def test_the_answer_that_counts_is_the_middle_one_and_what_is_shown_is_the_mask_
 def test_undecided_pixels_are_left_out_of_the_ceiling_and_of_what_a_sheet_says(segmenter, samples):
     x = replace(samples[0], ignore=~samples[0].mask)
     [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
-    assert true_box_iou(segmenter, x) == iou(*intersection_union(mask, x.mask, x.ignore)) != iou(
-        *intersection_union(mask, x.mask))
+    assert (
+        true_box_iou(segmenter, x)
+        == iou(*intersection_union(mask, x.mask, x.ignore))
+        != iou(*intersection_union(mask, x.mask))
+    )
     _, reward, lenient, strict = judge(segmenter, x, [answer([1, 1, 111, 111])], SETTINGS, 112)
     assert reward.pair == lenient == strict and reward.iou == iou(*strict)
 
@@ -363,7 +534,10 @@ def test_undecided_pixels_are_left_out_of_the_ceiling_and_of_what_a_sheet_says(s
 def test_where_boxes_are_compared_the_ceiling_is_1(policy, segmenter, samples, monkeypatch):
     say(monkeypatch, BOXES)
     data = [replace(x, box_only=True) for x in samples[:2]]
-    assert evaluate(policy, segmenter, data, SETTINGS, with_ceiling=True).ceiling == {"gIoU": 1, "count": 2}
+    assert evaluate(policy, segmenter, data, SETTINGS, with_ceiling=True).ceiling == {
+        "gIoU": 1,
+        "count": 2,
+    }
 
 
 def test_points_in_an_evaluation_are_those_that_its_settings_allow(segmenter, samples):
@@ -376,11 +550,15 @@ def test_points_in_an_evaluation_are_those_that_its_settings_allow(segmenter, sa
 
 def test_the_table_at_the_end_has_each_figure_under_its_name():
     each = lambda x: {"gIoU": x, "gIoU_lenient": x + 0.01, "cIoU": x + 0.02, "format": x + 0.03}
-    table = before_after({"base": each(0.1), "trained": each(0.5), "ceiling": {"gIoU": 0.9}}).splitlines()
+    table = before_after(
+        {"base": each(0.1), "trained": each(0.5), "ceiling": {"gIoU": 0.9}}
+    ).splitlines()
     assert [line.split() for line in table] == [
         ["held-out", "test,", "greedy", "gIoU", "lenient", "cIoU", "format"],
-        ["base", "0.100", "0.110", "0.120", "0.130"], ["trained", "0.500", "0.510", "0.520", "0.530"],
-        ["true", "boxes", "through", "SAM", "0.900"]]
+        ["base", "0.100", "0.110", "0.120", "0.130"],
+        ["trained", "0.500", "0.510", "0.520", "0.530"],
+        ["true", "boxes", "through", "SAM", "0.900"],
+    ]
 
 
 class Stopping(Sequence):
@@ -410,7 +588,9 @@ def test_an_evaluation_that_goes_on_with_another_number_of_processes_answers_eac
             say(monkeypatch, BOXES)
             some = Stopping(data, until)
             try:
-                rows += evaluate(policy, segmenter, some, replace(SETTINGS, eval_batch=2), keep=keep).rows
+                rows += evaluate(
+                    policy, segmenter, some, replace(SETTINGS, eval_batch=2), keep=keep
+                ).rows
             except KeyboardInterrupt:
                 pass
         return sorted(row.index for row in rows)
@@ -428,8 +608,10 @@ def test_an_evaluation_that_goes_on_with_another_number_of_processes_answers_eac
 @pytest.fixture
 def no_model(monkeypatch):
     """Whoever loads a model here has not looked at the user's mistake before."""
+
     def loaded(*a, **k):
         raise AssertionError("a model was loaded")
+
     monkeypatch.setattr(loading, "load_policy", loaded)
     monkeypatch.setattr(loading, "load_segmenter", loaded)
 
@@ -446,24 +628,49 @@ def mistakes(folder):
     return ["huge.png", "cut.png", "text.jpg", "empty.png", "header.png", "missing.png", "."]
 
 
-def test_a_file_that_is_no_usable_picture_ends_in_one_line_before_a_model_is_loaded(tmp_path, no_model, capsys):
+def test_a_file_that_is_no_usable_picture_ends_in_one_line_before_a_model_is_loaded(
+    tmp_path, no_model, capsys
+):
     for name in mistakes(tmp_path):
         with pytest.raises(SystemExit) as left:
-            command.main(["--preset", "tiny", "--image", str(tmp_path / name), "--question", "the star",
-                          "--out", str(tmp_path / "out")])
+            command.main(
+                [
+                    "--preset",
+                    "tiny",
+                    "--image",
+                    str(tmp_path / name),
+                    "--question",
+                    "the star",
+                    "--out",
+                    str(tmp_path / "out"),
+                ]
+            )
         errors = capsys.readouterr().err.splitlines()
-        assert (left.value.code == 2 and len(errors) == 1 and f"--image {tmp_path / name}: " in errors[0]
-                and not errors[0].endswith(": ")), (name, errors)
+        assert (
+            left.value.code == 2
+            and len(errors) == 1
+            and f"--image {tmp_path / name}: " in errors[0]
+            and not errors[0].endswith(": ")
+        ), (name, errors)
 
 
 @pytest.mark.parametrize(
     "options, words",
-    [(["--data", "typo"], "--data typo"),
-     (["--out", "taken/below"], "--out taken/below: nothing can be written there (Not a directory)"),
-     (["--votes", "0"], "--votes must be at least 1, not 0"),
-     (["--eval-batch", "-1"], "--eval-batch must not be below 0"), (["--data", "empty"], "--data"),
-     (["--mirror", "--image", "a.png", "--question", "the star"], "--mirror goes with a data set"),
-     (["--image", "a.png", "--question", " "], "--question is empty")],
+    [
+        (["--data", "typo"], "--data typo"),
+        (
+            ["--out", "taken/below"],
+            "--out taken/below: nothing can be written there (Not a directory)",
+        ),
+        (["--votes", "0"], "--votes must be at least 1, not 0"),
+        (["--eval-batch", "-1"], "--eval-batch must not be below 0"),
+        (["--data", "empty"], "--data"),
+        (
+            ["--mirror", "--image", "a.png", "--question", "the star"],
+            "--mirror goes with a data set",
+        ),
+        (["--image", "a.png", "--question", " "], "--question is empty"),
+    ],
 )
 def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(
     options, words, tmp_path, monkeypatch, no_model, capsys
@@ -476,25 +683,53 @@ def test_what_can_be_checked_cheaply_is_checked_before_a_model_is_loaded(
     assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
 
 
-def test_an_adapter_without_weights_or_of_another_base_and_damaged_settings_are_one_line(tmp_path, policy, capsys):
+def test_an_adapter_without_weights_or_of_another_base_and_damaged_settings_are_one_line(
+    tmp_path, policy, capsys
+):
     adapter = tmp_path / "run" / "adapter"
     policy.model.save_pretrained(adapter)
     weights, settings = adapter / "adapter_model.safetensors", tmp_path / "run" / "settings.json"
     whole = load_file(weights)
     cases = [
-        (lambda: save_file({name: tensor for name, tensor in whole.items() if "layers.3." not in name}, weights),
-         f"adapter {adapter} does not fit this policy (it is of other layers)"),
-        (lambda: save_file({name: tensor[:, :100].clone() if "lora_A" in name else tensor
-                            for name, tensor in whole.items()}, weights),
-         f"adapter {adapter} does not fit"),
-        (lambda: settings.write_text('{"samples": 30'), f"{settings} cannot be read as a run's settings"),
+        (
+            lambda: save_file(
+                {name: tensor for name, tensor in whole.items() if "layers.3." not in name}, weights
+            ),
+            f"adapter {adapter} does not fit this policy (it is of other layers)",
+        ),
+        (
+            lambda: save_file(
+                {
+                    name: tensor[:, :100].clone() if "lora_A" in name else tensor
+                    for name, tensor in whole.items()
+                },
+                weights,
+            ),
+            f"adapter {adapter} does not fit",
+        ),
+        (
+            lambda: settings.write_text('{"samples": 30'),
+            f"{settings} cannot be read as a run's settings",
+        ),
         (lambda: weights.unlink(), f"--adapter {adapter}: no adapter_model.safetensors there"),
     ]
     for break_it, words in cases:
         break_it()
         with pytest.raises(SystemExit) as left:
-            command.main(["--preset", "tiny", "--device", "cpu", "--count", "2", "--adapter", str(adapter),
-                          "--out", str(tmp_path / "out")])
+            command.main(
+                [
+                    "--preset",
+                    "tiny",
+                    "--device",
+                    "cpu",
+                    "--count",
+                    "2",
+                    "--adapter",
+                    str(adapter),
+                    "--out",
+                    str(tmp_path / "out"),
+                ]
+            )
         errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert left.value.code == 2 and len(errors) == 1 and words in errors[0], errors
 
@@ -510,26 +745,71 @@ def test_a_disk_that_is_full_ends_in_one_line(program, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device", "results.json")
 
     monkeypatch.setattr(
-        "samr1_mini.grpo.load_parts" if program is train else "samr1_mini.running.loading.load_parts", full)
+        (
+            "samr1_mini.grpo.load_parts"
+            if program is train
+            else "samr1_mini.running.loading.load_parts"
+        ),
+        full,
+    )
     with pytest.raises(SystemExit) as left:
-        program.main(["--preset", "tiny", "--device", "cpu",
-                      *(["--run", str(tmp_path / "run")] if program is train else ["--out", str(tmp_path)])])
+        program.main(
+            [
+                "--preset",
+                "tiny",
+                "--device",
+                "cpu",
+                *(
+                    ["--run", str(tmp_path / "run")]
+                    if program is train
+                    else ["--out", str(tmp_path)]
+                ),
+            ]
+        )
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert left.value.code == 2 and len(errors) == 1 and "No space left on device" in errors[0]
 
 
-def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_be_voted_on(tmp_path, capsys):
-    options = ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path), "--votes", "3",
-               "--max-new-tokens", "40", "--eval-batch", "2"]
+def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_be_voted_on(
+    tmp_path, capsys
+):
+    options = [
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--votes",
+        "3",
+        "--max-new-tokens",
+        "40",
+        "--eval-batch",
+        "2",
+    ]
     command.main([*options, "--count", "3"])
     out = capsys.readouterr().out
-    assert ("the majority of 3 answers at temperature 1, 2 questions side by side" in out
-            and "'format' counts the questions with one answer in the format, at least" in out
-            and "cannot be read counts 0 whatever the truth is" in out)
-    assert json.loads((tmp_path / "results.json").read_text())["votes"] == 3 and (tmp_path / "sheet.png").exists()
+    assert (
+        "the majority of 3 answers at temperature 1, 2 questions side by side" in out
+        and "'format' counts the questions with one answer in the format, at least" in out
+        and "cannot be read counts 0 whatever the truth is" in out
+    )
+    assert (
+        json.loads((tmp_path / "results.json").read_text())["votes"] == 3
+        and (tmp_path / "sheet.png").exists()
+    )
     load_data("shapes", "test", 1)[0].image.save(tmp_path / "scene.png")
-    command.main([*options, "--image", str(tmp_path / "scene.png"), "--question", "the largest object",
-                  "--empty-truth", "excluded"])
+    command.main(
+        [
+            *options,
+            "--image",
+            str(tmp_path / "scene.png"),
+            "--question",
+            "the largest object",
+            "--empty-truth",
+            "excluded",
+        ]
+    )
     assert (tmp_path / "scene-overlay.png").exists() and "mask: " in capsys.readouterr().out
     with Image.open(tmp_path / "scene-mask.png") as mask:
         assert mask.size == (112, 112) and 0 < np.asarray(mask).mean() < 1
@@ -538,8 +818,12 @@ def test_votes_and_batch_are_printed_among_the_conventions_and_one_picture_can_b
 def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_its_number(
     segmenter, samples, tmp_path, monkeypatch
 ):
-    texts = ["左边的狗在 [10, 20, 30, 40]。", "الكلب على اليسار", "the dog \U0001f415\U0001f44d\U0001f3fd \u202e \x07",
-             "it costs $5 and $6_a^b, \\frac{1}"]
+    texts = [
+        "左边的狗在 [10, 20, 30, 40]。",
+        "الكلب على اليسار",
+        "the dog \U0001f415\U0001f44d\U0001f3fd \u202e \x07",
+        "it costs $5 and $6_a^b, \\frac{1}",
+    ]
     panels = []
     for text in texts:
         [reward] = score_group(segmenter, samples[0], [text], 112, lenient=True)
@@ -547,12 +831,18 @@ def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_i
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.sample_sheet(tmp_path / "a.png", panels, 112, "any script")
-        monkeypatch.setattr(plots, "FAMILIES", ["DejaVu Sans"])  # the only one that is there everywhere
+        monkeypatch.setattr(
+            plots, "FAMILIES", ["DejaVu Sans"]
+        )  # the only one that is there everywhere
         plots.sample_sheet(tmp_path / "b.png", panels, 112, "any script")
-    assert (plots.legible("a 左 狗", 40) == "a ⟨U+5DE6⟩ ⟨U+72D7⟩"
-            and plots.legible("é ü Ж ∑ اليسار 😀", 40) == "é ü Ж ∑ اليسار 😀")
-    assert (plots.legible("a\x07b\u202ec", 40) == "a⟨U+0007⟩b⟨U+202E⟩c"
-            and plots.legible("one two three four", 9, 1) == "one two …")
+    assert (
+        plots.legible("a 左 狗", 40) == "a ⟨U+5DE6⟩ ⟨U+72D7⟩"
+        and plots.legible("é ü Ж ∑ اليسار 😀", 40) == "é ü Ж ∑ اليسار 😀"
+    )
+    assert (
+        plots.legible("a\x07b\u202ec", 40) == "a⟨U+0007⟩b⟨U+202E⟩c"
+        and plots.legible("one two three four", 9, 1) == "one two …"
+    )
     with Image.open(tmp_path / "b.png") as image:
         assert image.width > 1000
 
@@ -570,15 +860,31 @@ def test_a_large_photo_is_drawn_by_every_few_pixels_with_all_in_its_place(segmen
     plots.draw_answer(axes, Panel(sample, "", replace(reward, mask=mask)), 112)
     assert axes.images[0].get_size() == (534, 800)
     box = axes.get_lines()[1]
-    assert (box.get_xdata()[:2] == pytest.approx([199.5, 399.5], abs=0.6)
-            and box.get_ydata()[1:3] == pytest.approx([132.8, 266.2], abs=0.6))
-    rows, columns = np.nonzero(axes.images[0].get_array()[..., 0] == 255)  # in full light: what SAM's mask holds
+    assert box.get_xdata()[:2] == pytest.approx([199.5, 399.5], abs=0.6) and box.get_ydata()[
+        1:3
+    ] == pytest.approx([132.8, 266.2], abs=0.6)
+    rows, columns = np.nonzero(
+        axes.images[0].get_array()[..., 0] == 255
+    )  # in full light: what SAM's mask holds
     assert (columns.min(), columns.max(), rows.min(), rows.max()) == (200, 399, 134, 266)
     plt.close(figure)
 
 
-def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(tmp_path, monkeypatch, capsys):
-    options = ["--preset", "tiny", "--device", "cpu", "--count", "6", "--eval-batch", "2", "--max-new-tokens", "40"]
+def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
+    tmp_path, monkeypatch, capsys
+):
+    options = [
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--count",
+        "6",
+        "--eval-batch",
+        "2",
+        "--max-new-tokens",
+        "40",
+    ]
     command.main([*options, "--out", str(tmp_path / "whole")])
     seen, read = [], Shapes.__getitem__
 
@@ -595,33 +901,49 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(t
     assert len(kept.read_text().splitlines()) == 3
     with kept.open("a") as file:  # a kill in the middle of a line
         file.write('[{"index": 4, "id')
-    with monkeypatch.context() as again, pytest.raises(SystemExit):  # stopped once more, before anything is added
+    with monkeypatch.context() as again, pytest.raises(
+        SystemExit
+    ):  # stopped once more, before anything is added
         again.setattr(Shapes, "__getitem__", lambda *_: leave(UserError("still truncated")))
         command.main([*options, "--out", str(tmp_path / "cut")])
     assert kept.read_text().endswith("}]\n") and len(kept.read_text().splitlines()) == 3
     seen.append("again")
     command.main([*options, "--out", str(tmp_path / "cut")])
     assert seen[6:8] == [4, 5] and not kept.exists()
-    whole, cut = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    whole, cut = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")
+    )
     assert cut == whole | {"out": str(tmp_path / "cut")}
     seen[:] = ["again"]
     (tmp_path / "cut" / "answers.part.0").write_text("of something else\n[]\n")
     command.main([*options, "--out", str(tmp_path / "cut")])
-    assert seen[1:7] == list(range(6)) and json.loads((tmp_path / "cut" / "results.json").read_text()) == cut
+    assert (
+        seen[1:7] == list(range(6))
+        and json.loads((tmp_path / "cut" / "results.json").read_text()) == cut
+    )
     monkeypatch.setattr(loading, "load_parts", lambda *_: leave(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as left:
         command.main([*options, "--out", str(tmp_path / "cut")])
-    assert left.value.code == 130 and "goes on from here with the same command" in capsys.readouterr().err
+    assert (
+        left.value.code == 130
+        and "goes on from here with the same command" in capsys.readouterr().err
+    )
 
 
 def test_a_public_set_is_taken_whole_unless_a_count_is_given(tmp_path, no_model):
     taken = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("samr1_mini.data.open_data", lambda *a: taken.append(a[:3]) or leave(UserError("")))
+        patch.setattr(
+            "samr1_mini.data.open_data", lambda *a: taken.append(a[:3]) or leave(UserError(""))
+        )
         for more in ([], ["--data", "reasonseg"], ["--data", "reasonseg", "--count", "5"]):
             with pytest.raises(SystemExit):
                 command.main(["--preset", "tiny", "--out", str(tmp_path), *more])
-    assert taken == [("shapes", "test", 600), ("reasonseg", "test", sys.maxsize), ("reasonseg", "test", 5)]
+    assert taken == [
+        ("shapes", "test", 600),
+        ("reasonseg", "test", sys.maxsize),
+        ("reasonseg", "test", 5),
+    ]
 
 
 def test_a_model_is_merged_whole_or_not_at_all(tmp_path, policy, monkeypatch, capsys):
@@ -630,10 +952,16 @@ def test_a_model_is_merged_whole_or_not_at_all(tmp_path, policy, monkeypatch, ca
     options = ["--device", "cpu", "--adapter", str(adapter), "--merge", str(merged)]
     full_disk = SafetensorError("I/O error: No space left on device")
     with monkeypatch.context() as full, pytest.raises(SystemExit) as left:
-        full.setattr(type(policy.base), "save_pretrained", lambda _, name: Path(name).mkdir() or leave(full_disk))
+        full.setattr(
+            type(policy.base),
+            "save_pretrained",
+            lambda _, name: Path(name).mkdir() or leave(full_disk),
+        )
         command.main(options)
     told = capsys.readouterr()
-    assert left.value.code == 2 and f"--merge {merged}: I/O error: No space left on device" in told.err
+    assert (
+        left.value.code == 2 and f"--merge {merged}: I/O error: No space left on device" in told.err
+    )
     assert "no settings.json beside it, so all else is that of preset tiny" in told.out
     assert [x.name for x in tmp_path.iterdir()] == ["run"]
     command.main(options)
@@ -644,7 +972,9 @@ def leave(error):
     raise error
 
 
-def test_what_is_set_beside_an_adapter_is_printed_and_another_preset_is_refused(tmp_path, policy, no_model, capsys):
+def test_what_is_set_beside_an_adapter_is_printed_and_another_preset_is_refused(
+    tmp_path, policy, no_model, capsys
+):
     policy.model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "settings.json").write_text(json.dumps({"preset": "tiny", "max_points": 3}))
     adapter = ["--adapter", str(tmp_path / "adapter")]
@@ -670,21 +1000,37 @@ def test_a_picture_of_any_shape_can_be_drawn(size, segmenter, tmp_path):
     [reward] = score_group(segmenter, sample, [answer([28, 28, 56, 56])], 112)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots.sample_sheet(tmp_path / "sheet.png", [Panel(sample, "so " * 500, reward)] * 5, 112, "title")
+        plots.sample_sheet(
+            tmp_path / "sheet.png", [Panel(sample, "so " * 500, reward)] * 5, 112, "title"
+        )
 
 
 def test_a_mirrored_set_flips_picture_and_truth_and_exchanges_left_and_right():
     data = load_data("shapes", "test", 60)
     mirrored = Mirrored(data)
-    assert len(mirrored) == 60 and list(mirrored.ids) == list(data.ids) and mirrored.download_bytes == 0
+    assert (
+        len(mirrored) == 60
+        and list(mirrored.ids) == list(data.ids)
+        and mirrored.download_bytes == 0
+    )
     one = [replace(data[0], question="The Left one, LEFTMOST, lefthand, leftover")]
     assert Mirrored(one)[0].question == "The Right one, RIGHTMOST, righthand, leftover"
-    sides = {"left of": "right of", "right of": "left of", "leftmost": "rightmost", "rightmost": "leftmost"}
+    sides = {
+        "left of": "right of",
+        "right of": "left of",
+        "leftmost": "rightmost",
+        "rightmost": "leftmost",
+    }
     asked = 0
     for x, y in zip(data, mirrored):
-        assert (np.asarray(y.image) == np.asarray(x.image)[:, ::-1]).all() and (y.mask == x.mask[:, ::-1]).all()
+        assert (np.asarray(y.image) == np.asarray(x.image)[:, ::-1]).all() and (
+            y.mask == x.mask[:, ::-1]
+        ).all()
         here = [words for words in sides if words in x.question]
-        assert y.question == (x.question.replace(here[0], sides[here[0]]) if here else x.question) and y.kind == x.kind
+        assert (
+            y.question == (x.question.replace(here[0], sides[here[0]]) if here else x.question)
+            and y.kind == x.kind
+        )
         asked += bool(here)
     assert asked > 5
 
@@ -713,21 +1059,47 @@ def test_what_eval_is_told_reaches_the_data_and_the_evaluation(asked, tmp_path):
     reasonseg_folder(tmp_path)
     options = ["--data", tmp_path, "--split", "validation", "--out", tmp_path / "out"]
     plain = asked(*options)
-    told = asked(*options, "--sentences", "all", "--ignore", "excluded", "--mirror", "--blank", "--votes", 3)
-    assert len(plain["data"]) == 1 and plain["data"][0].ignore is None and not plain["blank"] and plain["votes"] == 1
+    told = asked(
+        *options, "--sentences", "all", "--ignore", "excluded", "--mirror", "--blank", "--votes", 3
+    )
+    assert (
+        len(plain["data"]) == 1
+        and plain["data"][0].ignore is None
+        and not plain["blank"]
+        and plain["votes"] == 1
+    )
     assert len(told["data"]) == 2 and told["blank"] and told["votes"] == 3
-    assert told["data"][0].ignore[:, : WIDTH - 30].any() and (
-        told["data"][0].mask | told["data"][0].ignore == plain["data"][0].mask[:, ::-1]).all()
-    one = asked("--image", tmp_path / "val/a.jpg", "--question", "?", "--blank", "--votes", 3, "--out", tmp_path / "o")
+    assert (
+        told["data"][0].ignore[:, : WIDTH - 30].any()
+        and (told["data"][0].mask | told["data"][0].ignore == plain["data"][0].mask[:, ::-1]).all()
+    )
+    one = asked(
+        "--image",
+        tmp_path / "val/a.jpg",
+        "--question",
+        "?",
+        "--blank",
+        "--votes",
+        3,
+        "--out",
+        tmp_path / "o",
+    )
     assert one["blank"] and one["votes"] == 3
 
 
-def test_answers_that_were_kept_are_of_the_same_questions_and_the_same_adapter(asked, policy, tmp_path):
+def test_answers_that_were_kept_are_of_the_same_questions_and_the_same_adapter(
+    asked, policy, tmp_path
+):
     adapter = tmp_path / "run/adapter"
     policy.model.save_pretrained(adapter)
-    line = lambda *more: asked("--adapter", adapter, "--count", 4, "--out", tmp_path / "out", *more)["keep"][1]
+    line = lambda *more: asked(
+        "--adapter", adapter, "--count", 4, "--out", tmp_path / "out", *more
+    )["keep"][1]
     first = line()
-    assert first == line() and len({first, line("--votes", 2), line("--mirror"), line("--split", "train")}) == 4
+    assert (
+        first == line()
+        and len({first, line("--votes", 2), line("--mirror"), line("--split", "train")}) == 4
+    )
     os.utime(adapter / "adapter_model.safetensors", (1, 1))  # trained on
     assert line() != first
 
@@ -741,16 +1113,33 @@ def test_kept_answers_of_a_folder_go_where_its_lines_are_others(asked, tmp_path)
 
 
 def test_what_eval_prints_and_draws_of_a_report(policy, segmenter, monkeypatch, tmp_path, capsys):
-    rows = [row(i, "", (i, 20), (i, 20 + 9 * i)) for i in np.random.default_rng(0).permutation(20).tolist()]
+    rows = [
+        row(i, "", (i, 20), (i, 20 + 9 * i))
+        for i in np.random.default_rng(0).permutation(20).tolist()
+    ]
     drawn = []
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: Report(rows))
-    monkeypatch.setattr(evaluation, "shown", lambda segmenter, data, rows, *_: [r.index for r in rows])
+    monkeypatch.setattr(
+        evaluation, "shown", lambda segmenter, data, rows, *_: [r.index for r in rows]
+    )
     monkeypatch.setattr(plots, "sample_sheet", lambda path, panels, *_: drawn.extend(panels))
     data = type("Some", (list,), {"ids": [], "box_only": False, "missing": ["gone.jpg"]})(range(20))
-    options = {"out": str(tmp_path), "votes": 1, "adapter": None, "split": "test", "blank": False, "mirror": False}
+    options = {
+        "out": str(tmp_path),
+        "votes": 1,
+        "adapter": None,
+        "split": "test",
+        "blank": False,
+        "mirror": False,
+    }
     command.evaluate_set(policy, segmenter, data, SETTINGS, options)
     assert drawn == [19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0]  # best, middle, worst
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["missing"] == ["gone.jpg"] and [x["iou"] for x in results["answers"]] == [r.iou for r in rows]
+    assert results["missing"] == ["gone.jpg"] and [x["iou"] for x in results["answers"]] == [
+        r.iou for r in rows
+    ]
     (a, b), (c, d) = results["summary"]["gIoU_interval"], results["summary"]["cIoU_interval"]
-    assert f"of gIoU: {a:.3f} to {b:.3f}; of cIoU: {c:.3f} to {d:.3f}" in capsys.readouterr().out and a != c
+    assert (
+        f"of gIoU: {a:.3f} to {b:.3f}; of cIoU: {c:.3f} to {d:.3f}" in capsys.readouterr().out
+        and a != c
+    )

@@ -23,8 +23,14 @@ from samr1_mini.metrics import tight_box
 from samr1_mini.policy import TINY, check_policy, encode, load_policy, logprobs, prompt_text, sample
 from samr1_mini.reward import score_group
 
-TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=4096)
+TEXT = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+)
 FAMILY = ["qwen2_vl", "qwen3_vl"]
 CELL = {"qwen2_vl": 28, "qwen3_vl": 32}
 
@@ -35,20 +41,53 @@ def folders(tmp_path_factory):
     torch.manual_seed(0)
     parts, made = AutoProcessor.from_pretrained(TINY), {}
     tokenizer, token = parts.tokenizer, parts.tokenizer.convert_tokens_to_ids
-    ids = dict(image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-               vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
-    text = TEXT | dict(vocab_size=len(tokenizer), eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    qwen2 = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-        text_config=text | dict(
-            bos_token_id=token("<|endoftext|>"),
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])),
-        vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=14), **ids))
-    qwen3 = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=text | dict(
-            head_dim=16,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3], mrope_interleaved=True)),
-        vision_config=dict(depth=4, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=16,
-                           out_hidden_size=64, num_position_embeddings=64, deepstack_visual_indexes=[0, 2]), **ids))
+    ids = dict(
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
+    text = TEXT | dict(
+        vocab_size=len(tokenizer),
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<|endoftext|>"),
+    )
+    qwen2 = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config=text
+            | dict(
+                bos_token_id=token("<|endoftext|>"),
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]),
+            ),
+            vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=14),
+            **ids,
+        )
+    )
+    qwen3 = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=text
+            | dict(
+                head_dim=16,
+                rope_parameters=dict(
+                    rope_type="default",
+                    rope_theta=1e4,
+                    mrope_section=[2, 3, 3],
+                    mrope_interleaved=True,
+                ),
+            ),
+            vision_config=dict(
+                depth=4,
+                hidden_size=32,
+                intermediate_size=64,
+                num_heads=2,
+                patch_size=16,
+                out_hidden_size=64,
+                num_position_embeddings=64,
+                deepstack_visual_indexes=[0, 2],
+            ),
+            **ids,
+        )
+    )
     for model, kind in ((qwen2, Qwen2VLProcessor), (qwen3, Qwen3VLProcessor)):
         name = model.config.model_type
         made[name] = tmp_path_factory.mktemp(name)
@@ -59,8 +98,12 @@ def folders(tmp_path_factory):
         model.save_pretrained(made[name])
         for part in (parts.image_processor, parts.video_processor):
             part.patch_size = CELL[name] // 2
-        kind(parts.image_processor, tokenizer, parts.video_processor,
-             chat_template=parts.chat_template).save_pretrained(made[name])
+        kind(
+            parts.image_processor,
+            tokenizer,
+            parts.video_processor,
+            chat_template=parts.chat_template,
+        ).save_pretrained(made[name])
     return made
 
 
@@ -88,18 +131,29 @@ def test_sampled_and_packed_log_probs_equal_the_models_own_forward(other, sample
     for image, question, group in zip(images, questions, ids):
         for answer in group:
             inputs = other.processor(
-                text=[prompt_text(other.processor, question, *image.size, other.coordinates)], images=[image],
-                return_tensors="pt")
+                text=[prompt_text(other.processor, question, *image.size, other.coordinates)],
+                images=[image],
+                return_tensors="pt",
+            )
             start = inputs.input_ids.shape[1]
             inputs["input_ids"] = torch.cat([inputs.input_ids, answer[None]], 1)
             inputs["attention_mask"] = torch.ones_like(inputs.input_ids)
-            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs.mm_token_type_ids, (0, len(answer)))
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(
+                inputs.mm_token_type_ids, (0, len(answer))
+            )
             other.base.model.rope_deltas = None
             with torch.no_grad():
-                logits = other.base(**inputs).logits[0, start - 1 : -1].float().masked_fill(other.banned, -float("inf"))
+                logits = (
+                    other.base(**inputs)
+                    .logits[0, start - 1 : -1]
+                    .float()
+                    .masked_fill(other.banned, -float("inf"))
+                )
             alone.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0])
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(torch.cat([a.logps for g in groups for a in g]), torch.cat(alone), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        torch.cat([a.logps for g in groups for a in g]), torch.cat(alone), atol=1e-3, rtol=1e-3
+    )
     packed.sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in other.model.parameters())
 
@@ -116,19 +170,23 @@ def test_another_picture_gives_other_log_probs(other, samples):
     with torch.no_grad():
         seeing, blind = (
             logprobs(other, encode(other, [image], questions), ids)[0]
-            for image in (images[0], Image.new("RGB", images[0].size, (128, 128, 128))))
+            for image in (images[0], Image.new("RGB", images[0].size, (128, 128, 128)))
+        )
     assert (seeing - blind).abs().max() > 0.01
 
 
 def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, samples, segmenter):
     assert other.coordinates == "thousandths" and other.frame(128) == 1000
     assert "thousandths of the picture's width and height" in prompt_text(
-        other.processor, "what?", 128, 128, other.coordinates)
+        other.processor, "what?", 128, 128, other.coordinates
+    )
     item = samples[0]
     x1, y1, x2, y2 = (round(1000 * v / 112) for v in tight_box(item.mask))
     middle = [(x1 + x2) // 2, (y1 + y2) // 2, 1]
     text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [{middle}]}}</answer>'
-    [right], [wrong] = score_group(segmenter, item, [text], other.frame(112)), score_group(segmenter, item, [text], 112)
+    [right], [wrong] = score_group(segmenter, item, [text], other.frame(112)), score_group(
+        segmenter, item, [text], 112
+    )
     assert right.box_iou > 0.9 and right.iou > 0.8 > 0.1 > wrong.iou
 
 
@@ -148,12 +206,17 @@ def test_rollouts_and_evaluation_run_with_them(other, samples, segmenter):
 
 @pytest.mark.parametrize(
     "kind, size, words",
-    [("qwen3_vl", 840, "multiple of 32 .* not 840: try 832"), ("qwen2_vl", 100, "multiple of 28 .* not 100: try 112")],
+    [
+        ("qwen3_vl", 840, "multiple of 32 .* not 840: try 832"),
+        ("qwen2_vl", 100, "multiple of 28 .* not 100: try 112"),
+    ],
 )
 def test_a_size_that_does_not_divide_into_cells_is_refused_before_anything_is_loaded(
     folders, kind, size, words, monkeypatch
 ):
-    monkeypatch.setattr("samr1_mini.policy.AutoModelForImageTextToText.from_pretrained",
-                        lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "samr1_mini.policy.AutoModelForImageTextToText.from_pretrained",
+        lambda *_, **__: pytest.fail("it was loaded"),
+    )
     with pytest.raises(UserError, match=f"--image-size must be a {words}"):
         check_policy(folders[kind], size)

@@ -52,11 +52,17 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "no HTTP":
             return self.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")
         if fault == "broken chunk":
-            return self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\n" + data[:200])
+            return self.wfile.write(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\n" + data[:200]
+            )
         if fault == "slow headers":
             self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
             return self.trickle(b"x" * 1000)
-        wrong = {"short": data[:200], "page": b"<html>busy, come back</html>", "another size": ANOTHER_SIZE.getvalue()}
+        wrong = {
+            "short": data[:200],
+            "page": b"<html>busy, come back</html>",
+            "another size": ANOTHER_SIZE.getvalue(),
+        }
         data = wrong.get(fault, data)
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
@@ -102,7 +108,8 @@ def stored(folder):
 
 
 @pytest.mark.parametrize(
-    "fault", ["500", "broken off", "broken chunk", "no HTTP", "short", "page", "another size", "silent"]
+    "fault",
+    ["500", "broken off", "broken chunk", "no HTTP", "short", "page", "another size", "silent"],
 )
 def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault, request):
     if fault == "silent":
@@ -113,11 +120,23 @@ def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault, 
     assert (tmp_path / "a" / NAME).read_bytes() == png(1)["bytes"]
 
 
-@pytest.mark.parametrize("fault, tries, reason", [
-    ("500", 3, "500"), ("404", 1, "404"), ("410", 1, "410"), ("broken off", 3, "broke"), ("short", 3, "truncated"),
-    ("page", 3, "picture"), ("another size", 3, "9 x 9"), ("silent", 3, "timed out"), ("slow", 1, "2 seconds"),
-    ("slow headers", 1, "2 seconds"), ("no HTTP", 3, "SSH"), ("broken chunk", 3, "Incomplete"),
-])
+@pytest.mark.parametrize(
+    "fault, tries, reason",
+    [
+        ("500", 3, "500"),
+        ("404", 1, "404"),
+        ("410", 1, "410"),
+        ("broken off", 3, "broke"),
+        ("short", 3, "truncated"),
+        ("page", 3, "picture"),
+        ("another size", 3, "9 x 9"),
+        ("silent", 3, "timed out"),
+        ("slow", 1, "2 seconds"),
+        ("slow headers", 1, "2 seconds"),
+        ("no HTTP", 3, "SSH"),
+        ("broken chunk", 3, "Incomplete"),
+    ],
+)
 def test_what_always_goes_wrong_ends_in_time_with_its_reason_and_leaves_nothing(
     server, tmp_path, fault, tries, reason, request
 ):
@@ -135,19 +154,40 @@ def test_no_address_from_the_data_is_opened(server, tmp_path):
     secret = tmp_path / "secret.png"
     picture(1).save(secret)
     rows = coco_rows(3)
-    addresses = f"file://{secret}", server.url.replace("train2014", "elsewhere"), "http://mscoco.org/images/2"
+    addresses = (
+        f"file://{secret}",
+        server.url.replace("train2014", "elsewhere"),
+        "http://mscoco.org/images/2",
+    )
     for i, (row, address) in enumerate(zip(rows, addresses)):
-        row["raw_image_info"] = json.dumps(coco_info(i) | {"coco_url": address, "flickr_url": address})
+        row["raw_image_info"] = json.dumps(
+            coco_info(i) | {"coco_url": address, "flickr_url": address}
+        )
     data = load_data(parquet(tmp_path / "set", "train", rows), "train", 3)
     assert sorted(server.asked) == list(sizes(0, 1, 2)) and len([s.image for s in data]) == 3
     assert COCO_URL == "http://images.cocodataset.org/train2014/"
 
 
-BAD_NAMES = ["a b.png", "a.png?x=1", "a.png#x", "%2e%2e.png", "..", ".png", "x.svg", "a\\b.png", "a.png\n", "", 7, None]
+BAD_NAMES = [
+    "a b.png",
+    "a.png?x=1",
+    "a.png#x",
+    "%2e%2e.png",
+    "..",
+    ".png",
+    "x.svg",
+    "a\\b.png",
+    "a.png\n",
+    "",
+    7,
+    None,
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_file_name_that_is_not_a_pictures_is_refused_before_anything_is_asked_for(server, tmp_path, name):
+def test_a_file_name_that_is_not_a_pictures_is_refused_before_anything_is_asked_for(
+    server, tmp_path, name
+):
     rows = coco_rows(3)
     rows[1]["raw_image_info"] = json.dumps(coco_info(1) | {"file_name": name})
     with pytest.raises(UserError, match="--data .*row 2: "):
@@ -155,7 +195,9 @@ def test_a_file_name_that_is_not_a_pictures_is_refused_before_anything_is_asked_
     assert not server.asked
 
 
-def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(server, tmp_path, capsys):
+def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(
+    server, tmp_path, capsys
+):
     folder = parquet(tmp_path / "set", "train", coco_rows(250))
     plan = open_data(folder, "train", 100, seed=3)
     follow = open_data(folder, "train", 101, seed=3).ids
@@ -164,21 +206,36 @@ def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(serv
     plan.fetch()
     assert plan.ids == follow[:5] + follow[6:] and plan.missing == gone and len(plan) == 100
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and gone[0] in lines[0] and "404" in lines[0] and "1 of 100 pictures" in lines[0]
-    assert all(sample.picture not in gone and sample.image.size == picture().size for sample in plan)
+    assert (
+        len(lines) == 1
+        and gone[0] in lines[0]
+        and "404" in lines[0]
+        and "1 of 100 pictures" in lines[0]
+    )
+    assert all(
+        sample.picture not in gone and sample.image.size == picture().size for sample in plan
+    )
     asked = len(server.asked)
     plan.fetch()
-    again = open_data(folder, "train", 100, seed=3)  # another process, or a run that is gone on with
+    again = open_data(
+        folder, "train", 100, seed=3
+    )  # another process, or a run that is gone on with
     again.fetch(missing=gone)
     assert again.ids == plan.ids and len(server.asked) == asked and not capsys.readouterr().out
 
 
-def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(server, tmp_path, capsys):
+def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(
+    server, tmp_path, capsys
+):
     folder = parquet(tmp_path / "set", "test", coco_rows(130))
     gone = coco_info(17)["file_name"]
     server.always[gone] = "404"
     every = load_data(folder, "test", 500)
-    assert len(every) == 129 and every.missing == [gone] and every.ids == [f"{i}-0" for i in range(130) if i != 17]
+    assert (
+        len(every) == 129
+        and every.missing == [gone]
+        and every.ids == [f"{i}-0" for i in range(130) if i != 17]
+    )
     assert "129 questions" in capsys.readouterr().out
     order = open_data(folder, "test", 129).ids  # not all, so drawn
     place = order.index("17-0")
@@ -190,7 +247,9 @@ def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(s
 def test_more_than_one_in_a_hundred_ends_in_one_line_and_the_rest_is_kept(server, tmp_path):
     folder = parquet(tmp_path / "set", "train", coco_rows(6))
     server.always = {coco_info(i)["file_name"]: "404" for i in (3, 4)}
-    with pytest.raises(UserError, match=r"^2 of 6 pictures .*\.png: .*404.*kept; run again") as error:
+    with pytest.raises(
+        UserError, match=r"^2 of 6 pictures .*\.png: .*404.*kept; run again"
+    ) as error:
         load_data(folder, "train", 6)
     assert "\n" not in str(error.value) and stored(tmp_path / "cache") == list(sizes(0, 1, 2, 5))
     server.always.clear()
@@ -225,7 +284,9 @@ def test_a_server_that_gives_nothing_is_given_up_before_every_picture_was_tried(
 def test_a_full_disk_is_said_in_one_line(server, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(fetch.os, "getpid", lambda: 77)
-    (tmp_path / "a" / f"{NAME}.77.part").symlink_to("/dev/full")  # the system's own "no space left on device"
+    (tmp_path / "a" / f"{NAME}.77.part").symlink_to(
+        "/dev/full"
+    )  # the system's own "no space left on device"
     with pytest.raises(UserError, match="/a: this disk is full"):
         fetch_pictures(sizes(1), tmp_path / "a", 1)
     assert stored(tmp_path / "a") == []
@@ -242,7 +303,9 @@ def test_what_is_left_to_download_counts_the_pictures_that_are_not_here(server, 
     assert data.download_bytes == 0 and len(data) == 6
 
 
-def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(server, tmp_path, capsys, monkeypatch):
+def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
+    server, tmp_path, capsys, monkeypatch
+):
     """On pictures of noise the base hardly ever finds the format, so one answer of each group is given one; all else is
     real."""
     import train
@@ -252,23 +315,42 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(s
     def one_in_the_format(*arguments):
         groups = real(*arguments)
         for group in groups:
-            group[0].text = '<think>There.</think><answer>{"bbox": [19, 14, 56, 70], "points": [[40, 40, 1]]}</answer>'
+            group[0].text = (
+                '<think>There.</think><answer>{"bbox": [19, 14, 56, 70], "points": [[40, 40, 1]]}</answer>'
+            )
         return groups
 
     monkeypatch.setattr(grpo, "sample", one_in_the_format)
 
     monkeypatch.setattr(fetch, "SILENCE", 2.0)
     folder, start = str(tmp_path / "set"), 0
-    for split, count in (("train", 12), ("validation", 100), ("test", 4)):  # one in a hundred may be gone
+    for split, count in (
+        ("train", 12),
+        ("validation", 100),
+        ("test", 4),
+    ):  # one in a hundred may be gone
         rows = [coco_rows(start + count)[i] | {"split": split} for i in range(start, start + count)]
         parquet(tmp_path / "set", split, rows)
         start += count
     names = list(sizes(*range(start)))
-    for name, fault in zip(names, ("500", "broken off", "short", "page", "another size", "503", "silent")):
+    for name, fault in zip(
+        names, ("500", "broken off", "short", "page", "another size", "503", "silent")
+    ):
         server.faults[name] = [fault]
     server.always[names[50]] = "404"
-    options = {"preset": "tiny", "device": "cpu", "data": folder, "samples": 8, "questions": 4, "group": 4,
-               "updates": 2, "eval-every": 0, "eval-samples": 101, "test-samples": 4, "run": tmp_path / "run"}
+    options = {
+        "preset": "tiny",
+        "device": "cpu",
+        "data": folder,
+        "samples": 8,
+        "questions": 4,
+        "group": 4,
+        "updates": 2,
+        "eval-every": 0,
+        "eval-samples": 101,
+        "test-samples": 4,
+        "run": tmp_path / "run",
+    }
     train.main([f"--{name}={value}" for name, value in options.items()])
     printed = capsys.readouterr().out
     assert "held-out test, greedy" in printed and f"{names[50]} (HTTP Error 404" in printed

@@ -85,14 +85,21 @@ def labelme(folder, *shapes, picture="a.jpg", **more):
     (folder / "test").mkdir()
     if picture:
         photo().save(folder / "test" / picture)
-    content = {"text": ["what?"], "shapes": [{"label": "target", **shape} for shape in shapes]} | more
+    content = {
+        "text": ["what?"],
+        "shapes": [{"label": "target", **shape} for shape in shapes],
+    } | more
     (folder / "test/a.json").write_text(json.dumps(content))
 
 
 def labelme_mask():
     file = io.BytesIO()
     grey(np.ones((20, 20))).save(file, "PNG")
-    return {"shape_type": "mask", "points": [[10, 5], [29, 24]], "mask": base64.b64encode(file.getvalue()).decode()}
+    return {
+        "shape_type": "mask",
+        "points": [[10, 5], [29, 24]],
+        "mask": base64.b64encode(file.getvalue()).decode(),
+    }
 
 
 def box_list(folder, **row):
@@ -133,53 +140,108 @@ def several_pages(folder, name, **options):
 GOOD = {  # name: (what writes the folder, pixels of the mask)
     "a PNG of 0 and 255": (lambda f: mask_file(f, "m.png", grey(square())), 400),
     "a PNG of 0 and 1": (lambda f: mask_file(f, "m.png", grey(square(), 1)), 400),
-    "a TIFF of floats below 1": (lambda f: mask_file(f, "m.tiff", Image.fromarray(square() * np.float32(0.4))), 400),
-    "a TIFF of 16 bits": (lambda f: mask_file(f, "m.tiff", Image.fromarray(square() * np.uint16(9))), 400),
+    "a TIFF of floats below 1": (
+        lambda f: mask_file(f, "m.tiff", Image.fromarray(square() * np.float32(0.4))),
+        400,
+    ),
+    "a TIFF of 16 bits": (
+        lambda f: mask_file(f, "m.tiff", Image.fromarray(square() * np.uint16(9))),
+        400,
+    ),
     "a PNG whose transparency hides nothing": (
-        lambda f: mask_file(f, "m.png", grey(square()).convert("RGBA")), 400),
+        lambda f: mask_file(f, "m.png", grey(square()).convert("RGBA")),
+        400,
+    ),
     "a compressed RLE": (lambda f: write(f, mask=rle(square())), 400),
     "an RLE as numbers": (
-        lambda f: write(f, mask={"size": [40, 60], "counts": [405, 20] + [20, 20] * 19 + [1215]}), 400),
+        lambda f: write(f, mask={"size": [40, 60], "counts": [405, 20] + [20, 20] * 19 + [1215]}),
+        400,
+    ),
     "a flat polygon": (lambda f: write(f, mask=POLYGON), 400),
     "a list of polygons": (lambda f: write(f, mask=[POLYGON]), 400),
     "a polygon of pairs": (lambda f: write(f, mask=PAIRS), 400),
     "a list of polygons of pairs": (lambda f: write(f, mask=[PAIRS]), 400),
-    "a polygon beside a degenerate part": (lambda f: write(f, mask=[[50, 30, 52, 30], POLYGON, [1, 1] * 4]), 400),
+    "a polygon beside a degenerate part": (
+        lambda f: write(f, mask=[[50, 30, 52, 30], POLYGON, [1, 1] * 4]),
+        400,
+    ),
     "a polygon that leaves the picture by 3 pixels": (
-        lambda f: write(f, mask=[-3, 5, 20, 5, 20, 25, -3, 25]), 400),
+        lambda f: write(f, mask=[-3, 5, 20, 5, 20, 25, -3, 25]),
+        400,
+    ),
     "rows of 0 and 1": (lambda f: write(f, mask=square().astype(int).tolist()), 400),
     "rows of true and false": (lambda f: write(f, mask=square().tolist()), 400),
     "rows of 0 and 255": (lambda f: write(f, mask=(square() * 255).tolist()), 400),
     "a box": (lambda f: write(f, box=[10, 5, 30, 25]), 400),
     "undecided pixels": (lambda f: write(f, mask=rle(square()), ignore=rle(~square())), 400),
     "a picture that EXIF turns, with a mask as people see it": (
-        lambda f: turned_picture(f, TURNED, grey(square().T)), 400),
+        lambda f: turned_picture(f, TURNED, grey(square().T)),
+        400,
+    ),
     "links, as in the hub's cache": (linked_folder, 400),
     "a name in another Unicode form": (other_unicode_form, 400),
     "a labelme polygon": (lambda f: labelme(f, {"points": PAIRS}), 441),
-    "a labelme rectangle": (lambda f: labelme(f, {"shape_type": "rectangle", "points": [[30, 25], [10, 5]]}), 441),
-    "a labelme rectangle of four points": (lambda f: labelme(f, {"shape_type": "rectangle", "points": PAIRS}), 441),
-    "a labelme circle": (lambda f: labelme(f, {"shape_type": "circle", "points": [[20, 15], [30, 15]]}), 346),
+    "a labelme rectangle": (
+        lambda f: labelme(f, {"shape_type": "rectangle", "points": [[30, 25], [10, 5]]}),
+        441,
+    ),
+    "a labelme rectangle of four points": (
+        lambda f: labelme(f, {"shape_type": "rectangle", "points": PAIRS}),
+        441,
+    ),
+    "a labelme circle": (
+        lambda f: labelme(f, {"shape_type": "circle", "points": [[20, 15], [30, 15]]}),
+        346,
+    ),
     "a labelme mask": (lambda f: labelme(f, labelme_mask()), 400),
-    "a labelme picture that ends in .jpeg": (lambda f: labelme(f, {"points": PAIRS}, picture="a.jpeg"), 441),
-    "a labelme picture that ends in .PNG": (lambda f: labelme(f, {"points": PAIRS}, picture="a.PNG"), 441),
+    "a labelme picture that ends in .jpeg": (
+        lambda f: labelme(f, {"points": PAIRS}, picture="a.jpeg"),
+        441,
+    ),
+    "a labelme picture that ends in .PNG": (
+        lambda f: labelme(f, {"points": PAIRS}, picture="a.PNG"),
+        441,
+    ),
     "a labelme rectangle that is rotated": (
-        lambda f: labelme(f, {"shape_type": "rectangle", "points": [[20, 5], [30, 15], [20, 25], [10, 15]]}), 221),
+        lambda f: labelme(
+            f, {"shape_type": "rectangle", "points": [[20, 5], [30, 15], [20, 25], [10, 15]]}
+        ),
+        221,
+    ),
     "a labelme corner beside a polygon": (
-        lambda f: labelme(f, {"points": PAIRS}, {"points": [[0, 0], [1.5, 0], [1.5, 1.5]]}), 445),
+        lambda f: labelme(f, {"points": PAIRS}, {"points": [[0, 0], [1.5, 0], [1.5, 1.5]]}),
+        445,
+    ),
     "the labelme picture that its file names": (
-        lambda f: (labelme(f, {"points": PAIRS}, imagePath="x/a.png", imageWidth=60, imageHeight=40),
-                   photo((9, 9)).save(f / "test/a.jpg"), photo().save(f / "test/a.png")), 441),
+        lambda f: (
+            labelme(f, {"points": PAIRS}, imagePath="x/a.png", imageWidth=60, imageHeight=40),
+            photo((9, 9)).save(f / "test/a.jpg"),
+            photo().save(f / "test/a.png"),
+        ),
+        441,
+    ),
     "a TIFF that EXIF turns": (
-        lambda f: (photo().save(f / "a.tif", exif=TURNED), grey(square().T).save(f / "m.png"),
-                   write(f, image="a.tif", mask="m.png")), 400),
+        lambda f: (
+            photo().save(f / "a.tif", exif=TURNED),
+            grey(square().T).save(f / "m.png"),
+            write(f, image="a.tif", mask="m.png"),
+        ),
+        400,
+    ),
     "a picture with broken EXIF": (
-        lambda f: (photo().save(f / "a.png", exif=b"Exif\0\0garbage"), write(f, mask=POLYGON)), 400),
+        lambda f: (photo().save(f / "a.png", exif=b"Exif\0\0garbage"), write(f, mask=POLYGON)),
+        400,
+    ),
     "a box that is null beside a mask": (lambda f: write_line(f, mask=POLYGON, box=None), 400),
     "a mask beside a box": (lambda f: write_line(f, mask=POLYGON, box=[1, 1, 9, 9]), 400),
     "a folder in another Unicode form than its file": (
-        lambda f: (f.joinpath("Cafe\u0301").mkdir(), photo().save(f / "Cafe\u0301/\u00e9.png"),
-                   write(f, image="Caf\u00e9/\u00e9.png", mask=POLYGON)), 400),
+        lambda f: (
+            f.joinpath("Cafe\u0301").mkdir(),
+            photo().save(f / "Cafe\u0301/\u00e9.png"),
+            write(f, image="Caf\u00e9/\u00e9.png", mask=POLYGON),
+        ),
+        400,
+    ),
     "a list of boxes": (box_list, 400),
     "a table of masks": (lambda f: tables(f, square().tolist()), 400),
     "a table of masks as numbers": (lambda f: tables(f, square().astype(int).tolist()), 400),
@@ -204,12 +266,19 @@ def test_masks_in_a_table_may_be_lists_of_any_arrow_type(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    for number, kind in enumerate((pyarrow.large_list, pyarrow.list_, lambda item: pyarrow.list_(item, 60))):
+    for number, kind in enumerate(
+        (pyarrow.large_list, pyarrow.list_, lambda item: pyarrow.list_(item, 60))
+    ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        table = pyarrow.table({
-            "image": [png()], "text": ["?"], "ann_id": ["1"],
-            "mask": pyarrow.array([square().tolist()], pyarrow.list_(kind(pyarrow.bool_())))})
+        table = pyarrow.table(
+            {
+                "image": [png()],
+                "text": ["?"],
+                "ann_id": ["1"],
+                "mask": pyarrow.array([square().tolist()], pyarrow.list_(kind(pyarrow.bool_()))),
+            }
+        )
         pyarrow.parquet.write_table(table, folder / "test.parquet")
         assert (open_data(str(folder), "test", 1)[0].mask == square()).all()
 
@@ -217,11 +286,17 @@ def test_masks_in_a_table_may_be_lists_of_any_arrow_type(tmp_path):
 LINE = "data.jsonl line 2"
 BAD = {  # name: (what writes the folder, what the message names)
     "shares": (lambda f: write(f, mask=[0.1, 0.1, 0.5, 0.1, 0.5, 0.6, 0.1, 0.6]), LINE),
-    "shares that rounding lifts above 1": (lambda f: write(f, mask=[0.1, 0.1, 1.004, 0.1, 1.004, 1, 0.1, 1]), LINE),
+    "shares that rounding lifts above 1": (
+        lambda f: write(f, mask=[0.1, 0.1, 1.004, 0.1, 1.004, 1, 0.1, 1]),
+        LINE,
+    ),
     "shares in pairs": (lambda f: write(f, mask=[[0.1, 0.1], [0.5, 0.1], [0.5, 0.6]]), LINE),
     "a box in shares": (lambda f: write(f, box=[0.1, 0.2, 0.5, 0.6]), LINE),
     "thousandths": (lambda f: write(f, mask=[166, 125, 500, 125, 500, 625, 166, 625]), LINE),
-    "pixels of a larger copy": (lambda f: write(f, mask=[40, 20, 120, 20, 120, 100, 40, 100]), LINE),
+    "pixels of a larger copy": (
+        lambda f: write(f, mask=[40, 20, 120, 20, 120, 100, 40, 100]),
+        LINE,
+    ),
     "an absurd coordinate": (lambda f: write(f, mask=[10, 5, 1e8, 5, 30, 25]), LINE),
     "an absurd coordinate below 0": (lambda f: write(f, mask=[10, 5, -1e8, 5, 30, 25]), LINE),
     "a box that leaves the picture": (lambda f: write(f, box=[10, 5, 80, 25]), LINE),
@@ -237,62 +312,141 @@ BAD = {  # name: (what writes the folder, what the message names)
     "rows without a 1": (lambda f: write(f, mask=[[0] * WIDTH] * HEIGHT), LINE),
     "a mask as JPEG": (lambda f: mask_file(f, "m.jpg", grey(square())), LINE),
     "a mask as WebP": (lambda f: mask_file(f, "m.webp", grey(square())), LINE),
-    "a transparent mask": (lambda f: mask_file(f, "m.png", Image.merge("LA", [grey(square())] * 2)), LINE),
+    "a transparent mask": (
+        lambda f: mask_file(f, "m.png", Image.merge("LA", [grey(square())] * 2)),
+        LINE,
+    ),
     "a mask of another size": (lambda f: mask_file(f, "m.png", grey(square()[:30])), LINE),
-    "a mask of several pages": (lambda f: (several_pages(f, "m.tiff"), write(f, mask="m.tiff")), LINE),
+    "a mask of several pages": (
+        lambda f: (several_pages(f, "m.tiff"), write(f, mask="m.tiff")),
+        LINE,
+    ),
     "a picture of several pages": (
-        lambda f: (several_pages(f, "a.gif"), write(f, image="a.gif", mask=rle(square()))), LINE),
+        lambda f: (several_pages(f, "a.gif"), write(f, image="a.gif", mask=rle(square()))),
+        LINE,
+    ),
     "a mask before the turn by EXIF": (lambda f: turned_picture(f, TURNED, grey(square())), "EXIF"),
     "an RLE before the turn by EXIF": (
-        lambda f: (photo().save(f / "a.png", exif=TURNED), write(f, mask=rle(square()))), "EXIF"),
+        lambda f: (photo().save(f / "a.png", exif=TURNED), write(f, mask=rle(square()))),
+        "EXIF",
+    ),
     "a polygon before the turn by EXIF": (
-        lambda f: (photo().save(f / "a.png", exif=TURNED), write(f, mask=[45, 5, 58, 5, 58, 25])), "EXIF"),
+        lambda f: (photo().save(f / "a.png", exif=TURNED), write(f, mask=[45, 5, 58, 5, 58, 25])),
+        "EXIF",
+    ),
     "a picture that is cut off": (lambda f: cut_off(f, "a.png", mask=rle(square())), LINE),
     "a mask that is cut off": (lambda f: cut_off(f, "m.png", mask="m.png"), LINE),
     "a picture that is not there": (lambda f: write(f, image="b.png", mask=POLYGON), LINE),
     "a path that leads out": (
-        lambda f: (photo().save(f.parent / "a.png"), write(f, image="../a.png", mask=POLYGON)), LINE),
+        lambda f: (photo().save(f.parent / "a.png"), write(f, image="../a.png", mask=POLYGON)),
+        LINE,
+    ),
     "an absolute path": (
-        lambda f: (photo().save(f.parent / "a.png"), write(f, image=str(f.parent / "a.png"), mask=POLYGON)), LINE),
+        lambda f: (
+            photo().save(f.parent / "a.png"),
+            write(f, image=str(f.parent / "a.png"), mask=POLYGON),
+        ),
+        LINE,
+    ),
     "an unknown split": (lambda f: write(f, split="held out", mask=POLYGON), LINE),
     "no question": (lambda f: write(f, question=" ", mask=POLYGON), LINE),
     "a mask that is a number": (lambda f: write(f, mask=7), LINE),
     "boxes beside masks": (
-        lambda f: (write(f, mask=POLYGON), add_line(f, image="a.png", question="?", box=[1, 1, 9, 9], split="test")),
-        "data.jsonl"),
+        lambda f: (
+            write(f, mask=POLYGON),
+            add_line(f, image="a.png", question="?", box=[1, 1, 9, 9], split="test"),
+        ),
+        "data.jsonl",
+    ),
     "a text in UTF-16": (
-        lambda f: (f / "data.jsonl").write_text('{"image": "a.png"}', encoding="utf-16"), "UTF-8"),
+        lambda f: (f / "data.jsonl").write_text('{"image": "a.png"}', encoding="utf-16"),
+        "UTF-8",
+    ),
     "a mask as JPEG 2000": (
-        lambda f: mask_file(f, "m.jp2", grey(square()), irreversible=True), LINE),
-    "a mask as a TIFF with JPEG inside": (lambda f: mask_file(f, "m.tif", grey(square()), compression="jpeg"), LINE),
+        lambda f: mask_file(f, "m.jp2", grey(square()), irreversible=True),
+        LINE,
+    ),
+    "a mask as a TIFF with JPEG inside": (
+        lambda f: mask_file(f, "m.tif", grey(square()), compression="jpeg"),
+        LINE,
+    ),
     "rows of a label, turned": (lambda f: write(f, mask=(square().T * 7).tolist()), LINE),
     "the picture as its own mask": (lambda f: write(f, mask="a.png"), LINE),
     "a path with backslashes": (lambda f: write(f, image="b\\a.png", mask=POLYGON), LINE),
-    "a question of a whole book": (lambda f: write(f, question="what? " * 9000, mask=POLYGON), LINE),
-    "an RLE without an end": (lambda f: write(f, mask={"size": [40, 60], "counts": "o" * 300_000}), LINE),
+    "a question of a whole book": (
+        lambda f: write(f, question="what? " * 9000, mask=POLYGON),
+        LINE,
+    ),
+    "an RLE without an end": (
+        lambda f: write(f, mask={"size": [40, 60], "counts": "o" * 300_000}),
+        LINE,
+    ),
     "labelme shapes for a larger copy": (
-        lambda f: labelme(f, {"points": PAIRS}, imageWidth=640, imageHeight=480), "a.json"),
+        lambda f: labelme(f, {"points": PAIRS}, imageWidth=640, imageHeight=480),
+        "a.json",
+    ),
     "a link that leads nowhere": (
-        lambda f: (labelme(f, {"points": PAIRS}), (f / "test/b.json").symlink_to("nowhere")), "b.json"),
-    "a table of masks with nulls": (lambda f: tables(f, [[None] * 60] + square().tolist()[1:]), "parquet row 1"),
-    "a table of ragged masks": (lambda f: tables(f, [[True] * 80, [False] * 40] * 20), "parquet row 1"),
-    "a labelme point": (lambda f: labelme(f, {"shape_type": "point", "points": [[10, 5]]}), "'point'"),
-    "a labelme line": (lambda f: labelme(f, {"shape_type": "line", "points": [[10, 5], [30, 5]]}), "'line'"),
-    "a labelme polygon in shares": (lambda f: labelme(f, {"points": [[0.1, 0.1], [0.5, 0.1], [0.5, 0.6]]}), "a.json"),
-    "a labelme polygon of a larger copy": (lambda f: labelme(f, {"points": [[10, 5], [300, 5], [30, 250]]}), "a.json"),
+        lambda f: (labelme(f, {"points": PAIRS}), (f / "test/b.json").symlink_to("nowhere")),
+        "b.json",
+    ),
+    "a table of masks with nulls": (
+        lambda f: tables(f, [[None] * 60] + square().tolist()[1:]),
+        "parquet row 1",
+    ),
+    "a table of ragged masks": (
+        lambda f: tables(f, [[True] * 80, [False] * 40] * 20),
+        "parquet row 1",
+    ),
+    "a labelme point": (
+        lambda f: labelme(f, {"shape_type": "point", "points": [[10, 5]]}),
+        "'point'",
+    ),
+    "a labelme line": (
+        lambda f: labelme(f, {"shape_type": "line", "points": [[10, 5], [30, 5]]}),
+        "'line'",
+    ),
+    "a labelme polygon in shares": (
+        lambda f: labelme(f, {"points": [[0.1, 0.1], [0.5, 0.1], [0.5, 0.6]]}),
+        "a.json",
+    ),
+    "a labelme polygon of a larger copy": (
+        lambda f: labelme(f, {"points": [[10, 5], [300, 5], [30, 250]]}),
+        "a.json",
+    ),
     "an absurd labelme circle": (
-        lambda f: labelme(f, {"shape_type": "circle", "points": [[20, 15], [1e8, 15]]}), "a.json"),
-    "labelme shapes without a pixel": (lambda f: labelme(f, {"points": [[10, 5], [30, 25]]}), "a.json"),
+        lambda f: labelme(f, {"shape_type": "circle", "points": [[20, 15], [1e8, 15]]}),
+        "a.json",
+    ),
+    "labelme shapes without a pixel": (
+        lambda f: labelme(f, {"points": [[10, 5], [30, 25]]}),
+        "a.json",
+    ),
     "a labelme file without text": (lambda f: labelme(f, {"points": PAIRS}, text=[]), "text"),
-    "a labelme file without its picture": (lambda f: labelme(f, {"points": PAIRS}, picture=""), "a.jpg"),
-    "a list with a reversed box": (lambda f: box_list(f, solution=[30, 5, 10, 25]), "test.json row 1"),
-    "a list with a box in shares": (lambda f: box_list(f, solution=[0.1, 0.1, 0.5, 0.6]), "test.json row 1"),
+    "a labelme file without its picture": (
+        lambda f: labelme(f, {"points": PAIRS}, picture=""),
+        "a.jpg",
+    ),
+    "a list with a reversed box": (
+        lambda f: box_list(f, solution=[30, 5, 10, 25]),
+        "test.json row 1",
+    ),
+    "a list with a box in shares": (
+        lambda f: box_list(f, solution=[0.1, 0.1, 0.5, 0.6]),
+        "test.json row 1",
+    ),
     "a list with another key": (
-        lambda f: (f / "test.json").write_text('[{"image": "1.png", "bbox": [1, 2, 3, 4]}]'), "test.json"),
+        lambda f: (f / "test.json").write_text('[{"image": "1.png", "bbox": [1, 2, 3, 4]}]'),
+        "test.json",
+    ),
     "annotations as COCO has them": (
-        lambda f: (f / "test.json").write_text('{"images": [], "annotations": []}'), "test.json"),
+        lambda f: (f / "test.json").write_text('{"images": [], "annotations": []}'),
+        "test.json",
+    ),
     "a table whose masks are pictures": (lambda f: tables(f, png()), "column mask"),
-    "a table whose masks have another size": (lambda f: tables(f, square().T.tolist()), "parquet row 1"),
+    "a table whose masks have another size": (
+        lambda f: tables(f, square().T.tolist()),
+        "parquet row 1",
+    ),
 }
 
 
@@ -310,7 +464,9 @@ def cut_off(folder, name, **line):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_ends_the_command_with_one_line_before_the_first_step(name, tmp_path, capsys, monkeypatch):
+def test_a_bad_file_ends_the_command_with_one_line_before_the_first_step(
+    name, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     build, words = BAD[name]
     (tmp_path / "mine").mkdir()
@@ -339,7 +495,11 @@ def test_a_mask_of_the_whole_picture_is_counted_in_one_warning(tmp_path):
     mask_file(tmp_path, "m.png", grey(square() | True))
     data = open_data(str(tmp_path), "test", 5)
     data.check_files()
-    assert len(data.warnings) == 1 and "1 masks" in data.warnings[0] and "whole picture" in data.warnings[0]
+    assert (
+        len(data.warnings) == 1
+        and "1 masks" in data.warnings[0]
+        and "whole picture" in data.warnings[0]
+    )
 
 
 @pytest.mark.parametrize("mask", [grey(square()), square])
@@ -356,8 +516,11 @@ def test_a_turn_by_exif_that_sizes_do_not_tell_is_a_warning(mask, tmp_path):
 
 def many(folder, count, **options):
     """A folder with many questions for training, each about a picture of its own."""
-    lines = [{"image": f"{i}.png", "question": "?", "mask": POLYGON, "split": "train", "id": str(i)} | options
-             for i in range(count)]
+    lines = [
+        {"image": f"{i}.png", "question": "?", "mask": POLYGON, "split": "train", "id": str(i)}
+        | options
+        for i in range(count)
+    ]
     for i in range(count):
         photo(seed=i).save(folder / f"{i}.png")
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -374,7 +537,9 @@ def test_coordinates_that_never_reach_the_middle_of_any_picture_are_a_warning(tm
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_or_two_pictures_are_trained_on_validated_and_tested_with_a_warning(count, tmp_path):
-    lines = [{"image": f"{i}.png", "question": "?", "mask": POLYGON, "id": str(i)} for i in range(count)]
+    lines = [
+        {"image": f"{i}.png", "question": "?", "mask": POLYGON, "id": str(i)} for i in range(count)
+    ]
     for i in range(count):
         photo(seed=i).save(tmp_path / f"{i}.png")
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -387,7 +552,11 @@ def test_one_or_two_pictures_are_trained_on_validated_and_tested_with_a_warning(
 def test_a_validation_split_has_any_of_its_usual_names(name, tmp_path):
     write(tmp_path, split=name, mask=POLYGON, id="mine")
     (tmp_path / "set").mkdir()
-    parquet(tmp_path / "set" / name, "part", [{"image": png(), "text": "?", "mask": square().tolist(), "ann_id": "1"}])
+    parquet(
+        tmp_path / "set" / name,
+        "part",
+        [{"image": png(), "text": "?", "mask": square().tolist(), "ann_id": "1"}],
+    )
     assert "mine" in open_data(str(tmp_path), "validation", 9).ids
     assert open_data(str(tmp_path / "set"), "validation", 9).ids == ["1-0"]
 
@@ -400,7 +569,9 @@ def break_pictures(folder, *numbers):
         (folder / f"{i}.png").write_bytes(b"broken")
 
 
-def test_a_picture_that_breaks_during_training_gives_its_place_to_a_spare_question(tmp_path, capsys):
+def test_a_picture_that_breaks_during_training_gives_its_place_to_a_spare_question(
+    tmp_path, capsys
+):
     data = open_data(many(tmp_path, 250), "train", 240, seed=1)
     first = data[0]
     break_pictures(tmp_path, int(data.ids[3]))
@@ -438,7 +609,9 @@ def test_a_broken_test_picture_is_never_replaced(tmp_path):
         data[3]
 
 
-def test_of_a_large_training_set_the_first_questions_are_read_before_the_first_step(tmp_path, monkeypatch):
+def test_of_a_large_training_set_the_first_questions_are_read_before_the_first_step(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(folder_module, "CHECK_SECONDS", -1)
     monkeypatch.setattr(folder_module, "CHECK_COUNT", 10)
     data = open_data(many(tmp_path, 60), "train", 60, seed=1)
@@ -453,7 +626,10 @@ def test_of_a_large_training_set_the_first_questions_are_read_before_the_first_s
 
 
 def test_one_broken_row_in_a_hundred_is_left_out_and_named(tmp_path):
-    rows = [{"image": png(i), "text": "?", "mask": square().tolist(), "ann_id": str(i)} for i in range(100)]
+    rows = [
+        {"image": png(i), "text": "?", "mask": square().tolist(), "ann_id": str(i)}
+        for i in range(100)
+    ]
     rows[7]["mask"] = square().T.tolist()
     data = open_data(parquet(tmp_path, "test", rows), "test", 200)
     assert len(data) == 99 and "7-0" not in data.ids
@@ -463,7 +639,10 @@ def test_one_broken_row_in_a_hundred_is_left_out_and_named(tmp_path):
 
 
 def test_a_converted_set_can_be_read_as_a_folder_of_ones_own(tmp_path):
-    rows = [{"image": png(i), "text": "?", "mask": square().tolist(), "ann_id": str(i)} for i in range(3)]
+    rows = [
+        {"image": png(i), "text": "?", "mask": square().tolist(), "ann_id": str(i)}
+        for i in range(3)
+    ]
     data = open_data(parquet(tmp_path, "test", rows), "test", 3)
     own = open_data(str(data.folder), "test", 3)
     assert own.ids == data.ids and (own[0].mask == data[0].mask).all()
@@ -480,7 +659,10 @@ def test_a_folder_from_elsewhere_cannot_name_where_its_pictures_are(tmp_path):
 
 
 def test_a_set_without_a_mask_in_a_row_is_counted_in_one_warning(tmp_path):
-    rows = [{"image": png(i), "text": "?", "mask": (square() & (i > 0)).tolist(), "ann_id": str(i)} for i in range(3)]
+    rows = [
+        {"image": png(i), "text": "?", "mask": (square() & (i > 0)).tolist(), "ann_id": str(i)}
+        for i in range(3)
+    ]
     data = open_data(parquet(tmp_path, "test", rows), "test", 3)
     data.check_files()
     assert len(data) == 3 and len(data.warnings) == 1 and "--empty-truth" in data.warnings[0]
@@ -496,17 +678,28 @@ def test_pairs_and_lists_are_not_copied_into_the_cache(tmp_path):
 # ---------------------------------------------------------------------------------------------------- any value
 
 NUMBERS = st.one_of(
-    st.integers(-(10**30), 10**30), st.floats(), st.sampled_from([0, 1, 5, 30, 0.5, 1e8, -1e300, True]))
+    st.integers(-(10**30), 10**30),
+    st.floats(),
+    st.sampled_from([0, 1, 5, 30, 0.5, 1e8, -1e300, True]),
+)
 VALUES = st.recursive(
     st.one_of(NUMBERS, st.none(), st.text(max_size=4)),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=9), st.lists(NUMBERS, min_size=4, max_size=10),
-        st.dictionaries(st.sampled_from(["size", "counts", "x"]), inner, max_size=3)),
-    max_leaves=12)
+        st.lists(inner, max_size=9),
+        st.lists(NUMBERS, min_size=4, max_size=10),
+        st.dictionaries(st.sampled_from(["size", "counts", "x"]), inner, max_size=3),
+    ),
+    max_leaves=12,
+)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(part=st.sampled_from(["mask", "box", "ignore", "image", "question", "split", "id", "kind"]), value=VALUES)
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    part=st.sampled_from(["mask", "box", "ignore", "image", "question", "split", "id", "kind"]),
+    value=VALUES,
+)
 def test_any_value_in_a_line_is_read_or_refused_in_one_line(part, value, tmp_path):
     write(tmp_path, **({"mask": POLYGON} | {part: value}))
     try:
@@ -517,8 +710,12 @@ def test_any_value_in_a_line_is_read_or_refused_in_one_line(part, value, tmp_pat
         assert "data.jsonl" in str(error) and "\n" not in str(error)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(part=st.sampled_from(["label", "points", "shape_type", "mask", "shapes", "text"]), value=VALUES)
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    part=st.sampled_from(["label", "points", "shape_type", "mask", "shapes", "text"]), value=VALUES
+)
 def test_any_value_in_a_labelme_file_is_read_or_refused_in_one_line(part, value, tmp_path):
     shape, more = {"points": PAIRS, "label": "x"}, {}
     if part in ("shapes", "text"):
@@ -551,10 +748,17 @@ def test_a_set_of_refer_is_converted_again_when_its_annotations_change(tmp_path)
     (tmp_path / "train2014").mkdir()
     for i in range(6):
         photo(seed=i).save(tmp_path / "train2014" / coco_info(i)["file_name"])
-    pixels = lambda: [x.mask.sum() for x in open_data(str(tmp_path), "train", 3, coco_dir=str(tmp_path / "train2014"))]
+    pixels = lambda: [
+        x.mask.sum()
+        for x in open_data(str(tmp_path), "train", 3, coco_dir=str(tmp_path / "train2014"))
+    ]
     before = pixels()
     file = tmp_path / "instances.json"
-    file.write_text(file.read_text().replace("[[10, 5, 30, 5, 30, 25, 10, 25]]", "[[10, 5, 20, 5, 20, 25, 10, 25]]"))
+    file.write_text(
+        file.read_text().replace(
+            "[[10, 5, 30, 5, 30, 25, 10, 25]]", "[[10, 5, 20, 5, 20, 25, 10, 25]]"
+        )
+    )
     assert pixels() == [pytest.approx(count / 2, rel=0.05) for count in before]
 
 
@@ -574,11 +778,18 @@ def test_a_table_that_is_there_twice_by_a_link_counts_once(tmp_path):
     assert len(open_data(str(tmp_path), "test", 9)) == 1
 
 
-@pytest.mark.parametrize("size, mask", [
-    ((1280, 960), [166, 125, 500, 125, 829, 625]), ((200, 150), [16, 12, 96, 97, 50, 6]),
-])
+@pytest.mark.parametrize(
+    "size, mask",
+    [
+        ((1280, 960), [166, 125, 500, 125, 829, 625]),
+        ((200, 150), [16, 12, 96, 97, 50, 6]),
+    ],
+)
 def test_thousandths_and_percent_of_large_pictures_are_a_warning(size, mask, tmp_path):
-    lines = [{"image": "a.png", "question": "?", "mask": mask, "split": "test", "id": str(i)} for i in range(12)]
+    lines = [
+        {"image": "a.png", "question": "?", "mask": mask, "split": "test", "id": str(i)}
+        for i in range(12)
+    ]
     photo(size).save(tmp_path / "a.png")
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert len(open_data(str(tmp_path), "test", 12).warnings) == 1

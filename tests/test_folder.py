@@ -28,7 +28,9 @@ def folder_of(path, lines, **text):
     for row in rows:
         if not (path / row["image"]).exists():
             Image.new("RGB", (60, 40)).save(path / row["image"], "PNG")
-    (path / "data.jsonl").write_text("\n".join(json.dumps(row, **text) for row in rows), encoding="utf-8")
+    (path / "data.jsonl").write_text(
+        "\n".join(json.dumps(row, **text) for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -52,30 +54,46 @@ def voc(mask):
     return image
 
 
-@pytest.mark.parametrize("save", [
-    lambda m: m, lambda m: m.convert("1"), lambda m: m.convert("RGB"), lambda m: m.convert("RGBA"), voc,
-    lambda m: m.convert("RGB").quantize(2), lambda m: ImageOps.invert(m).convert("P", palette=Image.Palette.ADAPTIVE),
-])
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda m: m,
+        lambda m: m.convert("1"),
+        lambda m: m.convert("RGB"),
+        lambda m: m.convert("RGBA"),
+        voc,
+        lambda m: m.convert("RGB").quantize(2),
+        lambda m: ImageOps.invert(m).convert("P", palette=Image.Palette.ADAPTIVE),
+    ],
+)
 def test_a_mask_is_what_is_not_black_in_whatever_mode_it_is_saved(save, tmp_path):
     saved, truth = save(square()), np.asarray(square()) > 0
     saved.save(tmp_path / "m.png")
     inverted = np.asarray(saved.convert("L"))[0, 0] > 0
-    assert (read_mask("m.png", tmp_path, 40, 60) == (truth ^ inverted)).all() and 0 < truth.sum() < truth.size
+    assert (
+        read_mask("m.png", tmp_path, 40, 60) == (truth ^ inverted)
+    ).all() and 0 < truth.sum() < truth.size
 
 
-@pytest.mark.parametrize("kind, white", [(np.float32, 1), (np.float32, 255), (np.uint16, 4095), (np.uint16, 65535)])
+@pytest.mark.parametrize(
+    "kind, white", [(np.float32, 1), (np.float32, 255), (np.uint16, 4095), (np.uint16, 65535)]
+)
 def test_greys_of_any_depth_are_seen_from_black_to_white(kind, white, tmp_path):
     grey = (np.arange(60 * 40).reshape(40, 60) % 256 / 255 * white).astype(kind)
     Image.fromarray(grey).save(tmp_path / "grey.tiff")
     seen = np.asarray(open_picture(tmp_path / "grey.tiff")).astype(int)
-    assert (np.abs(seen[..., 0] - grey.astype(float) / white * 255) <= 1).all() and seen.max() == 255
+    assert (
+        np.abs(seen[..., 0] - grey.astype(float) / white * 255) <= 1
+    ).all() and seen.max() == 255
 
 
 def test_what_is_transparent_is_seen_on_white(tmp_path):
     ink = Image.new("RGB", (60, 40), "black")
     ink.putalpha(square())
     ink.save(tmp_path / "ink.png")
-    assert (np.asarray(open_picture(tmp_path / "ink.png"))[..., 0] == 255 - np.asarray(square())).all()
+    assert (
+        np.asarray(open_picture(tmp_path / "ink.png"))[..., 0] == 255 - np.asarray(square())
+    ).all()
 
 
 def test_a_mask_that_would_be_read_wrong_is_refused_and_one_is_turned_as_its_picture_is(tmp_path):
@@ -111,26 +129,37 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them(shape):
 GOOD = coco.encode(np.asfortranarray(np.asarray(square()) > 0).astype(np.uint8))["counts"].decode()
 
 
-@pytest.mark.parametrize("mask, words", [
-    ({"size": [40, 60], "counts": [100]}, "RLE"),
-    ({"size": [40, 60], "counts": []}, "RLE"),
-    ({"size": [40, 60], "counts": [-1, 2401]}, "RLE"), ({"size": [40, 60], "counts": ""}, "RLE"),
-    ({"size": [40, 60], "counts": GOOD[: len(GOOD) // 2]}, "RLE"),
-    ({"size": [40, 60], "counts": GOOD + "o"}, "RLE"), ({"counts": GOOD}, "needs size and counts"),
-    ([[1, 1, 9, 1, 9, float("nan")]], "polygon|rows"), ([[False, True] * 3] * 2, "polygon|rows"),
-    (7, "PNG"),
-])
+@pytest.mark.parametrize(
+    "mask, words",
+    [
+        ({"size": [40, 60], "counts": [100]}, "RLE"),
+        ({"size": [40, 60], "counts": []}, "RLE"),
+        ({"size": [40, 60], "counts": [-1, 2401]}, "RLE"),
+        ({"size": [40, 60], "counts": ""}, "RLE"),
+        ({"size": [40, 60], "counts": GOOD[: len(GOOD) // 2]}, "RLE"),
+        ({"size": [40, 60], "counts": GOOD + "o"}, "RLE"),
+        ({"counts": GOOD}, "needs size and counts"),
+        ([[1, 1, 9, 1, 9, float("nan")]], "polygon|rows"),
+        ([[False, True] * 3] * 2, "polygon|rows"),
+        (7, "PNG"),
+    ],
+)
 def test_a_mask_that_cannot_be_drawn_is_told_when_the_data_are_opened(mask, words, tmp_path):
     folder = folder_of(tmp_path / "mine", [{"split": "test"}, {"split": "test", "mask": mask}])
     with pytest.raises(UserError, match=f"data.jsonl line 2: .*{words}"):
         open_data(folder, "test", 1)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"mask": "small.png"}, "the mask is 8 x 9, the picture 60 x 40"), ({"mask": "broken.png"}, "broken.png"),
-    ({"mask": {"size": [9, 8], "counts": [0, 72]}}, "the mask is 8 x 9, the picture 60 x 40"),
-    ({"image": "broken.png"}, "broken.png"), ({"image": "huge.png"}, "megapixels"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"mask": "small.png"}, "the mask is 8 x 9, the picture 60 x 40"),
+        ({"mask": "broken.png"}, "broken.png"),
+        ({"mask": {"size": [9, 8], "counts": [0, 72]}}, "the mask is 8 x 9, the picture 60 x 40"),
+        ({"image": "broken.png"}, "broken.png"),
+        ({"image": "huge.png"}, "megapixels"),
+    ],
+)
 def test_a_file_that_cannot_be_used_is_told_when_the_data_are_opened_and_not_when_its_turn_comes(
     change, words, tmp_path, monkeypatch
 ):
@@ -159,7 +188,9 @@ def test_all_polygons_of_a_mask_are_drawn(tmp_path):
 
 
 def test_the_kind_of_a_question_is_what_its_line_says(tmp_path):
-    folder = folder_of(tmp_path / "mine", [{"split": "test", "kind": kind} for kind in ("side", None)])
+    folder = folder_of(
+        tmp_path / "mine", [{"split": "test", "kind": kind} for kind in ("side", None)]
+    )
     Image.new("RGB", (60, 40)).save(tmp_path / "mine/a.png")
     assert [x.kind for x in open_data(folder, "test", 2)] == ["side", ""]
 
@@ -173,40 +204,57 @@ def test_all_questions_about_a_picture_are_in_one_split_however_its_path_is_writ
     lines = [{"id": f"{i}", "image": ways[i % 3].format(i // 3)} for i in range(90)]
     folder = folder_of(tmp_path / "mine", lines)
     pictures = {split: {int(one) // 3 for one in ids(folder, split)} for split in SPLITS}
-    assert sum(map(len, pictures.values())) == 30 == len(set.union(*pictures.values())) and all(pictures.values())
+    assert sum(map(len, pictures.values())) == 30 == len(set.union(*pictures.values())) and all(
+        pictures.values()
+    )
     assert sum(len(ids(folder, split)) for split in pictures) == 90
 
 
 def test_a_line_without_a_split_goes_where_another_line_has_put_its_picture(tmp_path):
-    lines = [{"id": f"{i}", "image": f"{i // 2}.png"} | ({"split": "val"} if i in (7, 30) else {}) for i in range(40)]
+    lines = [
+        {"id": f"{i}", "image": f"{i // 2}.png"} | ({"split": "val"} if i in (7, 30) else {})
+        for i in range(40)
+    ]
     held = ids(folder_of(tmp_path / "mine", lines), "validation")
     assert {"6", "7", "30", "31"} <= set(held)
     pictures = {split: {int(one) // 2 for one in ids(tmp_path / "mine", split)} for split in SPLITS}
     assert sum(map(len, pictures.values())) == 20 == len(set.union(*pictures.values()))
-    lines = [{"id": f"{i}", "image": f"{i}.png"} | ({"split": "train"} if i > 1 else {}) for i in range(10)]
+    lines = [
+        {"id": f"{i}", "image": f"{i}.png"} | ({"split": "train"} if i > 1 else {})
+        for i in range(10)
+    ]
     folder = folder_of(tmp_path / "few", lines)
-    assert ids(folder, "validation") + ids(folder, "test") in (["0", "1"], ["1", "0"])  # of those that are left
+    assert ids(folder, "validation") + ids(folder, "test") in (
+        ["0", "1"],
+        ["1", "0"],
+    )  # of those that are left
 
 
 def test_lines_that_are_added_or_moved_leave_the_others_in_their_splits(tmp_path):
     lines = [{"id": str(i), "image": f"{i}.png"} for i in range(200)]
     where = lambda folder: {one: split for split in SPLITS for one in ids(folder, split)}
-    before, after = (where(folder_of(tmp_path / name, some)) for name, some in (("a", lines[:150]), ("b", lines[::-1])))
+    before, after = (
+        where(folder_of(tmp_path / name, some))
+        for name, some in (("a", lines[:150]), ("b", lines[::-1]))
+    )
     assert before == {one: after[one] for one in before} and len(after) == 200
     assert all(8 <= list(after.values()).count(split) <= 32 for split in ("validation", "test"))
 
 
 @pytest.mark.parametrize("count", [3, 4, 9])
 def test_few_pictures_still_make_three_splits(count, tmp_path):
-    folder = folder_of(tmp_path / "mine", [{"id": str(i), "image": f"{i}.png"} for i in range(count)])
+    folder = folder_of(
+        tmp_path / "mine", [{"id": str(i), "image": f"{i}.png"} for i in range(count)]
+    )
     found = [ids(folder, split) for split in SPLITS]
     assert all(found) and sorted(sum(found, [])) == [str(i) for i in range(count)]
 
 
 def test_a_split_is_one_of_three_or_left_out(tmp_path):
-    folder = folder_of(tmp_path / "a", [{"split": s, "id": s} for s in ("train", "val", "validation", "test")])
-    assert [ids(folder, split) for split in SPLITS] == [
-        ["train"], ["val", "validation"], ["test"]]
+    folder = folder_of(
+        tmp_path / "a", [{"split": s, "id": s} for s in ("train", "val", "validation", "test")]
+    )
+    assert [ids(folder, split) for split in SPLITS] == [["train"], ["val", "validation"], ["test"]]
     some = [{"split": None, "id": None, "kind": None, "image": f"{i}.png"} for i in range(9)]
     assert ids(folder_of(tmp_path / "b", some), "train")[0].startswith("line-")
     with pytest.raises(UserError, match="line 1: split 'held out'"):
@@ -215,7 +263,10 @@ def test_a_split_is_one_of_three_or_left_out(tmp_path):
 
 def test_without_a_seed_each_training_question_comes_once(tmp_path):
     folder = folder_of(tmp_path / "mine", [{"id": str(i), "split": "train"} for i in range(7)])
-    assert ids(folder, "train") == [str(i) for i in range(7)] and len(open_data(folder, "train", 20, 1)) == 20
+    assert (
+        ids(folder, "train") == [str(i) for i in range(7)]
+        and len(open_data(folder, "train", 20, 1)) == 20
+    )
     assert len(set(open_data(folder, "train", 5, None).ids)) == 5
 
 
@@ -224,10 +275,14 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_test(tmp_path):
     (tmp_path / "test-base.json").write_text('[{"id": "x"}, {"id": "y"}]')
     sets = lambda train, test: [SimpleNamespace(ids=train), None, SimpleNamespace(ids=test)]
     s = SimpleNamespace(data="mine", eval_data="")
-    check_questions(tmp_path, sets(["a", "b", "c"], ["x", "y"]), s)  # longer, or shorter, is no other run
+    check_questions(
+        tmp_path, sets(["a", "b", "c"], ["x", "y"]), s
+    )  # longer, or shorter, is no other run
     check_questions(tmp_path, sets(["a"], ["x", "y"]), s)
     for other in (sets(["c", "a", "b"], ["x", "y"]), sets(["a", "b"], ["y", "x"])):
-        with pytest.raises(UserError, match="--resume: mine asks other questions than when .* its data has changed"):
+        with pytest.raises(
+            UserError, match="--resume: mine asks other questions than when .* its data has changed"
+        ):
             check_questions(tmp_path, other, s)
 
 
@@ -236,22 +291,37 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_test(tmp_path):
 
 def test_a_line_ends_where_json_says_and_a_byte_order_mark_is_no_part_of_it(tmp_path):
     words = "one\u2028two\u0085three"
-    folder = folder_of(tmp_path / "mine", [{"question": words, "split": "test"}], ensure_ascii=False)
+    folder = folder_of(
+        tmp_path / "mine", [{"question": words, "split": "test"}], ensure_ascii=False
+    )
     file = tmp_path / "mine/data.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b"\r\n\r\n")
     Image.new("RGB", (20, 20)).save(tmp_path / "mine/a.png")
     assert open_data(folder, "test", 1)[0].question == words
 
 
-@pytest.mark.parametrize("question, words", [
-    ("is it <|image_pad|>?", "<.image_pad.>"), ("\ud83d", "surrogates not allowed"),
-])
+@pytest.mark.parametrize(
+    "question, words",
+    [
+        ("is it <|image_pad|>?", "<.image_pad.>"),
+        ("\ud83d", "surrogates not allowed"),
+    ],
+)
 def test_a_question_that_no_model_can_read_is_told_at_once(question, words, tmp_path, capsys):
     with pytest.raises(UserError, match=f"line 1: .*{words}"):
         open_data(folder_of(tmp_path / "mine", [{"question": question}]), "test", 1)
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     with pytest.raises(SystemExit) as left:
-        evaluate.main(["--image", str(tmp_path / "a.png"), "--question", question, "--out", str(tmp_path / "out")])
+        evaluate.main(
+            [
+                "--image",
+                str(tmp_path / "a.png"),
+                "--question",
+                question,
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     assert left.value.code == 2 and "--question: " in capsys.readouterr().err
     assert plain(" a <b> | c ") == "a <b> | c"
 

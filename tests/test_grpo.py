@@ -49,6 +49,7 @@ from samr1_mini.tiny.shapes import Shapes
 ROOT = Path(__file__).parent.parent
 GOOD = '<think>Left.</think><answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>'
 
+
 def naive_loss(logp, old, reference, advantage, normalise, eps_low, eps_high, beta):
     """Eq. (2) to (4) for one group in plain loops: lists of answers, each a list of numbers."""
     total, tokens = 0.0, sum(len(answer) for answer in logp)
@@ -70,42 +71,79 @@ def test_the_loss_is_the_papers_formula(normalise):
     advantage = rng.normal(0, 1, 4)
     flat = lambda x: torch.tensor(np.concatenate(x))
     each = torch.tensor(advantage).repeat_interleave(torch.tensor(lengths))
-    loss, _ = objective(flat(logp), flat(old), flat(reference), each, token_weights([lengths], normalise).double(),
-                        0.2, 0.3, 0.05)
-    assert loss.item() == pytest.approx(naive_loss(logp, old, reference, advantage, normalise, 0.2, 0.3, 0.05),
-                                        abs=1e-6)
+    loss, _ = objective(
+        flat(logp),
+        flat(old),
+        flat(reference),
+        each,
+        token_weights([lengths], normalise).double(),
+        0.2,
+        0.3,
+        0.05,
+    )
+    assert loss.item() == pytest.approx(
+        naive_loss(logp, old, reference, advantage, normalise, 0.2, 0.3, 0.05), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     "advantage, ratio, slope",
-    [(1, 1.2, 1), (1, 1.4, 0), (1, 0.7, 1), (-1, 0.9, -1), (-1, 0.7, 0), (-1, 1.4, -1), (1, 1.29, 1), (-1, 0.81, -1)],
+    [
+        (1, 1.2, 1),
+        (1, 1.4, 0),
+        (1, 0.7, 1),
+        (-1, 0.9, -1),
+        (-1, 0.7, 0),
+        (-1, 1.4, -1),
+        (1, 1.29, 1),
+        (-1, 0.81, -1),
+    ],
 )
 def test_all_four_quadrants_of_the_asymmetric_clip(advantage, ratio, slope):
     """Where the clip holds, the gradient is 0; elsewhere it is ratio * advantage: a bad token that grew likelier is
     pushed back."""
     logp = torch.tensor([float(np.log(ratio))], requires_grad=True)
-    loss, sums = objective(logp, torch.zeros(1), None, torch.tensor([float(advantage)]), torch.ones(1), 0.2, 0.3, 0.0)
+    loss, sums = objective(
+        logp, torch.zeros(1), None, torch.tensor([float(advantage)]), torch.ones(1), 0.2, 0.3, 0.0
+    )
     loss.backward()
     assert logp.grad.item() == pytest.approx(-ratio * slope, abs=1e-5)
-    assert sums["clip_high"] == (advantage > 0 and ratio > 1.3) and sums["clip_low"] == (advantage < 0 and ratio < 0.8)
+    assert sums["clip_high"] == (advantage > 0 and ratio > 1.3) and sums["clip_low"] == (
+        advantage < 0 and ratio < 0.8
+    )
 
 
 def test_the_kl_is_k3_and_its_mean_is_the_true_kl():
     generator = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    p, q = (
+        torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2)
+    )
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
-    _, sums = objective(p[tokens], p[tokens], q[tokens], torch.zeros(len(tokens)), torch.zeros(len(tokens)),
-                        0.2, 0.3, 1.0)
-    exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=p),
-                                              torch.distributions.Categorical(logits=q))
+    _, sums = objective(
+        p[tokens],
+        p[tokens],
+        q[tokens],
+        torch.zeros(len(tokens)),
+        torch.zeros(len(tokens)),
+        0.2,
+        0.3,
+        1.0,
+    )
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
     assert sums["kl"] / len(tokens) == pytest.approx(exact.item(), rel=0.02)
 
 
 def test_one_token_that_the_base_finds_far_likelier_cannot_rule_an_update_and_is_counted():
     """In the gradient as in the value; below the bound nothing changes. With bound 5 and beta 0.005 its pull is at most
     0.74 advantages."""
-    logp, far = torch.tensor([-1.0, -17.0, -6.5], requires_grad=True), torch.tensor([-1.5, -1.0, -1.0])
-    call = lambda bound: objective(logp, logp.detach(), far, torch.zeros(3), torch.ones(3), 0.2, 0.3, 0.005, bound)
+    logp, far = torch.tensor([-1.0, -17.0, -6.5], requires_grad=True), torch.tensor(
+        [-1.5, -1.0, -1.0]
+    )
+    call = lambda bound: objective(
+        logp, logp.detach(), far, torch.zeros(3), torch.ones(3), 0.2, 0.3, 0.005, bound
+    )
     free, held = call(float("inf")), call(5.0)
     [wild], [tame] = (torch.autograd.grad(loss, logp) for loss, _ in (free, held))
     assert wild.abs().max() > 1e4 and tame.abs().max() < 0.74 and tame[0] == wild[0]
@@ -117,7 +155,9 @@ def test_advantages_are_eq_1():
     rewards = torch.tensor([[6.0, 2.0, 0.0, 6.0], [1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     expected = (np.array([6, 2, 0, 6]) - 3.5) / np.array([6, 2, 0, 6]).std()
     assert advantages(rewards)[0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert not advantages(rewards)[1:].any()  # no variance: exactly 0, not rounding noise over a tiny std
+    assert not advantages(rewards)[
+        1:
+    ].any()  # no variance: exactly 0, not rounding noise over a tiny std
     # the mean of eight equal numbers is often not that number
     same = torch.linspace(0.01, 6, 500)[:, None].expand(-1, 8)
     assert (same != same.mean(1, keepdim=True)).any() and not advantages(same).any()
@@ -126,9 +166,13 @@ def test_advantages_are_eq_1():
 
 def test_token_weights_against_sequence_weights_on_a_long_and_a_short_answer():
     token, sequence = token_weights([[9, 1]], "token"), token_weights([[9, 1]], "sequence")
-    assert token.tolist() == pytest.approx([0.1] * 10) and sequence.tolist() == pytest.approx([0.5 / 9] * 9 + [0.5])
+    assert token.tolist() == pytest.approx([0.1] * 10) and sequence.tolist() == pytest.approx(
+        [0.5 / 9] * 9 + [0.5]
+    )
     assert token_weights([[9, 1], [2, 3]], "token").sum() == pytest.approx(2)
-    with pytest.raises(ValueError, match="normalise 'dr'"):  # a name without code is no other name's weights
+    with pytest.raises(
+        ValueError, match="normalise 'dr'"
+    ):  # a name without code is no other name's weights
         token_weights([[9, 1]], "dr")
 
 
@@ -154,10 +198,18 @@ def test_rewards_go_to_the_prompt_they_belong_to(policy, segmenter, settings, mo
     monkeypatch.setattr(grpo, "score_group", constant)
     rollouts = rollouts_of(policy, segmenter, settings, 3)
     for i, rollout in enumerate(rollouts):
-        assert rollout.sample.id[-1] == str(i) and [r.total for r in rollout.rewards] == [i, i + 10, i, i]
+        assert rollout.sample.id[-1] == str(i) and [r.total for r in rollout.rewards] == [
+            i,
+            i + 10,
+            i,
+            i,
+        ]
         assert rollout.advantage.argmax() == 1 and rollout.advantage.sum().abs() < 1e-5
-    monkeypatch.setattr(grpo, "score_group",
-                        lambda *a: [setattr(r, "total", float(a[1].id[-1])) or r for r in real(*a)])
+    monkeypatch.setattr(
+        grpo,
+        "score_group",
+        lambda *a: [setattr(r, "total", float(a[1].id[-1])) or r for r in real(*a)],
+    )
     # equal within each group, not across
     assert all(not r.advantage.any() for r in rollouts_of(policy, segmenter, settings, 3))
 
@@ -171,7 +223,13 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, 
         for p in parameters:
             p.grad = None
         optimizer = torch.optim.SGD(parameters, lr=0.0)
-        update(policy, optimizer, rollouts, replace(settings, micro=micro, updates=1, lr=0.0, max_grad_norm=1e9), 0)
+        update(
+            policy,
+            optimizer,
+            rollouts,
+            replace(settings, micro=micro, updates=1, lr=0.0, max_grad_norm=1e9),
+            0,
+        )
         gradients.append([p.grad.clone() for p in parameters])
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
     for other in gradients[1:]:
@@ -186,24 +244,33 @@ def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
 ):
     rollouts, switched_off = rollouts_of(policy, segmenter, settings), []
     disable = policy.model.disable_adapter
-    monkeypatch.setattr(policy.model, "disable_adapter", lambda: switched_off.append(1) or disable())
+    monkeypatch.setattr(
+        policy.model, "disable_adapter", lambda: switched_off.append(1) or disable()
+    )
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
     still = replace(settings, lr=0.0, updates=2, passes=2, micro=4)
     log = update(policy, optimizer, rollouts, replace(still, beta=0.0), 0)
-    assert not switched_off and not {"kl", "kl_held"} & log.keys()  # a KL of 0 would look like a policy that stays
+    assert (
+        not switched_off and not {"kl", "kl_held"} & log.keys()
+    )  # a KL of 0 would look like a policy that stays
     log = update(policy, optimizer, rollouts, still, 0)
     assert len(switched_off) == 1 and log["kl"] > 0
     alone, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]])
     with torch.no_grad(), policy.reference():
-        reference, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]])
+        reference, _ = logprobs(
+            policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]]
+        )
     torch.testing.assert_close(rollouts[1].reference, reference, atol=1e-4, rtol=1e-4)
     assert (alone - reference).abs().max() > 1e-3
 
 
 def test_every_pass_sees_every_question_once(policy, segmenter, settings, monkeypatch):
     rollouts, seen, real = rollouts_of(policy, segmenter, settings), [], grpo.batch_loss
-    monkeypatch.setattr(grpo, "batch_loss",
-                        lambda policy, part, s: seen.append([r.sample.id for r in part]) or real(policy, part, s))
+    monkeypatch.setattr(
+        grpo,
+        "batch_loss",
+        lambda policy, part, s: seen.append([r.sample.id for r in part]) or real(policy, part, s),
+    )
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
     update(policy, optimizer, rollouts, replace(settings, lr=0.0, updates=2, passes=2), 0)
     ids = [r.sample.id for r in rollouts]
@@ -222,20 +289,30 @@ def test_groups_without_variance_get_no_policy_gradient(policy, segmenter, setti
     assert grpo.describe(rollouts)["zero_variance"] == 1
 
 
-def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(policy, segmenter, settings):
+def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(
+    policy, segmenter, settings
+):
     """With beta > 0 a flat group pulls to the base; left out, its forwards go too, and the mean is still over all
     questions."""
     rollouts = rollouts_of(policy, segmenter, settings)
     for i, rollout in enumerate(rollouts):
-        rollout.advantage = torch.linspace(-1, 1, settings.group) if i == 1 else torch.zeros(settings.group)
+        rollout.advantage = (
+            torch.linspace(-1, 1, settings.group) if i == 1 else torch.zeros(settings.group)
+        )
     one = replace(settings, updates=1, beta=0.1, lr=0.0, max_grad_norm=1e9)
     parameters, gradients = [p for p in policy.model.parameters() if p.requires_grad], []
-    for s, part in ((one, rollouts), (replace(one, skip_flat=True), rollouts), (one, rollouts[1:2])):
+    for s, part in (
+        (one, rollouts),
+        (replace(one, skip_flat=True), rollouts),
+        (one, rollouts[1:2]),
+    ):
         for rollout in rollouts:
             rollout.reference = None
         update(policy, torch.optim.SGD(parameters, lr=0.0), part, s, 0)
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
-        assert [r.reference is not None for r in part] == [not s.skip_flat or r is rollouts[1] for r in part]
+        assert [r.reference is not None for r in part] == [
+            not s.skip_flat or r is rollouts[1] for r in part
+        ]
     everything, skipped, alone = gradients
     torch.testing.assert_close(skipped, alone / len(rollouts), atol=1e-6, rtol=1e-4)
     assert (everything - skipped).norm() > 1e-3 * skipped.norm()
@@ -252,18 +329,30 @@ def test_a_non_finite_loss_skips_the_update_loudly(segmenter, settings, capsys):
     before = [p.detach().clone() for p in parameters]
     log = update(policy, torch.optim.AdamW(parameters, lr=1e-3), rollouts, settings, 0)
     assert log["skipped_updates"] == 1 and "not finite" in capsys.readouterr().out
-    assert all(p.isfinite().all() for p in parameters) and any((a != b).any() for a, b in zip(before, parameters))
+    assert all(p.isfinite().all() for p in parameters) and any(
+        (a != b).any() for a, b in zip(before, parameters)
+    )
 
 
-def test_the_second_update_of_a_batch_and_its_second_pass_have_a_ratio_that_is_not_1(segmenter, settings):
+def test_the_second_update_of_a_batch_and_its_second_pass_have_a_ratio_that_is_not_1(
+    segmenter, settings
+):
     policy = load_policy("tiny", "fp32", rank=4)
     rollouts = rollouts_of(policy, segmenter, settings, 4)
     for rollout in rollouts:
         rollout.advantage = torch.tensor([2.0, -2.0, 1.0, -1.0])
     ranges = []
     for updates, passes in ((1, 1), (2, 1), (1, 2)):
-        optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=5e-3)
-        log = update(policy, optimizer, rollouts, replace(settings, updates=updates, passes=passes, lr=5e-3), 100)
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.model.parameters() if p.requires_grad], lr=5e-3
+        )
+        log = update(
+            policy,
+            optimizer,
+            rollouts,
+            replace(settings, updates=updates, passes=passes, lr=5e-3),
+            100,
+        )
         ranges.append(log["ratio_max"] - log["ratio_min"])
         policy = load_policy("tiny", "fp32", rank=4)
     assert ranges[0] < 5e-3 < min(ranges[1:])
@@ -275,14 +364,24 @@ def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, sett
     for rollout in rollouts:
         rollout.advantage = torch.tensor([2.0, -2.0, 1.0, -1.0])
         for answer in rollout.answers:
-            answer.logps = answer.logps + torch.tensor([0.25, -0.5])[torch.arange(len(answer.ids)) % 2]
-    shifts = torch.cat([torch.tensor([0.25, 0.5])[torch.arange(len(a.ids)) % 2]
-                        for r in rollouts[:2] for a in r.answers])
+            answer.logps = (
+                answer.logps + torch.tensor([0.25, -0.5])[torch.arange(len(answer.ids)) % 2]
+            )
+    shifts = torch.cat(
+        [
+            torch.tensor([0.25, 0.5])[torch.arange(len(a.ids)) % 2]
+            for r in rollouts[:2]
+            for a in r.answers
+        ]
+    )
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.1)
     log = update(policy, optimizer, rollouts, replace(settings, updates=2, lr=0.1), 100)
-    assert (log["sampling_gap"] == pytest.approx(shifts.mean().item(), abs=1e-3)
-            and log["sampling_gap_max"] == pytest.approx(0.5, abs=1e-3))
-    assert log["ratio_max"] > 3  # the second update's policy has moved, which is not sampling's doing
+    assert log["sampling_gap"] == pytest.approx(shifts.mean().item(), abs=1e-3) and log[
+        "sampling_gap_max"
+    ] == pytest.approx(0.5, abs=1e-3)
+    assert (
+        log["ratio_max"] > 3
+    )  # the second update's policy has moved, which is not sampling's doing
 
 
 LOGGED = """step reward accuracy iou reasoning_format segmentation_format zero_variance truncated
@@ -301,33 +400,62 @@ def test_a_run_writes_log_adapter_pictures_and_summary(settings, tmp_path):
     for name in ("curves.png", "sheet-test.png", "sheet-00000.png", "sheet-00001.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert set(summary) >= {"samples", "seed", "seconds", "base", "trained", "ceiling"} and summary["samples"] == 8
-    assert {"gIoU", "gIoU_lenient", "cIoU", "format"} <= set(summary["base"]) & set(summary["trained"])
+    assert (
+        set(summary) >= {"samples", "seed", "seconds", "base", "trained", "ceiling"}
+        and summary["samples"] == 8
+    )
+    assert {"gIoU", "gIoU_lenient", "cIoU", "format"} <= set(summary["base"]) & set(
+        summary["trained"]
+    )
     assert summary["ceiling"]["gIoU"] > 0.8
     for when in ("base", "trained"):
         each = json.loads((folder / f"test-{when}.json").read_text())
-        assert (len(each) == s.test_samples
-                and np.mean([one["iou_strict"] for one in each]) == pytest.approx(summary[when]["gIoU"]))
+        assert len(each) == s.test_samples and np.mean(
+            [one["iou_strict"] for one in each]
+        ) == pytest.approx(summary[when]["gIoU"])
         assert np.mean([one["iou"] for one in each]) == pytest.approx(summary[when]["gIoU_lenient"])
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [one["id"] for one in answers] == json.loads((folder / "samples.json").read_text())
-    assert ([one["step"] for one in answers] == [1] * s.questions + [2] * s.questions
-            and all(one["text"] for one in answers))
+    assert [one["step"] for one in answers] == [1] * s.questions + [2] * s.questions and all(
+        one["text"] for one in answers
+    )
     adapter = PeftModel.from_pretrained(
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32), folder / "adapter")
-    assert any(p.any() for n, p in adapter.named_parameters() if "lora_B" in n), "the adapter did not change"
-    told = re.search(r"What a run leaves in its folder: (.*?)\n\n", (ROOT / "README.md").read_text(), re.S)[1]
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32),
+        folder / "adapter",
+    )
+    assert any(
+        p.any() for n, p in adapter.named_parameters() if "lora_B" in n
+    ), "the adapter did not change"
+    told = re.search(
+        r"What a run leaves in its folder: (.*?)\n\n", (ROOT / "README.md").read_text(), re.S
+    )[1]
     names = [name.rstrip("/") for name in re.findall(r"`([^-`][^`]*)`", told)]
     unknown = [f.name for f in folder.iterdir() if not any(f.match(name) for name in names)]
-    assert not [name for name in names if not list(folder.glob(name))] and unknown == ["base.json"]  # for --resume
+    assert not [name for name in names if not list(folder.glob(name))] and unknown == [
+        "base.json"
+    ]  # for --resume
 
 
 def same_runs(a, b):
-    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (a, b))
-    skip = {"seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second", "peak_memory_gib"}
-    assert len(one) == len(two) and (a / "answers.jsonl").read_text() == (b / "answers.jsonl").read_text()
+    one, two = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (a, b)
+    )
+    skip = {
+        "seconds_rollout",
+        "seconds_reward",
+        "seconds_update",
+        "tokens_per_second",
+        "peak_memory_gib",
+    }
+    assert (
+        len(one) == len(two)
+        and (a / "answers.jsonl").read_text() == (b / "answers.jsonl").read_text()
+    )
     for x, y in zip(one, two):
-        assert {k: v for k, v in x.items() if k not in skip} == {k: v for k, v in y.items() if k not in skip}
+        assert {k: v for k, v in x.items() if k not in skip} == {
+            k: v for k, v in y.items() if k not in skip
+        }
     states = [torch.load(f / "state.pt", weights_only=True) for f in (a, b)]
     assert states[0]["step"] == states[1]["step"]
     for name, value in states[0]["adapter"].items():
@@ -351,7 +479,9 @@ def whole(tmp_path_factory):
     return run
 
 
-def test_stopped_by_ctrl_c_and_resumed_equals_never_stopped_bit_for_bit(settings, whole, monkeypatch, capsys):
+def test_stopped_by_ctrl_c_and_resumed_equals_never_stopped_bit_for_bit(
+    settings, whole, monkeypatch, capsys
+):
     s = replace(settings, samples=16, eval_every=2)
     expected, real, steps = whole(s), grpo.update, []
 
@@ -365,7 +495,11 @@ def test_stopped_by_ctrl_c_and_resumed_equals_never_stopped_bit_for_bit(settings
     with pytest.raises(SystemExit) as stopped:
         train(s)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert stopped.value.code == 130 and "--resume --run" in capsys.readouterr().out and len(steps) == 1
+    assert (
+        stopped.value.code == 130
+        and "--resume --run" in capsys.readouterr().out
+        and len(steps) == 1
+    )
     monkeypatch.setattr(grpo, "update", real)
     train(replace(s, resume=True))
     same_runs(expected, Path(s.run))
@@ -377,7 +511,9 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, whole, monkeyp
 
     def killed(*args):
         steps.append(1)
-        if len(steps) == 4:  # a step after the saved one is logged already: resuming must not log it twice
+        if (
+            len(steps) == 4
+        ):  # a step after the saved one is logged already: resuming must not log it twice
             raise MemoryError
         return real(*args)
 
@@ -392,14 +528,38 @@ def test_a_killed_run_resumes_from_its_last_saved_state(settings, whole, monkeyp
 def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_path):
     """kill -9 from outside, once before anything was saved and once somewhere in a step, with a state saved after each
     step."""
-    options = ["--samples", "20", "--questions", "4", "--group", "3", "--updates", "2", "--eval-every", "0",
-               "--test-samples", "2", "--warmup", "1", "--max-new-tokens", "40", "--save-minutes", "0.0001",
-               "--device", "cpu"]
+    options = [
+        "--samples",
+        "20",
+        "--questions",
+        "4",
+        "--group",
+        "3",
+        "--updates",
+        "2",
+        "--eval-every",
+        "0",
+        "--test-samples",
+        "2",
+        "--warmup",
+        "1",
+        "--max-new-tokens",
+        "40",
+        "--save-minutes",
+        "0.0001",
+        "--device",
+        "cpu",
+    ]
     start = lambda *more: subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--run", str(tmp_path / "cut"), *options, *more],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    wait_for = lambda done, process: [time.sleep(0.02)
-                                      for _ in iter(lambda: done() or process.poll() is not None, True)]
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    wait_for = lambda done, process: [
+        time.sleep(0.02) for _ in iter(lambda: done() or process.poll() is not None, True)
+    ]
     log = tmp_path / "cut/metrics.jsonl"
     for done, more in ((log.exists, ()), (lambda: log.read_text().count("\n") >= 2, ("--resume",))):
         process = start(*more)
@@ -409,8 +569,19 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_p
     last = start("--resume")
     printed, _ = last.communicate()
     assert last.returncode == 0 and "held-out test, greedy" in printed, printed
-    whole = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "whole"), samples=20, questions=4, group=3,
-                          updates=2, eval_every=0, test_samples=2, warmup=1, max_new_tokens=40)[0]
+    whole = make_settings(
+        preset="tiny",
+        device="cpu",
+        run=str(tmp_path / "whole"),
+        samples=20,
+        questions=4,
+        group=3,
+        updates=2,
+        eval_every=0,
+        test_samples=2,
+        warmup=1,
+        max_new_tokens=40,
+    )[0]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train(whole)
@@ -436,8 +607,13 @@ def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("error, kind", [
-    (lambda: signal.raise_signal(signal.SIGTERM), Terminated), (out_of_memory, torch.OutOfMemoryError)])
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (lambda: signal.raise_signal(signal.SIGTERM), Terminated),
+        (out_of_memory, torch.OutOfMemoryError),
+    ],
+)
 def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before_it(
     error, kind, settings, whole, monkeypatch, capsys
 ):
@@ -449,38 +625,63 @@ def test_a_step_that_is_cut_in_the_middle_of_its_updates_leaves_the_state_before
         full.setattr(torch.optim.AdamW, "load_state_dict", lambda *_: out_of_memory())
         train(s)
     restore()
-    state, adapter = (torch.load(folder / "state.pt", weights_only=True),
-                      load_file(folder / "adapter/adapter_model.safetensors"))
+    state, adapter = (
+        torch.load(folder / "state.pt", weights_only=True),
+        load_file(folder / "adapter/adapter_model.safetensors"),
+    )
     assert state["step"] == 2 and len(adapter) == len(state["adapter"])
-    assert all((adapter[name.replace(".default", "")] == value).all() for name, value in state["adapter"].items())
-    assert "step 2 is saved" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert all(
+        (adapter[name.replace(".default", "")] == value).all()
+        for name, value in state["adapter"].items()
+    )
+    assert (
+        "step 2 is saved" in capsys.readouterr().out
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
     train(replace(s, resume=True))
     same_runs(expected, folder)
 
 
 def test_a_state_is_saved_every_so_many_minutes_too(settings, tmp_path, monkeypatch):
     saved, real = [], runs.save_state
-    monkeypatch.setattr(runs, "save_state",
-                        lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state))
+    monkeypatch.setattr(
+        runs,
+        "save_state",
+        lambda folder, policy, state: saved.append(state["step"]) or real(folder, policy, state),
+    )
     train(replace(settings, samples=12, save_minutes=1e-9))
     often, saved[:] = list(saved), []
     train(replace(settings, samples=12, save_minutes=60.0, run=str(tmp_path / "other")))
     assert often == [1, 2, 3, 3] and saved == [3]
 
 
-def test_a_disk_that_is_full_during_a_save_loses_nothing_is_said_and_the_run_goes_on(settings, whole, tmp_path, capsys):
+def test_a_disk_that_is_full_during_a_save_loses_nothing_is_said_and_the_run_goes_on(
+    settings, whole, tmp_path, capsys
+):
     s = replace(settings, samples=12)
     expected = whole(s)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/state.new").symlink_to("/dev/full")  # the first save finds no room; failing takes the link away
+    (tmp_path / "run/state.new").symlink_to(
+        "/dev/full"
+    )  # the first save finds no room; failing takes the link away
     train(replace(s, save_minutes=1e-9))
-    assert capsys.readouterr().out.count("step 1 could not be saved") == 1 and not (tmp_path / "run/state.new").exists()
+    assert (
+        capsys.readouterr().out.count("step 1 could not be saved") == 1
+        and not (tmp_path / "run/state.new").exists()
+    )
     same_runs(expected, tmp_path / "run")
 
 
-def test_a_disk_that_stays_full_ends_the_run_in_one_line_that_says_how_to_go_on(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match="the last steps are not saved; make room there, then python train.py --resume"):
+def test_a_disk_that_stays_full_ends_the_run_in_one_line_that_says_how_to_go_on(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(
+        UserError,
+        match="the last steps are not saved; make room there, then python train.py --resume",
+    ):
         train(settings)
     monkeypatch.undo()
     (tmp_path / "run/metrics.jsonl").unlink()
@@ -489,7 +690,9 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_that_says_how_to_go_on(
         train(replace(settings, resume=True))
 
 
-def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(settings, whole, tmp_path):
+def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(
+    settings, whole, tmp_path
+):
     s = replace(settings, samples=12)
     expected = whole(s)
     open_run(s)
@@ -501,10 +704,14 @@ def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(
 # ------------------------------------------------------------------------------------------------ before the first step
 
 
-@pytest.mark.parametrize("text, tokens, words", [
-    ("It is there.", 48, "Warning: none is in the asked format, .* 'It is there.'"),
-    (GOOD, 3, "Warning: most are cut off, .* raise --max-new-tokens 3"),
-    (GOOD, 48, r"4 questions, 4 each: in the format 1.00, mean IoU 0\.\d\d, truncated 0.00$")])
+@pytest.mark.parametrize(
+    "text, tokens, words",
+    [
+        ("It is there.", 48, "Warning: none is in the asked format, .* 'It is there.'"),
+        (GOOD, 3, "Warning: most are cut off, .* raise --max-new-tokens 3"),
+        (GOOD, 48, r"4 questions, 4 each: in the format 1.00, mean IoU 0\.\d\d, truncated 0.00$"),
+    ],
+)
 def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_can_be_learnt(
     text, tokens, words, policy, segmenter, settings
 ):
@@ -517,14 +724,24 @@ def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_c
     assert re.search(words, first_look(rollouts, s))
 
 
-def test_the_first_look_is_printed_once_and_changes_no_draw(settings, tmp_path, monkeypatch, capsys):
+def test_the_first_look_is_printed_once_and_changes_no_draw(
+    settings, tmp_path, monkeypatch, capsys
+):
     train(settings)
     with monkeypatch.context() as without:
         without.setattr(grpo, "before_training", lambda *_, **__: None)
         train(replace(settings, run=str(tmp_path / "without")))
     answers = [(tmp_path / name / "answers.jsonl").read_text() for name in ("run", "without")]
     assert answers[0] == answers[1]
-    assert len(re.findall(r"the base's answers to 4 questions, 4 each: in the format \d", capsys.readouterr().out)) == 1
+    assert (
+        len(
+            re.findall(
+                r"the base's answers to 4 questions, 4 each: in the format \d",
+                capsys.readouterr().out,
+            )
+        )
+        == 1
+    )
     train(replace(settings, resume=True))
     assert "the base's answers" not in capsys.readouterr().out
 
@@ -536,14 +753,35 @@ def test_the_first_look_is_printed_once_and_changes_no_draw(settings, tmp_path, 
 def odd():
     """A policy and settings of which none that the update or the reward uses is at its default."""
     s, _ = make_settings(
-        preset="tiny", device="cpu", questions=2, group=3, updates=1, micro=1, temperature=0.7, eps_low=0.05,
-        eps_high=0.6, normalise="sequence", advantage="mean", kl_bound=0.02, beta=0.3, warmup=4, max_grad_norm=1e9,
-        lr=1.0, max_new_tokens=40, accuracy="iou", accuracy_weight=0.5, reasoning_weight=2.0, segmentation_weight=3.0,
-        max_points=1)
+        preset="tiny",
+        device="cpu",
+        questions=2,
+        group=3,
+        updates=1,
+        micro=1,
+        temperature=0.7,
+        eps_low=0.05,
+        eps_high=0.6,
+        normalise="sequence",
+        advantage="mean",
+        kl_bound=0.02,
+        beta=0.3,
+        warmup=4,
+        max_grad_norm=1e9,
+        lr=1.0,
+        max_new_tokens=40,
+        accuracy="iou",
+        accuracy_weight=0.5,
+        reasoning_weight=2.0,
+        segmentation_weight=3.0,
+        max_points=1,
+    )
     return with_live_adapter(load_policy("tiny", "fp32", rank=4)), s
 
 
-def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its_default(odd, segmenter):
+def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its_default(
+    odd, segmenter
+):
     policy, s = odd
     torch.manual_seed(0)
     data = Shapes("train", 2, 5)
@@ -560,7 +798,9 @@ def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its
         place = 0
         for a, advantage in zip(r.answers, r.advantage):
             for old in a.logps:
-                ratio, gap = (logp[place] - old).exp(), (reference[place] - logp[place]).clamp(max=0.02)
+                ratio, gap = (logp[place] - old).exp(), (reference[place] - logp[place]).clamp(
+                    max=0.02
+                )
                 surrogate = torch.min(ratio * advantage, ratio.clamp(0.95, 1.6) * advantage)
                 loss -= (surrogate - 0.3 * (gap.exp() - gap - 1)) / (3 * len(a.ids)) / 2
                 place += 1
@@ -569,14 +809,24 @@ def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its
     found = torch.cat([p.grad.flatten() for p in policy.trained])
     policy.model.zero_grad()
     assert (found - expected).norm() < 1e-3 * expected.norm()
-    assert log["loss"] == pytest.approx(loss.item(), rel=1e-3) and log["approx_kl"] > 0 and log["kl_held"] > 0
+    assert (
+        log["loss"] == pytest.approx(loss.item(), rel=1e-3)
+        and log["approx_kl"] > 0
+        and log["kl_held"] > 0
+    )
     assert log["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
 
 
-def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_settings(odd, segmenter, monkeypatch):
+def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_settings(
+    odd, segmenter, monkeypatch
+):
     policy, s = odd
     good = '<think>L.</think><answer>{"bbox": [10, 20, 60, 70], "points": [%s]}</answer>'
-    texts, real = [good % "[30, 40, 1]", good % "[30, 40, 1], [31, 41, 1]", "It is there."], grpo.sample
+    texts, real = [
+        good % "[30, 40, 1]",
+        good % "[30, 40, 1], [31, 41, 1]",
+        "It is there.",
+    ], grpo.sample
 
     def told(*given):
         groups = real(*given)
@@ -588,7 +838,10 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
     monkeypatch.setattr(grpo, "sample", told)
     [r], _ = roll_out(policy, segmenter, [Shapes("train", 1, 5)[0]], s)
     totals = torch.tensor([reward.total for reward in r.rewards])
-    assert totals.tolist() == pytest.approx([0.5 * 4 * r.rewards[0].iou + 2 + 3, 2, 0]) and r.rewards[0].iou > 0
+    assert (
+        totals.tolist() == pytest.approx([0.5 * 4 * r.rewards[0].iou + 2 + 3, 2, 0])
+        and r.rewards[0].iou > 0
+    )
     assert r.advantage == pytest.approx(totals - totals.mean())
     with torch.no_grad():
         logp, _ = logprobs(policy, [r.prompt], [[a.ids for a in r.answers]], 0.7)
@@ -596,20 +849,32 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
 
 
 @pytest.mark.parametrize("unending", ["<|im_start|>", "\n"])
-def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(unending, segmenter, monkeypatch):
+def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(
+    unending, segmenter, monkeypatch
+):
     policy, x = load_policy("tiny", "fp32", rank=4), Shapes("train", 1, 5)[0]
     s, _ = make_settings(preset="tiny", device="cpu", group=3, max_new_tokens=60)
     tokenizer, (ys, xs) = policy.processor.tokenizer, np.nonzero(x.mask)
-    box, point = [int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)], [int(xs[0]), int(ys[0]), 1]
-    ids = tokenizer(f'<think>.</think><answer>{{"bbox": {box}, "points": [{point}]}}</answer>').input_ids
+    box, point = [int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)], [
+        int(xs[0]),
+        int(ys[0]),
+        1,
+    ]
+    ids = tokenizer(
+        f'<think>.</think><answer>{{"bbox": {box}, "points": [{point}]}}</answer>'
+    ).input_ids
     filler = tokenizer(unending).input_ids
     stop, steps = [tokenizer.eos_token_id] * 60, iter(range(60))
-    rows = torch.tensor([row[:60] for row in (ids + stop, ids + filler * 60, ids[:-9] + filler + ids[-9:] + stop)])
+    rows = torch.tensor(
+        [row[:60] for row in (ids + stop, ids + filler * 60, ids[:-9] + filler + ids[-9:] + stop)]
+    )
     monkeypatch.setattr(policy_module, "draw", lambda *_: rows[:, next(steps)][None])
     [r], _ = roll_out(policy, segmenter, [x], s)
     ended, cut, marked = r.rewards
     assert [a.truncated for a in r.answers] == [False, True, False] and ended.answer.in_format
-    assert not cut.answer.in_format and cut.total < ended.total and r.answers[1].text.endswith("[cut]")
+    assert (
+        not cut.answer.in_format and cut.total < ended.total and r.answers[1].text.endswith("[cut]")
+    )
     assert not marked.answer.in_format and ended.iou > 0  # within a JSON string neither has a place
 
 
@@ -633,22 +898,43 @@ def test_the_rate_climbs_and_gradients_are_scaled_down_to_their_norm(odd, segmen
 def test_what_is_logged_of_a_rollout_is_what_its_answers_are():
     completion = lambda text, n, cut: Completion(torch.ones(n), torch.zeros(n), cut, text)
     reward = lambda total, points: Reward(
-        total, total, Answer(points=[(1, 1, 1)] * points, reasoning_format=True), total / 4, 0.0, (0, 0), None)
+        total,
+        total,
+        Answer(points=[(1, 1, 1)] * points, reasoning_format=True),
+        total / 4,
+        0.0,
+        (0, 0),
+        None,
+    )
     some = [completion("a", 4, True), completion("a", 2, False)]
     others = [completion("b", 1, False), completion("c", 1, False)]
-    groups = [grpo.Rollout(None, None, some, [reward(2.0, 1), reward(2.0, 3)]),
-              grpo.Rollout(None, None, others, [reward(4.0, 0), reward(0.0, 0)])]
+    groups = [
+        grpo.Rollout(None, None, some, [reward(2.0, 1), reward(2.0, 3)]),
+        grpo.Rollout(None, None, others, [reward(4.0, 0), reward(0.0, 0)]),
+    ]
     for group, advantage in zip(groups, ([0.0, 0.0], [1.0, -1.0])):
         group.advantage = torch.tensor(advantage)
     line = describe(groups)
-    assert line["reward"] == 2 and line["iou"] == 0.5 and line["zero_variance"] == 0.5 and line["truncated"] == 0.25
-    assert line["length"] == 2 and line["points"] == 1 and line["unique"] == 0.75 and line["reasoning_format"] == 1
+    assert (
+        line["reward"] == 2
+        and line["iou"] == 0.5
+        and line["zero_variance"] == 0.5
+        and line["truncated"] == 0.25
+    )
+    assert (
+        line["length"] == 2
+        and line["points"] == 1
+        and line["unique"] == 0.75
+        and line["reasoning_format"] == 1
+    )
 
 
 def test_the_optimizer_moves_nothing_without_a_gradient_and_remembers_a_hundred_of_them(settings):
     """The KL alone pulls to the base: a weight decay would be another pull, one that no log shows."""
     policy = with_live_adapter(load_policy("tiny", "fp32", rank=4))
-    optimizer, before = new_optimizer(policy, replace(settings, lr=0.5)), [p.detach().clone() for p in policy.trained]
+    optimizer, before = new_optimizer(policy, replace(settings, lr=0.5)), [
+        p.detach().clone() for p in policy.trained
+    ]
     for p in policy.trained:
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -661,37 +947,62 @@ def test_rewards_in_training_read_answers_in_what_the_policy_counts_in(
 ):
     x1, y1, x2, y2 = (round(1000 * v / 112) for v in tight_box(samples[0].mask))
     text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [[{x1}, {y1}, 1]]}}</answer>'
-    monkeypatch.setattr(grpo, "sample", lambda _, prompts, group, *rest: [
-        [Completion(torch.ones(1), torch.zeros(1), False, text)] * group for _ in prompts])
-    [rollout], _ = roll_out(replace(policy, coordinates="thousandths"), segmenter, samples[:1], settings)
+    monkeypatch.setattr(
+        grpo,
+        "sample",
+        lambda _, prompts, group, *rest: [
+            [Completion(torch.ones(1), torch.zeros(1), False, text)] * group for _ in prompts
+        ],
+    )
+    [rollout], _ = roll_out(
+        replace(policy, coordinates="thousandths"), segmenter, samples[:1], settings
+    )
     assert all(r.box_iou > 0.9 for r in rollout.rewards)
 
 
-def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(policy, segmenter, settings):
+def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(
+    policy, segmenter, settings
+):
     rollouts = rollouts_of(policy, segmenter, settings)
     for rollout in rollouts:
         rollout.advantage = torch.linspace(-1, 2, settings.group)
     still = replace(settings, lr=0.0, updates=1, micro=4)
-    one, three = (update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, passes=n), 0)
-                  for n in (1, 3))
+    one, three = (
+        update(
+            policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, passes=n), 0
+        )
+        for n in (1, 3)
+    )
     policy.model.zero_grad()
     for name in ("loss", "grad_norm", "entropy", "kl"):
         assert one[name] == pytest.approx(three[name], rel=1e-3), name
-    halves = [update(policy, torch.optim.SGD(policy.trained, lr=0.0), part, still, 0)
-              for part in (rollouts[:2], rollouts[2:])]
-    both = update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, updates=2), 0)
+    halves = [
+        update(policy, torch.optim.SGD(policy.trained, lr=0.0), part, still, 0)
+        for part in (rollouts[:2], rollouts[2:])
+    ]
+    both = update(
+        policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, updates=2), 0
+    )
     policy.model.zero_grad()
     for name in ("loss", "grad_norm"):
         assert both[name] == pytest.approx(np.mean([half[name] for half in halves]), rel=1e-3), name
-    counts = [sum(len(a.ids) for r in part for a in r.answers) for part in (rollouts[:2], rollouts[2:])]
-    assert both["entropy"] == pytest.approx(np.average([half["entropy"] for half in halves], weights=counts), rel=1e-3)
+    counts = [
+        sum(len(a.ids) for r in part for a in r.answers) for part in (rollouts[:2], rollouts[2:])
+    ]
+    assert both["entropy"] == pytest.approx(
+        np.average([half["entropy"] for half in halves], weights=counts), rel=1e-3
+    )
 
 
-def test_the_policy_is_in_training_mode_in_an_update_and_its_rehearsal_alone(policy, segmenter, settings, monkeypatch):
+def test_the_policy_is_in_training_mode_in_an_update_and_its_rehearsal_alone(
+    policy, segmenter, settings, monkeypatch
+):
     """Checkpointing works in training mode only, and without it an update may not fit; sampling goes without."""
     rollouts, modes, real = rollouts_of(policy, segmenter, settings), [], grpo.logprobs
     assert not load_policy("tiny", "fp32", rank=4).model.training
-    monkeypatch.setattr(grpo, "logprobs", lambda *a: modes.append(policy.model.training) or real(*a))
+    monkeypatch.setattr(
+        grpo, "logprobs", lambda *a: modes.append(policy.model.training) or real(*a)
+    )
     update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(settings, lr=0.0), 0)
     assert len(modes) > 2 and all(modes) and not policy.model.training
     try_largest_update(policy, [rollouts[0].sample], settings)
@@ -703,8 +1014,11 @@ def test_each_step_of_each_seed_has_questions_and_draws_of_its_own_and_knows_the
     settings, monkeypatch
 ):
     drawn, done = {}, []
-    monkeypatch.setattr(grpo, "roll_out", lambda policy, segmenter, batch, s, chance: (
-        (batch, chance), {"seconds_rollout": 2}))
+    monkeypatch.setattr(
+        grpo,
+        "roll_out",
+        lambda policy, segmenter, batch, s, chance: ((batch, chance), {"seconds_rollout": 2}),
+    )
     monkeypatch.setattr(grpo, "update", lambda *args: done.append(args[-1]) or {})
     monkeypatch.setattr(grpo, "describe", lambda _: {"length": 3})
     monkeypatch.setattr(grpo, "first_answers", lambda rollouts: rollouts)
@@ -712,8 +1026,13 @@ def test_each_step_of_each_seed_has_questions_and_draws_of_its_own_and_knows_the
         s = replace(settings, seed=seed, updates=2, passes=3)
         line, (batch, chance) = one_step(None, None, None, range(100), s, step)
         assert batch == list(range(4 * step, 4 * step + 4)) and line["step"] == step + 1
-        assert chance.shape == (4, s.group, s.max_new_tokens) and line["tokens_per_second"] == 3 * 4 * s.group / 2
-        assert (drawn.setdefault((seed, step), chance) == chance).all()  # a step that is done again has the same
+        assert (
+            chance.shape == (4, s.group, s.max_new_tokens)
+            and line["tokens_per_second"] == 3 * 4 * s.group / 2
+        )
+        assert (
+            drawn.setdefault((seed, step), chance) == chance
+        ).all()  # a step that is done again has the same
     assert len({chance.sum().item() for chance in drawn.values()}) == 4
     assert done == [0, 6, 0, 6, 6]
 
@@ -723,14 +1042,25 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
     every, looks, settings, monkeypatch
 ):
     seen, kept = [], []
-    run = SimpleNamespace(start=0, steps=lambda: range(5), saved_whatever_happens=nullcontext, finish=lambda: None,
-                          keep=lambda line, answers, due: kept.append((line["step"], due, "seen" in line)))
+    run = SimpleNamespace(
+        start=0,
+        steps=lambda: range(5),
+        saved_whatever_happens=nullcontext,
+        finish=lambda: None,
+        keep=lambda line, answers, due: kept.append((line["step"], due, "seen" in line)),
+    )
     for name, stand_in in dict(
-        open_sets=lambda s: [[], "validation", []], open_run=lambda s: None, load_parts=lambda *_, **__: (None, None),
-        new_optimizer=lambda *_: None, Run=lambda *_: run, before_training=lambda *_, **__: None,
-        score_base=lambda *_, **__: {}, summarise=lambda *_: {},
+        open_sets=lambda s: [[], "validation", []],
+        open_run=lambda s: None,
+        load_parts=lambda *_, **__: (None, None),
+        new_optimizer=lambda *_: None,
+        Run=lambda *_: run,
+        before_training=lambda *_, **__: None,
+        score_base=lambda *_, **__: {},
+        summarise=lambda *_: {},
         one_step=lambda *args: ({"step": args[-1] + 1}, []),
-        validate=lambda policy, segmenter, data, s, folder, step: seen.append((data, step)) or {"seen": 1},
+        validate=lambda policy, segmenter, data, s, folder, step: seen.append((data, step))
+        or {"seen": 1},
     ).items():
         monkeypatch.setattr(grpo, name, stand_in)
     train(replace(settings, eval_every=every))
@@ -740,27 +1070,43 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
 
 def test_without_a_warm_up_the_first_update_has_the_whole_rate(policy, segmenter, settings):
     rollouts = rollouts_of(policy, segmenter, settings, 1)
-    log = update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts,
-                 replace(settings, warmup=0, updates=1, lr=1e-30), 0)
+    log = update(
+        policy,
+        torch.optim.SGD(policy.trained, lr=0.0),
+        rollouts,
+        replace(settings, warmup=0, updates=1, lr=1e-30),
+        0,
+    )
     policy.model.zero_grad()
     assert log["lr"] == 1e-30
 
 
-def test_the_longest_prompt_says_how_many_questions_are_sampled_side_by_side(policy, segmenter, settings, monkeypatch):
+def test_the_longest_prompt_says_how_many_questions_are_sampled_side_by_side(
+    policy, segmenter, settings, monkeypatch
+):
     told = []
-    monkeypatch.setattr(grpo, "questions_per_batch",
-                        lambda base, count, longest, *_: told.append((count, longest)) or 4)
+    monkeypatch.setattr(
+        grpo,
+        "questions_per_batch",
+        lambda base, count, longest, *_: told.append((count, longest)) or 4,
+    )
     lengths = [len(r.prompt.ids) for r in rollouts_of(policy, segmenter, settings)]
     assert len(set(lengths)) > 1 and told == [(4, max(lengths))]
 
 
-@pytest.mark.parametrize("device, count, tried", [("cuda", 9, [3]), ("cuda", 2, [2]), ("cpu", 9, [])])
+@pytest.mark.parametrize(
+    "device, count, tried", [("cuda", 9, [3]), ("cuda", 2, [2]), ("cpu", 9, [])]
+)
 def test_on_a_gpu_an_update_of_as_many_questions_as_one_forward_takes_is_tried_first(
     device, count, tried, settings, monkeypatch
 ):
     sizes = []
-    monkeypatch.setattr(grpo, "try_largest_update", lambda policy, samples, s: sizes.append(len(samples)))
-    grpo.before_training(None, None, range(count), replace(settings, device=device, micro=3), begins=False)
+    monkeypatch.setattr(
+        grpo, "try_largest_update", lambda policy, samples, s: sizes.append(len(samples))
+    )
+    grpo.before_training(
+        None, None, range(count), replace(settings, device=device, micro=3), begins=False
+    )
     assert sizes == tried
 
 
@@ -771,11 +1117,17 @@ def refuse(what):
     return lambda *_, **__: pytest.fail(f"{what} was loaded or fetched")
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(data="typo"), "--data typo"), (dict(policy="./none"), "--policy ./none"),
-    (dict(sam="./none"), "--sam ./none"), (dict(image_size=100), "multiple of 14"),
-    (dict(data="empty-folder"), "empty-folder"),
-    (dict(run="/proc/run"), "--run /proc/run: nothing can be written")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(data="typo"), "--data typo"),
+        (dict(policy="./none"), "--policy ./none"),
+        (dict(sam="./none"), "--sam ./none"),
+        (dict(image_size=100), "multiple of 14"),
+        (dict(data="empty-folder"), "empty-folder"),
+        (dict(run="/proc/run"), "--run /proc/run: nothing can be written"),
+    ],
+)
 def test_whatever_can_be_refused_at_once_is_refused_before_anything_is_loaded(
     changes, words, settings, monkeypatch, tmp_path
 ):
@@ -790,9 +1142,14 @@ def test_whatever_can_be_refused_at_once_is_refused_before_anything_is_loaded(
 def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_the_room(
     settings, monkeypatch, tmp_path, capsys
 ):
-    file = lambda size, wanted: DryRunFileInfo("", size, "model.safetensors", "", not wanted, wanted)
-    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download",
-                        lambda name, **_: [file(5 * 10**9, True), file(11 * 10**9, True), file(10**9, False)])
+    file = lambda size, wanted: DryRunFileInfo(
+        "", size, "model.safetensors", "", not wanted, wanted
+    )
+    monkeypatch.setattr(
+        loading.huggingface_hub,
+        "snapshot_download",
+        lambda name, **_: [file(5 * 10**9, True), file(11 * 10**9, True), file(10**9, False)],
+    )
     monkeypatch.setattr(loading, "SAM_FOLDER", tmp_path)
     monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path)
     sets = [SimpleNamespace(download_bytes=500_000_000), SimpleNamespace(download_bytes=0)]
@@ -800,19 +1157,39 @@ def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_
     loading.check_room(full, sets) if shutil.disk_usage("/").free > 2e10 else None
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
     capsys.readouterr()
-    with pytest.raises(UserError, match=r"GB are to be downloaded to .*, and 1.0 GB are free there: make room"):
+    with pytest.raises(
+        UserError, match=r"GB are to be downloaded to .*, and 1.0 GB are free there: make room"
+    ):
         loading.check_room(full, sets)
-    assert ("to download: policy Qwen/Qwen2.5-VL-7B-Instruct 16.0 GB, pictures 0.5 GB, SAM vit_h 2.6 GB"
-            in capsys.readouterr().out)
+    assert (
+        "to download: policy Qwen/Qwen2.5-VL-7B-Instruct 16.0 GB, pictures 0.5 GB, SAM vit_h 2.6 GB"
+        in capsys.readouterr().out
+    )
     loading.check_room(settings, sets[1:])
     assert not capsys.readouterr().out  # nothing to download, nothing to say
 
 
 def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settings, tmp_path):
     train(settings)
-    again, _ = parse_settings(["--resume", "--run", settings.run, "--micro", "1", "--samples", "16",
-                               "--checkpointing", "--max-new-tokens", "24"], "train.py", "")
-    assert again == replace(settings, resume=True, micro=1, samples=16, checkpointing=True, max_new_tokens=24)
+    again, _ = parse_settings(
+        [
+            "--resume",
+            "--run",
+            settings.run,
+            "--micro",
+            "1",
+            "--samples",
+            "16",
+            "--checkpointing",
+            "--max-new-tokens",
+            "24",
+        ],
+        "train.py",
+        "",
+    )
+    assert again == replace(
+        settings, resume=True, micro=1, samples=16, checkpointing=True, max_new_tokens=24
+    )
     with pytest.raises(SystemExit):
         parse_settings(["--resume", "--run", settings.run, "--group", "2"], "train.py", "")
     assert train(again)["samples"] == 16
@@ -829,28 +1206,50 @@ def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_ans
     whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.sample
     assert questions_per_batch(policy.base, 4, 220, settings, float("inf")) == 4
     assert questions_per_batch(policy.base, 4, 220, settings, 0) == 1
-    enough = next(mib for mib in range(1, 1000) if questions_per_batch(policy.base, 4, 220, settings, mib * 2**20) == 2)
-    assert questions_per_batch(policy.base, 4, 1000, settings, enough * 2**20) == 1  # longer prompts take more
-    assert questions_per_batch(policy.base, 4, 220, replace(settings, max_new_tokens=1000), enough * 2**20) == 1
+    enough = next(
+        mib
+        for mib in range(1, 1000)
+        if questions_per_batch(policy.base, 4, 220, settings, mib * 2**20) == 2
+    )
+    assert (
+        questions_per_batch(policy.base, 4, 1000, settings, enough * 2**20) == 1
+    )  # longer prompts take more
+    assert (
+        questions_per_batch(
+            policy.base, 4, 220, replace(settings, max_new_tokens=1000), enough * 2**20
+        )
+        == 1
+    )
     monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
     monkeypatch.setattr(grpo, "sample", lambda *args: sizes.append(len(args[1])) or real(*args))
     parts = rollouts_of(policy, segmenter, settings)
-    assert (sizes == [2, 2]
-            and [[a.text for a in r.answers] for r in whole] == [[a.text for a in r.answers] for r in parts])
+    assert sizes == [2, 2] and [[a.text for a in r.answers] for r in whole] == [
+        [a.text for a in r.answers] for r in parts
+    ]
 
 
-def test_the_largest_update_is_tried_at_full_length_and_changes_nothing(policy, settings, monkeypatch):
+def test_the_largest_update_is_tried_at_full_length_and_changes_nothing(
+    policy, settings, monkeypatch
+):
     data, asked, real = Shapes("train", 2, 5), [], grpo.logprobs
     monkeypatch.setattr(grpo, "logprobs", lambda *args: asked.extend(args[2]) or real(*args))
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
     state = torch.get_rng_state()
     try_largest_update(policy, [data[0], data[1]], settings)
-    assert [[len(ids) for ids in group] for group in asked] == [[settings.max_new_tokens] * settings.group] * 2
-    assert all((p == before[n]).all() and p.grad is None for n, p in policy.model.named_parameters() if p.requires_grad)
+    assert [[len(ids) for ids in group] for group in asked] == [
+        [settings.max_new_tokens] * settings.group
+    ] * 2
+    assert all(
+        (p == before[n]).all() and p.grad is None
+        for n, p in policy.model.named_parameters()
+        if p.requires_grad
+    )
     assert (torch.get_rng_state() == state).all() and not policy.model.training
 
 
-def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings, monkeypatch, capsys):
+def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(
+    settings, monkeypatch, capsys
+):
     import train as command
 
     def full(*_):
@@ -860,8 +1259,13 @@ def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(settings,
     with pytest.raises(SystemExit) as left:
         command.main(["--device", "cpu"])
     error = capsys.readouterr().err
-    assert (left.value.code == 2 and len(error.splitlines()) == 1
-            and "--micro" in error and "--resume" in error and "2.00 GiB" in error)
+    assert (
+        left.value.code == 2
+        and len(error.splitlines()) == 1
+        and "--micro" in error
+        and "--resume" in error
+        and "2.00 GiB" in error
+    )
 
 
 def test_a_run_is_not_overwritten(settings, tmp_path):
@@ -878,10 +1282,18 @@ def test_a_run_whose_adapter_did_not_change_is_an_error(settings, monkeypatch):
 
 
 def test_a_short_real_training_raises_the_reward(tmp_path):
-    s, _ = make_settings(preset="tiny", device="cpu", run=str(tmp_path / "run"), samples=256, eval_every=0,
-                         test_samples=60)
+    s, _ = make_settings(
+        preset="tiny",
+        device="cpu",
+        run=str(tmp_path / "run"),
+        samples=256,
+        eval_every=0,
+        test_samples=60,
+    )
     summary = train(s)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     first, last = (np.mean([line["reward"] for line in part]) for part in (lines[:4], lines[-4:]))
     assert last > first + 0.5, (first, last)
     assert summary["trained"]["gIoU"] > summary["base"]["gIoU"]

@@ -34,10 +34,16 @@ def test_a_blanked_picture_costs_the_trained_policy_most_of_its_score(trained):
     assert trained[True].summary()["gIoU_lenient"] < 0.4 * trained[False].summary()["gIoU_lenient"]
 
 
-def test_the_trained_policy_measures_most_where_objects_are_compared_and_always_says_what_it_sees(trained):
-    shown = lambda styles, *kinds: np.mean([
-        style_of(row.text) in styles for row in trained[False].rows if row.kind in kinds])
-    assert shown(["places"], "relation", "combined") > 0.7 and shown(["places"], "attribute", "part") < 0.6
+def test_the_trained_policy_measures_most_where_objects_are_compared_and_always_says_what_it_sees(
+    trained,
+):
+    shown = lambda styles, *kinds: np.mean(
+        [style_of(row.text) in styles for row in trained[False].rows if row.kind in kinds]
+    )
+    assert (
+        shown(["places"], "relation", "combined") > 0.7
+        and shown(["places"], "attribute", "part") < 0.6
+    )
     assert shown(["names", "places"], *KINDS) > 0.9
 
 
@@ -45,12 +51,24 @@ def test_the_trained_policy_measures_most_where_objects_are_compared_and_always_
 def test_points_reach_sam_in_training_and_in_evaluation_unless_the_user_switches_them_off(
     segmenter, monkeypatch, options, shown
 ):
-    s, _ = parse_settings(["--preset", "tiny", "--device", "cpu", "--group", "2", *options], "train.py", "")
+    s, _ = parse_settings(
+        ["--preset", "tiny", "--device", "cpu", "--group", "2", *options], "train.py", ""
+    )
     policy, data, seen, masks = (
-        load_policy("tiny", adapter=ADAPTER), list(load_data("shapes", "train", 2)), [], segmenter.masks)
+        load_policy("tiny", adapter=ADAPTER),
+        list(load_data("shapes", "train", 2)),
+        [],
+        segmenter.masks,
+    )
     monkeypatch.setattr(
-        segmenter, "masks", lambda image, boxes, points: seen.extend(points) or masks(image, boxes, points))
-    for scored in (lambda: roll_out(policy, segmenter, data, s), lambda: evaluate(policy, segmenter, data, s)):
+        segmenter,
+        "masks",
+        lambda image, boxes, points: seen.extend(points) or masks(image, boxes, points),
+    )
+    for scored in (
+        lambda: roll_out(policy, segmenter, data, s),
+        lambda: evaluate(policy, segmenter, data, s),
+    ):
         seen.clear()
         scored()
         assert seen and any(seen) == shown
@@ -62,12 +80,23 @@ def test_in_a_box_of_two_objects_the_tiny_sam_draws_both_or_the_one_that_the_poi
         for thing in scene.things:
             other = neighbour(thing, scene)
             box = box_around(thing, other)
-            on, on_other = (points_on(a.mask, rng, 1, 1) + points_on(b.mask, rng, 1, 0)
-                            for a, b in ((thing, other), (other, thing)))
+            on, on_other = (
+                points_on(a.mask, rng, 1, 1) + points_on(b.mask, rng, 1, 0)
+                for a, b in ((thing, other), (other, thing))
+            )
             prompts = [[], on, on_other]
             masks = segmenter.masks(scene.image, [box] * 3, prompts)
             wanted = [meant(scene, box, points) for points in prompts]
-            found.append([[iou(*intersection_union(m, w)), (m & thing.mask).sum() / thing.mask.sum()]
-                          for m, w in zip(masks, wanted)])
+            found.append(
+                [
+                    [iou(*intersection_union(m, w)), (m & thing.mask).sum() / thing.mask.sum()]
+                    for m, w in zip(masks, wanted)
+                ]
+            )
     (both, both_hold), (one, one_holds), (rest, rest_holds) = np.mean(found, 0)
-    assert both > 0.85 and min(one, rest) > 0.6 and min(both_hold, one_holds) > 0.85 and rest_holds < 0.45
+    assert (
+        both > 0.85
+        and min(one, rest) > 0.6
+        and min(both_hold, one_holds) > 0.85
+        and rest_holds < 0.45
+    )

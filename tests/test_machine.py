@@ -54,7 +54,9 @@ OPEN = (
 def put_in(monkeypatch, tmp_path):
     """A function that makes this machine another one: its GPU, driver, system and build of PyTorch."""
 
-    def put(name=None, whole=0.0, free=None, capability=(0, 0), driver=None, wsl=False, cuda="13.0"):
+    def put(
+        name=None, whole=0.0, free=None, capability=(0, 0), driver=None, wsl=False, cuda="13.0"
+    ):
         bytes_of = (int((whole if free is None else free) * GIB), int(whole * GIB))
         fractions = []
         for function, answer in dict(
@@ -87,11 +89,17 @@ def put_in(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def counted():
     """A forecast as quick as that of a small shape, with the memory of the 3B and of the 7B policy."""
-    s, _ = make_settings(preset="tiny", device="cpu", questions=2, group=8, updates=2, max_new_tokens=16)
+    s, _ = make_settings(
+        preset="tiny", device="cpu", questions=2, group=8, updates=2, max_new_tokens=16
+    )
     small = counts(shape_config("small"), s, ((8, 128),), whole=False)
     bytes_of = {}
     for preset, weights in (("3b", 3.4), ("7b", 6.7)):
-        found = small | {"weights": int(weights * GIB), "sam": int(2.4 * GIB), "optimizer": int(0.8 * GIB)}
+        found = small | {
+            "weights": int(weights * GIB),
+            "sam": int(2.4 * GIB),
+            "optimizer": int(0.8 * GIB),
+        }
         found["load"] = found["weights"] + found["sam"]
         for phase, over in dict(encode=0.2, prefill=5.5, last=4.9, reward=3.2, update=2.9).items():
             found[phase] = small[phase] | {"over": int(over * GIB)}
@@ -118,8 +126,12 @@ def run_train(argv: list[str]) -> int:
     return 0
 
 
-P100 = dict(name="Tesla P100-PCIE-16GB", whole=15.9, capability=(6, 0), driver=CLOSED.format("580.95.05"))
-V100 = dict(name="Tesla V100-SXM2-32GB", whole=31.7, capability=(7, 0), driver=CLOSED.format("580.95.05"))
+P100 = dict(
+    name="Tesla P100-PCIE-16GB", whole=15.9, capability=(6, 0), driver=CLOSED.format("580.95.05")
+)
+V100 = dict(
+    name="Tesla V100-SXM2-32GB", whole=31.7, capability=(7, 0), driver=CLOSED.format("580.95.05")
+)
 GTX_1080 = dict(name="NVIDIA GeForce GTX 1080 Ti", whole=10.9, capability=(6, 1))
 T4 = dict(name="Tesla T4", whole=14.6, capability=(7, 5))
 RTX_3090 = dict(name="NVIDIA GeForce RTX 3090", whole=23.7, capability=(8, 6))
@@ -144,18 +156,36 @@ OLD_DRIVER = dict(driver=CLOSED.format("535.183.01"))
         (RTX_3090 | {"free": 12.0}, [], "3b", "cuda", ["12.0", "7b"]),
         (RTX_3090, ["--memory-limit", "12"], "3b", "cuda", ["--memory-limit 12"]),
         (RTX_3090, ["--memory-limit", "9"], "tiny", "cuda", ["--memory-limit 9"]),
-        (RTX_3090 | {"free": 10.0}, ["--preset", "7b"], "7b", "cuda", ["10.0", "13.1", "--preset 3b"]),
+        (
+            RTX_3090 | {"free": 10.0},
+            ["--preset", "7b"],
+            "7b",
+            "cuda",
+            ["10.0", "13.1", "--preset 3b"],
+        ),
         (RTX_3090 | {"free": 10.0}, ["--device", "cpu"], "tiny", "cpu", []),
         (RTX_3060, [], "3b", "cuda", ["10.8 GiB"]),
         (OLD_DRIVER, [], "tiny", "cpu", ["535.183.01", "580", "too old"]),
         (OLD_DRIVER, ["--preset", "tiny"], "tiny", "cpu", ["535.183.01", "580"]),
         (dict(driver=OPEN.format("570.86.15")), [], "tiny", "cpu", ["570.86.15", "580", "too old"]),
         (dict(driver=OLD_DRIVER["driver"], cuda="12.8"), [], "tiny", "cpu", ["535.183.01", "525"]),
-        (dict(driver=OLD_DRIVER["driver"], cuda="14.0"), [], "tiny", "cpu", ["535.183.01", "CUDA 14"]),
+        (
+            dict(driver=OLD_DRIVER["driver"], cuda="14.0"),
+            [],
+            "tiny",
+            "cpu",
+            ["535.183.01", "CUDA 14"],
+        ),
         (dict(driver=OPEN.format("580.95.05")), [], "tiny", "cpu", ["580.95.05", "new enough"]),
         (dict(driver="no version"), [], "tiny", "cpu", ["driver", "580"]),
         (dict(wsl=True), [], "tiny", "cpu", ["driver", "580", "Windows"]),
-        (dict(driver=OPEN.format("580.95.05"), cuda=None), [], "tiny", "cpu", ["built without CUDA", "pip"]),
+        (
+            dict(driver=OPEN.format("580.95.05"), cuda=None),
+            [],
+            "tiny",
+            "cpu",
+            ["built without CUDA", "pip"],
+        ),
         (dict(cuda=None), [], "tiny", "cpu", ["no GPU was found", "built without CUDA"]),
         (dict(), [], "tiny", "cpu", ["no GPU was found"]),
     ],
@@ -187,7 +217,11 @@ def test_training_begins_with_the_preset_and_the_device_that_the_machine_allows_
         (OLD_DRIVER, ["--device", "cuda"], ["--device cuda", "535.183.01", "580"]),
         (dict(cuda=None), ["--device", "cuda"], ["--device cuda", "built without CUDA"]),
         (T4, ["--preset", "3b", "--load-in", "bf16"], ["--load-in bf16"]),
-        (RTX_3090 | {"free": 9.0}, ["--preset", "7b"], ["--preset 7b", "9.1", "9.0", "--preset 3b"]),
+        (
+            RTX_3090 | {"free": 9.0},
+            ["--preset", "7b"],
+            ["--preset 7b", "9.1", "9.0", "--preset 3b"],
+        ),
         (RTX_3090, ["--preset", "7b", "--memory-limit", "8"], ["9.1", "8.0", "--memory-limit"]),
     ],
 )
@@ -268,8 +302,12 @@ def test_evaluation_is_refused_before_anything_is_fetched_where_the_weights_do_n
     assert left.value.code == 2 and "--preset 7b" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no such operation\nmore"), KeyError("op"), AssertionError()])
-def test_a_forecast_that_fails_does_not_stop_the_training(error, put_in, trained, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no such operation\nmore"), KeyError("op"), AssertionError()]
+)
+def test_a_forecast_that_fails_does_not_stop_the_training(
+    error, put_in, trained, monkeypatch, capsys
+):
     def fails(*_, **__):
         raise error
 
@@ -363,7 +401,9 @@ def test_processes_that_train_together_choose_by_the_whole_memory(put_in, monkey
     assert make_settings()[0].preset == "7b"
 
 
-@pytest.mark.parametrize("message, preset", [("CUDA error: out of memory", "tiny"), ("not supported", "7b")])
+@pytest.mark.parametrize(
+    "message, preset", [("CUDA error: out of memory", "tiny"), ("not supported", "7b")]
+)
 def test_a_gpu_that_does_not_tell_its_free_memory_counts_whole_unless_it_is_full(
     message, preset, put_in, monkeypatch
 ):
@@ -375,7 +415,9 @@ def test_a_gpu_that_does_not_tell_its_free_memory_counts_whole_unless_it_is_full
     assert make_settings()[0].preset == preset
 
 
-@pytest.mark.parametrize("release", ["5.15.167.4-microsoft-standard-WSL2", "4.4.0-19041-Microsoft", "dxg", "win32"])
+@pytest.mark.parametrize(
+    "release", ["5.15.167.4-microsoft-standard-WSL2", "4.4.0-19041-Microsoft", "dxg", "win32"]
+)
 def test_where_windows_lends_memory_the_process_is_held_to_what_is_free_at_its_start(
     release, put_in, monkeypatch, capsys
 ):
@@ -453,8 +495,11 @@ def test_an_evaluation_answers_fewer_questions_in_a_batch_where_memory_is_short(
 def test_an_evaluation_that_continues_with_another_batch_answers_every_question(
     policy, segmenter, tmp_path, monkeypatch
 ):
-    data, keep, s = load_data("shapes", "validation", 7), (tmp_path / "answers.part", "what"), make_settings(
-        preset="tiny", device="cpu", max_new_tokens=2)[0]
+    data, keep, s = (
+        load_data("shapes", "validation", 7),
+        (tmp_path / "answers.part", "what"),
+        make_settings(preset="tiny", device="cpu", max_new_tokens=2)[0],
+    )
     real, calls = evaluation.sample, []
 
     def stopped(*args, **options):
@@ -491,7 +536,11 @@ def test_a_console_without_a_character_does_not_stop_the_program(command):
     """The settings are printed with the name that was typed, before its folder is missed."""
     env = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1"}
     argv = [sys.executable, str(ROOT / command), "--preset", "tiny", "--device", "cpu"]
-    argv += ["--data", "\u2192 \u732b", "--out", os.devnull] if command == "eval.py" else ["--data", "\u2192 \u732b"]
+    argv += (
+        ["--data", "\u2192 \u732b", "--out", os.devnull]
+        if command == "eval.py"
+        else ["--data", "\u2192 \u732b"]
+    )
     done = subprocess.run(argv, env=env, capture_output=True, encoding="cp1252", cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-500:]
     assert "data = ? ?" in done.stdout
@@ -516,9 +565,13 @@ def text_files_without_encoding(file: Path) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if name not in ("open", "read_text", "write_text", "fdopen") or "Image.open" in ast.unparse(node):
+        if name not in ("open", "read_text", "write_text", "fdopen") or "Image.open" in ast.unparse(
+            node
+        ):
             continue
-        strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        strings = [
+            a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+        ]
         binary = name in ("open", "fdopen") and any("b" in text for text in strings)
         if not binary and "encoding" not in [k.arg for k in node.keywords]:
             found.append(f"{file}:{node.lineno}")
@@ -564,11 +617,16 @@ def test_the_package_works_where_it_cannot_import_modules_of_unix():
         (dict(sam="facebook/sam2"), ["HF_HOME"], ["SAMR1_CACHE", "--sam-checkpoint"]),
         (dict(data="refcocog"), ["SAMR1_CACHE", "--coco-dir"], ["HF_HOME", "--sam-checkpoint"]),
         (dict(data="reasonseg"), ["SAMR1_CACHE"], ["HF_HOME", "--coco-dir"]),
-        (dict(policy="Qwen/x", sam="vit_h", data="refcocog"),
-         ["HF_HOME", "SAMR1_CACHE", "--coco-dir", "--sam-checkpoint"], []),
+        (
+            dict(policy="Qwen/x", sam="vit_h", data="refcocog"),
+            ["HF_HOME", "SAMR1_CACHE", "--coco-dir", "--sam-checkpoint"],
+            [],
+        ),
     ],
 )
-def test_a_full_disk_names_only_what_helps(changes, named, left_out, settings, monkeypatch, tmp_path):
+def test_a_full_disk_names_only_what_helps(
+    changes, named, left_out, settings, monkeypatch, tmp_path
+):
     monkeypatch.setattr(loading, "hub_bytes", lambda name: 10**9 * (name not in ("tiny", "vit_h")))
     monkeypatch.setattr(loading, "SAM_FOLDER", tmp_path)
     monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path)
@@ -588,7 +646,9 @@ def test_disks_without_a_number_are_told_apart_by_their_letter():
             stat=lambda: SimpleNamespace(st_dev=0), absolute=lambda: PureWindowsPath(path)
         )
 
-    disks = [loading.disk_of(folder(path)) for path in ("C:\\models", "C:\\pictures", "D:\\pictures")]
+    disks = [
+        loading.disk_of(folder(path)) for path in ("C:\\models", "C:\\pictures", "D:\\pictures")
+    ]
     assert disks[0] == disks[1] != disks[2]
 
 
@@ -612,7 +672,9 @@ def small_vit_b(monkeypatch):
 
 def masks_of(segmenter) -> np.ndarray:
     scene = make_scene(3)
-    return segmenter.masks(scene.image, [thing.box for thing in scene.things], [[(20.0, 30.0, 1)]] * len(scene.things))
+    return segmenter.masks(
+        scene.image, [thing.box for thing in scene.things], [[(20.0, 30.0, 1)]] * len(scene.things)
+    )
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -621,7 +683,9 @@ def test_a_checkpoint_of_sam_gives_the_same_masks_and_is_mapped_where_it_can_be(
 ):
     file, real, mapped = tmp_path / "b.pth", torch.load, []
     torch.save(small_vit_b, file, _use_new_zipfile_serialization=zipped)
-    monkeypatch.setattr(torch, "load", lambda *a, **k: mapped.append(k.get("mmap", False)) or real(*a, **k))
+    monkeypatch.setattr(
+        torch, "load", lambda *a, **k: mapped.append(k.get("mmap", False)) or real(*a, **k)
+    )
     loaded = load_segmenter("vit_b", file)
     assert mapped == [zipped]
     model = loaded.predictor.model
@@ -636,11 +700,17 @@ def test_a_model_that_reads_its_weights_draws_no_random_ones(small_vit_b, tmp_pa
     torch.save(small_vit_b, tmp_path / "b.pth")
     built = []
     real = segmenter_module.random_sam
-    monkeypatch.setattr(segmenter_module, "random_sam", lambda kind: built.append(real(kind)) or built[0])
+    monkeypatch.setattr(
+        segmenter_module, "random_sam", lambda kind: built.append(real(kind)) or built[0]
+    )
     meta = []
     load = torch.nn.Module.load_state_dict
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, *a, **k: meta.append(
-        {p.is_meta for p in self.parameters()}) or load(self, *a, **k))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "load_state_dict",
+        lambda self, *a, **k: meta.append({p.is_meta for p in self.parameters()})
+        or load(self, *a, **k),
+    )
     load_segmenter("vit_b", tmp_path / "b.pth")
     assert meta == [{True}]
 
@@ -651,10 +721,27 @@ def test_half_precision_weights_of_sam_are_held_in_fp32(small_vit_b, tmp_path):
     assert {x.dtype for x in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("damage", [
-    "truncated", "short", "empty", "pointer", "missing key", "other key", "other shape", "list", "nested", "text value",
-    "legacy truncated", "folder", "missing file"])
-def test_a_file_that_does_not_hold_sams_weights_is_refused_in_one_line(damage, small_vit_b, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        "short",
+        "empty",
+        "pointer",
+        "missing key",
+        "other key",
+        "other shape",
+        "list",
+        "nested",
+        "text value",
+        "legacy truncated",
+        "folder",
+        "missing file",
+    ],
+)
+def test_a_file_that_does_not_hold_sams_weights_is_refused_in_one_line(
+    damage, small_vit_b, tmp_path
+):
     file, state = tmp_path / "b.pth", dict(small_vit_b)
     first = next(iter(state))
     if damage == "missing key":
@@ -675,7 +762,9 @@ def test_a_file_that_does_not_hold_sams_weights_is_refused_in_one_line(damage, s
     if damage == "empty":
         file.write_bytes(b"")
     if damage == "pointer":
-        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2564550879\n")
+        file.write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2564550879\n"
+        )
     if damage in ("folder", "missing file"):
         file.unlink()
     if damage == "folder":

@@ -11,8 +11,10 @@ from samr1_mini.tiny import phases
 from samr1_mini.tiny.scenes import KINDS
 
 TEXTS = {
-    "sentence": "The red star is at [1, 2, 3, 4].", "short": "<think>The red star fits best.</think>",
-    "other": "A star.", "names": "<think>I see the red star. It is the red star.</think>",
+    "sentence": "The red star is at [1, 2, 3, 4].",
+    "short": "<think>The red star fits best.</think>",
+    "other": "A star.",
+    "names": "<think>I see the red star. It is the red star.</think>",
     "places": "<think>I see the red star (3, 4). It is the red star.</think>",
 }
 
@@ -24,13 +26,23 @@ def write_run(folder, steps, seed):
         late = step / steps
         chance = np.array([1 - late, 0.3, 0.05, 0.2, late**3])
         for _ in range(20):
-            style, kind = str(rng.choice(list(TEXTS), p=chance / chance.sum())), str(rng.choice(KINDS))
+            style, kind = str(rng.choice(list(TEXTS), p=chance / chance.sum())), str(
+                rng.choice(KINDS)
+            )
             rows.append((step, style, kind, float(rng.integers(7))))
     folder.mkdir()
-    answers = [{"step": step, "kind": kind, "text": TEXTS[style], "tokens": 9, "reward": reward}
-               for step, style, kind, reward in rows]
-    metrics = [{"step": step, "length": 10.0 * step, "reward": np.mean([r for s, *_, r in rows if s == step])}
-               for step in range(1, steps + 1)]
+    answers = [
+        {"step": step, "kind": kind, "text": TEXTS[style], "tokens": 9, "reward": reward}
+        for step, style, kind, reward in rows
+    ]
+    metrics = [
+        {
+            "step": step,
+            "length": 10.0 * step,
+            "reward": np.mean([r for s, *_, r in rows if s == step]),
+        }
+        for step in range(1, steps + 1)
+    ]
     for name, lines in (("answers", answers), ("metrics", metrics)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return rows
@@ -45,9 +57,13 @@ def test_shares_rewards_and_who_measures_are_those_of_the_answers_of_all_runs_up
     tmp_path, monkeypatch, capsys
 ):
     rows, figures = write_run(tmp_path / "a", 30, 0) + write_run(tmp_path / "b", 24, 1), []
-    monkeypatch.setattr(phases, "Figure", lambda **given: figures.append(Figure(**given)) or figures[-1])
+    monkeypatch.setattr(
+        phases, "Figure", lambda **given: figures.append(Figure(**given)) or figures[-1]
+    )
     phases.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.png")])
-    assert (tmp_path / "x.png").exists() and capsys.readouterr().out.split() == [str(tmp_path / "x.png")]
+    assert (tmp_path / "x.png").exists() and capsys.readouterr().out.split() == [
+        str(tmp_path / "x.png")
+    ]
     shares, length, measured, earned = figures[0].axes
     for step in (1, 6, 15, 24):
         window, low = near(rows, step, 24), 0.0
@@ -68,33 +84,63 @@ def test_shares_rewards_and_who_measures_are_those_of_the_answers_of_all_runs_up
                 assert drawn == pytest.approx(np.mean(paid))
     assert {line.get_label() for line in measured.get_lines()} == set(KINDS)
     assert {line.get_label() for line in earned.get_lines()} == {"all", *TEXTS}
-    assert (len(length.get_lines()[-1].get_xdata()) == 24
-            and length.get_lines()[-1].get_ydata()[10] == pytest.approx(110))
+    assert len(length.get_lines()[-1].get_xdata()) == 24 and length.get_lines()[-1].get_ydata()[
+        10
+    ] == pytest.approx(110)
 
 
 def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkeypatch):
     figures, seldom = [], {5: 1, 20: 8}  # step: answers with places
-    answers = [{"step": s, "kind": "part", "text": TEXTS["places" if i < seldom.get(s, 0) else "short"], "reward": 3.0}
-               for s in range(1, 31) for i in range(16)]
-    monkeypatch.setattr(phases, "Figure", lambda **given: figures.append(Figure(**given)) or figures[-1])
+    answers = [
+        {
+            "step": s,
+            "kind": "part",
+            "text": TEXTS["places" if i < seldom.get(s, 0) else "short"],
+            "reward": 3.0,
+        }
+        for s in range(1, 31)
+        for i in range(16)
+    ]
+    monkeypatch.setattr(
+        phases, "Figure", lambda **given: figures.append(Figure(**given)) or figures[-1]
+    )
     styled = [answer | {"style": phases.style_of(answer["text"])} for answer in answers]
-    phases.draw(tmp_path / "x.png", [([{"step": s, "reward": 3.0, "length": 9.0} for s in range(1, 31)], styled)])
-    [places] = [line.get_ydata() for line in figures[0].axes[3].get_lines() if line.get_label() == "places"]
-    assert ([i + 1 for i, y in enumerate(places) if not np.isnan(y)] == list(range(16, 25))
-            and np.nanmax(places) == pytest.approx(3))
+    phases.draw(
+        tmp_path / "x.png",
+        [([{"step": s, "reward": 3.0, "length": 9.0} for s in range(1, 31)], styled)],
+    )
+    [places] = [
+        line.get_ydata() for line in figures[0].axes[3].get_lines() if line.get_label() == "places"
+    ]
+    assert [i + 1 for i, y in enumerate(places) if not np.isnan(y)] == list(
+        range(16, 25)
+    ) and np.nanmax(places) == pytest.approx(3)
 
 
-@pytest.mark.parametrize("spoil, told", [
-    (lambda run: None, "no metrics.jsonl"), (lambda run: run.mkdir(), "no metrics.jsonl"),
-    (lambda run: write_run(run, 3, 0) and (run / "answers.jsonl").unlink(), "no answers.jsonl"),
-    (lambda run: write_run(run, 3, 0) and (run / "answers.jsonl").write_text('{"step": 1, "te'), "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (lambda run: None, "no metrics.jsonl"),
+        (lambda run: run.mkdir(), "no metrics.jsonl"),
+        (lambda run: write_run(run, 3, 0) and (run / "answers.jsonl").unlink(), "no answers.jsonl"),
+        (
+            lambda run: write_run(run, 3, 0)
+            and (run / "answers.jsonl").write_text('{"step": 1, "te'),
+            "cannot be read",
+        ),
+    ],
+)
 def test_a_run_that_cannot_be_drawn_is_told_in_one_line(tmp_path, spoil, told, capsys):
     spoil(tmp_path / "run")
     with pytest.raises(SystemExit) as end:
         phases.main([str(tmp_path / "run"), "--out", str(tmp_path / "x.png")])
     said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("phases.py: error: ") and told in said and said.count("\n") == 1
+    assert (
+        end.value.code == 2
+        and said.startswith("phases.py: error: ")
+        and told in said
+        and said.count("\n") == 1
+    )
     assert not (tmp_path / "x.png").exists()
 
 

@@ -45,13 +45,29 @@ def true_answer(x, size=840):
 @pytest.fixture
 def settings(real_vocabulary, tmp_path):
     return make_settings(
-        preset="tiny", device="cpu", policy=str(real_vocabulary), load_in="fp32", data=str(PHOTOS), image_size=840,
-        max_new_tokens=8, rank=2, run=str(tmp_path / "run"), samples=4, questions=2, group=2, updates=1, warmup=1,
-        eval_every=0, eval_samples=2, test_samples=2,
+        preset="tiny",
+        device="cpu",
+        policy=str(real_vocabulary),
+        load_in="fp32",
+        data=str(PHOTOS),
+        image_size=840,
+        max_new_tokens=8,
+        rank=2,
+        run=str(tmp_path / "run"),
+        samples=4,
+        questions=2,
+        group=2,
+        updates=1,
+        warmup=1,
+        eval_every=0,
+        eval_samples=2,
+        test_samples=2,
     )[0]
 
 
-def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(settings, real_vocabulary, monkeypatch):
+def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(
+    settings, real_vocabulary, monkeypatch
+):
     policy, data = load_policy(real_vocabulary, "fp32", rank=2), load_data(str(PHOTOS), "test", 4)
     answers = iter([true_answer(x) for x in data])
     real = evaluation.sample
@@ -73,7 +89,9 @@ def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(setti
     assert all(p.reward.mask.shape == p.sample.mask.shape for p in panels)
 
 
-def test_a_photographs_prompt_has_900_picture_tokens_and_the_words_of_the_real_vocabulary(real_vocabulary):
+def test_a_photographs_prompt_has_900_picture_tokens_and_the_words_of_the_real_vocabulary(
+    real_vocabulary,
+):
     policy, [x] = load_policy(real_vocabulary, "fp32", rank=2), load_data(str(PHOTOS), "test", 1)
     with torch.no_grad():
         [prompt] = encode(policy, [policy_image(x, 840)], [x.question])
@@ -81,18 +99,39 @@ def test_a_photographs_prompt_has_900_picture_tokens_and_the_words_of_the_real_v
     assert x.question in policy.processor.tokenizer.decode(prompt.ids)
 
 
-def test_evaluation_of_photographs_from_the_command_line(settings, real_vocabulary, tmp_path, capsys):
-    common = ["--preset", "tiny", "--policy", str(real_vocabulary), "--load-in", "fp32", "--device", "cpu",
-              "--image-size", "840", "--max-new-tokens", "8", "--out", str(tmp_path / "out")]
+def test_evaluation_of_photographs_from_the_command_line(
+    settings, real_vocabulary, tmp_path, capsys
+):
+    common = [
+        "--preset",
+        "tiny",
+        "--policy",
+        str(real_vocabulary),
+        "--load-in",
+        "fp32",
+        "--device",
+        "cpu",
+        "--image-size",
+        "840",
+        "--max-new-tokens",
+        "8",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     eval_command.main([*common, "--data", str(PHOTOS), "--count", "3"])
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert (results["summary"]["count"] == 3 and "truncated" in results["summary"]
-            and "conventions" in capsys.readouterr().out)
+    assert (
+        results["summary"]["count"] == 3
+        and "truncated" in results["summary"]
+        and "conventions" in capsys.readouterr().out
+    )
     photo = sorted((PHOTOS / "pictures").iterdir())[0]
     eval_command.main([*common, "--image", str(photo), "--question", "the cup"])
     for name in ("sheet.png", f"{photo.stem}-overlay.png"):
         with Image.open(tmp_path / "out" / name) as picture:
-            assert picture.width > 400 and np.asarray(picture.convert("L")).std() > 20  # something is drawn
+            assert (
+                picture.width > 400 and np.asarray(picture.convert("L")).std() > 20
+            )  # something is drawn
 
 
 def test_training_on_photographs(settings, monkeypatch, tmp_path):
@@ -104,12 +143,15 @@ def test_training_on_photographs(settings, monkeypatch, tmp_path):
         asked.extend(len(p.ids) for p in prompts)
         for group in groups:
             group[0].text = (
-                '<think>There.</think><answer>{"bbox": [210, 210, 630, 630], "points": [[420, 420, 1]]}</answer>')
+                '<think>There.</think><answer>{"bbox": [210, 210, 630, 630], "points": [[420, 420, 1]]}</answer>'
+            )
         return groups
 
     monkeypatch.setattr(grpo, "sample", half_right)
     summary = train(replace(settings, beta=0.0))
     assert summary["samples"] == 4 and summary["trained"]["count"] == 2 and min(asked) > 1000
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["segmentation_format"] for line in lines] == [0.5, 0.5] and lines[0]["zero_variance"] == 0
+    assert [line["segmentation_format"] for line in lines] == [0.5, 0.5] and lines[0][
+        "zero_variance"
+    ] == 0
     assert (tmp_path / "run/sheet-test.png").exists()

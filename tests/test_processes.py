@@ -18,13 +18,45 @@ from samr1_mini.config import UserError
 from samr1_mini.running import processes
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--samples", "16", "--questions", "8", "--group", "4", "--updates", "2", "--eval-every", "0",
-         "--test-samples", "4", "--max-new-tokens", "60", "--warmup", "1", "--lr", "1e-4"]
+SHORT = [
+    "--samples",
+    "16",
+    "--questions",
+    "8",
+    "--group",
+    "4",
+    "--updates",
+    "2",
+    "--eval-every",
+    "0",
+    "--test-samples",
+    "4",
+    "--max-new-tokens",
+    "60",
+    "--warmup",
+    "1",
+    "--lr",
+    "1e-4",
+]
 
 
 def launch(count, folder, *options, script=ROOT / "train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--",
-               str(script), "--device", "cpu", "--run", str(folder), *SHORT, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(count),
+        "--",
+        str(script),
+        "--device",
+        "cpu",
+        "--run",
+        str(folder),
+        *SHORT,
+        *options,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
 
@@ -41,18 +73,25 @@ def both(tmp_path_factory):
 
 
 def test_two_processes_draw_the_same_answers_and_take_the_same_steps_as_one(both):
-    one, two = ([json.loads(line) for line in (both[n] / "metrics.jsonl").read_text().splitlines()] for n in (1, 2))
+    one, two = (
+        [json.loads(line) for line in (both[n] / "metrics.jsonl").read_text().splitlines()]
+        for n in (1, 2)
+    )
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
     for a, b in zip(one, two):
         # the same answers, so exactly the same
         for name in ("reward", "iou", "length", "unique", "truncated", "zero_variance", "points"):
             assert a[name] == pytest.approx(b[name], abs=1e-9), name
-        assert (a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-                and a["loss"] == pytest.approx(b["loss"], abs=1e-4))
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a[
+            "loss"
+        ] == pytest.approx(b["loss"], abs=1e-4)
 
 
 def test_two_processes_keep_the_sampled_answers_of_both(both):
-    one, two = ([json.loads(line) for line in (both[n] / "answers.jsonl").read_text().splitlines()] for n in (1, 2))
+    one, two = (
+        [json.loads(line) for line in (both[n] / "answers.jsonl").read_text().splitlines()]
+        for n in (1, 2)
+    )
     known = lambda lines: sorted((line["step"], line["id"], line["text"]) for line in lines)
     assert len(one) == 16 and known(one) == known(two)
 
@@ -67,7 +106,9 @@ def test_two_processes_end_with_the_adapter_of_one(both):
     assert moved > 0 and (apart / moved).sqrt() < 1e-2
 
 
-def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_processes_either(monkeypatch):
+def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_processes_either(
+    monkeypatch,
+):
     monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
     parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0)
@@ -79,7 +120,9 @@ def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_proce
     processes.add_up_gradients(parameters)
     before = [p.tolist() for p in parameters]
     optimizer.step()
-    assert all(p.grad is None for p in parameters) and [p.tolist() for p in parameters] == before  # no momentum
+    assert (
+        all(p.grad is None for p in parameters) and [p.tolist() for p in parameters] == before
+    )  # no momentum
 
 
 def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
@@ -99,12 +142,19 @@ def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
 
 def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):
     monkeypatch.setattr(grpo, "join", lambda device: SimpleNamespace(num_processes=2))
-    with pytest.raises(UserError, match="--questions 7 is no multiple of 2 processes x --updates 2"):
+    with pytest.raises(
+        UserError, match="--questions 7 is no multiple of 2 processes x --updates 2"
+    ):
         grpo.train(replace(settings, questions=7))
 
 
-def test_what_only_one_process_counted_is_averaged_over_all_and_extremes_are_those_of_whoever_has_them(monkeypatch):
-    lines = [{"loss": 1.0, "skipped_updates": 1.0, "ratio_max": 1.5, "ratio_min": 0.5}, {"loss": 2.0, "ratio_max": 1.2}]
+def test_what_only_one_process_counted_is_averaged_over_all_and_extremes_are_those_of_whoever_has_them(
+    monkeypatch,
+):
+    lines = [
+        {"loss": 1.0, "skipped_updates": 1.0, "ratio_max": 1.5, "ratio_min": 0.5},
+        {"loss": 2.0, "ratio_max": 1.2},
+    ]
     monkeypatch.setattr(processes, "gather_object", lambda mine: lines)
     expected = {"loss": 1.5, "skipped_updates": 0.5, "ratio_max": 1.5, "ratio_min": 0.5}
     assert [processes.average(line) for line in lines] == [expected] * 2
@@ -136,11 +186,16 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_t
     (tmp_path / "full.py").write_text(FULL)
     monkeypatch.setenv("WHERE", where)
     out = launch(2, tmp_path / "run", script=tmp_path / "full.py")
-    assert (out.returncode != 0 and out.stderr.count("train.py: error: GPU memory ran out") == 1
-            and "2.00 GiB" in out.stderr)
+    assert (
+        out.returncode != 0
+        and out.stderr.count("train.py: error: GPU memory ran out") == 1
+        and "2.00 GiB" in out.stderr
+    )
     if where == "update":
-        assert ("step 1 is saved; go on with" in out.stdout
-                and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1)
+        assert (
+            "step 1 is saved; go on with" in out.stdout
+            and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
+        )
 
 
 def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):
@@ -148,7 +203,10 @@ def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_pat
         "import os, sys, torch, torch.distributed as d\nfrom samr1_mini.running.processes import join\njoin('cpu')\n"
         "waits = d.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds()\n"
         "open(os.path.join(os.path.dirname(sys.argv[0]), 'waits' + os.environ['RANK']), 'w').write(str(waits))\n"
-        "d.destroy_process_group()")
+        "d.destroy_process_group()"
+    )
     out = launch(2, tmp_path / "run", script=tmp_path / "wait.py")
-    waits = [float(path.read_text()) for path in tmp_path.glob("waits*")]  # two processes' prints may share a line
+    waits = [
+        float(path.read_text()) for path in tmp_path.glob("waits*")
+    ]  # two processes' prints may share a line
     assert len(waits) == 2 and min(waits) >= 3 * 3600, out.stderr[-2000:]

@@ -43,8 +43,14 @@ def square():
 
 def coco_info(number):
     """As the real rows have it, with COCO v1.0's address of the picture, which leads nowhere any more."""
-    return {"file_name": f"COCO_train2014_{number:012}.png", "height": HEIGHT, "width": WIDTH, "id": number,
-            "coco_url": f"http://mscoco.org/images/{number}", "license": 1}
+    return {
+        "file_name": f"COCO_train2014_{number:012}.png",
+        "height": HEIGHT,
+        "width": WIDTH,
+        "id": number,
+        "coco_url": f"http://mscoco.org/images/{number}",
+        "license": 1,
+    }
 
 
 def coco_rows(count=6):
@@ -53,11 +59,19 @@ def coco_rows(count=6):
     rle = coco.encode(np.asfortranarray(square()))
     masks = [{"size": rle["size"], "counts": rle["counts"].decode()}, [SQUARE]]
     return [
-        {"ref_id": i, "split": "train", "image_id": i, "ann_id": i, "file_name": f"COCO_train2014_{i:012}_{i}.png",
-         "sentences": [{"raw": f"The square, {i}.", "sent": f"the square {i}", "sent_id": i, "tokens": []},
-                       {"raw": f"it {i}", "sent": f"it {i}", "sent_id": i, "tokens": []}],
-         "raw_anns": json.dumps({"segmentation": masks[min(i, 1)], "bbox": [10, 5, 20, 20]}),
-         "raw_image_info": json.dumps(coco_info(i))}
+        {
+            "ref_id": i,
+            "split": "train",
+            "image_id": i,
+            "ann_id": i,
+            "file_name": f"COCO_train2014_{i:012}_{i}.png",
+            "sentences": [
+                {"raw": f"The square, {i}.", "sent": f"the square {i}", "sent_id": i, "tokens": []},
+                {"raw": f"it {i}", "sent": f"it {i}", "sent_id": i, "tokens": []},
+            ],
+            "raw_anns": json.dumps({"segmentation": masks[min(i, 1)], "bbox": [10, 5, 20, 20]}),
+            "raw_image_info": json.dumps(coco_info(i)),
+        }
         for i in range(count)
     ]
 
@@ -81,7 +95,9 @@ def parquet(folder, name, rows):
     import pyarrow.parquet
 
     folder.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), folder / f"{name}-00000-of-00001.parquet"
+    )
     return str(folder)
 
 
@@ -94,28 +110,53 @@ def test_refcocog_of_the_hub_gives_expression_picture_and_mask(tmp_path, coco_di
         assert (np.asarray(sample.image) == np.asarray(picture(number))).all()
         assert (sample.mask == square()).mean() > 0.98 and not sample.box_only
         assert sample.picture == coco_info(number)["file_name"]
-    again, other = (load_data(folder, "train", 6, seed=seed, coco_dir=str(coco_dir)) for seed in (1, 2))
+    again, other = (
+        load_data(folder, "train", 6, seed=seed, coco_dir=str(coco_dir)) for seed in (1, 2)
+    )
     assert data.ids == again.ids != other.ids
 
 
 def test_all_sentences_make_a_question_each(tmp_path, coco_dir):
     data = load_data(
-        parquet(tmp_path / "set", "train", coco_rows()), "train", 12, sentences="all", coco_dir=str(coco_dir))
+        parquet(tmp_path / "set", "train", coco_rows()),
+        "train",
+        12,
+        sentences="all",
+        coco_dir=str(coco_dir),
+    )
     assert len({s.question for s in data}) == 12 and len(set(data.ids)) == 12
 
 
 def test_lmms_lab_refcocog_has_its_expressions_under_answer(tmp_path):
-    rows = [{"question_id": "7", "image": png(), "question": "Describe the region.", "answer": ["a square", "it"],
-             "segmentation": [float(v) for v in SQUARE], "bbox": [10.0, 5.0, 20.0, 20.0], "iscrowd": 0,
-             "file_name": "COCO_train2014_000000000007_12.jpg"}]
+    rows = [
+        {
+            "question_id": "7",
+            "image": png(),
+            "question": "Describe the region.",
+            "answer": ["a square", "it"],
+            "segmentation": [float(v) for v in SQUARE],
+            "bbox": [10.0, 5.0, 20.0, 20.0],
+            "iscrowd": 0,
+            "file_name": "COCO_train2014_000000000007_12.jpg",
+        }
+    ]
     [sample] = load_data(parquet(tmp_path / "set", "val", rows), "validation", 5)
     assert sample.picture == "COCO_train2014_000000000007.jpg"
     assert sample.question == "a square" and (sample.mask == square()).mean() > 0.98
 
 
 def test_evaluation_sets_hold_masks_as_rows_of_booleans(tmp_path):
-    rows = [{"image": png(3), "text": "what is square?", "mask": square().tolist(), "image_id": "a", "ann_id": "b",
-             "img_height": HEIGHT, "img_width": WIDTH}]
+    rows = [
+        {
+            "image": png(3),
+            "text": "what is square?",
+            "mask": square().tolist(),
+            "image_id": "a",
+            "ann_id": "b",
+            "img_height": HEIGHT,
+            "img_width": WIDTH,
+        }
+    ]
     folder = parquet(tmp_path / "set", "test", rows)
     [sample] = load_data(folder, "test", 5)
     assert sample.question == "what is square?" and (sample.mask == square()).all()
@@ -125,15 +166,24 @@ def test_evaluation_sets_hold_masks_as_rows_of_booleans(tmp_path):
 
 
 def test_boxes_without_masks_are_marked_and_scored_as_boxes(tmp_path, segmenter):
-    rows = [{"id": "1", "problem": "the square",
-             "solution": "<box>(10,5),(30,25)</box><points>(15,10),(20,20)</points>", "image": png(),
-             "img_height": 480, "img_width": 640}]
+    rows = [
+        {
+            "id": "1",
+            "problem": "the square",
+            "solution": "<box>(10,5),(30,25)</box><points>(15,10),(20,20)</points>",
+            "image": png(),
+            "img_height": 480,
+            "img_width": 640,
+        }
+    ]
     data = load_data(parquet(tmp_path / "set", "train", rows), "train", 1)
     [sample] = data
     assert data.box_only and sample.box_only and (sample.mask == square()).all()
     # in a frame of 112 x 112
     text = '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>'
-    good, half = score_group(segmenter, sample, [text % (18.667, 56), text % (18.667, 37)], 112, "box-iou")
+    good, half = score_group(
+        segmenter, sample, [text % (18.667, 56), text % (18.667, 37)], 112, "box-iou"
+    )
     assert good.box_iou > 0.95 and good.accuracy == 4 and 0.4 < half.box_iou < 0.6
     assert good.iou == pytest.approx(good.box_iou, abs=0.05)
 
@@ -141,7 +191,8 @@ def test_boxes_without_masks_are_marked_and_scored_as_boxes(tmp_path, segmenter)
 def test_lisa_grounding_is_a_json_list_of_boxes(tmp_path):
     picture().save(tmp_path / "1.png")
     (tmp_path / "lisa_test.json").write_text(
-        json.dumps([{"image": "1.png", "problem": "the square", "solution": [10, 5, 30, 25]}]))
+        json.dumps([{"image": "1.png", "problem": "the square", "solution": [10, 5, 30, 25]}])
+    )
     [sample] = load_data(str(tmp_path), "test", 3)
     assert sample.box_only and sample.question == "the square" and (sample.mask == square()).all()
 
@@ -155,35 +206,55 @@ def test_files_that_name_no_split_are_for_testing_and_never_for_training(tmp_pat
             load_data(folder, split, 3)
 
 
-def test_two_downloads_side_by_side_are_told_apart_by_their_folders_and_not_by_what_each_calls_its_only_file(tmp_path):
+def test_two_downloads_side_by_side_are_told_apart_by_their_folders_and_not_by_what_each_calls_its_only_file(
+    tmp_path,
+):
     for name, count in (("ReasonSeg_val", 2), ("ReasonSeg_test", 3)):
-        rows = [{"image": png(), "text": "x", "mask": square().tolist(), "ann_id": str(i)} for i in range(count)]
+        rows = [
+            {"image": png(), "text": "x", "mask": square().tolist(), "ann_id": str(i)}
+            for i in range(count)
+        ]
         parquet(tmp_path / "dump" / name, "test", rows)
-    assert [len(load_data(str(tmp_path / "dump"), split, 9)) for split in ("validation", "test")] == [2, 3]
+    assert [
+        len(load_data(str(tmp_path / "dump"), split, 9)) for split in ("validation", "test")
+    ] == [2, 3]
 
 
 def refer_folder(folder, coco_info=coco_info):
-    refs = [{"ref_id": i, "ann_id": 10 + i, "image_id": i, "split": ["train", "val"][i % 2],
-             "sentences": [{"raw": f"no {i}", "sent": f"no {i}"}]}
-            for i in range(6)]
+    refs = [
+        {
+            "ref_id": i,
+            "ann_id": 10 + i,
+            "image_id": i,
+            "split": ["train", "val"][i % 2],
+            "sentences": [{"raw": f"no {i}", "sent": f"no {i}"}],
+        }
+        for i in range(6)
+    ]
     (folder / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))
     annotations = [{"id": 10 + i, "image_id": i, "segmentation": [SQUARE]} for i in range(6)]
     (folder / "instances.json").write_text(
-        json.dumps({"annotations": annotations, "images": [coco_info(i) for i in range(6)]}))
+        json.dumps({"annotations": annotations, "images": [coco_info(i) for i in range(6)]})
+    )
 
 
 def test_the_original_refer_layout_reads_the_same(tmp_path, coco_dir):
     refer_folder(tmp_path)
-    assert sorted(s.question for s in load_data(str(tmp_path), "train", 3, coco_dir=str(coco_dir))) == [
-        "no 0", "no 2", "no 4"]
+    assert sorted(
+        s.question for s in load_data(str(tmp_path), "train", 3, coco_dir=str(coco_dir))
+    ) == ["no 0", "no 2", "no 4"]
     validation = load_data(str(tmp_path), "validation", 9, coco_dir=str(coco_dir))
-    assert ([s.question for s in validation] == ["no 1", "no 3", "no 5"]
-            and (validation[0].mask == square()).mean() > 0.98)
+    assert [s.question for s in validation] == ["no 1", "no 3", "no 5"] and (
+        validation[0].mask == square()
+    ).mean() > 0.98
     refs = pickle.loads((tmp_path / "refs(umd).p").read_bytes())
     for row in refs:  # as RefCOCO's and RefCOCO+'s
         row["split"] = ["train", "testA", "testB"][row["ref_id"] % 3]
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    assert [s.question for s in load_data(str(tmp_path), "test", 9, coco_dir=str(coco_dir))] == ["no 1", "no 4"]
+    assert [s.question for s in load_data(str(tmp_path), "test", 9, coco_dir=str(coco_dir))] == [
+        "no 1",
+        "no 4",
+    ]
 
 
 class Hostile:
@@ -202,11 +273,14 @@ def reasonseg_folder(folder):
     (folder / "val").mkdir()
     picture().save(folder / "val/a.jpg")
     corners = [[10, 5], [29, 5], [29, 24], [10, 24]]
-    shapes = [{"label": "target", "points": corners},
-              {"label": "ignore", "points": [[20, 5], [40, 5], [40, 24], [20, 24]]},
-              {"label": "flag", "points": [[1, 1]]}]
+    shapes = [
+        {"label": "target", "points": corners},
+        {"label": "ignore", "points": [[20, 5], [40, 5], [40, 24], [20, 24]]},
+        {"label": "flag", "points": [[1, 1]]},
+    ]
     (folder / "val/a.json").write_text(
-        json.dumps({"text": ["what is square?", "which?"], "is_sentence": True, "shapes": shapes}))
+        json.dumps({"text": ["what is square?", "which?"], "is_sentence": True, "shapes": shapes})
+    )
 
 
 def test_undecided_pixels_are_foreground_or_excluded(tmp_path):
@@ -216,42 +290,66 @@ def test_undecided_pixels_are_foreground_or_excluded(tmp_path):
     assert foreground.question == "what is square?" and foreground.ignore is None
     assert foreground.mask[5:25, 10:41].all() and foreground.mask.sum() == 20 * 31
     # the target is the smaller of the two, so it is drawn over what is undecided
-    assert excluded.mask[5:25, 10:30].all() and excluded.mask.sum() == 20 * 20 and excluded.ignore.sum() == 20 * 11
+    assert (
+        excluded.mask[5:25, 10:30].all()
+        and excluded.mask.sum() == 20 * 20
+        and excluded.ignore.sum() == 20 * 11
+    )
     everything = np.ones((HEIGHT, WIDTH), bool)
-    assert intersection_union(everything, excluded.mask, excluded.ignore) == (20 * 20, HEIGHT * WIDTH - 20 * 11)
-    assert intersection_union(None, foreground.mask, excluded.ignore) == (0, 20 * 20)  # an answer that cannot be read
+    assert intersection_union(everything, excluded.mask, excluded.ignore) == (
+        20 * 20,
+        HEIGHT * WIDTH - 20 * 11,
+    )
+    assert intersection_union(None, foreground.mask, excluded.ignore) == (
+        0,
+        20 * 20,
+    )  # an answer that cannot be read
 
 
 def test_reasonseg_is_drawn_as_its_authors_draw_it():
     """From the largest polygon to the smallest; "ignore" in a label is enough, any other label but flag is meant."""
     box = lambda x1, y1, x2, y2: [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
-    meant, undecided = draw_shapes([
-        {"label": "ignore_1", "points": box(4, 4, 5, 5)}, {"label": "dog", "points": box(2, 2, 7, 7)},
-        {"label": "Ignore", "points": box(0, 0, 9, 9)}, {"label": "flag", "points": box(0, 0, 29, 29)},
-    ], (30, 20))
+    meant, undecided = draw_shapes(
+        [
+            {"label": "ignore_1", "points": box(4, 4, 5, 5)},
+            {"label": "dog", "points": box(2, 2, 7, 7)},
+            {"label": "Ignore", "points": box(0, 0, 9, 9)},
+            {"label": "flag", "points": box(0, 0, 29, 29)},
+        ],
+        (30, 20),
+    )
     assert meant.shape == (20, 30) and meant[2:8, 2:8].sum() == meant.sum() == 36 - 4
     assert undecided[4:6, 4:6].all() and undecided.sum() == 100 - 36 + 4
 
 
 def test_reasonseg_as_lisa_lays_it_out_has_old_letters_and_answers_in_words_beside_it(tmp_path):
     reasonseg_folder(tmp_path)
-    content = (tmp_path / "val/a.json").read_text().replace("what is square?", "the dog\u2019s tail")
+    content = (
+        (tmp_path / "val/a.json").read_text().replace("what is square?", "the dog\u2019s tail")
+    )
     (tmp_path / "val/a.json").write_bytes(content.encode("cp1252"))
     (tmp_path / "explanatory").mkdir()
-    (tmp_path / "explanatory/val.json").write_text(json.dumps([{"image": "a.jpg", "query": "x", "outputs": "y"}]))
+    (tmp_path / "explanatory/val.json").write_text(
+        json.dumps([{"image": "a.jpg", "query": "x", "outputs": "y"}])
+    )
     [sample] = load_data(str(tmp_path), "validation", 5)
     assert sample.question == "the dog\u2019s tail"
-    inner = tmp_path / "explanatory" / "mine"  # what the folder itself is called, or lies in, is another matter
+    inner = (
+        tmp_path / "explanatory" / "mine"
+    )  # what the folder itself is called, or lies in, is another matter
     inner.mkdir()
     reasonseg_folder(inner)
     assert len(load_data(str(inner), "validation", 5)) == 1
 
 
-@pytest.mark.parametrize("name, split, part", [
-    ("reasonseg", "train", "has no train split, only validation, test$"),
-    ("refCOCOg_2k_840", "validation", "--eval-data"),
-    ("no-such-set", "train", "neither 'shapes'"),
-])
+@pytest.mark.parametrize(
+    "name, split, part",
+    [
+        ("reasonseg", "train", "has no train split, only validation, test$"),
+        ("refCOCOg_2k_840", "validation", "--eval-data"),
+        ("no-such-set", "train", "neither 'shapes'"),
+    ],
+)
 def test_a_name_or_split_that_is_not_there_is_said(name, split, part):
     with pytest.raises(UserError, match=part):
         load_data(name, split, 1)
@@ -259,16 +357,28 @@ def test_a_name_or_split_that_is_not_there_is_said(name, split, part):
 
 def test_unknown_columns_are_named(tmp_path):
     with pytest.raises(UserError, match="columns picture, words"):
-        load_data(parquet(tmp_path / "set", "train", [{"picture": png(), "words": "x"}]), "train", 1)
+        load_data(
+            parquet(tmp_path / "set", "train", [{"picture": png(), "words": "x"}]), "train", 1
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- sets of the hub
 
 
 def mask_rows(count=1, **more):
-    return [{"image": png(i), "text": f"question {i}", "mask": (square() if i % 2 else ~square()).tolist(),
-             "ann_id": f"a{i}", "image_id": f"picture-{i // 2}", "img_height": HEIGHT, "img_width": WIDTH, **more}
-            for i in range(count)]
+    return [
+        {
+            "image": png(i),
+            "text": f"question {i}",
+            "mask": (square() if i % 2 else ~square()).tolist(),
+            "ann_id": f"a{i}",
+            "image_id": f"picture-{i // 2}",
+            "img_height": HEIGHT,
+            "img_width": WIDTH,
+            **more,
+        }
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
@@ -276,7 +386,9 @@ def hub(tmp_path, monkeypatch):
     """A folder in the place of the hub: hub/OWNER/NAME holds a repository's files. `asked` lists what was looked up."""
     real, asked, root = datasets.load_dataset_builder, [], tmp_path / "hub"
     root.mkdir()
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: asked.append(name) or real(str(root / name)))
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda name: asked.append(name) or real(str(root / name))
+    )
 
     def publish(name, split, rows):
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -285,16 +397,25 @@ def hub(tmp_path, monkeypatch):
     return type("Hub", (), {"publish": staticmethod(publish), "asked": asked, "root": root})
 
 
-@pytest.mark.parametrize("name, split, hub_id, called", [
-    ("reasonseg-x", "train", "sj9909/ReasonSegX_train", "train"),
-    ("reasonseg-x", "test", "sj9909/ReasonSegX_test", "test"),
-    ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "test"),
-    ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "train"),
-    ("reasonseg-r", "test", "sj9909/ReasonSeg_refine", "test"),
-    ("reasonseg", "test", "Ricky06662/ReasonSeg_test", "test"),
-])
-def test_reasonseg_and_its_successors_load_by_name_with_their_kinds_of_reasoning(hub, name, split, hub_id, called):
-    hub.publish(hub_id, called, mask_rows(4, **({"reasoning_type": "spatial"} if name == "reasonseg-x" else {})))
+@pytest.mark.parametrize(
+    "name, split, hub_id, called",
+    [
+        ("reasonseg-x", "train", "sj9909/ReasonSegX_train", "train"),
+        ("reasonseg-x", "test", "sj9909/ReasonSegX_test", "test"),
+        ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "test"),
+        ("reasonseg-x", "validation", "sj9909/ReasonSegX_val", "train"),
+        ("reasonseg-r", "test", "sj9909/ReasonSeg_refine", "test"),
+        ("reasonseg", "test", "Ricky06662/ReasonSeg_test", "test"),
+    ],
+)
+def test_reasonseg_and_its_successors_load_by_name_with_their_kinds_of_reasoning(
+    hub, name, split, hub_id, called
+):
+    hub.publish(
+        hub_id,
+        called,
+        mask_rows(4, **({"reasoning_type": "spatial"} if name == "reasonseg-x" else {})),
+    )
     data = load_data(name, split, 4)
     assert sorted(data.ids) == ["a0-0", "a1-0", "a2-0", "a3-0"] and hub.asked == [hub_id]
     for sample in data:
@@ -305,7 +426,9 @@ def test_reasonseg_and_its_successors_load_by_name_with_their_kinds_of_reasoning
         assert sample.kind == ("spatial" if name == "reasonseg-x" else "")
 
 
-def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_printed(hub, capsys, monkeypatch):
+def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_printed(
+    hub, capsys, monkeypatch
+):
     hub.publish("Ricky06662/ReasonSeg_test", "test", mask_rows(3))
     hub.publish("Ricky06662/ReasonSeg_val", "test", [{"picture": png(), "words": "x"}])
     box = {"image": png(), "problem": "x", "solution": "<box>(1,2),(3,4)</box>"}
@@ -313,10 +436,14 @@ def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_printe
     for split in ("testA", "testB"):
         hub.publish("Ricky06662/refcocog_test", split, mask_rows(1))
     downloaded = []
-    monkeypatch.setattr(datasets.DownloadManager, "download", lambda self, urls: downloaded.append(urls))
+    monkeypatch.setattr(
+        datasets.DownloadManager, "download", lambda self, urls: downloaded.append(urls)
+    )
     with pytest.raises(UserError, match="columns picture, words"):
         open_data("reasonseg", "validation", 1)
-    with pytest.raises(UserError, match="refcocog_test on the hub has no test split, only testA, testB"):
+    with pytest.raises(
+        UserError, match="refcocog_test on the hub has no test split, only testA, testB"
+    ):
         open_data("refcocog_test", "test", 1)
     with pytest.raises(UserError, match="--ignore excluded"):
         open_data("reasonseg", "test", 1, ignore="excluded")
@@ -365,7 +492,9 @@ def test_validation_and_test_are_drawn_with_one_seed_and_not_the_first_rows(tmp_
     every = [f"a{i}-0" for i in range(40)]
     assert load_data(folder, "test", 40).ids == load_data(folder, "test", 99, seed=2).ids == every
     some = load_data(folder, "test", 10).ids
-    assert some == load_data(folder, "test", 10, seed=5).ids == load_data(folder, "test", 20).ids[:10]
+    assert (
+        some == load_data(folder, "test", 10, seed=5).ids == load_data(folder, "test", 20).ids[:10]
+    )
     assert len(set(some)) == 10 and max(every.index(x) for x in some) > 19
 
 
@@ -398,12 +527,20 @@ def test_masks_of_a_whole_evaluation_set_stay_on_the_disk(tmp_path):
     Image.new("RGB", (640, 480), (90, 20, 10)).save(file, "JPEG")
     mask[100:300, 100:400] = True
     starts = lambda number, length: pa.array(np.arange(number + 1, dtype=np.int32) * length)
-    lines = pa.ListArray.from_arrays(starts(count * 480, 640), pa.array(np.tile(mask.reshape(-1), count)))
+    lines = pa.ListArray.from_arrays(
+        starts(count * 480, 640), pa.array(np.tile(mask.reshape(-1), count))
+    )
     masks = pa.ListArray.from_arrays(starts(count, 480), lines)
-    names, images = [str(i) for i in range(count)], [{"bytes": file.getvalue(), "path": "x.jpg"}] * count
-    table = pa.table({"image": images, "text": names, "mask": masks, "image_id": names, "ann_id": names})
+    names, images = [str(i) for i in range(count)], [
+        {"bytes": file.getvalue(), "path": "x.jpg"}
+    ] * count
+    table = pa.table(
+        {"image": images, "text": names, "mask": masks, "image_id": names, "ann_id": names}
+    )
     (tmp_path / "copy").mkdir()
-    pyarrow.parquet.write_table(table, tmp_path / "copy/test-00000-of-00001.parquet", row_group_size=100)
+    pyarrow.parquet.write_table(
+        table, tmp_path / "copy/test-00000-of-00001.parquet", row_group_size=100
+    )
     code = MEASURE.format(root=str(Path(__file__).parent.parent), folder=str(tmp_path))
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
@@ -422,7 +559,14 @@ def test_a_folder_of_coco_pictures_is_looked_at_before_anything_is_loaded(tmp_pa
 
 def test_no_path_that_comes_in_a_table_is_opened(tmp_path):
     picture().save(tmp_path / "secret.png")
-    rows = [{"image": str(tmp_path / "secret.png"), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
+    rows = [
+        {
+            "image": str(tmp_path / "secret.png"),
+            "text": "x",
+            "mask": square().tolist(),
+            "ann_id": "1",
+        }
+    ]
     with pytest.raises(UserError, match="row 1: .*secret.png"):
         list(load_data(parquet(tmp_path / "set", "test", rows), "test", 3))
 
@@ -435,8 +579,12 @@ def test_a_description_beside_parquet_files_is_no_data(tmp_path):
 
 
 @pytest.mark.parametrize("sentences", ["first", "all"])
-def test_rows_without_an_expression_end_in_one_line_and_not_in_a_search_without_end(sentences, tmp_path, coco_dir):
-    rows = [row | {"sentences": coco_rows(2)[0]["sentences"][:i]} for i, row in enumerate(coco_rows(2))]
+def test_rows_without_an_expression_end_in_one_line_and_not_in_a_search_without_end(
+    sentences, tmp_path, coco_dir
+):
+    rows = [
+        row | {"sentences": coco_rows(2)[0]["sentences"][:i]} for i, row in enumerate(coco_rows(2))
+    ]
     folder = parquet(tmp_path / "set", "train", rows)
     with pytest.raises(UserError, match="1 of 2 rows .*row 1: "):
         open_data(folder, "train", 3, sentences=sentences, coco_dir=str(coco_dir))
@@ -451,7 +599,9 @@ def test_a_file_that_is_no_parquet_and_a_split_without_rows_end_in_one_line(tmp_
     (tmp_path / "b/test.json").write_text("[]")
     with pytest.raises(UserError, match="test.json"):
         open_data(str(tmp_path / "b"), "test", 1)
-    (tmp_path / "b/test.json").write_text(json.dumps([{"image": "gone.png", "problem": "x", "solution": [1, 2, 3, 4]}]))
+    (tmp_path / "b/test.json").write_text(
+        json.dumps([{"image": "gone.png", "problem": "x", "solution": [1, 2, 3, 4]}])
+    )
     with pytest.raises(UserError, match="gone.png"):
         open_data(str(tmp_path / "b"), "test", 1)
 
@@ -462,7 +612,8 @@ def test_a_split_in_several_files_is_read_whole(tmp_path):
         folder = parquet(tmp_path / "set", f"test-{i}", some)
     data = load_data(folder, "test", 9)
     assert data.ids == [f"a{i}-0" for i in range(5)] and [x.question for x in data] == [
-        f"question {i}" for i in range(5)]
+        f"question {i}" for i in range(5)
+    ]
 
 
 def test_a_file_that_has_changed_is_read_anew(tmp_path):
@@ -477,13 +628,27 @@ def test_two_questions_of_reasonseg_about_a_picture_are_told_to_be_about_one(tmp
     assert a.picture == b.picture and a.id != b.id
 
 
-@pytest.mark.parametrize("box", [
-    [30, 5, 10, 25], [10, 25, 30, 5], [10, 5, 10, 25], "<box>(30,5),(10,25)</box>", [0.1, 0.2, 0.5, 0.6],
-    [10, 5, 300, 25], [10, 5, 1e8, 25], [10, 5, 30], ["a", 5, 30, 25], [10.1, 5, 10.3, 25], "no box",
-])
+@pytest.mark.parametrize(
+    "box",
+    [
+        [30, 5, 10, 25],
+        [10, 25, 30, 5],
+        [10, 5, 10, 25],
+        "<box>(30,5),(10,25)</box>",
+        [0.1, 0.2, 0.5, 0.6],
+        [10, 5, 300, 25],
+        [10, 5, 1e8, 25],
+        [10, 5, 30],
+        ["a", 5, 30, 25],
+        [10.1, 5, 10.3, 25],
+        "no box",
+    ],
+)
 def test_a_box_that_is_reversed_empty_or_not_in_pixels_is_refused_with_its_place(box, tmp_path):
     picture().save(tmp_path / "1.png")
-    (tmp_path / "test.json").write_text(json.dumps([{"image": "1.png", "problem": "the square", "solution": box}]))
+    (tmp_path / "test.json").write_text(
+        json.dumps([{"image": "1.png", "problem": "the square", "solution": box}])
+    )
     with pytest.raises(UserError, match="test.json row 1: "):
         open_data(str(tmp_path), "test", 1)
 
@@ -491,20 +656,28 @@ def test_a_box_that_is_reversed_empty_or_not_in_pixels_is_refused_with_its_place
 def test_letters_of_a_pickle_that_python_2_wrote_are_read(tmp_path, coco_dir):
     refer_folder(tmp_path)
     file = tmp_path / "refs(umd).p"
-    file.write_bytes(file.read_bytes().replace(b"X\x04\x00\x00\x00no 0", b"U\x04caf\xe9"))  # its strings are bytes
-    assert "café" in [x.question for x in load_data(str(tmp_path), "train", 3, coco_dir=str(coco_dir))]
+    file.write_bytes(
+        file.read_bytes().replace(b"X\x04\x00\x00\x00no 0", b"U\x04caf\xe9")
+    )  # its strings are bytes
+    assert "café" in [
+        x.question for x in load_data(str(tmp_path), "train", 3, coco_dir=str(coco_dir))
+    ]
 
 
 def test_a_name_stands_for_the_repository_of_that_name():
     for name in ("refcocog", "refcoco", "refcocoplus"):
-        assert public.HUB[name] == {s: (f"jxu124/{name}", s) for s in ("train", "validation", "test")}
+        assert public.HUB[name] == {
+            s: (f"jxu124/{name}", s) for s in ("train", "validation", "test")
+        }
     for name in ("refCOCOg_2k_840", "refCOCOg_9k_840"):
         assert public.HUB[name] == {"train": (f"Ricky06662/{name}", "train")}
 
 
 def test_the_splits_of_lmms_labs_set_have_their_names_of_the_hub():
     assert public.HUB["lmms-lab/RefCOCOg"] == {
-        "validation": ("lmms-lab/RefCOCOg", "val"), "test": ("lmms-lab/RefCOCOg", "test")}
+        "validation": ("lmms-lab/RefCOCOg", "val"),
+        "test": ("lmms-lab/RefCOCOg", "test"),
+    }
 
 
 def test_the_corners_of_a_box_are_rounded_and_not_cut():

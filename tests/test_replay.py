@@ -46,8 +46,17 @@ class Graphable(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "unique"), name
-        assert name != "index" or all(x is None or x.dtype != torch.bool for x in args[1]), "index by a mask"
+        assert name not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "lift_fresh",
+            "equal",
+            "unique",
+        ), name
+        assert name != "index" or all(
+            x is None or x.dtype != torch.bool for x in args[1]
+        ), "index by a mask"
         return function(*args, **(kwargs or {}))
 
 
@@ -57,7 +66,9 @@ def record_a_token(policy, prompts, monkeypatch):
 
     def recorded(read):
         with monkeypatch.context() as recording, Graphable():
-            recording.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # transformers asks
+            recording.setattr(
+                torch.cuda, "is_current_stream_capturing", lambda: True
+            )  # transformers asks
             out = read()
         seen.append(out)
         return out, lambda: out.copy_(read())
@@ -107,11 +118,14 @@ def test_with_graphs_answers_are_what_they_are_without_while_room_grows_and_ques
     assert {6} < {size[0] for size in sizes} <= {6, *range(4)}
 
 
-def test_a_graph_is_recorded_once_a_size_after_a_token_that_is_read_as_it_is(endless, samples, imitated):
+def test_a_graph_is_recorded_once_a_size_after_a_token_that_is_read_as_it_is(
+    endless, samples, imitated
+):
     sizes, replays = imitated
     seen = []
     hook = endless.base.model.language_model.register_forward_pre_hook(
-        lambda model, args, given: seen.append(given["inputs_embeds"].shape[1]), with_kwargs=True)
+        lambda model, args, given: seen.append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     drawn(endless, samples[:2], tokens=36)
     hook.remove()
     assert len(sizes) == 2 and len(replays) == 35 - 2  # 35 tokens are read, at most 25 to a size
@@ -123,7 +137,14 @@ def test_few_questions_that_ended_stay_where_leaving_means_another_graph():
         cache = kind([4] * 4, 2, "cpu")
         place = replay.Reader(None, cache).drop(torch.tensor([True, False, False, False]))
         assert (place if place is None else len(place)) == left
-    assert len(replay.Reader(None, replay.Fixed([4] * 4, 2, "cpu")).drop(torch.tensor([True, False, True, False]))) == 2
+    assert (
+        len(
+            replay.Reader(None, replay.Fixed([4] * 4, 2, "cpu")).drop(
+                torch.tensor([True, False, True, False])
+            )
+        )
+        == 2
+    )
 
 
 @pytest.mark.gpu
@@ -134,10 +155,14 @@ def test_a_gpu_replays_what_it_would_have_read(samples, monkeypatch):
     compare(replayed, drawn(policy, samples, tokens=80), 1e-3)
 
 
-def test_the_rehearsal_times_a_token_both_ways_and_leaves_graphs_as_they_were(endless, samples, imitated, monkeypatch):
+def test_the_rehearsal_times_a_token_both_ways_and_leaves_graphs_as_they_were(
+    endless, samples, imitated, monkeypatch
+):
     monkeypatch.setattr(rehearse, "DEVICES", policy_module.DEVICES)
     with torch.no_grad():
         prompts = encode(endless, [samples[0].image], [samples[0].question])
     taken = rehearse.token_ms(endless, prompts * 2, 2)
     assert set(taken) == {"graph", "eager"} and all(ms > 0 for ms in taken.values())
-    assert len(imitated[0]) == 3 and policy_module.DEVICES == {"cpu"}  # answers of 8, 8 and 24 tokens
+    assert len(imitated[0]) == 3 and policy_module.DEVICES == {
+        "cpu"
+    }  # answers of 8, 8 and 24 tokens

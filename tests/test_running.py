@@ -22,11 +22,29 @@ from samr1_mini.running.reports import first_answers
 
 def test_what_is_set_about_data_reaches_all_three_sets(settings, monkeypatch):
     asked = []
-    monkeypatch.setattr(loading, "open_data", lambda *a: asked.append(a) or SimpleNamespace(box_only=False))
-    loading.open_sets(replace(settings, data="a", eval_data="b", seed=7, sentences="all", coco_dir="c",
-                              ignore="excluded", samples=8, eval_samples=5, test_samples=6))
+    monkeypatch.setattr(
+        loading, "open_data", lambda *a: asked.append(a) or SimpleNamespace(box_only=False)
+    )
+    loading.open_sets(
+        replace(
+            settings,
+            data="a",
+            eval_data="b",
+            seed=7,
+            sentences="all",
+            coco_dir="c",
+            ignore="excluded",
+            samples=8,
+            eval_samples=5,
+            test_samples=6,
+        )
+    )
     rest = (7, "all", "c", "excluded")
-    assert asked == [("a", "train", 8, *rest), ("b", "validation", 5, *rest), ("b", "test", 6, *rest)]
+    assert asked == [
+        ("a", "train", 8, *rest),
+        ("b", "validation", 5, *rest),
+        ("b", "test", 6, *rest),
+    ]
 
 
 def test_boxes_without_masks_are_trained_on_by_their_boxes_alone(settings, monkeypatch):
@@ -42,10 +60,20 @@ def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
     monkeypatch.setattr(loading, "load_policy", lambda *a: asked.append(a))
     monkeypatch.setattr(loading, "load_segmenter", lambda *a: asked.append(a))
     monkeypatch.setattr(loading, "check_segmenter", lambda *_: None)
-    s = replace(settings, load_in="bf16", rank=3, checkpointing=True, coordinates="thousandths", sam="vit_b",
-                sam_checkpoint="x.pth")
+    s = replace(
+        settings,
+        load_in="bf16",
+        rank=3,
+        checkpointing=True,
+        coordinates="thousandths",
+        sam="vit_b",
+        sam_checkpoint="x.pth",
+    )
     loading.load_parts(s, [], "adapter")
-    assert asked == [("vit_b", "x.pth", "cpu"), ("tiny", "bf16", 3, "adapter", "cpu", True, "thousandths")]
+    assert asked == [
+        ("vit_b", "x.pth", "cpu"),
+        ("tiny", "bf16", 3, "adapter", "cpu", True, "thousandths"),
+    ]
 
 
 def test_a_seed_draws_the_same_new_adapter_whatever_was_drawn_before(settings):
@@ -67,7 +95,16 @@ def test_the_answer_that_is_kept_of_a_question_stands_beside_its_own_reward():
     rewards = [SimpleNamespace(total=6.0, iou=0.91234), SimpleNamespace(total=1.0, iou=0.1)]
     x = SimpleNamespace(id="7", kind="side", question="?")
     assert first_answers([SimpleNamespace(sample=x, answers=answers, rewards=rewards)]) == [
-        {"id": "7", "kind": "side", "question": "?", "text": "a", "tokens": 1, "reward": 6.0, "iou": 0.912}]
+        {
+            "id": "7",
+            "kind": "side",
+            "question": "?",
+            "text": "a",
+            "tokens": 1,
+            "reward": 6.0,
+            "iou": 0.912,
+        }
+    ]
 
 
 def test_the_time_of_a_run_is_that_of_all_its_parts(settings, tmp_path):
@@ -77,7 +114,9 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(settings, tmp_path):
     assert 5000 < train(replace(settings, resume=True))["seconds"] < 6000
 
 
-def test_the_bases_figures_of_a_run_that_goes_on_are_those_from_before_its_training(settings, tmp_path):
+def test_the_bases_figures_of_a_run_that_goes_on_are_those_from_before_its_training(
+    settings, tmp_path
+):
     train(settings)
     base = json.loads((tmp_path / "run/base.json").read_text())
     (tmp_path / "run/base.json").write_text(json.dumps(base | {"gIoU": 0.12345}))
@@ -111,7 +150,9 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not_cut_the_sav
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("line 4: image file is truncated")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), UserError("line 4: image file is truncated")]
+)
 def test_a_second_ctrl_c_or_a_broken_picture_leaves_the_state_before_the_step(
     error, settings, tmp_path, monkeypatch, capsys
 ):
@@ -152,12 +193,19 @@ def test_the_peak_of_memory_is_that_of_this_program():
     assert memory.peak_memory("cpu") == pytest.approx(known, rel=0.05)
 
 
-def test_memory_that_is_free_is_what_the_card_the_allocator_and_the_limit_leave(settings, monkeypatch):
+def test_memory_that_is_free_is_what_the_card_the_allocator_and_the_limit_leave(
+    settings, monkeypatch
+):
     for name, gib in (("mem_get_info", (10, 24)), ("memory_reserved", 3), ("memory_allocated", 2)):
         value = tuple(n * 2**30 for n in gib) if isinstance(gib, tuple) else gib * 2**30
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    free = lambda limit: memory.free_memory(replace(settings, device="cuda", memory_limit=limit)) / 2**30
-    assert (free(0.0), free(20.0), free(8.0)) == (11, 11, 6) and memory.free_memory(settings) == float("inf")
+    free = (
+        lambda limit: memory.free_memory(replace(settings, device="cuda", memory_limit=limit))
+        / 2**30
+    )
+    assert (free(0.0), free(20.0), free(8.0)) == (11, 11, 6) and memory.free_memory(
+        settings
+    ) == float("inf")
 
 
 CACHE_CODE = "import os; os.environ.pop('HOME', None); import pwd; from samr1_mini.config import CACHE; print(CACHE)"
@@ -165,8 +213,13 @@ CACHE_CODE = "import os; os.environ.pop('HOME', None); import pwd; from samr1_mi
 
 def run_cache_code(code, **environment):
     root = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,
-                          env={**os.environ, **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stderr[-1000:]
     return Path(done.stdout.strip())
 
@@ -176,5 +229,10 @@ def test_the_cache_is_where_samr1_cache_names_it(tmp_path):
 
 
 def test_a_machine_without_a_home_folder_still_has_a_cache(tmp_path):
-    code = CACHE_CODE.replace("from samr1_mini", "pwd.getpwuid = lambda uid: {}[uid]; from samr1_mini")
-    assert run_cache_code(code, SAMR1_CACHE="", TMPDIR=str(tmp_path)) == tmp_path / ".cache" / "samr1_mini"
+    code = CACHE_CODE.replace(
+        "from samr1_mini", "pwd.getpwuid = lambda uid: {}[uid]; from samr1_mini"
+    )
+    assert (
+        run_cache_code(code, SAMR1_CACHE="", TMPDIR=str(tmp_path))
+        == tmp_path / ".cache" / "samr1_mini"
+    )

@@ -34,11 +34,16 @@ from samr1_mini.tiny.scenes import (
 )
 
 drawn = functools.cache(make_scene)  # tests leave scenes as they are
-middle = lambda t, axis: t.box[axis] + t.box[axis + 2]  # twice the middle of what is seen, from left (0) or top (1)
+middle = (
+    lambda t, axis: t.box[axis] + t.box[axis + 2]
+)  # twice the middle of what is seen, from left (0) or top (1)
 EXTREMES = {
-    "leftmost": lambda t: -middle(t, 0), "rightmost": lambda t: middle(t, 0),
-    "topmost": lambda t: -middle(t, 1), "bottommost": lambda t: middle(t, 1),
-    "largest": lambda t: t.mask.sum(), "smallest": lambda t: -t.mask.sum(),
+    "leftmost": lambda t: -middle(t, 0),
+    "rightmost": lambda t: middle(t, 0),
+    "topmost": lambda t: -middle(t, 1),
+    "bottommost": lambda t: middle(t, 1),
+    "largest": lambda t: t.mask.sum(),
+    "smallest": lambda t: -t.mask.sum(),
 }
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
@@ -46,14 +51,28 @@ SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 
 FORMS = {
     "attribute": {"the COLOUR SHAPE", "the COLOUR object", "the SHAPE"},
     "part": {"the dot of the COLOUR SHAPE", "the dot of the SHAPE"},
-    "relation": {"the EXTREME object", "the EXTREME COLOUR object", "the EXTREME SHAPE",
-                 "the object SIDE the COLOUR SHAPE"},
+    "relation": {
+        "the EXTREME object",
+        "the EXTREME COLOUR object",
+        "the EXTREME SHAPE",
+        "the object SIDE the COLOUR SHAPE",
+    },
     "indirect": {"the thing that has the colour of SUBJECT", "the object with FEATURE"},
-    "combined": {"the object SIDE the thing that has the colour of SUBJECT", "the object SIDE the object with FEATURE",
-                 "the EXTREME of the things that have the colour of SUBJECT", "the EXTREME of the things with corners"},
+    "combined": {
+        "the object SIDE the thing that has the colour of SUBJECT",
+        "the object SIDE the object with FEATURE",
+        "the EXTREME of the things that have the colour of SUBJECT",
+        "the EXTREME of the things with corners",
+    },
 }
-WORDS = {"SUBJECT": COLOUR_OF, "FEATURE": SHAPE_WITH, "COLOUR": COLOURS, "SHAPE": SHAPES, "EXTREME": EXTREMES,
-         "SIDE": SIDES}
+WORDS = {
+    "SUBJECT": COLOUR_OF,
+    "FEATURE": SHAPE_WITH,
+    "COLOUR": COLOURS,
+    "SHAPE": SHAPES,
+    "EXTREME": EXTREMES,
+    "SIDE": SIDES,
+}
 
 
 def form_of(text):
@@ -91,8 +110,12 @@ def read_question(scene, text):
     for side, (axis, sign) in SIDES.items():
         if text.startswith(f"the object {side} "):
             words = text.removeprefix(f"the object {side} ")
-            anchors = things(words) + dots(words, scene.things)  # of two, a reader does not know which
-            beside = [t for t in scene.things if sign * (middle(t, axis) - middle(anchors[0], axis)) > 0]
+            anchors = things(words) + dots(
+                words, scene.things
+            )  # of two, a reader does not know which
+            beside = [
+                t for t in scene.things if sign * (middle(t, axis) - middle(anchors[0], axis)) > 0
+            ]
             return beside if len(anchors) == 1 else anchors
     return things(text) + dots(text, scene.things)
 
@@ -113,33 +136,50 @@ def test_every_question_has_exactly_one_right_object(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dot_answers_the_questions_about_dots_and_no_other(kind):
     for seed in range(300):
-        answers = [t.dot for t in drawn(seed).things if t.dot] if kind == "part" else drawn(seed).things
+        answers = (
+            [t.dot for t in drawn(seed).things if t.dot] if kind == "part" else drawn(seed).things
+        )
         assert all(thing in answers for _, thing in fair_questions(drawn(seed), kind)), seed
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_form_of_a_kind_is_asked_with_every_word(kind):
-    texts = [ask(drawn(seed), np.random.default_rng([seed, i]), kind) for seed in range(300) for i in range(4)]
+    texts = [
+        ask(drawn(seed), np.random.default_rng([seed, i]), kind)
+        for seed in range(300)
+        for i in range(4)
+    ]
     texts = [found[0] for found in texts if found]
     forms = Counter(map(form_of, texts))
     assert set(forms) == FORMS[kind] and min(forms.values()) > 0.07 * len(texts), forms
     for name, words in WORDS.items():
         words = DOTTED if (kind, name) == ("part", "SHAPE") else words
         if any(name in form for form in FORMS[kind]):
-            assert all(any(re.search(rf"\b{word}\b", text) for text in texts) for word in words), name
+            assert all(
+                any(re.search(rf"\b{word}\b", text) for text in texts) for word in words
+            ), name
 
 
 @pytest.mark.parametrize(
     "kind, one",
-    [("attribute", "the COLOUR SHAPE"), ("relation", "the object SIDE"), ("combined", "the object SIDE")],
+    [
+        ("attribute", "the COLOUR SHAPE"),
+        ("relation", "the object SIDE"),
+        ("combined", "the object SIDE"),
+    ],
 )
 def test_both_forms_of_a_kind_are_asked_equally_often(kind, one):
     """However many questions of each there are: of seven names and two colours, two sides and twenty extremes."""
     drawn_forms = []
     for seed in range(300):
-        if len({form_of(text).startswith(one) for text, _ in fair_questions(drawn(seed), kind)}) == 2:
+        if (
+            len({form_of(text).startswith(one) for text, _ in fair_questions(drawn(seed), kind)})
+            == 2
+        ):
             rng = np.random.default_rng(seed)
-            drawn_forms += [form_of(ask(drawn(seed), rng, kind)[0]).startswith(one) for _ in range(4)]
+            drawn_forms += [
+                form_of(ask(drawn(seed), rng, kind)[0]).startswith(one) for _ in range(4)
+            ]
     assert len(drawn_forms) > 600 and 0.45 < np.mean(drawn_forms) < 0.55
 
 
@@ -169,7 +209,9 @@ def test_the_largest_object_reaches_farther_and_covers_more_than_any_other():
                 sign, asked = (1 if "largest" in text else -1), asked + 1
                 for other in [t for t in scene.things if t is not thing]:
                     assert sign * int(thing.mask.sum()) > sign * int(other.mask.sum())
-                    area = lambda t: int(t.mask.any(0).sum() * t.mask.any(1).sum())  # of the tight box
+                    area = lambda t: int(
+                        t.mask.any(0).sum() * t.mask.any(1).sum()
+                    )  # of the tight box
                     assert sign * area(thing) > sign * area(other)
     assert asked > 100
 
@@ -182,8 +224,12 @@ def test_indirect_and_combined_questions_name_no_colour_and_no_shape(kind):
 
 
 def test_no_fact_that_the_base_learns_is_an_indirect_or_combined_question():
-    asked = {text for seed in range(300) for kind in ("indirect", "combined")
-             for text, _ in fair_questions(drawn(seed), kind)}
+    asked = {
+        text
+        for seed in range(300)
+        for kind in ("indirect", "combined")
+        for text, _ in fair_questions(drawn(seed), kind)
+    }
     assert not asked & {text for fact in fact_texts() for text in fact}
     assert all("that has" not in q and "object with" not in q for q, _ in fact_texts())
 
@@ -221,24 +267,35 @@ def test_nearly_every_scene_holds_four_to_seven_things_and_no_two_of_one_name():
 def test_a_mask_lies_where_its_colour_is():
     """Of a thing and six pixels around it, what is closer in colour to the thing than to its background is its mask."""
     nearest, overlap = [], []
-    near = lambda mask, by: np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * by + 1)))
+    near = lambda mask, by: np.asarray(
+        Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * by + 1))
+    )
     for scene in map(drawn, range(60)):
         for thing in scene.things:
             x1, y1, x2, y2 = thing.box
-            assert (thing.mask[y1:y2, x1:x2].sum() == thing.mask.sum()
-                    and thing.mask[y1].any() and thing.mask[:, x2 - 1].any())
+            assert (
+                thing.mask[y1:y2, x1:x2].sum() == thing.mask.sum()
+                and thing.mask[y1].any()
+                and thing.mask[:, x2 - 1].any()
+            )
             own = thing.mask & ~thing.dot.mask if thing.dot else thing.mask
             others = np.logical_or.reduce([t.mask for t in scene.things])
             around = near(thing.mask, 6) & ~near(others & ~thing.mask, 1) & ~thing.mask
             if around.sum() < 30:
                 continue
-            paint, ground = (np.median(scene.image[pixels].astype(float), 0) for pixels in (own, around))
-            nearest.append(min(COLOURS, key=lambda name: np.abs(paint - COLOURS[name]).sum()) == thing.colour)
+            paint, ground = (
+                np.median(scene.image[pixels].astype(float), 0) for pixels in (own, around)
+            )
+            nearest.append(
+                min(COLOURS, key=lambda name: np.abs(paint - COLOURS[name]).sum()) == thing.colour
+            )
             off = lambda colour: np.abs(scene.image - colour).sum(-1)
             found = (off(paint) < off(ground)) & (own | around)
             overlap.append((found & own).sum() / (found | own).sum())
     assert len(nearest) > 250 and np.mean(nearest) >= 0.95
-    assert np.mean(np.array(overlap) > 0.9) >= 0.95  # a mask that lies two pixels beside its thing has about 0.7
+    assert (
+        np.mean(np.array(overlap) > 0.9) >= 0.95
+    )  # a mask that lies two pixels beside its thing has about 0.7
 
 
 def test_a_pixel_belongs_to_at_most_one_thing():
@@ -251,10 +308,14 @@ def test_a_dot_lies_wholly_on_its_thing_is_part_of_its_mask_and_has_another_colo
     assert len(dots) > 200 and {t.shape for t, _ in dots} == set(DOTTED)
     for thing, dot in dots:
         assert dot.mask.any() and not (dot.mask & ~thing.mask).any() and dot.colour != thing.colour
-        assert dot.mask.sum() == pytest.approx(np.pi * (dot.size / 2) ** 2, rel=0.15)  # nothing hides it
+        assert dot.mask.sum() == pytest.approx(
+            np.pi * (dot.size / 2) ** 2, rel=0.15
+        )  # nothing hides it
 
 
-def test_each_new_thing_hides_at_most_three_tenths_of_what_another_showed_so_that_half_of_each_is_seen(whole_scenes):
+def test_each_new_thing_hides_at_most_three_tenths_of_what_another_showed_so_that_half_of_each_is_seen(
+    whole_scenes,
+):
     hidden = 0
     for scene in whole_scenes:
         for i, thing in enumerate(scene.things):
@@ -285,15 +346,27 @@ def test_splits_and_pretraining_scenes_are_disjoint():
     ranges = [*SPLITS.values(), PRETRAIN]
     for (a, b), (c, d) in itertools.combinations(ranges, 2):
         assert b <= c or d <= a
-    taken = [{load_data("shapes", split, 50, seed)[i].id for i in range(50)} for split, seed in
-             (("train", 0), ("train", 1), ("train", 999), ("validation", 0), ("test", 0))]
+    taken = [
+        {load_data("shapes", split, 50, seed)[i].id for i in range(50)}
+        for split, seed in (
+            ("train", 0),
+            ("train", 1),
+            ("train", 999),
+            ("validation", 0),
+            ("test", 0),
+        )
+    ]
     assert len(set.union(*taken)) == 250
 
 
 def test_test_scenes_are_the_same_for_every_seed():
-    with pytest.raises(UserError, match="the test split of the drawn scenes has a million questions, not 1000001"):
+    with pytest.raises(
+        UserError, match="the test split of the drawn scenes has a million questions, not 1000001"
+    ):
         load_data("shapes", "test", 10**6 + 1)
-    assert [s.id for s in load_data("shapes", "test", 5, 0)] == [s.id for s in load_data("shapes", "test", 5, 7)]
+    assert [s.id for s in load_data("shapes", "test", 5, 0)] == [
+        s.id for s in load_data("shapes", "test", 5, 7)
+    ]
 
 
 def test_kinds_come_in_turn_and_where_a_scene_allows_none_of_its_kind_the_next_one_does():
@@ -307,7 +380,9 @@ def test_kinds_come_in_turn_and_where_a_scene_allows_none_of_its_kind_the_next_o
 
 
 def mirrored(thing):
-    flipped = Thing(thing.shape, thing.colour, 112 - thing.x, thing.y, thing.size, thing.mask[:, ::-1])
+    flipped = Thing(
+        thing.shape, thing.colour, 112 - thing.x, thing.y, thing.size, thing.mask[:, ::-1]
+    )
     flipped.dot = mirrored(thing.dot) if thing.dot else None
     return flipped
 
@@ -319,8 +394,11 @@ def test_in_the_mirror_every_question_is_still_fair_and_has_the_mirrored_truth()
         scene = drawn(SPLITS["test"][0] + i)
         scene = Scene(scene.image[:, ::-1], [mirrored(t) for t in scene.things])
         [found], fair = read_question(scene, y.question), dict(fair_questions(scene, x.kind))
-        assert ((fair[y.question].mask == y.mask).all() and (found.mask == y.mask).all()
-                and (y.mask == x.mask[:, ::-1]).all())
+        assert (
+            (fair[y.question].mask == y.mask).all()
+            and (found.mask == y.mask).all()
+            and (y.mask == x.mask[:, ::-1]).all()
+        )
         turned += x.question != y.question
     assert turned > 20
 
@@ -340,10 +418,15 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
     for scene, thing in things_and_dots(30):
         text = "".join(answer_parts(thing, scene, rng, 0.4, style))
         answer = parse(text, 112, 112)
-        assert style_of(text) == style and answer.in_format == (style in ("short", "names", "places"))
+        assert style_of(text) == style and answer.in_format == (
+            style in ("short", "names", "places")
+        )
         overlaps.append(box_iou(answer.lenient_box, thing.box))
-        named = (f"dot of the {next(t.name for t in scene.things if t.dot is thing)}" if thing.shape == "dot"
-                 else thing.name)
+        named = (
+            f"dot of the {next(t.name for t in scene.things if t.dot is thing)}"
+            if thing.shape == "dot"
+            else thing.name
+        )
         assert f"he {named}" in text or f'"{named}"' in text
     assert 0.15 < min(overlaps) and max(overlaps) < 0.7 and 0.28 < np.mean(overlaps) < 0.38
 
@@ -357,7 +440,14 @@ def test_an_answer_begins_as_its_style_does(style):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "the red star", "[1, 2, 3, 4]", '{"bbox": [1, 2, 3, 4]}', "Here: <think>I see the red star."]
+    "text",
+    [
+        "",
+        "the red star",
+        "[1, 2, 3, 4]",
+        '{"bbox": [1, 2, 3, 4]}',
+        "Here: <think>I see the red star.",
+    ],
 )
 def test_an_answer_in_none_of_the_styles_is_other(text):
     assert style_of(text) == "other"
@@ -365,7 +455,11 @@ def test_an_answer_in_none_of_the_styles_is_other(text):
 
 def test_the_shares_of_the_styles_sum_to_one_with_hints_and_without():
     unhinted, hinted, hints, _ = zip(*STYLES.values())
-    assert sum(unhinted) == pytest.approx(1) and sum(hinted) == pytest.approx(1) and len(set(hints)) == len(hints)
+    assert (
+        sum(unhinted) == pytest.approx(1)
+        and sum(hinted) == pytest.approx(1)
+        and len(set(hints)) == len(hints)
+    )
 
 
 def read_told(text):
@@ -373,15 +467,21 @@ def read_told(text):
     told."""
     told = text.partition("I see the ")[2].partition(". It is the")[0].split(", the ")
     parts = [re.fullmatch(r"(\w+) (\w+)(?: \((\d+), (\d+)\))?", part).groups() for part in told]
-    return [(colour, shape, int(x) if x else 1000 * i, int(y) if y else None)
-            for i, (colour, shape, x, y) in enumerate(parts)]
+    return [
+        (colour, shape, int(x) if x else 1000 * i, int(y) if y else None)
+        for i, (colour, shape, x, y) in enumerate(parts)
+    ]
 
 
 @pytest.mark.parametrize("style", ["names", "places"])
 @pytest.mark.parametrize(
     "question, axis",
-    [("the red star", 0), ("the object right of the red star", 0), ("the topmost object", 1),
-     ("the object below the thing that has the colour of grass", 1)],
+    [
+        ("the red star", 0),
+        ("the object right of the red star", 0),
+        ("the topmost object", 1),
+        ("the object below the thing that has the colour of grass", 1),
+    ],
 )
 def test_all_things_are_told_from_left_to_right_and_who_measures_tells_middles_and_from_above_where_that_is_asked_for(
     style, question, axis
@@ -390,12 +490,17 @@ def test_all_things_are_told_from_left_to_right_and_who_measures_tells_middles_a
     for seed in range(60):
         scene = drawn(seed)
         told = read_told("".join(answer_parts(scene.things[0], scene, rng, 0.4, style, question)))
-        things = [next(t for t in scene.things if (t.colour, t.shape) == (colour, shape)) for colour, shape, *_ in told]
+        things = [
+            next(t for t in scene.things if (t.colour, t.shape) == (colour, shape))
+            for colour, shape, *_ in told
+        ]
         assert len(told) == len(scene.things) == len(set(things))
         middles = [(middle(t, 0) / 2, middle(t, 1) / 2) for t in things]
         assert all(b[axis] - a[axis] > -1 for a, b in itertools.pairwise(middles))
         if style == "places":
-            assert all(abs(x - mx) < 1 and abs(y - my) < 1 for (*_, x, y), (mx, my) in zip(told, middles))
+            assert all(
+                abs(x - mx) < 1 and abs(y - my) < 1 for (*_, x, y), (mx, my) in zip(told, middles)
+            )
 
 
 def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_conclusion_is_the_right_object():
@@ -405,11 +510,18 @@ def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_concl
         for question, hint, told, conclusion in told_rows(rng, drawn(seed), 6):
             objects = []
             for colour, shape, x, y in read_told(told):
-                objects.append(Thing(shape, colour, x, y, 0, np.ones(1 + len(objects))))  # each larger than the last
+                objects.append(
+                    Thing(shape, colour, x, y, 0, np.ones(1 + len(objects)))
+                )  # each larger than the last
                 objects[-1].box = (x, y, x, y)
             for scene in (drawn(seed), Scene(None, objects)):
-                assert [t.name for t in read_question(scene, question)] == [conclusion], (question, told)
-            assert "(" in told or not re.search(r"\b(above|below|left|right|\w+most|largest|smallest)\b", question)
+                assert [t.name for t in read_question(scene, question)] == [conclusion], (
+                    question,
+                    told,
+                )
+            assert "(" in told or not re.search(
+                r"\b(above|below|left|right|\w+most|largest|smallest)\b", question
+            )
             assert hint in ("", STYLES["places" if "(" in told else "names"].hint)
             hinted.append(bool(hint)), places.append("(" in told)
             kinds[next(kind for kind, forms in FORMS.items() if form_of(question) in forms)] += 1
@@ -426,6 +538,8 @@ def test_points_of_base_answers_are_labelled_rightly_where_nothing_strays():
 
 
 def test_training_scenes_of_a_seed_are_a_million_and_seeds_beyond_999_begin_again():
-    with pytest.raises(UserError, match="the train split of the drawn scenes has a million questions, not 1000001"):
+    with pytest.raises(
+        UserError, match="the train split of the drawn scenes has a million questions, not 1000001"
+    ):
         load_data("shapes", "train", 10**6 + 1)  # they would be those of the next seed
     assert load_data("shapes", "train", 5, 1007).ids == load_data("shapes", "train", 5, 7).ids

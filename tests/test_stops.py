@@ -34,8 +34,24 @@ from samr1_mini.running import processes, runs, stops
 from samr1_mini.tiny.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--device", "cpu", "--questions", "4", "--group", "4", "--updates", "2", "--eval-every", "0",
-         "--test-samples", "4", "--max-new-tokens", "60", "--warmup", "1"]
+SHORT = [
+    "--device",
+    "cpu",
+    "--questions",
+    "4",
+    "--group",
+    "4",
+    "--updates",
+    "2",
+    "--eval-every",
+    "0",
+    "--test-samples",
+    "4",
+    "--max-new-tokens",
+    "60",
+    "--warmup",
+    "1",
+]
 
 
 def environment():
@@ -70,8 +86,16 @@ def in_a_terminal(folder, samples, ignored):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     options = ["--samples", str(samples), "--run", str(folder), *SHORT]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *options], stdin=its, stdout=its, stderr=its,
-                               start_new_session=True, preexec_fn=enter, cwd=ROOT, env=environment())
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *options],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=enter,
+        cwd=ROOT,
+        env=environment(),
+    )
     os.close(its)
     log, end = folder / "metrics.jsonl", time.monotonic() + 300
     try:
@@ -179,7 +203,9 @@ def test_prints_that_fail_end_no_run(settings, tmp_path, monkeypatch):
     assert saved_state(tmp_path / "run")["step"] == 2
 
 
-def test_a_print_that_fails_comes_after_the_save_and_does_not_hide_what_ended_the_run(settings, tmp_path, monkeypatch):
+def test_a_print_that_fails_comes_after_the_save_and_does_not_hide_what_ended_the_run(
+    settings, tmp_path, monkeypatch
+):
     break_the_second_step(monkeypatch, KeyError("no such key"))
     real = runs.save_state
 
@@ -212,9 +238,16 @@ def break_the_second_step(monkeypatch, error, broken_too=lambda: None):
     monkeypatch.setattr(grpo, "backward", broken)
 
 
-@pytest.mark.parametrize("error", [
-    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), AssertionError(), KeyError("box"),
-    MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        AssertionError(),
+        KeyError("box"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
 def test_whatever_ends_a_step_leaves_the_last_whole_step_and_is_raised_on(
     error, settings, tmp_path, monkeypatch, capsys
 ):
@@ -242,7 +275,9 @@ def test_the_adapter_of_a_state_is_saved_as_peft_saves_it(policy, tmp_path):
     files = sorted(file.name for file in (tmp_path / "peft").iterdir())
     assert files == sorted(file.name for file in (tmp_path / "run/adapter").iterdir())
     for name in files:
-        assert (tmp_path / "peft" / name).read_bytes() == (tmp_path / "run/adapter" / name).read_bytes(), name
+        assert (tmp_path / "peft" / name).read_bytes() == (
+            tmp_path / "run/adapter" / name
+        ).read_bytes(), name
 
 
 def test_a_bug_keeps_its_traceback_and_memory_that_ran_out_does_not(monkeypatch, capsys):
@@ -253,7 +288,10 @@ def test_a_bug_keeps_its_traceback_and_memory_that_ran_out_does_not(monkeypatch,
     for bug in (KeyError("box"), torch.AcceleratorError("CUDA error: unspecified launch failure")):
         with pytest.raises(type(bug)):
             end_with(bug)
-    for full in (torch.OutOfMemoryError("2 GiB"), torch.AcceleratorError("CUDA error: out of memory")):
+    for full in (
+        torch.OutOfMemoryError("2 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ):
         with pytest.raises(SystemExit) as left:
             end_with(full)
         assert left.value.code == 2 and "--max-new-tokens" in capsys.readouterr().err
@@ -265,7 +303,10 @@ def test_a_failure_in_one_process_ends_all(monkeypatch):
     def fail(error):
         raise error
 
-    theirs = {UserError: (UserError, "line 4"), RuntimeError: (RuntimeError, "another process failed: box")}
+    theirs = {
+        UserError: (UserError, "line 4"),
+        RuntimeError: (RuntimeError, "another process failed: box"),
+    }
     for kind, failure in theirs.items():
         monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, failure])
         with pytest.raises(kind, match=failure[1]):
@@ -289,8 +330,14 @@ def answers_of(policy, samples):
 
 
 @pytest.mark.parametrize("written", [False, True])
-@pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing\nmore"),
-                                   torch.OutOfMemoryError("2 GiB")], ids=["capture", "memory"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("operation not permitted when stream is capturing\nmore"),
+        torch.OutOfMemoryError("2 GiB"),
+    ],
+    ids=["capture", "memory"],
+)
 def test_where_no_graph_can_be_recorded_answers_are_the_same_and_one_line_says_so(
     error, written, policy, samples, monkeypatch, capsys
 ):
@@ -331,7 +378,9 @@ def test_a_recording_that_fails_gives_the_stream_back(monkeypatch):
 
     @contextmanager
     def graph(_):
-        current[0] = "capturing"  # and stays there, as in torch, where the end of the recording fails
+        current[0] = (
+            "capturing"  # and stays there, as in torch, where the end of the recording fails
+        )
         yield
         raise AssertionError("not reached")
 
@@ -370,21 +419,33 @@ def test_a_gpu_that_cannot_record_a_token_reads_it_as_it_is(samples, monkeypatch
 
 def quick_steps(monkeypatch, zero_variance, changes):
     """Steps that take no time; from the first on they leave `zero_variance`, and change the adapter where told to."""
+
     def quick(policy, segmenter, optimizer, data, s, step):
         if changes:
             with torch.no_grad():
                 for name, parameter in policy.model.named_parameters():
                     if "lora_B" in name:
                         parameter.fill_(1e-6 * (step + 1))
-        line = dict.fromkeys(("reward", "iou", "segmentation_format", "seconds_rollout", "seconds_reward",
-                              "seconds_update"), 0.5)
+        line = dict.fromkeys(
+            (
+                "reward",
+                "iou",
+                "segmentation_format",
+                "seconds_rollout",
+                "seconds_reward",
+                "seconds_update",
+            ),
+            0.5,
+        )
         return line | {"step": step + 1, "zero_variance": zero_variance}, []
 
     monkeypatch.setattr(grpo, "one_step", quick)
 
 
-@pytest.mark.parametrize("zero_variance, changes, warned", [
-    (0.95, True, 1), (0.95, False, 1), (0.3, False, 1), (0.3, True, 0)])
+@pytest.mark.parametrize(
+    "zero_variance, changes, warned",
+    [(0.95, True, 1), (0.95, False, 1), (0.3, False, 1), (0.3, True, 0)],
+)
 def test_after_ten_steps_one_line_warns_where_nothing_is_learnt(
     zero_variance, changes, warned, settings, monkeypatch, capfd
 ):
@@ -423,14 +484,23 @@ def not_finite(monkeypatch, finite):
     return calls
 
 
-def test_ten_updates_in_a_row_without_finite_gradients_end_the_run_and_lose_nothing(settings, tmp_path, monkeypatch):
+def test_ten_updates_in_a_row_without_finite_gradients_end_the_run_and_lose_nothing(
+    settings, tmp_path, monkeypatch
+):
     calls = not_finite(monkeypatch, finite={1, 4})
     with pytest.raises(UserError, match="--lr"):
         train(replace(settings, samples=48))
     assert len(calls) == 14
     state = saved_state(tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert state["step"] == len(log) == 6 and [line.get("skipped_updates", 0) for line in log] == [1, 1, 2, 2, 2, 2]
+    assert state["step"] == len(log) == 6 and [line.get("skipped_updates", 0) for line in log] == [
+        1,
+        1,
+        2,
+        2,
+        2,
+        2,
+    ]
     assert all(value.isfinite().all() for value in state["adapter"].values())
 
 
@@ -461,8 +531,14 @@ def write_folder(folder, first=0, count=30):
         scene = make_scene(first + i)
         Image.fromarray(scene.image).save(folder / f"{i}.png")
         Image.fromarray(scene.things[0].mask.astype(np.uint8)).save(folder / f"{i}-mask.png")
-        lines.append({"image": f"{i}.png", "question": f"the {scene.things[0].name}", "mask": f"{i}-mask.png",
-                      "split": ("train", "train", "train", "val", "test")[i % 5]})
+        lines.append(
+            {
+                "image": f"{i}.png",
+                "question": f"the {scene.things[0].name}",
+                "mask": f"{i}-mask.png",
+                "split": ("train", "train", "train", "val", "test")[i % 5],
+            }
+        )
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
@@ -473,10 +549,16 @@ def test_a_run_goes_on_after_its_folder_and_its_data_were_moved_and_not_with_oth
     monkeypatch.setattr(grpo, "summarise", lambda *_: {})
     data = write_folder(tmp_path / "data")
     train(replace(settings, data=str(data)))
-    moved, run = data.rename(tmp_path / "moved data"), (tmp_path / "run").rename(tmp_path / "moved run")
+    moved, run = data.rename(tmp_path / "moved data"), (tmp_path / "run").rename(
+        tmp_path / "moved run"
+    )
     other = write_folder(tmp_path / "other", first=100)
     before = (run / "state.pt").read_bytes()
-    changes = [{"data": "shapes"}, {"data": str(other)}, {"data": str(moved), "eval_data": str(other)}]
+    changes = [
+        {"data": "shapes"},
+        {"data": str(other)},
+        {"data": str(moved), "eval_data": str(other)},
+    ]
     for change in changes:  # `other` has the same ids
         s, _ = resumed_settings({"run": str(run), "resume": True, "samples": 12} | change)
         with pytest.raises(UserError, match="--resume"):
@@ -490,7 +572,9 @@ def test_a_run_goes_on_after_its_folder_and_its_data_were_moved_and_not_with_oth
 
 
 def test_an_adapter_of_another_size_of_policy_is_refused(policy):
-    adapter = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+    adapter = {
+        name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad
+    }
     runs.put_adapter(policy, {"adapter": adapter})
     name = next(iter(adapter))
     for wrong in (adapter | {name: adapter[name][:, :-1]}, adapter | {"more": adapter[name]}, {}):
@@ -498,9 +582,15 @@ def test_an_adapter_of_another_size_of_policy_is_refused(policy):
             runs.put_adapter(policy, {"adapter": wrong})
 
 
-@pytest.mark.parametrize("begun, now, refused", [
-    ("tiny", "vit_h", True), ("vit_b", "facebook/sam2-hiera-large", True), ("tiny", "tiny", False),
-    ("facebook/sam2-hiera-large", "models/sam2", False)])
+@pytest.mark.parametrize(
+    "begun, now, refused",
+    [
+        ("tiny", "vit_h", True),
+        ("vit_b", "facebook/sam2-hiera-large", True),
+        ("tiny", "tiny", False),
+        ("facebook/sam2-hiera-large", "models/sam2", False),
+    ],
+)
 def test_a_sam_may_be_moved_and_is_no_other_kind(begun, now, refused, settings, tmp_path):
     folder = Path(settings.run)
     folder.mkdir()
@@ -516,7 +606,9 @@ def test_a_sam_may_be_moved_and_is_no_other_kind(begun, now, refused, settings, 
 # ---------------------------------------------------------------------------------------------------- how to continue
 
 
-def test_the_command_that_continues_a_run_names_a_folder_with_a_space_as_a_shell_reads_it(settings, monkeypatch):
+def test_the_command_that_continues_a_run_names_a_folder_with_a_space_as_a_shell_reads_it(
+    settings, monkeypatch
+):
     folder = Path("my runs/it's one")
     words = shlex.split(runs.resume_command(folder, settings))
     assert words == ["python", "train.py", "--resume", "--run", str(folder), "--samples", "8"]
@@ -549,18 +641,40 @@ runpy.run_path(os.path.join(os.environ["PYTHONPATH"], "train.py"), run_name="__m
 """
 
 
-def test_two_processes_save_what_they_have_learnt_when_one_fails_and_the_command_that_they_print_starts_two(tmp_path):
+def test_two_processes_save_what_they_have_learnt_when_one_fails_and_the_command_that_they_print_starts_two(
+    tmp_path,
+):
     (tmp_path / "train.py").write_text(BROKEN)
     folder = tmp_path / "my run"
-    start = ["torchrun", "--standalone", "--nproc_per_node", "2", "--", str(tmp_path / "train.py"), *SHORT,
-             "--samples", "12", "--run", str(folder)]
-    out = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=600)
+    start = [
+        "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--",
+        str(tmp_path / "train.py"),
+        *SHORT,
+        "--samples",
+        "12",
+        "--run",
+        str(folder),
+    ]
+    out = subprocess.run(
+        start, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=600
+    )
     assert out.returncode != 0 and "KeyError: 'in the second process'" in out.stderr
     assert saved_state(folder)["step"] == 1
     commands = [line.strip() for line in out.stdout.splitlines() if "--resume" in line]
     assert len(commands) == 1
-    again = subprocess.run(commands[0], shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment(),
-                           timeout=600)
+    again = subprocess.run(
+        commands[0],
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=600,
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("preset tiny") == 2 and saved_state(folder)["step"] == 3
 
@@ -571,7 +685,9 @@ def test_a_run_continues_where_questions_with_an_empty_truth_were_left_out(tmp_p
     s = SimpleNamespace(data="mine", eval_data="")
 
     def check(test):
-        runs.check_questions(tmp_path, [SimpleNamespace(ids=["a"]), None, SimpleNamespace(ids=test)], s)
+        runs.check_questions(
+            tmp_path, [SimpleNamespace(ids=["a"]), None, SimpleNamespace(ids=test)], s
+        )
 
     check(["x", "y", "z"])
     with pytest.raises(UserError, match="mine"):

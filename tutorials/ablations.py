@@ -42,7 +42,18 @@ FILE = ROOT / "tutorials" / "results" / "ablations.csv"
 SCENES = 1000  # held-out scenes of the test, the same for all runs
 # A third of the first command's questions at three times its rate: its 187 steps in 63, and five seeds a row in reach.
 SAMPLES, LR = 1008, "3e-4"
-FIXED = ["--preset", "tiny", "--device", "cpu", "--eval-every", "0", "--test-samples", str(SCENES), "--lr", LR]
+FIXED = [
+    "--preset",
+    "tiny",
+    "--device",
+    "cpu",
+    "--eval-every",
+    "0",
+    "--test-samples",
+    str(SCENES),
+    "--lr",
+    LR,
+]
 
 # Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
 TABLES = {
@@ -59,14 +70,25 @@ TABLES = {
     "reward from": {"box IoU": "--accuracy box-iou", "continuous mask IoU": "--accuracy iou"},
     "points": {"no points": "--no-points"},
     "group": {"G = 2": "--group 2", "G = 4": "--group 4", "G = 16": "--group 16"},
-    "LoRA": {"rank 4": "--rank 4", "rank 128": "--rank 128", "lr 1e-4": "--lr 1e-4", "lr 1e-3": "--lr 1e-3"},
+    "LoRA": {
+        "rank 4": "--rank 4",
+        "rank 128": "--rank 128",
+        "lr 1e-4": "--lr 1e-4",
+        "lr 1e-3": "--lr 1e-3",
+    },
     "KL": {"beta 0": "--beta 0", "beta 0.05": "--beta 0.05"},
     "samples": {f"{n} samples": f"--samples {n}" for n in (112, 320, 3008, 10000)},
 }
 PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it prints one
-    "base": "60.2", "threshold 0.5": "56.5", "threshold 0.7": "56.2", "threshold 0.8": "58.6",
-    "GRPO": "57.8", "GRPO + token-level": "58.0", "GRPO + clip-higher": "59.1",
-    "10000 samples": "no gain", "beta 0": "collapse",
+    "base": "60.2",
+    "threshold 0.5": "56.5",
+    "threshold 0.7": "56.2",
+    "threshold 0.8": "58.6",
+    "GRPO": "57.8",
+    "GRPO + token-level": "58.0",
+    "GRPO + clip-higher": "59.1",
+    "10000 samples": "no gain",
+    "beta 0": "collapse",
 }
 # gIoU against base, and why; "names" and "places" are ways of thinking: see STYLES in samr1_mini/tiny/answers.py
 PREDICTED = {
@@ -94,13 +116,27 @@ PREDICTED = {
     "3008 samples": "higher: places for nearly all, and boxes still get tighter",
     "10000 samples": "as 3008 samples: nothing is left to find but tighter boxes",
 }
-ROWS = {"base": ""} | {name: options for table in TABLES.values() for name, options in table.items()}
+ROWS = {"base": ""} | {
+    name: options for table in TABLES.values() for name, options in table.items()
+}
 # on the held-out scenes, greedy; kinds are lenient
 TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "base_gIoU_lenient")
-LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")  # over the last ten steps of training
-WAYS = ("names", "places")  # ways of thinking: their shares of the sampled answers in the last tenth of training
+LAST = (
+    "points",
+    "length",
+    "kl",
+    "clip_low",
+    "clip_high",
+    "zero_variance",
+)  # over the last ten steps of training
+WAYS = (
+    "names",
+    "places",
+)  # ways of thinking: their shares of the sampled answers in the last tenth of training
 COLUMNS = ("row", "seed", "options", *TESTED, *LAST, *WAYS)
-EDGE = -0.35  # a row that lies further off is written at the figure's edge, so that the others can be told apart
+EDGE = (
+    -0.35
+)  # a row that lies further off is written at the figure's edge, so that the others can be told apart
 
 
 def name_of(row: str, seed: int) -> str:
@@ -112,20 +148,43 @@ def one_run(row: str, seed: int, keep=None) -> dict:
     """Train and test once, or go on with such a run that was stopped; the CSV line, and under "scenes" the gIoU of each
     test scene, in their order. `keep` is called with it before the run's folder goes."""
     folder = ROOT / "runs" / "ablations" / name_of(row, seed)
-    options = [*FIXED, "--samples", str(SAMPLES), "--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
+    options = [
+        *FIXED,
+        "--samples",
+        str(SAMPLES),
+        "--seed",
+        str(seed),
+        "--run",
+        str(folder),
+        *ROWS[row].split(),
+    ]
     halfway = (folder / "state.pt").exists()
-    if halfway:  # --resume looks at the options that are named, not at one that its row has no longer
-        begun, now = read_settings(folder / "settings.json"), asdict(parse_settings(options, "ablations.py", "")[0])
+    if (
+        halfway
+    ):  # --resume looks at the options that are named, not at one that its row has no longer
+        begun, now = read_settings(folder / "settings.json"), asdict(
+            parse_settings(options, "ablations.py", "")[0]
+        )
         if other := [name for name, value in now.items() if begun.get(name) != value]:
-            raise RuntimeError(f"{row}, seed {seed}: it was begun with another {', '.join(other)} (delete {folder} to "
-                               "begin anew)")
+            raise RuntimeError(
+                f"{row}, seed {seed}: it was begun with another {', '.join(other)} (delete {folder} to "
+                "begin anew)"
+            )
     else:
         shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train.py"), *options, *["--resume"] * halfway]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace",
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     if done.returncode:
-        raise RuntimeError(f"{row}, seed {seed}: {done.stderr[-1000:]} (delete {folder} to begin anew)")
+        raise RuntimeError(
+            f"{row}, seed {seed}: {done.stderr[-1000:]} (delete {folder} to begin anew)"
+        )
     line = {"row": row, "seed": seed, "options": ROWS[row]} | figures_of(folder)
     if keep:
         keep(line)
@@ -139,18 +198,32 @@ def figures_of(folder: Path) -> dict:
     each = json.loads((folder / "test-trained.json").read_text(encoding="utf-8"))
     if [x["id"] for x in each] != Shapes("test", SCENES).ids:
         raise RuntimeError(
-            f"{folder} was not tested on the first {SCENES} test scenes in their order, as the other runs are")
-    steps, answers = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-                      for name in ("metrics", "answers"))
+            f"{folder} was not tested on the first {SCENES} test scenes in their order, as the other runs are"
+        )
+    steps, answers = (
+        [
+            json.loads(line)
+            for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for name in ("metrics", "answers")
+    )
     tested = summary["trained"] | {
-        kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()}
+        kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()
+    }
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
     # without a KL (beta 0) none is measured
-    last = {name: statistics.mean(step.get(name, math.nan) for step in steps[-10:]) for name in LAST}
+    last = {
+        name: statistics.mean(step.get(name, math.nan) for step in steps[-10:]) for name in LAST
+    }
     styles = [style_of(answer["text"]) for answer in answers[-max(1, len(answers) // 10) :]]
-    values = {name: tested[name] for name in TESTED} | last | {way: styles.count(way) / len(styles) for way in WAYS}
+    values = (
+        {name: tested[name] for name in TESTED}
+        | last
+        | {way: styles.count(way) / len(styles) for way in WAYS}
+    )
     return {name: f"{value:.4g}" for name, value in values.items()} | {
-        "scenes": [round(x["iou_strict"], 3) for x in each]}
+        "scenes": [round(x["iou_strict"], 3) for x in each]
+    }
 
 
 def write(line: dict, results: Path | None = None) -> None:
@@ -176,16 +249,24 @@ def read(results: Path | None = None) -> list[dict]:
     with results.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            sys.exit(f"ablations.py: error: {results} has other columns than these runs: name another one by --results")
+            sys.exit(
+                f"ablations.py: error: {results} has other columns than these runs: name another one by --results"
+            )
         for line in reader:
             if ROWS.get(line["row"]) != line["options"]:
-                sys.exit(f"ablations.py: error: {results} has the row {line['row']!r} with the options "
-                         f"{line['options']!r}, TABLES has others: name another row, or another file by --results")
+                sys.exit(
+                    f"ablations.py: error: {results} has the row {line['row']!r} with the options "
+                    f"{line['options']!r}, TABLES has others: name another row, or another file by --results"
+                )
             scenes = results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
             if not scenes.exists():
-                sys.exit(f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, "
-                         f"seed {line['seed']}, in {results}, and it is run again")
-            numbers = {k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()}
+                sys.exit(
+                    f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, "
+                    f"seed {line['seed']}, in {results}, and it is run again"
+                )
+            numbers = {
+                k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()
+            }
             lines.append(numbers | {"scenes": json.loads(scenes.read_text(encoding="utf-8"))})
     return lines
 
@@ -194,7 +275,9 @@ def student(freedom: float) -> float:
     """How many standard errors to either side hold 95 % of Student's t: its 97.5 % quantile, by summing up its
     density."""
     x = np.linspace(0, 20, 20_001)
-    height = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi * freedom)
+    height = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(
+        math.pi * freedom
+    )
     density = height * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
     return float(np.interp(0.475, 0.001 * (np.cumsum(density) - (density + density[0]) / 2), x))
 
@@ -219,15 +302,26 @@ def interval(values) -> tuple[float, float]:
         return math.nan, math.nan
     table = np.array(values, float).reshape(len(values), -1)  # [seeds, scenes]
     seeds, scenes = table.shape
-    mean, by_seed, by_scene = table.mean(), table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    mean, by_seed, by_scene = (
+        table.mean(),
+        table.mean(1, keepdims=True),
+        table.mean(0, keepdims=True),
+    )
     rest = table - by_seed - by_scene + mean
-    squares = np.array([
-        scenes * ((by_seed - mean) ** 2).sum(), seeds * ((by_scene - mean) ** 2).sum(), (rest**2).sum()])
+    squares = np.array(
+        [
+            scenes * ((by_seed - mean) ** 2).sum(),
+            seeds * ((by_scene - mean) ** 2).sum(),
+            (rest**2).sum(),
+        ]
+    )
     freedom = np.array([seeds - 1, scenes - 1, (seeds - 1) * (scenes - 1)])
     known = freedom > 0
     if not known.any():  # one value
         return float(mean), math.nan
-    squares /= np.maximum(freedom, 1)  # mean squares: each is its variance above, times seeds * scenes
+    squares /= np.maximum(
+        freedom, 1
+    )  # mean squares: each is its variance above, times seeds * scenes
     a, b, c = squares
     total = max(a + b - c, a, b)  # what seeds or scenes add is not below 0, whatever its estimate
     if not total:
@@ -238,11 +332,16 @@ def interval(values) -> tuple[float, float]:
 
 def values_of(lines: list[dict], row: str, measure: str) -> dict[int, np.ndarray]:
     """For each seed of a row: the gIoU of each scene [scenes], or its one value [1] of another measure."""
-    return {line["seed"]: np.array(line["scenes"] if measure == "gIoU" else [line[measure]])
-            for line in lines if line["row"] == row}
+    return {
+        line["seed"]: np.array(line["scenes"] if measure == "gIoU" else [line[measure]])
+        for line in lines
+        if line["row"] == row
+    }
 
 
-def differences(lines: list[dict], row: str, measure: str = "gIoU", base: str = "base") -> list[np.ndarray]:
+def differences(
+    lines: list[dict], row: str, measure: str = "gIoU", base: str = "base"
+) -> list[np.ndarray]:
     """A row minus base, scene by scene, for each seed that both have."""
     ours, theirs = (values_of(lines, name, measure) for name in (row, base))
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
@@ -301,8 +400,14 @@ def draw(lines: list[dict], titles: list[str]):
             apart = differences(lines, row)
             mean, half = interval(apart)
             if mean < EDGE:
-                axes.annotate(f"← {with_interval(apart)}", (0.01, y), xycoords=("axes fraction", "data"), va="center",
-                              color="#D55E00", fontsize=9)
+                axes.annotate(
+                    f"← {with_interval(apart)}",
+                    (0.01, y),
+                    xycoords=("axes fraction", "data"),
+                    va="center",
+                    color="#D55E00",
+                    fontsize=9,
+                )
             elif apart:
                 axes.plot(np.mean(apart, 1), [y - 0.35] * len(apart), "o", color="#56B4E9", ms=3.5)
                 half = None if len(apart) == 2 else half
@@ -327,12 +432,25 @@ def draw(lines: list[dict], titles: list[str]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds a row (default 5)")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="only these rows")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
-    parser.add_argument("--results", type=Path, default=FILE,
-                        help="CSV file for the lines, with a folder of its name beside it (default: the committed one)")
+    parser.add_argument(
+        "--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="only these rows"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="runs side by side (default: one a core)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=FILE,
+        help="CSV file for the lines, with a folder of its name beside it (default: the committed one)",
+    )
     parser.add_argument("--figure", help="write a figure of all rows to this file")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
@@ -342,12 +460,19 @@ def main() -> None:
         parser.error(f"--figure {args.figure}: its folder is not there")
     if args.results.suffix != ".csv" or args.results.is_dir():
         parser.error(f"--results {args.results}: name a file that ends in .csv")
-    if len({name_of(row, 0) for row in ROWS}) < len(ROWS):  # by capitals or signs alone they would not differ in files
+    if len({name_of(row, 0) for row in ROWS}) < len(
+        ROWS
+    ):  # by capitals or signs alone they would not differ in files
         parser.error("two rows have the same name in lower case, without signs: rename one")
     if not args.table:
         there, lock = {(line["row"], line["seed"]) for line in read(args.results)}, Lock()
         # Seed after seed: whenever it is stopped, rows have about as many runs as one another.
-        missing = [(row, seed) for seed in range(args.seeds) for row in args.rows if (row, seed) not in there]
+        missing = [
+            (row, seed)
+            for seed in range(args.seeds)
+            for row in args.rows
+            if (row, seed) not in there
+        ]
 
         def keep(line: dict) -> None:
             with lock:
@@ -355,15 +480,23 @@ def main() -> None:
 
         with ThreadPoolExecutor(args.workers) as pool:
             try:
-                for future in tqdm(as_completed([pool.submit(one_run, *m, keep) for m in missing]),
-                                   total=len(missing), desc="runs"):
+                for future in tqdm(
+                    as_completed([pool.submit(one_run, *m, keep) for m in missing]),
+                    total=len(missing),
+                    desc="runs",
+                ):
                     future.result()
             except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
                 sys.exit("stopping; the same command goes on from here")
-            except (RuntimeError, OSError) as error:  # OSError: the results cannot be written; the run's folder stays
+            except (
+                RuntimeError,
+                OSError,
+            ) as error:  # OSError: the results cannot be written; the run's folder stays
                 parser.error(str(error))
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # else those in the queue would still be started
+                pool.shutdown(
+                    wait=False, cancel_futures=True
+                )  # else those in the queue would still be started
     if not (lines := read(args.results)):
         parser.error(f"{args.results} holds no runs yet")
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]

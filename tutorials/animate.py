@@ -16,13 +16,18 @@ def animate(run: Path, out: Path, width: int, seconds: float) -> int:
     """Write the run's validation sheets, oldest first, as an animated GIF; returns the number of frames."""
     sheets = sorted(run.glob("sheet-[0-9]*.png"))
     if len(sheets) < 2:
-        sys.exit(f"animate.py: error: {run} has {len(sheets)} sheets, and at least 2 are needed: "
-                 "train with a lower --eval-every")
+        sys.exit(
+            f"animate.py: error: {run} has {len(sheets)} sheets, and at least 2 are needed: "
+            "train with a lower --eval-every"
+        )
     frames = []
     for sheet in sheets:
         with Image.open(sheet) as image:
-            frames.append(image.convert("RGB").resize(
-                (width, round(image.height * width / image.width)), Image.Resampling.LANCZOS))
+            frames.append(
+                image.convert("RGB").resize(
+                    (width, round(image.height * width / image.width)), Image.Resampling.LANCZOS
+                )
+            )
     strip = Image.new("RGB", (width, sum(frame.height for frame in frames)))
     for i, frame in enumerate(frames):
         strip.paste(frame, (0, sum(f.height for f in frames[:i])))
@@ -30,17 +35,31 @@ def animate(run: Path, out: Path, width: int, seconds: float) -> int:
     # becomes orange, under questions that ask for a colour.
     colours = strip.quantize(256, method=Image.Quantize.FASTOCTREE)
     frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(out, save_all=True, append_images=frames[1:],
-                   duration=[round(1000 * seconds)] * (len(frames) - 1) + [4000], loop=0)
+    frames[0].save(
+        out,
+        save_all=True,
+        append_images=frames[1:],
+        duration=[round(1000 * seconds)] * (len(frames) - 1) + [4000],
+        loop=0,
+    )
     return len(frames)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("learning.gif"), help="file to write (default learning.gif)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("learning.gif"),
+        help="file to write (default learning.gif)",
+    )
     parser.add_argument("--width", type=int, default=720, help="pixels (default 720)")
-    parser.add_argument("--seconds", type=float, default=0.8, help="a frame; the last one stays four (default 0.8)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.8, help="a frame; the last one stays four (default 0.8)"
+    )
     args = parser.parse_args()
     count = animate(args.run, args.out, args.width, args.seconds)
     print(f"{args.out}: {count} frames, {args.out.stat().st_size / 2**20:.1f} MiB")

@@ -126,8 +126,7 @@ def download(url: str, silence: float) -> bytes:
 
 
 def within(seconds: float, work, *arguments):
-    """Run `work(*arguments)` and return its result. Raises TimeoutError after `seconds` in total.
-    """
+    """Run `work(*arguments)` and return its result. Raises TimeoutError after `seconds` in total."""
     outcome = Future()
 
     def run():

@@ -157,8 +157,7 @@ LAYOUTS = {
 
 
 def layout_of(columns) -> str:
-    """Return the column name that identifies the layout of a table. Raises ValueError if none does.
-    """
+    """Return the column name that identifies the layout of a table. Raises ValueError if none does."""
     for column in LAYOUTS:
         if column in columns:
             return column

@@ -45,8 +45,7 @@ class Data(Sequence):
         """
 
     def check_files(self, resumed: bool = False) -> None:
-        """Read pictures and masks before the first step. Raises UserError for the first broken one.
-        """
+        """Read pictures and masks before the first step. Raises UserError for the first broken one."""
 
 
 class Mirrored(Sequence):

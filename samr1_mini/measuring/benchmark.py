@@ -24,12 +24,20 @@ from ..attention import Cache
 from ..config import auto_device, cell_size
 from ..data import load_data
 from ..evaluation import policy_image
-from ..policy import Policy, chosen_logprobs, encode, load_policy, logprobs, pack, prompt_text, sample
+from ..policy import (
+    Policy,
+    chosen_logprobs,
+    encode,
+    load_policy,
+    logprobs,
+    pack,
+    prompt_text,
+    sample,
+)
 from ..running.gpu import gpu_is_usable
 from ..running.memory import device_name
 from .forecast import SHAPES, Counter, shape_config
 from .rehearse import random_policy
-
 
 SIDES = ((8, 8), (30, 1))  # picture tokens a side, and how many questions
 
@@ -56,21 +64,29 @@ def asked(count: int, size: int) -> tuple[list[Image.Image], list[str]]:
 def update_seconds(policy: Policy, ways: dict, rounds: int) -> dict:
     """`seconds` of forward and backward, in training mode; each way returns log-probabilities."""
     policy.model.train()
-    taken = seconds({name: lambda way=way: way().sum().backward() for name, way in ways.items()}, rounds)
+    taken = seconds(
+        {name: lambda way=way: way().sum().backward() for name, way in ways.items()}, rounds
+    )
     policy.model.eval()
     policy.model.zero_grad()
     return taken
 
 
-def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
+def compare(
+    policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int
+) -> dict:
     """Seconds of each way for `questions` pictures of size x size pixels with `group` answers of `tokens` tokens."""
     images, texts = asked(questions, size)
     policy.banned[policy.stop] = True  # all answers get the full length, here and below
 
     def read(copies: int):
-        prompts = [prompt_text(policy.processor, q, size, size) for q in texts for _ in range(copies)]
+        prompts = [
+            prompt_text(policy.processor, q, size, size) for q in texts for _ in range(copies)
+        ]
         pictures = [x for x in images for _ in range(copies)]
-        return policy.processor(text=prompts, images=pictures, padding=True, return_tensors="pt").to(policy.device)
+        return policy.processor(
+            text=prompts, images=pictures, padding=True, return_tensors="pt"
+        ).to(policy.device)
 
     @torch.no_grad()
     def encoded():
@@ -79,13 +95,23 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
     def generate(copies: int):
         policy.base.model.rope_deltas = None
         plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-        policy.base.generate(**read(copies), **plain, num_return_sequences=group // copies, max_new_tokens=tokens,
-                             min_new_tokens=tokens)
+        policy.base.generate(
+            **read(copies),
+            **plain,
+            num_return_sequences=group // copies,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+        )
 
-    rollout = seconds({
-        "shared prompt": lambda: sample(policy, encoded(), group, tokens), "  of it, encoding the picture": encoded,
-        "generate": lambda: generate(1), "generate, prompt repeated": lambda: generate(group),
-    }, rounds)
+    rollout = seconds(
+        {
+            "shared prompt": lambda: sample(policy, encoded(), group, tokens),
+            "  of it, encoding the picture": encoded,
+            "generate": lambda: generate(1),
+            "generate, prompt repeated": lambda: generate(group),
+        },
+        rounds,
+    )
     policy.banned[policy.stop] = False
 
     prompts, everyone = encoded(), read(group)
@@ -101,12 +127,24 @@ def compare(policy: Policy, size: int, questions: int, group: int, tokens: int, 
         logits = policy.base(**everyone, logits_to_keep=tokens + 1).logits[:, :-1].float()
         return logits.log_softmax(-1).gather(-1, answers[..., None])
 
-    update = update_seconds(policy, {
-        "packed": lambda: logprobs(policy, prompts, groups)[0], "padded": padded,
-        "padded, features at hand": lambda: logprobs(policy, *alone)[0],
-    }, rounds)
-    return {"size": size, "questions": questions, "group": group, "answer_tokens": tokens,
-            "prompt_tokens": len(prompts[0].ids), "rollout": rollout, "update": update}
+    update = update_seconds(
+        policy,
+        {
+            "packed": lambda: logprobs(policy, prompts, groups)[0],
+            "padded": padded,
+            "padded, features at hand": lambda: logprobs(policy, *alone)[0],
+        },
+        rounds,
+    )
+    return {
+        "size": size,
+        "questions": questions,
+        "group": group,
+        "answer_tokens": tokens,
+        "prompt_tokens": len(prompts[0].ids),
+        "rollout": rollout,
+        "update": update,
+    }
 
 
 def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -116,29 +154,45 @@ def masked_rows(policy: Policy, prompts: list, groups: list[list[torch.Tensor]])
     parts = [torch.arange(len(n), device=n.device).repeat_interleave(n) for n in sizes]
     segment = pad_sequence(parts, True, -1)  # [B, T]
     causal = torch.ones(2 * segment.shape[1:], dtype=torch.bool, device=policy.device).tril()
-    mask = causal & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # [B, T, T]
+    mask = causal & (
+        (segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0)
+    )  # [B, T, T]
     embeds = pad_sequence([inputs["inputs_embeds"][0] for inputs, _, _ in rows], True)  # [B, T, D]
     places = [inputs["position_ids"][:, 0].T for inputs, _, _ in rows]
     positions = pad_sequence(places, True).permute(2, 0, 1)  # [3, B, T]
     hidden = policy.base.model.language_model(
         inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
     ).last_hidden_state  # [B, T, D]
-    hidden = torch.cat([h.index_select(0, index) for h, (_, index, _) in zip(hidden, rows)])  # [S, D]
+    hidden = torch.cat(
+        [h.index_select(0, index) for h, (_, index, _) in zip(hidden, rows)]
+    )  # [S, D]
     return chosen_logprobs(policy, hidden, torch.cat([target for _, _, target in rows]), 1.0)[0]
 
 
-def compare_updates(policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int) -> dict:
+def compare_updates(
+    policy: Policy, size: int, questions: int, group: int, tokens: int, rounds: int
+) -> dict:
     """Seconds of a forward and backward, masked and as it is done, with answers of 0.6 to 1.4 times `tokens` tokens."""
     with torch.no_grad():
         prompts = encode(policy, *asked(questions, size))
     factors = 0.6 + 0.8 * torch.rand(questions, group, generator=torch.Generator().manual_seed(0))
     lengths = (tokens * factors).long().clamp(min=1).tolist()
     groups = [[torch.randint(300, 400, (n,), device=policy.device) for n in row] for row in lengths]
-    taken = update_seconds(policy, {
-        "as it is": lambda: logprobs(policy, prompts, groups)[0],
-        "masked row": lambda: masked_rows(policy, prompts, groups),
-    }, rounds)
-    return {"size": size, "questions": questions, "group": group, "answer_tokens": tokens, "update": taken}
+    taken = update_seconds(
+        policy,
+        {
+            "as it is": lambda: logprobs(policy, prompts, groups)[0],
+            "masked row": lambda: masked_rows(policy, prompts, groups),
+        },
+        rounds,
+    )
+    return {
+        "size": size,
+        "questions": questions,
+        "group": group,
+        "answer_tokens": tokens,
+        "update": taken,
+    }
 
 
 def compare_decoding(
@@ -164,8 +218,14 @@ def compare_decoding(
         k, v = (torch.cat([x, key], 2).repeat_interleave(heads // shared, 1) for x in before)
         return scaled_dot_product_attention(query, k, v, attn_mask=mask)
 
-    result = {"answer_tokens": tokens, "cache_bytes": 2 * questions * shared * total * d * dtype.itemsize}
-    ways = {"as it is": lambda: cache.attend(0, query, key, key, d**-0.5), "repeated and concatenated": repeated}
+    result = {
+        "answer_tokens": tokens,
+        "cache_bytes": 2 * questions * shared * total * d * dtype.itemsize,
+    }
+    ways = {
+        "as it is": lambda: cache.attend(0, query, key, key, d**-0.5),
+        "repeated and concatenated": repeated,
+    }
     with torch.no_grad():
         result["decoding"] = seconds(ways, rounds)
         result["traffic"] = {}
@@ -184,7 +244,14 @@ def make_policy(shape: str, load_in: str, device: str) -> Policy:
 
 
 def compare_weights(
-    shape: str, formats: tuple, device: str, size: int, questions: int, group: int, tokens: int, rounds: int
+    shape: str,
+    formats: tuple,
+    device: str,
+    size: int,
+    questions: int,
+    group: int,
+    tokens: int,
+    rounds: int,
 ) -> dict:
     """Seconds of a rollout and of an update with the base's weights in each format."""
     functions = {}
@@ -193,33 +260,56 @@ def compare_weights(
         policy.banned[policy.stop] = True
         with torch.no_grad():
             prompts = encode(policy, *asked(questions, size))
-        groups = [[torch.randint(300, 400, (tokens,), device=device) for _ in range(group)] for _ in prompts]
+        groups = [
+            [torch.randint(300, 400, (tokens,), device=device) for _ in range(group)]
+            for _ in prompts
+        ]
         functions[f"{load_in}, rollout"] = lambda p=policy, x=prompts: sample(p, x, group, tokens)
-        functions[f"{load_in}, update"] = lambda p=policy, x=prompts, g=groups: logprobs(p, x, g)[0].sum().backward()
+        functions[f"{load_in}, update"] = (
+            lambda p=policy, x=prompts, g=groups: logprobs(p, x, g)[0].sum().backward()
+        )
     return seconds(functions, rounds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (default 5)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds after the warm-up (default 5)"
+    )
     parser.add_argument("--tokens", type=int, default=40, help="answer length, tokens (default 40)")
-    parser.add_argument("--lengths", type=int, nargs=2, default=(48, 400), metavar="TOKENS",
-                        help="mean answer lengths of the updates that are compared with masked rows (default 48 400)")
-    parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES),
-                        help="the policy: the tiny one, or a shape with random weights (default tiny)")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs=2,
+        default=(48, 400),
+        metavar="TOKENS",
+        help="mean answer lengths of the updates that are compared with masked rows (default 48 400)",
+    )
+    parser.add_argument(
+        "--shape",
+        default="tiny",
+        choices=("tiny", *SHAPES),
+        help="the policy: the tiny one, or a shape with random weights (default tiny)",
+    )
     parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
     device = auto_device()
     policy = make_policy(args.shape, "nf4", device)
-    (small, large), (short, long) = [(side * cell_size(policy.base.config), n) for side, n in SIDES], args.lengths
+    (small, large), (short, long) = [
+        (side * cell_size(policy.base.config), n) for side, n in SIDES
+    ], args.lengths
     results = [compare(policy, *sizes, 8, args.tokens, args.rounds) for sizes in (small, large)]
     rows = ((*small, 8, short), (*large, 8, short), (*large, 8, long))
     updates = [compare_updates(policy, *row, args.rounds) for row in rows]
     decoding = [compare_decoding(tokens, args.rounds, device) for tokens in (64, 511)]
     del policy  # a card may not hold it and the ones below
     for r in results:
-        print(f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of "
-              f"{r['prompt_tokens']} tokens ({r['size']} px)")
+        print(
+            f"\n{r['questions']} x {r['group']} answers of {r['answer_tokens']} tokens, prompts of "
+            f"{r['prompt_tokens']} tokens ({r['size']} px)"
+        )
         for phase, taken in (("rollout", r["rollout"]), ("update", r["update"])):
             base = next(iter(taken.values()))
             for name, value in taken.items():
@@ -227,14 +317,22 @@ def main() -> None:
     print("\nupdate, against questions in padded rows under a mask")
     for r in updates:
         ours, masked = r["update"].values()
-        print(f"  {r['size']:4} px, {r['questions']} x {r['group']} answers of about {r['answer_tokens']:3} tokens: "
-              f"{ours:7.3f} s, masked {masked:7.3f} s   {masked / ours:5.2f} x")
-    print("\nattention of one decoded token, one layer of the 7B shape, 2 x 8 answers, prompts of 1,100 tokens")
+        print(
+            f"  {r['size']:4} px, {r['questions']} x {r['group']} answers of about {r['answer_tokens']:3} tokens: "
+            f"{ours:7.3f} s, masked {masked:7.3f} s   {masked / ours:5.2f} x"
+        )
+    print(
+        "\nattention of one decoded token, one layer of the 7B shape, 2 x 8 answers, prompts of 1,100 tokens"
+    )
     for r in decoding:
         for name, taken in r["decoding"].items():
-            print(f"  token {r['answer_tokens']:3} {name:<26} {1000 * taken:8.1f} ms, "
-                  f"moves {r['traffic'][name]:5.2f} x the cache's bytes")
-    formats, sizes = (("nf4", "bf16", "fp32"), small) if args.shape == "tiny" else (("nf4", "bf16"), large)
+            print(
+                f"  token {r['answer_tokens']:3} {name:<26} {1000 * taken:8.1f} ms, "
+                f"moves {r['traffic'][name]:5.2f} x the cache's bytes"
+            )
+    formats, sizes = (
+        (("nf4", "bf16", "fp32"), small) if args.shape == "tiny" else (("nf4", "bf16"), large)
+    )
     weights = compare_weights(args.shape, formats, device, *sizes, 8, args.tokens, args.rounds)
     print(f"\nweights of the frozen base ({sizes[0]} px)")
     for name, value in weights.items():

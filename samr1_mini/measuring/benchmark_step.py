@@ -31,7 +31,12 @@ from ..segmenter import load_segmenter
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
 LONG = dict(image_size=420, questions=1, updates=1, group=8, max_new_tokens=48)
 # The two sizes first; then the long prompt with more answers, and with longer ones.
-ROWS = [TINY, LONG, *(LONG | dict(group=g) for g in (4, 16)), *(LONG | dict(max_new_tokens=n) for n in (96, 192))]
+ROWS = [
+    TINY,
+    LONG,
+    *(LONG | dict(group=g) for g in (4, 16)),
+    *(LONG | dict(max_new_tokens=n) for n in (96, 192)),
+]
 
 
 def ours(s: Settings, steps: int) -> list[dict]:
@@ -39,11 +44,19 @@ def ours(s: Settings, steps: int) -> list[dict]:
     policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
     segmenter = load_segmenter(s.sam, device=s.device)
     policy.banned[policy.stop] = True
-    optimizer, data, taken = new_optimizer(policy, s), load_data("shapes", "train", steps * s.questions), []
+    optimizer, data, taken = (
+        new_optimizer(policy, s),
+        load_data("shapes", "train", steps * s.questions),
+        [],
+    )
     for step in range(steps):
         start = time.perf_counter()
-        rollouts, phases = roll_out(policy, segmenter, [data[step * s.questions + i] for i in range(s.questions)], s)
-        phases["seconds_update"] = update(policy, optimizer, rollouts, s, step * s.updates)["seconds_update"]
+        rollouts, phases = roll_out(
+            policy, segmenter, [data[step * s.questions + i] for i in range(s.questions)], s
+        )
+        phases["seconds_update"] = update(policy, optimizer, rollouts, s, step * s.updates)[
+            "seconds_update"
+        ]
         if s.device == "cuda":
             torch.cuda.synchronize()
         taken.append({"seconds": time.perf_counter() - start} | phases)
@@ -73,31 +86,65 @@ def trl(s: Settings, steps: int) -> list[dict]:
         def on_step_end(self, *_, **__):
             times.append(time.perf_counter())
 
-    asked = [[{"role": "user", "content": instruction(x.question, s.image_size, s.image_size)}] for x in data]
+    asked = [
+        [{"role": "user", "content": instruction(x.question, s.image_size, s.image_size)}]
+        for x in data
+    ]
     images = [policy_image(x, s.image_size) for x in data]
-    rows = [{"prompt": p, "image": image, "number": i} for i, (p, image) in enumerate(zip(asked, images))]
+    rows = [
+        {"prompt": p, "image": image, "number": i}
+        for i, (p, image) in enumerate(zip(asked, images))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, use_cpu=s.device == "cpu", bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
-            max_steps=steps * s.updates, learning_rate=s.lr, max_grad_norm=s.max_grad_norm,
-            per_device_train_batch_size=s.questions * s.group // s.updates, gradient_accumulation_steps=1,
-            steps_per_generation=s.updates, num_generations=s.group, max_completion_length=s.max_new_tokens,
-            generation_kwargs={"min_new_tokens": s.max_new_tokens}, temperature=s.temperature, top_k=0,
-            beta=s.beta, epsilon=s.eps_low, epsilon_high=s.eps_high,
+            output_dir=folder,
+            use_cpu=s.device == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            shuffle_dataset=False,
+            max_steps=steps * s.updates,
+            learning_rate=s.lr,
+            max_grad_norm=s.max_grad_norm,
+            per_device_train_batch_size=s.questions * s.group // s.updates,
+            gradient_accumulation_steps=1,
+            steps_per_generation=s.updates,
+            num_generations=s.group,
+            max_completion_length=s.max_new_tokens,
+            generation_kwargs={"min_new_tokens": s.max_new_tokens},
+            temperature=s.temperature,
+            top_k=0,
+            beta=s.beta,
+            epsilon=s.eps_low,
+            epsilon_high=s.eps_high,
         )
         GRPOTrainer(
-            model=policy.model, processing_class=policy.processor, reward_funcs=reward, args=config,
-            train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+            model=policy.model,
+            processing_class=policy.processor,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            callbacks=[Clock()],
         ).train()
-    return [{"seconds": times[i + s.updates] - times[i]} for i in range(0, len(times) - 1, s.updates)]
+    return [
+        {"seconds": times[i + s.updates] - times[i]} for i in range(0, len(times) - 1, s.updates)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="steps a row, the first of which warms up (default 4)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="steps a row, the first of which warms up (default 4)"
+    )
     parser.add_argument("--out", help="write the figures to this JSON file too")
-    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # the one that this process measures
+    parser.add_argument(
+        "--row", type=json.loads, help=argparse.SUPPRESS
+    )  # the one that this process measures
     args = parser.parse_args()
     if args.row:
         way, sizes = args.row
@@ -107,12 +154,24 @@ def main() -> None:
         print(json.dumps(medians | {"peak_gib": peak_memory(settings.device)}))
         return
     ways = ["ours"] + ["trl"] * bool(importlib.util.find_spec("trl"))
-    installed = [name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)]
-    result = {"versions": {name: version(name) for name in installed}, "device": device_name(), "rows": []}
+    installed = [
+        name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)
+    ]
+    result = {
+        "versions": {name: version(name) for name in installed},
+        "device": device_name(),
+        "rows": [],
+    }
     print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*TINY, "seconds", "peak GiB"]))
     for sizes in ROWS:
         for way in ways:
-            command = [sys.executable, "-m", "samr1_mini.measuring.benchmark_step", "--steps", str(args.steps)]
+            command = [
+                sys.executable,
+                "-m",
+                "samr1_mini.measuring.benchmark_step",
+                "--steps",
+                str(args.steps),
+            ]
             command += ["--row", json.dumps([way, sizes])]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode:

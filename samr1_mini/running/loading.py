@@ -39,7 +39,11 @@ def open_sets(s: Settings) -> list:
 def open_three(s: Settings) -> list:
     """Open the data sets for training, validation and test, in this process."""
     held = s.eval_data or s.data
-    wanted = ((s.data, "train", s.samples), (held, "validation", s.eval_samples), (held, "test", s.test_samples))
+    wanted = (
+        (s.data, "train", s.samples),
+        (held, "validation", s.eval_samples),
+        (held, "test", s.test_samples),
+    )
     sets = []
     for name, split, count in wanted:
         try:
@@ -49,8 +53,10 @@ def open_three(s: Settings) -> list:
                 raise
             raise UserError(str(error).replace("--data", "--eval-data", 1)) from None
     if sets[0].box_only and s.accuracy != "box-iou" and s.accuracy_weight:
-        raise UserError(f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add "
-                        "--accuracy box-iou")
+        raise UserError(
+            f"--data {s.data} has boxes and no masks, so there is nothing to compare SAM's masks with: add "
+            "--accuracy box-iou"
+        )
     return sets
 
 
@@ -86,8 +92,10 @@ def check_room(s: Settings, sets: list) -> None:
     for parts, there in disks.values():
         total, free = sum(size for _, size, _ in parts), shutil.disk_usage(there).free
         if total > free:
-            raise UserError(f"{total / 1e9:.1f} GB are to be downloaded to {there}, and {free / 1e9:.1f} GB are free "
-                            f"there: make room, or {other_disk(s, parts)}")
+            raise UserError(
+                f"{total / 1e9:.1f} GB are to be downloaded to {there}, and {free / 1e9:.1f} GB are free "
+                f"there: make room, or {other_disk(s, parts)}"
+            )
 
 
 def disk_of(folder: Path) -> tuple[int, str]:
@@ -133,12 +141,16 @@ def load_parts(
             one.check_files(s.resume)
             for line in one.warnings:
                 print(line, flush=True)
-    missing = broadcast_object_list([[one.missing for one in sets]])[0]  # so that all hold the same samples
+    missing = broadcast_object_list([[one.missing for one in sets]])[
+        0
+    ]  # so that all hold the same samples
     if not is_first():
         for one, gone in zip(sets, missing):
             one.fetch(gone)
     with PartialState().main_process_first():
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         torch.manual_seed(s.seed)  # a new adapter is drawn
-        policy = load_policy(s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates)
+        policy = load_policy(
+            s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates
+        )
     return policy, segmenter

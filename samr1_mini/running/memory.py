@@ -25,19 +25,23 @@ def cap_memory(s: Settings) -> None:
         most = s.memory_limit * GIB if s.memory_limit else total
         if windows:
             most = min(most, torch.cuda.mem_get_info(i)[0])
-            print(f"Windows replaces full GPU memory with slow system memory, so this process uses at most "
-                  f"{most / GIB:.1f} GiB of GPU {i}", flush=True)
+            print(
+                f"Windows replaces full GPU memory with slow system memory, so this process uses at most "
+                f"{most / GIB:.1f} GiB of GPU {i}",
+                flush=True,
+            )
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), i)
 
 
 def memory_warning(s: Settings, peak: float, free: float) -> str:
-    """Return a warning if `peak` exceeds the `free` memory (both in GiB), else "".
-    """
+    """Return a warning if `peak` exceeds the `free` memory (both in GiB), else ""."""
     if peak <= free:
         return ""
     ways = less_memory(s)
-    return (f"warning: {free:.1f} GiB are free on the GPU and about {peak:.1f} GiB will be needed. If memory runs out, "
-            f"{', '.join(ways[:-1])} or {ways[-1]}")
+    return (
+        f"warning: {free:.1f} GiB are free on the GPU and about {peak:.1f} GiB will be needed. If memory runs out, "
+        f"{', '.join(ways[:-1])} or {ways[-1]}"
+    )
 
 
 def smaller_weights(s: Settings) -> list[str]:
@@ -119,7 +123,9 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer
     room = s.group * math.ceil(s.max_new_tokens / Cache.BLOCK) * Cache.BLOCK
-    states = (4 * text.intermediate_size + 5 * text.hidden_size) * size  # of a prompt token in a layer, with adapter
+    states = (
+        4 * text.intermediate_size + 5 * text.hidden_size
+    ) * size  # of a prompt token in a layer, with adapter
     reading = prompt_tokens * (text.num_hidden_layers * token + states)
     choosing = s.group * text.vocab_size * 20  # log-probabilities in fp32, as they add up in fp64
     return max(reading, (prompt_tokens + room) * text.num_hidden_layers * token + choosing)

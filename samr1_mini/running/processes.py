@@ -9,7 +9,9 @@ from accelerate.utils import gather_object, reduce
 
 from ..config import UserError, first_line
 
-PATIENCE = timedelta(hours=12)  # how long processes wait for each other: the first one may have 19 GB to download
+PATIENCE = timedelta(
+    hours=12
+)  # how long processes wait for each other: the first one may have 19 GB to download
 
 
 def join(device: str) -> PartialState:
@@ -33,7 +35,9 @@ def together(work: Callable):
     try:
         result = work()
     except (torch.OutOfMemoryError, UserError) as error:
-        failure = type(error), str(error)  # no more: its traceback would keep all that the work has allocated
+        failure = type(error), str(
+            error
+        )  # no more: its traceback would keep all that the work has allocated
     except Exception as error:
         if not several:
             raise
@@ -56,7 +60,9 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     if PartialState().num_processes > 1:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
-        if not total.any():  # no group had anything to say: one process would have no gradients then, and not move
+        if (
+            not total.any()
+        ):  # no group had anything to say: one process would have no gradients then, and not move
             return
         for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
             p.grad = gradient.view_as(p)
@@ -68,4 +74,7 @@ def average(line: dict) -> dict:
     lines = gather_object([line])
     values = {name: [one[name] for one in lines if name in one] for one in lines for name in one}
     mean = lambda numbers: sum(numbers) / len(lines)
-    return {name: {"_min": min, "_max": max}.get(name[-4:], mean)(numbers) for name, numbers in values.items()}
+    return {
+        name: {"_min": min, "_max": max}.get(name[-4:], mean)(numbers)
+        for name, numbers in values.items()
+    }

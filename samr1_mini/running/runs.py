@@ -25,14 +25,18 @@ from .files import AGAIN, cause, refuse_pointer
 from .processes import is_first
 from .stops import ignore_ending_signals, lasting_output, stop_on_signals
 
-
 # ---------------------------------------------------------------------------------------------------- state
 
 
 def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
     """A copy in host memory of all that is needed to go on after `step` whole steps."""
     adapter = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    state = {"step": step, "seconds": seconds, "adapter": adapter, "optimizer": optimizer.state_dict()}
+    state = {
+        "step": step,
+        "seconds": seconds,
+        "adapter": adapter,
+        "optimizer": optimizer.state_dict(),
+    }
     return tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
 
 
@@ -44,8 +48,10 @@ def put_adapter(policy: Policy, state: dict) -> None:
     weights = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     sizes = {name: p.shape for name, p in weights.items()}
     if sizes != {name: saved.shape for name, saved in state["adapter"].items()}:
-        raise UserError("--resume: the adapter in state.pt does not fit this --policy: the run began with another "
-                        "kind or size of policy")
+        raise UserError(
+            "--resume: the adapter in state.pt does not fit this --policy: the run began with another "
+            "kind or size of policy"
+        )
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(state["adapter"][name])
@@ -67,11 +73,17 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         (folder / "adapter.new").replace(folder / "adapter")
         return True
-    except (OSError, RuntimeError, MemoryError) as error:  # torch and safetensors make RuntimeErrors of a full disk
+    except (
+        OSError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch and safetensors make RuntimeErrors of a full disk
         new.unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter.new", ignore_errors=True)
-        tqdm.write(f"step {state['step']} could not be saved in {folder} ({' '.join(str(error).split())}); what was "
-                   "saved before stays. Free some room there")
+        tqdm.write(
+            f"step {state['step']} could not be saved in {folder} ({' '.join(str(error).split())}); what was "
+            "saved before stays. Free some room there"
+        )
         return False
 
 
@@ -131,9 +143,13 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
 def open_run(s: Settings) -> Path:
     """Return the run's folder: a new one with the settings saved in it, or the one to continue."""
     folder = Path(s.run or next_name(s))
-    if not s.resume and (folder / "metrics.jsonl").exists():  # a start that failed before it leaves the name free
-        raise UserError(f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, or name "
-                        "another folder")
+    if (
+        not s.resume and (folder / "metrics.jsonl").exists()
+    ):  # a start that failed before it leaves the name free
+        raise UserError(
+            f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, or name "
+            "another folder"
+        )
     if s.resume:
         check_segmenter_kind(folder, s)
     try:
@@ -147,7 +163,9 @@ def open_run(s: Settings) -> Path:
 
 def next_name(s: Settings) -> str:
     """The first of runs/PRESET-seedN, runs/PRESET-seedN-2, ... that is free."""
-    names = [f"runs/{s.preset}-seed{s.seed}"] + [f"runs/{s.preset}-seed{s.seed}-{i}" for i in range(2, 10**4)]
+    names = [f"runs/{s.preset}-seed{s.seed}"] + [
+        f"runs/{s.preset}-seed{s.seed}-{i}" for i in range(2, 10**4)
+    ]
     return next(name for name in names if not Path(name).exists())
 
 
@@ -158,7 +176,9 @@ def check_segmenter_kind(folder: Path, s: Settings) -> None:
     """
     begun = read_settings(folder / "settings.json").get("sam", s.sam)
     if begun != s.sam and {begun, s.sam} & {"tiny", *SAM_FILES}:
-        raise UserError(f"--resume: this run was started with --sam {begun}, and --sam {s.sam} is another model")
+        raise UserError(
+            f"--resume: this run was started with --sam {begun}, and --sam {s.sam} is another model"
+        )
 
 
 def resume_command(folder: Path, s: Settings) -> str:
@@ -196,7 +216,11 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
     Only a line after these can be incomplete.
     """
     file = folder / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
+        if file.exists()
+        else []
+    )
 
 
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
@@ -205,7 +229,10 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
     The folder holds a list of ids, and a list of answers with their ids. The validation set is not
     checked: nothing is learnt from it, and its data are those of the test set.
     """
-    for name, data, option in (("samples", sets[0], s.data), ("test-base", sets[2], s.eval_data or s.data)):
+    for name, data, option in (
+        ("samples", sets[0], s.data),
+        ("test-base", sets[2], s.eval_data or s.data),
+    ):
         file = folder / f"{name}.json"
         if not file.exists():
             continue
@@ -227,7 +254,10 @@ def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
     answers = {"train": read_log(folder, s.questions, "answers"), "test": []}
     if (folder / "test-base.json").exists():
         answers["test"] = json.loads((folder / "test-base.json").read_text(encoding="utf-8"))
-    for split, data, option in (("train", sets[0], s.data), ("test", sets[2], s.eval_data or s.data)):
+    for split, data, option in (
+        ("train", sets[0], s.data),
+        ("test", sets[2], s.eval_data or s.data),
+    ):
         known = defaultdict(set)  # id -> questions: an id may come twice
         for answer in answers[split]:
             if "question" in answer:
@@ -240,8 +270,10 @@ def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
 
 def other_questions(data: str, folder: Path) -> str:
     """Write the line that refuses changed data."""
-    return (f"--resume: {data} asks other questions than when {folder} began: its data has changed; start another run, "
-            "or name the folder to which the run's data was moved (--data, --eval-data)")
+    return (
+        f"--resume: {data} asks other questions than when {folder} began: its data has changed; start another run, "
+        "or name the folder to which the run's data was moved (--data, --eval-data)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- on its way
@@ -262,7 +294,9 @@ class Run:
     The state is saved regularly.
     """
 
-    def __init__(self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float):
+    def __init__(
+        self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float
+    ):
         """`sets` are the run's three data sets.
 
         `begun` is the program's start time by time.perf_counter.
@@ -276,13 +310,21 @@ class Run:
                 check_first_questions(folder, sets, s)
         self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
         if self.start > self.total:
-            raise UserError(f"--samples {s.samples}: {folder} has gone {self.start} steps already, which is "
-                            f"--samples {self.start * s.questions}")
-        self.state, self.saved = take_state(policy, optimizer, self.start, self.seconds()), time.perf_counter()
+            raise UserError(
+                f"--samples {s.samples}: {folder} has gone {self.start} steps already, which is "
+                f"--samples {self.start * s.questions}"
+            )
+        self.state, self.saved = (
+            take_state(policy, optimizer, self.start, self.seconds()),
+            time.perf_counter(),
+        )
         self.first_adapter, self.flat = self.state["adapter"], []  # for learning_warning
         if is_first():
             write_settings(folder, s)
-            for name, a_step in (("metrics", 1), ("answers", s.questions)):  # what a cut-off step wrote goes
+            for name, a_step in (
+                ("metrics", 1),
+                ("answers", s.questions),
+            ):  # what a cut-off step wrote goes
                 kept = read_log(folder, self.start * a_step, name) if self.start else []
                 text = "".join(json.dumps(line) + "\n" for line in kept)
                 (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -296,8 +338,14 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the remaining steps, and show a progress bar."""
-        self.bar = tqdm(range(self.start, self.total), "train", self.total, initial=self.start, dynamic_ncols=True,
-                        disable=not is_first())
+        self.bar = tqdm(
+            range(self.start, self.total),
+            "train",
+            self.total,
+            initial=self.start,
+            dynamic_ncols=True,
+            disable=not is_first(),
+        )
         yield from self.bar
 
     def keep(self, line: dict, answers: list[dict], due: bool) -> None:
@@ -308,12 +356,17 @@ class Run:
         stopped, first, step = any(gather_object([self.stop.is_set()])), is_first(), line["step"]
         answers = gather_object(answers)
         if first:
-            for name, lines in (("metrics", [line]), ("answers", [{"step": step} | one for one in answers])):
+            for name, lines in (
+                ("metrics", [line]),
+                ("answers", [{"step": step} | one for one in answers]),
+            ):
                 with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as out:
                     out.write("".join(json.dumps(one) + "\n" for one in lines))
         self.state = take_state(self.policy, self.optimizer, step, self.seconds())
         whole = False
-        if first and (due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes):
+        if first and (
+            due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes
+        ):
             whole = save_state(self.folder, self.policy, self.state)
             self.saved = time.perf_counter()
         self.note(line)
@@ -322,7 +375,9 @@ class Run:
         if stopped:
             self.bar.close()
             if whole:
-                print(f"stopped after step {step}; continue with:\n  {resume_command(self.folder, self.s)}")
+                print(
+                    f"stopped after step {step}; continue with:\n  {resume_command(self.folder, self.s)}"
+                )
             sys.exit(130)
 
     def note(self, line: dict) -> None:
@@ -330,7 +385,9 @@ class Run:
 
         After ten steps print the time that is left, and a warning where nothing is learnt.
         """
-        self.taken.append(sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")))
+        self.taken.append(
+            sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update"))
+        )
         self.flat.append(line["zero_variance"])
         if len(self.taken) != FIRST_STEPS:
             return
@@ -373,12 +430,18 @@ class Run:
 
         Raises UserError where nothing was learnt, or where that state cannot be saved.
         """
-        if all(not p.any() for n, p in self.policy.model.named_parameters() if "lora_B" in n):  # B starts at 0
-            raise UserError("the adapter never changed: each group's answers all got the same reward (see "
-                            "zero_variance)")
+        if all(
+            not p.any() for n, p in self.policy.model.named_parameters() if "lora_B" in n
+        ):  # B starts at 0
+            raise UserError(
+                "the adapter never changed: each group's answers all got the same reward (see "
+                "zero_variance)"
+            )
         if is_first() and not save_state(self.folder, self.policy, self.state):
             again = resume_command(self.folder, self.s)
-            raise UserError(f"{self.folder}: the last steps are not saved; make room there, then {again}")
+            raise UserError(
+                f"{self.folder}: the last steps are not saved; make room there, then {again}"
+            )
 
 
 FIRST_STEPS = 10  # after so many there is a first report
@@ -401,12 +464,16 @@ def learning_warning(zero_variance: float, changed: bool) -> str:
     weight changed.
     """
     if zero_variance > 0.9:
-        return (f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same reward "
-                "(zero_variance), so almost nothing is learnt. Start another run with a larger --group, a higher "
-                "--temperature, other --data, or another --policy")
+        return (
+            f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same reward "
+            "(zero_variance), so almost nothing is learnt. Start another run with a larger --group, a higher "
+            "--temperature, other --data, or another --policy"
+        )
     if not changed:
-        return (f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at grad_norm and "
-                "skipped_updates in metrics.jsonl, and start another run with another --lr")
+        return (
+            f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at grad_norm and "
+            "skipped_updates in metrics.jsonl, and start another run with another --lr"
+        )
     return ""
 
 

@@ -64,7 +64,9 @@ def stop_on_signals():
         yield stop
     finally:
         for kind, handler in before.items():
-            if handler is not None:  # None: it was not installed by Python, which cannot put it back
+            if (
+                handler is not None
+            ):  # None: it was not installed by Python, which cannot put it back
                 signal.signal(kind, handler)
 
 

@@ -9,7 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ..policy import instruction
-from .scenes import COLOUR_OF, KINDS, PRETRAIN, SHAPE_WITH, SIZE, Scene, Thing, fair_questions, make_scene
+from .scenes import (
+    COLOUR_OF,
+    KINDS,
+    PRETRAIN,
+    SHAPE_WITH,
+    SIZE,
+    Scene,
+    Thing,
+    fair_questions,
+    make_scene,
+)
 
 ANSWER = '.</think><answer>{"bbox": ['  # from a thought to the first number
 
@@ -36,7 +46,12 @@ def loose_points(thing: Thing, rng: np.random.Generator, slack: float) -> list[l
         places = np.argwhere(window == bool(label))[:, ::-1]  # [N, 2], x then y
         if len(places) and (label or rng.random() < 0.5):
             place = places[((places - near) ** 2).sum(1).argmin()] + (x1, y1)
-            place = (place + rng.normal(0, 0.2 * slack * thing.size, 2)).round().clip(0, SIZE - 1).astype(int)
+            place = (
+                (place + rng.normal(0, 0.2 * slack * thing.size, 2))
+                .round()
+                .clip(0, SIZE - 1)
+                .astype(int)
+            )
             points.append([*place.tolist(), label])
     return points
 
@@ -61,7 +76,9 @@ LISTING = ("names", "places")  # those that list first what there is
 
 def draw_style(rng: np.random.Generator, hinted: bool) -> str:
     """A style, as often as hints ask for it in pretraining, or as the base uses it where none does."""
-    return str(rng.choice(list(STYLES), p=[x.hinted if hinted else x.unhinted for x in STYLES.values()]))
+    return str(
+        rng.choice(list(STYLES), p=[x.hinted if hinted else x.unhinted for x in STYLES.values()])
+    )
 
 
 def style_of(text: str) -> str:
@@ -93,26 +110,45 @@ def listed(scene: Scene, style: str, question: str) -> str:
 
 
 def answer_parts(
-    thing: Thing, scene: Scene, rng: np.random.Generator, slack: float, style: str, question: str = ""
+    thing: Thing,
+    scene: Scene,
+    rng: np.random.Generator,
+    slack: float,
+    style: str,
+    question: str = "",
 ) -> tuple[str, str, str, str]:
     """An answer in a style of the base: a sentence, JSON as Qwen likes it, or the format, with three ways to think.
 
     In four parts: how it begins, what it lists, what it then names, and the numbers of box and points.
     """
-    box, name, begins = list(map(round, wide_box(thing.box, rng, slack))), called(thing, scene), STYLES[style].begins
+    box, name, begins = (
+        list(map(round, wide_box(thing.box, rng, slack))),
+        called(thing, scene),
+        STYLES[style].begins,
+    )
     if style == "sentence":
         return begins, "", f" {name} is at", f" {box}."
     if style == "json":
         return begins, "", f'{name}", "bbox_2d":', f" {box}}}]"
     listing = listed(scene, style, question).removeprefix(begins) if style in LISTING else ""
     named = f" {name}{ANSWER}" if listing else f" {name} fits best{ANSWER}"
-    return begins, listing, named, f'{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>'
+    return (
+        begins,
+        listing,
+        named,
+        f'{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>',
+    )
 
 
 def fact_texts() -> list[tuple[str, str]]:
     """World knowledge without a picture: what indirect questions build on, never an indirect question itself."""
-    colours = [(f"Which colour has {x}?", f"The colour of {x} is {colour}.") for x, colour in COLOUR_OF.items()]
-    return colours + [(f"Which shape has {x}?", f"The {shape} has {x}.") for x, shape in SHAPE_WITH.items()]
+    colours = [
+        (f"Which colour has {x}?", f"The colour of {x} is {colour}.")
+        for x, colour in COLOUR_OF.items()
+    ]
+    return colours + [
+        (f"Which shape has {x}?", f"The {shape} has {x}.") for x, shape in SHAPE_WITH.items()
+    ]
 
 
 def corpus() -> list[str]:
@@ -124,6 +160,10 @@ def corpus() -> list[str]:
     rng = np.random.default_rng(0)
     for scene in (make_scene(PRETRAIN[0] + 10**8 + i) for i in range(400)):
         texts += [f" {text}" for kind in KINDS for text, _ in fair_questions(scene, kind)]
-        texts += ["".join(answer_parts(t, scene, rng, 0.1, style)) for t in scene.things for style in STYLES]
+        texts += [
+            "".join(answer_parts(t, scene, rng, 0.1, style))
+            for t in scene.things
+            for style in STYLES
+        ]
     texts += [style.hint for style in STYLES.values()]
     return texts

@@ -14,8 +14,16 @@ from ..attention import IMPLEMENTATION
 
 # ---------------------------------------------------------------------------------------------------- the policy
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 # Qwen's chat layout: a default system line, one block a turn, one placeholder a picture.
 CHAT_TEMPLATE = """{%- if messages[0].role != 'system' %}<|im_start|>system
@@ -34,19 +42,28 @@ def build_processor(texts: list[str]) -> Qwen2_5_VLProcessor:
     bpe = Tokenizer(models.BPE())
     words = r" ?\p{L}+|\p{N}+|[^\p{L}\p{N}]+?(?= \p{L})|[^\p{L}\p{N}]+"  # whole words, whole numbers, what is between
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), to_bytes])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "isolated"), to_bytes]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=10**5, show_progress=False, special_tokens=SPECIAL,
+        vocab_size=10**5,
+        show_progress=False,
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL,
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
         padding_side="left",
     )
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 1280}
-    images, videos = Qwen2VLImageProcessor(size=pixels, patch_size=7), Qwen2VLVideoProcessor(size=pixels)
+    images, videos = Qwen2VLImageProcessor(size=pixels, patch_size=7), Qwen2VLVideoProcessor(
+        size=pixels
+    )
     return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
@@ -55,16 +72,34 @@ def build_policy(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         vision_config=dict(
-            depth=4, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=192, patch_size=7,
-            spatial_merge_size=2, window_size=56, fullatt_block_indexes=[1, 3],
+            depth=4,
+            hidden_size=128,
+            intermediate_size=320,
+            num_heads=4,
+            out_hidden_size=192,
+            patch_size=7,
+            spatial_merge_size=2,
+            window_size=56,
+            fullatt_block_indexes=[1, 3],
         ),
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=4096,
-            bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=token("<|endoftext|>"),
+            eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
         ),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
     )
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=IMPLEMENTATION)
+    return Qwen2_5_VLForConditionalGeneration._from_config(
+        config, attn_implementation=IMPLEMENTATION
+    )

@@ -45,17 +45,26 @@ def draw(path: Path, runs: list[tuple[list[dict], list[dict]]]) -> None:
     steps = min(metrics[-1]["step"] for metrics, _ in runs)
     x = np.arange(1, steps + 1)
     answers = [answer for _, answers in runs for answer in answers if answer["step"] <= steps]
-    column = lambda name: np.mean([[line[name] for line in metrics[:steps]] for metrics, _ in runs], axis=0)
+    column = lambda name: np.mean(
+        [[line[name] for line in metrics[:steps]] for metrics, _ in runs], axis=0
+    )
 
     def by_step(chosen: list[dict], value=lambda answer: 1) -> np.ndarray:
-        return np.bincount([a["step"] - 1 for a in chosen], [value(a) for a in chosen], minlength=steps)
+        return np.bincount(
+            [a["step"] - 1 for a in chosen], [value(a) for a in chosen], minlength=steps
+        )
 
     figure = Figure(figsize=(10, 6.6))
     (a, b), (c, d) = figure.subplots(2, 2)
     styles = {style: [one for one in answers if one["style"] == style] for style in COLOURS}
     shares = [ratio(by_step(ones), by_step(answers)) for ones in styles.values()]
     a.stackplot(x, shares, labels=list(styles), colors=list(COLOURS.values()), alpha=0.85)
-    a.set(title="Ways of thinking", ylabel="share of the sampled answers", xlim=(1, max(steps, 2)), ylim=(0, 1))
+    a.set(
+        title="Ways of thinking",
+        ylabel="share of the sampled answers",
+        xlim=(1, max(steps, 2)),
+        ylim=(0, 1),
+    )
 
     b.plot(x, column("length"), color=BLUE, alpha=0.25, lw=1)
     b.plot(x, smooth(column("length"), WINDOW), color=BLUE, lw=1.8, label="all sampled answers")
@@ -65,7 +74,11 @@ def draw(path: Path, runs: list[tuple[list[dict], list[dict]]]) -> None:
         asked = [one for one in answers if one.get("kind") == kind]
         measured = [one for one in asked if one["style"] == "places"]
         c.plot(x, ratio(by_step(measured), by_step(asked)), color=colour, lw=1.8, label=kind)
-    c.set(title="Who measures: answers with places", ylabel="share, by kind of question", ylim=(-0.03, 1.03))
+    c.set(
+        title="Who measures: answers with places",
+        ylabel="share, by kind of question",
+        ylim=(-0.03, 1.03),
+    )
 
     d.plot(x, smooth(column("reward"), WINDOW), color=BLACK, ls="--", lw=1.2, label="all")
     for style, ones in styles.items():
@@ -85,7 +98,9 @@ def draw(path: Path, runs: list[tuple[list[dict], list[dict]]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="phases.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("phases.png"), help="file to write (default phases.png)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("phases.png"), help="file to write (default phases.png)"
+    )
     options = parser.parse(argv)
     try:
         if options.out.suffix != ".png" or not options.out.parent.is_dir():

@@ -24,27 +24,57 @@ from PIL import Image, ImageDraw
 from ..metrics import tight_box
 
 SIZE = 112  # pixels a side: 16 x 16 patches of 7, merged two by two into 64 picture tokens
-SPLITS = {"train": (0, 10**9), "validation": (10**9, 10**9 + 10**6), "test": (2 * 10**9, 2 * 10**9 + 10**6)}
+SPLITS = {
+    "train": (0, 10**9),
+    "validation": (10**9, 10**9 + 10**6),
+    "test": (2 * 10**9, 2 * 10**9 + 10**6),
+}
 PRETRAIN = (3 * 10**9, 4 * 10**9)  # the base networks learn from scenes that no split holds
 KINDS = ("attribute", "part", "relation", "indirect", "combined")
 
 COLOURS = {
-    "red": (215, 40, 40), "orange": (245, 140, 20), "yellow": (245, 225, 50), "green": (40, 165, 60),
-    "blue": (40, 80, 225), "purple": (150, 50, 190), "white": (245, 245, 245), "black": (20, 20, 20),
+    "red": (215, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (245, 225, 50),
+    "green": (40, 165, 60),
+    "blue": (40, 80, 225),
+    "purple": (150, 50, 190),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
-CORNERED = ("square", "triangle", "star", "cross")  # plainly with corners; of a heart and a moon one could argue
-DOTTED = ("square", "triangle", "heart")  # have room for a dot in their middle; a circle with one looks like a ring
+CORNERED = (
+    "square",
+    "triangle",
+    "star",
+    "cross",
+)  # plainly with corners; of a heart and a moon one could argue
+DOTTED = (
+    "square",
+    "triangle",
+    "heart",
+)  # have room for a dot in their middle; a circle with one looks like a ring
 
 # What is never drawn or named, only known: each fact's subject stands for one colour or one shape.
 COLOUR_OF = {
-    "grass": "green", "a ripe tomato": "red", "the clear sky": "blue", "a lemon": "yellow",
-    "fresh snow": "white", "coal": "black", "a carrot": "orange", "a plum": "purple",
+    "grass": "green",
+    "a ripe tomato": "red",
+    "the clear sky": "blue",
+    "a lemon": "yellow",
+    "fresh snow": "white",
+    "coal": "black",
+    "a carrot": "orange",
+    "a plum": "purple",
 }
 SHAPE_WITH = {
-    "three corners": "triangle", "four equal sides": "square", "a hole in the middle": "ring",
-    "five sharp points": "star", "the form of a plus": "cross", "the form of a valentine": "heart",
-    "two thin horns": "moon", "the form of a coin": "circle",
+    "three corners": "triangle",
+    "four equal sides": "square",
+    "a hole in the middle": "ring",
+    "five sharp points": "star",
+    "the form of a plus": "cross",
+    "the form of a valentine": "heart",
+    "two thin horns": "moon",
+    "the form of a coin": "circle",
 }
 
 
@@ -104,15 +134,39 @@ def _outline(shape: str, angle: float) -> np.ndarray:
     elif shape == "triangle":
         corners = turn(up + np.arange(3) * 2 * math.pi / 3)
     elif shape == "star":
-        corners = turn(up + np.arange(10) * math.pi / 5) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
+        corners = (
+            turn(up + np.arange(10) * math.pi / 5) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
+        )
     elif shape == "cross":
         a, b = 0.32, 0.92
-        corners = np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-                            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])
+        corners = np.array(
+            [
+                (-a, -b),
+                (a, -b),
+                (a, -a),
+                (b, -a),
+                (b, a),
+                (a, a),
+                (a, b),
+                (-a, b),
+                (-a, a),
+                (-b, a),
+                (-b, -a),
+                (-a, -a),
+            ]
+        )
     else:  # heart
         t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-        corners = np.stack([16 * np.sin(t) ** 3,
-                            -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], 1) / 17
+        corners = (
+            np.stack(
+                [
+                    16 * np.sin(t) ** 3,
+                    -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)),
+                ],
+                1,
+            )
+            / 17
+        )
     c, s = math.cos(angle), math.sin(angle)
     return corners @ np.array([[c, s], [-s, c]])
 
@@ -128,7 +182,9 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
     if shape == "ring":
         draw.polygon(place(corners * 0.55), fill=0)
     if shape == "moon":
-        draw.polygon(place(corners * 0.85 + np.array([math.cos(angle), math.sin(angle)]) * 0.5), fill=0)
+        draw.polygon(
+            place(corners * 0.85 + np.array([math.cos(angle), math.sin(angle)]) * 0.5), fill=0
+        )
     return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
 
 
@@ -144,12 +200,16 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     image[..., 2] = 128 + rng.uniform(30, 42) * ramp[:, None]
     blotches = rng.normal(0, rng.uniform(0, 9), (7, 7, 3)).astype(np.float32)
     for channel in range(3):
-        blotch = Image.fromarray(blotches[..., channel]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        blotch = Image.fromarray(blotches[..., channel]).resize(
+            (SIZE, SIZE), Image.Resampling.BICUBIC
+        )
         image[..., channel] += np.asarray(blotch)
     return image
 
 
-def _place(rng: np.random.Generator, things: list[Thing], size: float) -> tuple[float, float, str | None] | None:
+def _place(
+    rng: np.random.Generator, things: list[Thing], size: float
+) -> tuple[float, float, str | None] | None:
     """Where a new thing of this size may stand: free, or close to one that is there. The colour, where it must be that
     one's: two of a colour touch, they never overlap."""
     x, y = rng.uniform(size / 2 + 1, SIZE - size / 2 - 1, 2)
@@ -158,7 +218,9 @@ def _place(rng: np.random.Generator, things: list[Thing], size: float) -> tuple[
         beside, angle = things[rng.integers(len(things))], rng.uniform(0, 2 * math.pi)
         alike = rng.random() < 0.4
         colour = beside.colour if alike else None
-        away = (rng.uniform(0.95, 1.05) if alike else rng.uniform(0.6, 1.0)) * (size + beside.size) / 2
+        away = (
+            (rng.uniform(0.95, 1.05) if alike else rng.uniform(0.6, 1.0)) * (size + beside.size) / 2
+        )
         x, y = beside.x + away * math.cos(angle), beside.y + away * math.sin(angle)
         if not all(size / 2 + 1 <= v <= SIZE - size / 2 - 1 for v in (x, y)):
             return None
@@ -176,14 +238,21 @@ def make_scene(seed: int) -> Scene:
     for _ in range(80):
         if len(things) == wanted:
             break
-        shape, colour, size = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), rng.uniform(17, 38)
+        shape, colour, size = (
+            str(rng.choice(SHAPES)),
+            str(rng.choice(list(COLOURS))),
+            rng.uniform(17, 38),
+        )
         if (place := _place(rng, things, size)) is None:
             continue
         x, y, colour = float(place[0]), float(place[1]), place[2] or colour
         angle = rng.uniform(-0.3, 0.3) + (rng.choice([0, math.pi]) if shape == "moon" else 0)
         cover = _coverage(shape, x, y, size, angle)
         solid = cover > 0.5
-        clash = any(t.name == f"{colour} {shape}" or t.colour == colour and (t.mask & solid).any() for t in things)
+        clash = any(
+            t.name == f"{colour} {shape}" or t.colour == colour and (t.mask & solid).any()
+            for t in things
+        )
         if clash or not all(_still_seen(t, solid) for t in things):
             continue
         paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
@@ -194,7 +263,10 @@ def make_scene(seed: int) -> Scene:
         if shape in DOTTED and size > 22 and rng.random() < 0.7:
             dot_colour = str(rng.choice([c for c in COLOURS if c != colour]))
             cover = _coverage("circle", x, y, 0.42 * size, 0)
-            image = image * (1 - cover[..., None]) + np.array(COLOURS[dot_colour], np.float32) * cover[..., None]
+            image = (
+                image * (1 - cover[..., None])
+                + np.array(COLOURS[dot_colour], np.float32) * cover[..., None]
+            )
             thing.dot = Thing("dot", dot_colour, x, y, 0.42 * float(size), (cover > 0.5) & solid)
         for other in things:
             other.mask &= ~solid
@@ -220,8 +292,10 @@ _EXTREMES = {
     "smallest": ((lambda t: -t.extent, 3), (lambda t: -t.bulk, 3)),
 }
 _SIDES = {
-    "left of": lambda t, o: o.x - t.x, "right of": lambda t, o: t.x - o.x,
-    "above": lambda t, o: o.y - t.y, "below": lambda t, o: t.y - o.y,
+    "left of": lambda t, o: o.x - t.x,
+    "right of": lambda t, o: t.x - o.x,
+    "above": lambda t, o: o.y - t.y,
+    "below": lambda t, o: t.y - o.y,
 }
 
 
@@ -246,8 +320,12 @@ def right_objects(scene: Scene, question: tuple) -> list[Thing]:
     shapes = SHAPES if shape is None else (shape,) if isinstance(shape, str) else shape
     found = [t for t in scene.things if colour in (None, t.colour) and t.shape in shapes]
     if form == "dot":
-        return [t.dot for t in found if t.dot] * len(found)  # unfair where two could be meant, though one has no dot
-    dotted = [t for t in scene.things if t.dot and colour in (None, t.dot.colour) and "circle" in shapes]
+        return [t.dot for t in found if t.dot] * len(
+            found
+        )  # unfair where two could be meant, though one has no dot
+    dotted = [
+        t for t in scene.things if t.dot and colour in (None, t.dot.colour) and "circle" in shapes
+    ]
     if form == "is":
         return [] if dotted else found
     if form == "side":
@@ -255,8 +333,12 @@ def right_objects(scene: Scene, question: tuple) -> list[Thing]:
             return []
         measure, anchor = _SIDES[rest[0]], found[0]
         found = [t for t in scene.things if t is not anchor and measure(t, anchor) > -7]
-        return found if all(measure(t, anchor) > 7 for t in found) else found * 2  # twice: not one object
-    if len(found) < 2 or rest[0] == "smallest" and dotted:  # among one object there is nothing to compare
+        return (
+            found if all(measure(t, anchor) > 7 for t in found) else found * 2
+        )  # twice: not one object
+    if (
+        len(found) < 2 or rest[0] == "smallest" and dotted
+    ):  # among one object there is nothing to compare
         return []
     best = _extreme(found + [t.dot for t in dotted if t not in found], rest[0])
     return best if all(t in found for t in best) else []
@@ -272,25 +354,50 @@ def _forms(scene: Scene, kind: str) -> list[list[tuple[str, tuple]]]:
     of_shape = [(None, s) for s in sorted({t.shape for t in scene.things})]
     named = [(t.colour, t.shape) for t in scene.things]
     if kind == "attribute":
-        return [[(f"the {_noun(*what)}", ("is", *what)) for what in form] for form in (named, of_colour + of_shape)]
+        return [
+            [(f"the {_noun(*what)}", ("is", *what)) for what in form]
+            for form in (named, of_colour + of_shape)
+        ]
     if kind == "part":
         return [[(f"the dot of the {_noun(*what)}", ("dot", *what)) for what in named + of_shape]]
     if kind == "relation":
-        extremes = [(f"the {word} {_noun(*what)}", ("extreme", word, *what))
-                    for word in _EXTREMES for what in [(None, None)] + of_colour + of_shape]
-        sides = [(f"the object {side} the {_noun(*what)}", ("side", side, *what)) for side in _SIDES for what in named]
+        extremes = [
+            (f"the {word} {_noun(*what)}", ("extreme", word, *what))
+            for word in _EXTREMES
+            for what in [(None, None)] + of_colour + of_shape
+        ]
+        sides = [
+            (f"the object {side} the {_noun(*what)}", ("side", side, *what))
+            for side in _SIDES
+            for what in named
+        ]
         return [extremes, sides]
-    things = [(f"thing that has the colour of {subject}", (c, None)) for subject, c in COLOUR_OF.items()]
+    things = [
+        (f"thing that has the colour of {subject}", (c, None)) for subject, c in COLOUR_OF.items()
+    ]
     things += [(f"object with {feature}", (None, s)) for feature, s in SHAPE_WITH.items()]
     if kind == "indirect":
         return [[(f"the {text}", ("is", *what)) for text, what in things]]
     if kind == "combined":
-        sides = [(f"the object {side} the {text}", ("side", side, *what)) for side in _SIDES for text, what in things]
-        groups = [(f"things that have the colour of {subject}", (c, None)) for subject, c in COLOUR_OF.items()]
+        sides = [
+            (f"the object {side} the {text}", ("side", side, *what))
+            for side in _SIDES
+            for text, what in things
+        ]
+        groups = [
+            (f"things that have the colour of {subject}", (c, None))
+            for subject, c in COLOUR_OF.items()
+        ]
         if not {"heart", "moon"} & {t.shape for t in scene.things}:
             groups += [("things with corners", (None, CORNERED))] * 4
-        return [sides, [(f"the {word} of the {text}", ("extreme", word, *what))
-                        for word in _EXTREMES for text, what in groups]]
+        return [
+            sides,
+            [
+                (f"the {word} of the {text}", ("extreme", word, *what))
+                for word in _EXTREMES
+                for text, what in groups
+            ],
+        ]
     raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
 
 

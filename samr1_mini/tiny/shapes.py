@@ -22,7 +22,9 @@ class Shapes(Data):
         self.first = first + (seed % 1000) * 10**6 if split == "train" else first
         self.count = count
         if count > 10**6 or self.first + count > last:
-            raise UserError(f"the {split} split of the drawn scenes has a million questions, not {count}")
+            raise UserError(
+                f"the {split} split of the drawn scenes has a million questions, not {count}"
+            )
 
     def __len__(self) -> int:
         return self.count
@@ -36,10 +38,14 @@ class Shapes(Data):
             raise IndexError(i)
         seed = self.first + i
         scene, rng = make_scene(seed), np.random.default_rng([seed, 1])
-        for turn in range(len(ASKED)):  # a scene with no fair question of its kind gives one of the next kind
+        for turn in range(
+            len(ASKED)
+        ):  # a scene with no fair question of its kind gives one of the next kind
             kind = ASKED[(i + turn) % len(ASKED)]
             found = ask(scene, rng, kind)
             if found:
                 name = f"shapes-{seed}"
-                return Sample(Image.fromarray(scene.image), found[0], found[1].mask, name, kind, picture=name)
+                return Sample(
+                    Image.fromarray(scene.image), found[0], found[1].mask, name, kind, picture=name
+                )
         raise RuntimeError(f"scene {seed} allows no question")
