@@ -191,8 +191,8 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     """A data set -> a table, results.json, and a sheet of the best, the middling and the worst answers."""
     from samr1_mini.evaluation import batch_size, evaluate, shown
     from samr1_mini.plots import sample_sheet
-    from samr1_mini.running.processes import is_first
-    from samr1_mini.running.runs import write_json
+    from samr1_mini.processes import is_first
+    from samr1_mini.runs import write_json
 
     out, votes = Path(options["out"]), options["votes"]
     used = {name: getattr(settings, name) for name in sorted(USED)}
@@ -309,7 +309,7 @@ def refuse_too_little_memory(settings) -> None:
     if settings.device != "cuda":
         return
     try:
-        from samr1_mini.measuring.forecast import check_free_memory
+        from samr1_mini.forecast import check_free_memory
 
         check_free_memory(settings)
     except UserError:
@@ -328,9 +328,9 @@ def main(argv: list[str] | None = None) -> None:
         OutOfMemoryError,
     )  # imported late, here and below: --help and mistakes answer at once
 
-    from samr1_mini.running.loading import check_models, load_parts
-    from samr1_mini.running.memory import cap_memory
-    from samr1_mini.running.processes import join
+    from samr1_mini.loading import check_models, load_parts
+    from samr1_mini.memory import cap_memory
+    from samr1_mini.processes import join
 
     try:
         if options["merge"] is not None:

@@ -15,9 +15,9 @@ from samr1_mini.config import (
     parse_settings,
     print_anything,
 )
-from samr1_mini.running.gpu import card_memory
-from samr1_mini.running.memory import cap_memory, memory_warning
-from samr1_mini.running.stops import outlive_terminal
+from samr1_mini.gpu import card_memory
+from samr1_mini.memory import cap_memory, memory_warning
+from samr1_mini.stops import outlive_terminal
 
 
 def print_forecast(settings: Settings) -> None:
@@ -27,7 +27,7 @@ def print_forecast(settings: Settings) -> None:
     preset itself needs is compared.
     """
     try:
-        from samr1_mini.measuring.forecast import forecast_line
+        from samr1_mini.forecast import forecast_line
 
         print(forecast_line(settings), flush=True)
     except UserError:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cap_memory(settings)
         if settings.rehearse:  # imported late, here and below: --help and mistakes answer at once
-            from samr1_mini.measuring.rehearse import rehearse
+            from samr1_mini.rehearse import rehearse
 
             rehearse(settings)
         else:

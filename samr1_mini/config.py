@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .running.gpu import card_memory, gpu_fault
+from .gpu import card_memory, gpu_fault
 
 
 def cache_folder() -> Path:
@@ -386,7 +386,7 @@ def check_machine(s: Settings, typed_device: str | None) -> None:
 
 
 # A resumed run may be longer, and take less memory (with shorter answers if nothing else helps). Its data and models
-# may have been moved: the folder of the run tells whether they are the same (running/runs.py).
+# may have been moved: the folder of the run tells whether they are the same (runs.py).
 MAY_CHANGE = (
     "run",
     "resume",

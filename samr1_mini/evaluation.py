@@ -21,8 +21,8 @@ from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, sample
 from .reward import Reward, score_group
-from .running.memory import free_memory, questions_per_batch
-from .running.processes import is_first, join, together
+from .memory import free_memory, questions_per_batch
+from .processes import is_first, join, together
 from .segmenter import Segmenter
 
 

@@ -25,11 +25,11 @@ from .data import Sample
 from .evaluation import policy_image
 from .policy import Completion, Policy, Prompt, encode, logprobs, sample
 from .reward import Reward, score_group
-from .running.loading import load_parts, open_sets
-from .running.memory import free_memory, peak_memory, questions_per_batch
-from .running.processes import add_up_gradients, average, is_first, join, together
-from .running.reports import describe, first_answers, first_look, score_base, summarise, validate
-from .running.runs import Run, known_missing, open_run
+from .loading import load_parts, open_sets
+from .memory import free_memory, peak_memory, questions_per_batch
+from .processes import add_up_gradients, average, is_first, join, together
+from .reports import describe, first_answers, first_look, score_base, summarise, validate
+from .runs import Run, known_missing, open_run
 from .segmenter import Segmenter
 
 # ---------------------------------------------------------------------------------------------------- the equations

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, Cache, Row
 from .config import UserError, check_size, first_line
 from .replay import DEVICES, Fixed, Reader
-from .running.files import cause, check_adapter_files, check_policy_files, check_policy_is_whole
-from .running.memory import compute_dtype
+from .files import cause, check_adapter_files, check_policy_files, check_policy_is_whole
+from .memory import compute_dtype
 from .tokens import answer_text, banned_ids, draw, opened_answer, stop_ids, token_logits
 
 TINY = (

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # train.py and eval.py stand there
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS / "benchmarks"))
+sys.path.insert(0, str(TESTS.parent))  # train.py and eval.py stand there
 
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data

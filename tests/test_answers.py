@@ -26,8 +26,8 @@ from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import new_optimizer, roll_out
 from samr1_mini.policy import TINY, encode, load_policy, logprobs, sample
 from samr1_mini.reward import parse
-from samr1_mini.running.reports import first_answers, first_look
-from samr1_mini.running.runs import load_state, save_state, take_state
+from samr1_mini.reports import first_answers, first_look
+from samr1_mini.runs import load_state, save_state, take_state
 from samr1_mini.tokens import CUT, answer_text, opened_answer
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ import samr1_mini
 for module in pkgutil.walk_packages(samr1_mini.__path__, "samr1_mini."):
     importlib.import_module(module.name)
 from samr1_mini.plots import curves
-from samr1_mini.tiny.phases import draw, read_run
+from tutorials.tiny_world.phases import draw, read_run
 run = "tutorials/results/seed0"
 metrics, answers = read_run(run)
 curves(Path(sys.argv[1]) / "curves.png", metrics)

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samr1_mini.attention import Cache, Row
-from samr1_mini.measuring.benchmark import compare_decoding, masked_rows
-from samr1_mini.measuring.rehearse import random_policy, shape_config
+from benchmark import compare_decoding, masked_rows
+from samr1_mini.rehearse import random_policy, shape_config
 from samr1_mini.policy import encode, logprobs, prompt_text, sample
 from samr1_mini.replay import Fixed
-from samr1_mini.running.memory import bytes_a_question, questions_per_batch
+from samr1_mini.memory import bytes_a_question, questions_per_batch
 from samr1_mini.tokens import products
 
 H, KV, D = 6, 2, 8

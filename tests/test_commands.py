@@ -30,7 +30,7 @@ from samr1_mini.config import (
     resumed_settings,
 )
 from samr1_mini.data import load_data, open_data, open_picture
-from samr1_mini.running.memory import compute_dtype
+from samr1_mini.memory import compute_dtype
 from samr1_mini.tiny.scenes import KINDS, make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +52,9 @@ def run(*command, cwd=ROOT):
     [
         ["train.py"],
         ["eval.py"],
-        ["-m", "samr1_mini.tiny.pretrain"],
-        ["-m", "samr1_mini.measuring.benchmark"],
+        ["-m", "tutorials.tiny_world.pretrain"],
+        ["tests/benchmarks/benchmark.py"],
+        ["tests/benchmarks/benchmark_step.py"],
     ],
 )
 def test_help_of_every_command(command):

@@ -53,7 +53,7 @@ from samr1_mini.evaluation import (
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.policy import Completion
 from samr1_mini.reward import score_group
-from samr1_mini.running import loading
+from samr1_mini import loading
 from samr1_mini.tiny.shapes import Shapes
 
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
@@ -319,7 +319,7 @@ from samr1_mini import evaluation
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
 from samr1_mini.policy import Completion, load_policy
-from samr1_mini.running import loading
+from samr1_mini import loading
 from samr1_mini.segmenter import load_segmenter
 
 class Watched(Sequence):
@@ -745,11 +745,7 @@ def test_a_disk_that_is_full_ends_in_one_line(program, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device", "results.json")
 
     monkeypatch.setattr(
-        (
-            "samr1_mini.grpo.load_parts"
-            if program is train
-            else "samr1_mini.running.loading.load_parts"
-        ),
+        ("samr1_mini.grpo.load_parts" if program is train else "samr1_mini.loading.load_parts"),
         full,
     )
     with pytest.raises(SystemExit) as left:

@@ -15,7 +15,7 @@ import train
 from samr1_mini.config import UserError
 from samr1_mini.data import Mirrored, open_data, open_picture, plain
 from samr1_mini.data.masks import read_mask, rle_runs
-from samr1_mini.running.runs import check_questions
+from samr1_mini.runs import check_questions
 
 SPLITS = ("train", "validation", "test")
 SQUARE = [[1, 1, 9, 1, 9, 9, 1, 9]]

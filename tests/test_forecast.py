@@ -13,8 +13,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 import train
 from samr1_mini import grpo
 from samr1_mini.config import make_settings
-from samr1_mini.measuring import forecast as forecast_module
-from samr1_mini.measuring.forecast import (
+from samr1_mini import forecast as forecast_module
+from samr1_mini.forecast import (
     CARDS,
     GIB,
     Counter,
@@ -29,9 +29,9 @@ from samr1_mini.measuring.forecast import (
     shape_config,
     usable,
 )
-from samr1_mini.measuring.rehearse import random_policy
+from samr1_mini.rehearse import random_policy
 from samr1_mini.policy import load_policy
-from samr1_mini.running.runs import time_left
+from samr1_mini.runs import time_left
 from samr1_mini.segmenter import load_segmenter
 
 
@@ -188,7 +188,6 @@ def test_longer_answers_take_more_memory_and_time_and_each_line_says_that_it_is_
         f"{table['hours']['L4']['512']:.1f}" in text
         and f"8 x 256 tokens: {sizes['8 x 256']:.1f} GiB" in text
     )
-    assert "40% of a card's published FLOP/s, 70% of its bytes/s" in text
 
 
 def test_a_card_holds_what_is_less_than_its_usable_memory():

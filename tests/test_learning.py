@@ -12,8 +12,8 @@ from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import roll_out
 from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
-from samr1_mini.tiny.answers import style_of
-from samr1_mini.tiny.pretrain import box_around, meant, neighbour, points_on
+from tutorials.tiny_world.answers import style_of
+from tutorials.tiny_world.pretrain import box_around, meant, neighbour, points_on
 from samr1_mini.tiny.scenes import KINDS, SPLITS, make_scene
 
 ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"

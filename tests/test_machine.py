@@ -35,9 +35,9 @@ from samr1_mini.config import (
 )
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import batch_size, evaluate
-from samr1_mini.measuring import forecast as forecast_module
-from samr1_mini.measuring.forecast import GIB, counts, shape_config
-from samr1_mini.running import gpu, loading, memory
+from samr1_mini import forecast as forecast_module
+from samr1_mini.forecast import GIB, counts, shape_config
+from samr1_mini import gpu, loading, memory
 from samr1_mini.segmenter import load_segmenter, random_sam
 from samr1_mini.tiny.scenes import make_scene
 
@@ -452,7 +452,7 @@ def test_evaluation_under_wsl_is_held_too(put_in, monkeypatch):
         raise UserError("enough")
 
     monkeypatch.setattr(evaluate_command, "open_input", stop)
-    monkeypatch.setattr("samr1_mini.running.processes.join", lambda device: None)
+    monkeypatch.setattr("samr1_mini.processes.join", lambda device: None)
     with pytest.raises(SystemExit):
         evaluate_command.main(["--preset", "3b"])
     assert fractions == [pytest.approx(10.8 / 12)]
@@ -594,8 +594,8 @@ def without_unix(name, globals=None, *rest, **named):
     return real(name, globals, *rest, **named)
 builtins.__import__ = without_unix
 import train, eval
-import samr1_mini.grpo, samr1_mini.measuring.rehearse, samr1_mini.data.public
-from samr1_mini.running.memory import peak_memory
+import samr1_mini.grpo, samr1_mini.rehearse, samr1_mini.data.public
+from samr1_mini.memory import peak_memory
 assert peak_memory("cpu") > 0
 """
 

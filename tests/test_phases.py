@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from samr1_mini.tiny import phases
+from tutorials.tiny_world import phases
 from samr1_mini.tiny.scenes import KINDS
 
 TEXTS = {

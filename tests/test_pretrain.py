@@ -17,10 +17,10 @@ from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import parse
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
-from samr1_mini.tiny import pretrain
-from samr1_mini.tiny.build import build_policy, build_processor
-from samr1_mini.tiny.answers import STYLES, wide_box
-from samr1_mini.tiny.pretrain import box_around, meant, neighbour, points_on
+from tutorials.tiny_world import pretrain
+from tutorials.tiny_world.build import build_policy, build_processor
+from tutorials.tiny_world.answers import STYLES, wide_box
+from tutorials.tiny_world.pretrain import box_around, meant, neighbour, points_on
 from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
 
 
@@ -317,6 +317,7 @@ def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured
     monkeypatch.setattr(pretrain, "SCENES", 5)
     monkeypatch.setattr(pretrain, "TINY", tmp_path / "tiny" / "policy")
     monkeypatch.setattr(pretrain, "TINY_SAM", tmp_path / "tiny" / "sam")
+    monkeypatch.setattr(pretrain, "MEASURED", tmp_path / "tiny" / "measured.json")
     monkeypatch.setattr(pretrain.measure_sam, "__defaults__", ("tiny", 3))
     (tmp_path / "tiny" / "sam").mkdir(parents=True)
     (tmp_path / "tiny" / "sam" / "sam.json").write_text((TINY_SAM / "sam.json").read_text())

@@ -15,7 +15,7 @@ import torch
 
 from samr1_mini import grpo
 from samr1_mini.config import UserError
-from samr1_mini.running import processes
+from samr1_mini import processes
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -200,7 +200,7 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_t
 
 def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):
     (tmp_path / "wait.py").write_text(
-        "import os, sys, torch, torch.distributed as d\nfrom samr1_mini.running.processes import join\njoin('cpu')\n"
+        "import os, sys, torch, torch.distributed as d\nfrom samr1_mini.processes import join\njoin('cpu')\n"
         "waits = d.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds()\n"
         "open(os.path.join(os.path.dirname(sys.argv[0]), 'waits' + os.environ['RANK']), 'w').write(str(waits))\n"
         "d.destroy_process_group()"

@@ -13,11 +13,11 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 import train
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError, make_settings
-from samr1_mini.measuring import benchmark
-from samr1_mini.measuring import rehearse as rehearse_module
-from samr1_mini.measuring.rehearse import random_policy, shape_config
+import benchmark
+from samr1_mini import rehearse as rehearse_module
+from samr1_mini.rehearse import random_policy, shape_config
 from samr1_mini.policy import TINY, load_policy
-from samr1_mini.running.memory import cap_memory
+from samr1_mini.memory import cap_memory
 
 
 @pytest.mark.parametrize("shape, published", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])

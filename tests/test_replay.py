@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from samr1_mini import policy as policy_module
 from samr1_mini import replay
 from samr1_mini.attention import Cache
-from samr1_mini.measuring import rehearse
+from samr1_mini import rehearse
 from samr1_mini.policy import encode, load_policy, sample
 
 

@@ -16,8 +16,8 @@ import train as command
 from samr1_mini import grpo
 from samr1_mini.config import Terminated, UserError
 from samr1_mini.grpo import train
-from samr1_mini.running import loading, memory, runs
-from samr1_mini.running.reports import first_answers
+from samr1_mini import loading, memory, runs
+from samr1_mini.reports import first_answers
 
 
 def test_what_is_set_about_data_reaches_all_three_sets(settings, monkeypatch):

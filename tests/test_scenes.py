@@ -14,8 +14,8 @@ from samr1_mini.data import Mirrored, load_data
 from samr1_mini.metrics import box_iou
 from samr1_mini.reward import parse
 from samr1_mini.tiny import scenes
-from samr1_mini.tiny.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
-from samr1_mini.tiny.pretrain import told_rows
+from tutorials.tiny_world.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
+from tutorials.tiny_world.pretrain import told_rows
 from samr1_mini.tiny.shapes import ASKED
 from samr1_mini.tiny.scenes import (
     COLOUR_OF,

@@ -30,7 +30,7 @@ from samr1_mini.attention import Cache
 from samr1_mini.config import Settings, Terminated, UserError, resumed_settings
 from samr1_mini.grpo import train
 from samr1_mini.policy import encode, sample
-from samr1_mini.running import processes, runs, stops
+from samr1_mini import processes, runs, stops
 from samr1_mini.tiny.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
 
 from samr1_mini.config import parse_settings, read_settings
-from samr1_mini.tiny.answers import style_of
+from tutorials.tiny_world.answers import style_of
 from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
 

@@ -1,4 +1,4 @@
-"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python -m samr1_mini.measuring.benchmark_step`
+"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python tests/benchmarks/benchmark_step.py`
 (`pip install trl` for its rows).
 
 Same policy, pictures, questions, reward (SAM included), G, number of updates and answer length (nobody may stop
@@ -19,14 +19,17 @@ from pathlib import Path
 
 import torch
 
-from ..config import Settings, make_settings
-from ..data import load_data
-from ..evaluation import policy_image
-from ..grpo import new_optimizer, roll_out, update
-from ..policy import instruction, load_policy
-from ..reward import score_group
-from ..running.memory import device_name, peak_memory
-from ..segmenter import load_segmenter
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
+
+from samr1_mini.config import Settings, make_settings
+from samr1_mini.data import load_data
+from samr1_mini.evaluation import policy_image
+from samr1_mini.grpo import new_optimizer, roll_out, update
+from samr1_mini.policy import instruction, load_policy
+from samr1_mini.reward import score_group
+from samr1_mini.memory import device_name, peak_memory
+from samr1_mini.segmenter import load_segmenter
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
 LONG = dict(image_size=420, questions=1, updates=1, group=8, max_new_tokens=48)
@@ -167,8 +170,7 @@ def main() -> None:
         for way in ways:
             command = [
                 sys.executable,
-                "-m",
-                "samr1_mini.measuring.benchmark_step",
+                __file__,
                 "--steps",
                 str(args.steps),
             ]

@@ -1,4 +1,4 @@
-"""Make both tiny networks from nothing: `python -m samr1_mini.tiny.pretrain` (on a GPU if there is one).
+"""Make both tiny networks from nothing: `python -m tutorials.tiny_world.pretrain` (on a GPU if there is one).
 
 Supervised training stands here for what Qwen and SAM already know before SAM-R1 begins:
     sam       Segment Anything learns to draw what boxes and points mean
@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..config import Parser, UserError, auto_device, exit_with, first_line
-from ..data import load_data
-from ..metrics import box_iou, intersection_union, iou, tight_box
-from ..policy import TINY, Policy, Prompt, encode, load_policy, logprobs, sample
-from ..reward import parse, score_group
-from ..segmenter import TINY_SAM, decode, load_segmenter, random_sam
-from ..tokens import banned_ids, stop_ids
+from samr1_mini.config import Parser, UserError, auto_device, exit_with, first_line
+from samr1_mini.data import load_data
+from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
+from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs, sample
+from samr1_mini.reward import parse, score_group
+from samr1_mini.segmenter import TINY_SAM, decode, load_segmenter, random_sam
+from samr1_mini.tokens import banned_ids, stop_ids
 from .answers import (
     ANSWER,
     LISTING,
@@ -45,7 +45,7 @@ from .answers import (
     wide_box,
 )
 from .build import build_policy, build_processor
-from .scenes import (
+from samr1_mini.tiny.scenes import (
     COLOURS,
     PRETRAIN,
     SHAPES,
@@ -59,6 +59,7 @@ from .scenes import (
 )
 
 DEVICE = auto_device()
+MEASURED = Path(__file__).parent / "measured.json"
 
 
 def scenes_from(start: int, count: int) -> list[Scene]:
@@ -822,9 +823,7 @@ def run_stage(stage: str, work: Path) -> None:
             "sam": sam,
             "policy": measure_policy(policy, load_segmenter(str(TINY_SAM)), SCENES),
         }
-        (TINY.parent / "measured.json").write_text(
-            json.dumps(measured, indent=1) + "\n", encoding="utf-8"
-        )
+        MEASURED.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(measured, indent=1))
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from ..config import Terminated
+from .config import Terminated
 
 
 def in_main_thread() -> bool:

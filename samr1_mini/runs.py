@@ -18,9 +18,9 @@ from accelerate.utils import gather_object
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from ..config import Settings, Terminated, UserError, read_settings
-from ..policy import Policy
-from ..segmenter import SAM_FILES
+from .config import Settings, Terminated, UserError, read_settings
+from .policy import Policy
+from .segmenter import SAM_FILES
 from .files import AGAIN, cause, refuse_pointer
 from .processes import is_first
 from .stops import ignore_ending_signals, lasting_output, stop_on_signals

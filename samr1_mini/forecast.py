@@ -34,14 +34,14 @@ from transformers import (
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from ..attention import IMPLEMENTATION, Cache
-from ..config import PRESETS, Settings, UserError, cell_size
-from ..grpo import full_rollouts, new_optimizer, update
-from ..policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
-from ..running.gpu import card_memory
-from ..running.memory import memory_warning, smaller_weights
-from ..segmenter import SAM_FILES, Segmenter, random_sam, small_folder
-from ..tokens import FP32_SUMS
+from .attention import IMPLEMENTATION, Cache
+from .config import PRESETS, Settings, UserError, cell_size
+from .grpo import full_rollouts, new_optimizer, update
+from .policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
+from .gpu import card_memory
+from .memory import memory_warning, smaller_weights
+from .segmenter import SAM_FILES, Segmenter, random_sam, small_folder
+from .tokens import FP32_SUMS
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores run.
 SHAPES = {

@@ -21,9 +21,9 @@ from segment_anything import SamPredictor
 from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig
 
-from ..config import Settings, UserError, check_size
-from ..evaluation import evaluate
-from ..grpo import (
+from .config import Settings, UserError, check_size
+from .evaluation import evaluate
+from .grpo import (
     Rollout,
     advantages,
     full_rollouts,
@@ -32,12 +32,12 @@ from ..grpo import (
     sample_in_turn,
     update,
 )
-from ..policy import Policy, Prompt, add_adapter, sample
-from ..replay import DEVICES
-from ..reward import score_group
-from ..running.memory import compute_dtype, free_memory, peak_memory, questions_per_batch
-from ..segmenter import Segmenter, random_sam
-from ..tiny.shapes import Shapes
+from .policy import Policy, Prompt, add_adapter, sample
+from .replay import DEVICES
+from .reward import score_group
+from .memory import compute_dtype, free_memory, peak_memory, questions_per_batch
+from .segmenter import Segmenter, random_sam
+from .tiny.shapes import Shapes
 from .forecast import (
     GIB,
     GRID,

@@ -10,11 +10,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..config import Settings, UserError
-from ..data import open_data
-from ..data.fetch import PICTURES
-from ..policy import Policy, check_policy, load_policy
-from ..segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
+from .config import Settings, UserError
+from .data import open_data
+from .data.fetch import PICTURES
+from .policy import Policy, check_policy, load_policy
+from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
 from .processes import is_first
 
 

@@ -10,7 +10,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ..attention import IMPLEMENTATION
+from samr1_mini.attention import IMPLEMENTATION
 
 # ---------------------------------------------------------------------------------------------------- the policy
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..config import UserError, first_line
+from .config import UserError, first_line
 
 POINTER = b"version https://git-lfs"  # git-lfs puts a small text in the place of a large file
 AGAIN = "download or copy it again"

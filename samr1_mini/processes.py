@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-from ..config import UserError, first_line
+from .config import UserError, first_line
 
 PATIENCE = timedelta(
     hours=12

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from ..attention import Cache
-from ..config import Settings, emulates_bf16
+from .attention import Cache
+from .config import Settings, emulates_bf16
 from .gpu import GIB, gpu_is_usable, windows_lends_memory
 
 

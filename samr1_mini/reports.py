@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Settings
-from ..evaluation import before_after, evaluate, shown
-from ..plots import curves, sample_sheet
-from ..policy import Policy
-from ..segmenter import Segmenter
+from .config import Settings
+from .evaluation import before_after, evaluate, shown
+from .plots import curves, sample_sheet
+from .policy import Policy
+from .segmenter import Segmenter
 from .processes import is_first
 from .runs import Run, read_log, write_json
 

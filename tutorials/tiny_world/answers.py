@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..policy import instruction
-from .scenes import (
+from samr1_mini.policy import instruction
+from samr1_mini.tiny.scenes import (
     COLOUR_OF,
     KINDS,
     PRETRAIN,

@@ -1,4 +1,4 @@
-"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python -m samr1_mini.measuring.benchmark`;
+"""What sharing the prompt saves, and what 4-bit weights cost, in one run: `python tests/benchmarks/benchmark.py`;
 on a GPU, `--shape 3b` or `7b` takes a policy of that true shape with random weights.
 
 Rollouts, from pictures and questions: `policy.sample` against transformers' generate with num_return_sequences=G, which
@@ -12,6 +12,7 @@ and are repeated for every query head. Same policy, prompts and numbers of token
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -20,11 +21,14 @@ from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from ..attention import Cache
-from ..config import auto_device, cell_size
-from ..data import load_data
-from ..evaluation import policy_image
-from ..policy import (
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
+
+from samr1_mini.attention import Cache
+from samr1_mini.config import auto_device, cell_size
+from samr1_mini.data import load_data
+from samr1_mini.evaluation import policy_image
+from samr1_mini.policy import (
     Policy,
     chosen_logprobs,
     encode,
@@ -34,10 +38,10 @@ from ..policy import (
     prompt_text,
     sample,
 )
-from ..running.gpu import gpu_is_usable
-from ..running.memory import device_name
-from .forecast import SHAPES, Counter, shape_config
-from .rehearse import random_policy
+from samr1_mini.gpu import gpu_is_usable
+from samr1_mini.memory import device_name
+from samr1_mini.forecast import SHAPES, Counter, shape_config
+from samr1_mini.rehearse import random_policy
 
 SIDES = ((8, 8), (30, 1))  # picture tokens a side, and how many questions
 

@@ -1,4 +1,4 @@
-"""How one way of thinking follows another as training goes on: `python -m samr1_mini.tiny.phases RUN [RUN ...]`.
+"""How one way of thinking follows another as training goes on: `python -m tutorials.tiny_world.phases RUN [RUN ...]`.
 
 Draws the styles (answers.STYLES) of the sampled answers that a run keeps in answers.jsonl, one a question. Several
 runs are taken together, as far as the shortest goes. A run that is still on its way can be looked at too.
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..config import Parser, UserError, exit_with
-from ..plots import BLACK, BLUE, GREEN, ORANGE, PINK, smooth
-from ..running.runs import read_log
+from samr1_mini.config import Parser, UserError, exit_with
+from samr1_mini.plots import BLACK, BLUE, GREEN, ORANGE, PINK, smooth
+from samr1_mini.runs import read_log
 from .answers import STYLES, style_of
-from .scenes import KINDS
+from samr1_mini.tiny.scenes import KINDS
 
 # Greys: styles outside the asked format.
 COLOURS = dict(zip((*STYLES, "other"), ("0.75", "0.55", BLUE, ORANGE, GREEN, PINK)))
