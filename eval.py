@@ -250,14 +250,14 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
         part.unlink()
     ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
-    frame = policy.frame(settings.image_size)
-    panels = shown(segmenter, data, chosen, settings, frame)
+    coordinate_range = policy.coordinate_range(settings.image_size)
+    panels = shown(segmenter, data, chosen, settings, coordinate_range)
     title = (
         "Best four, middle four, worst four answers"
         if len(ranked) > 12
         else "All answers, best first"
     )
-    sample_sheet(out / "sheet.png", panels, frame, title + how)
+    sample_sheet(out / "sheet.png", panels, coordinate_range, title + how)
     print(f"answers and sheet are in {out}")
 
 
@@ -268,11 +268,11 @@ def answer_one(policy, segmenter, data, settings, options: dict) -> None:
     from samr1_mini.evaluation import evaluate, shown
     from samr1_mini.plots import sample_sheet
 
-    frame = policy.frame(settings.image_size)
+    coordinate_range = policy.coordinate_range(settings.image_size)
     report = evaluate(
         policy, segmenter, data, settings, blank=options["blank"], votes=options["votes"]
     )
-    [panel] = shown(segmenter, data, report.rows, settings, frame)
+    [panel] = shown(segmenter, data, report.rows, settings, coordinate_range)
     print(panel.text)
     if panel.reward.mask is None:
         print(f"no box can be read from this: {panel.reward.answer.why}")
@@ -282,7 +282,9 @@ def answer_one(policy, segmenter, data, settings, options: dict) -> None:
     if panel.reward.mask is not None:
         Image.fromarray(panel.reward.mask).save(f"{stem}-mask.png")
         print(f"mask: {panel.reward.mask.mean():.1%} of the picture, {stem}-mask.png")
-    sample_sheet(f"{stem}-overlay.png", [panel], frame, "What the policy sees in it", truth=False)
+    sample_sheet(
+        f"{stem}-overlay.png", [panel], coordinate_range, "What the policy sees in it", truth=False
+    )
     print(f"overlay: {stem}-overlay.png")
 
 
@@ -330,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from samr1_mini.loading import check_models, load_parts
     from samr1_mini.memory import cap_memory
-    from samr1_mini.processes import join
+    from samr1_mini.processes import join_processes
 
     try:
         if options["merge"] is not None:
@@ -341,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         cap_memory(settings)
         refuse_too_little_memory(settings)
         check_models(settings)
-        with join(
+        with join_processes(
             settings.device
         ).main_process_first():  # under torchrun each process takes its own GPU
             data = open_input(settings, options)

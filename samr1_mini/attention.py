@@ -7,7 +7,7 @@
     answer 2   ■        ◣      the rest, which a mask would compute and throw away, is not computed
 
 PyTorch has fused kernels for both. A prompt lends its keys and values to its answers, and query heads share a key head
-(enable_gqa). A layout knows what stands where: `Row`, whole answers in one row (scoring), or `Cache`, answers that grow
+(enable_gqa). A layout knows what stands where: `PackedRow`, whole answers in one row (scoring), or `Cache`, answers that grow
 (sampling). The model passes it on to each layer; without `layout=...` it is an ordinary model.
 Shapes: B questions, G answers, P prompt, L answer tokens (t so far); H query heads, R to each of KV key heads; width d.
 """
@@ -44,7 +44,7 @@ AttentionMaskInterface.register(
 )  # for calls without a layout: others need no mask
 
 
-class Row:
+class PackedRow:
     """Scoring: B questions in one row without padding, [prompt 1, its answers, prompt 2, its answers, ...]."""
 
     def __init__(self, prompts: list[int], answers: list[list[int]]):

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from .config import Settings, UserError, cell_size
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
-from .policy import Policy, encode, sample
+from .policy import Policy, encode, generate
 from .reward import Reward, score_group
 from .memory import free_memory, questions_per_batch
-from .processes import is_first, join, together
+from .processes import is_first, join_processes, together
 from .segmenter import Segmenter
 
 
@@ -142,7 +142,9 @@ def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     return questions_per_batch(policy.base, most, tokens, replace(s, group=votes), free_memory(s))
 
 
-def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame: int) -> tuple:
+def judge(
+    segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, coordinate_range: int
+) -> tuple:
     """Score the answers to one question, and let them vote where there are several: in the strict figures those in the
     format, in the lenient ones all that can be read.
 
@@ -154,7 +156,7 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, frame:
         segmenter,
         x,
         texts,
-        frame,
+        coordinate_range,
         s.accuracy,
         s.reward_weights,
         s.max_points,
@@ -216,7 +218,7 @@ def evaluate(
     Questions are answered side by side, and padding can move a greedy answer by a rounding: with s.eval_batch = 1 an
     answer depends on nothing beside it.
     """
-    processes, step = join(s.device), batch_size(policy, s, votes)
+    processes, step = join_processes(s.device), batch_size(policy, s, votes)
     share = range(len(data))[processes.process_index :: processes.num_processes]
     quiet = not (name and is_first())
 
@@ -244,17 +246,19 @@ def evaluate(
             with torch.no_grad():
                 prompts = encode(policy, images, [x.question for x in samples.values()])
             if votes == 1:
-                groups = sample(policy, prompts, 1, s.max_new_tokens, temperature=0)
+                groups = generate(policy, prompts, 1, s.max_new_tokens, temperature=0)
             else:  # what is drawn depends on the question's place alone
                 seeds = [torch.Generator().manual_seed(s.seed * 10**6 + j) for j in samples]
-                chance = [
+                uniforms = [
                     torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds
                 ]  # B x [votes, L]
-                groups = sample(policy, prompts, votes, s.max_new_tokens, 1.0, torch.stack(chance))
+                groups = generate(
+                    policy, prompts, votes, s.max_new_tokens, 1.0, torch.stack(uniforms)
+                )
             for (j, x), answers in zip(samples.items(), groups):
                 texts = [answer.text for answer in answers]
                 chosen, reward, pair, strict = judge(
-                    segmenter, x, texts, s, policy.frame(s.image_size)
+                    segmenter, x, texts, s, policy.coordinate_range(s.image_size)
                 )
                 rows[j] = Row(
                     j,
@@ -295,10 +299,15 @@ def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
     return iou(*intersection_union(mask, x.mask, x.ignore))
 
 
-def shown(segmenter: Segmenter, data, rows: Iterable[Row], s: Settings, frame: int) -> list[Panel]:
-    """The pictures, answers and masks of a few rows, scored again from their texts; for `frame` see Policy.frame."""
+def shown(
+    segmenter: Segmenter, data, rows: Iterable[Row], s: Settings, coordinate_range: int
+) -> list[Panel]:
+    """The pictures, answers and masks of a few rows, scored again from their texts; for `coordinate_range` see Policy.coordinate_range."""
     pairs = ((row, data[row.index]) for row in rows)
-    return [Panel(x, row.text, judge(segmenter, x, row.texts, s, frame)[1]) for row, x in pairs]
+    return [
+        Panel(x, row.text, judge(segmenter, x, row.texts, s, coordinate_range)[1])
+        for row, x in pairs
+    ]
 
 
 def before_after(summary: dict) -> str:

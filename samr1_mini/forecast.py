@@ -37,7 +37,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from .attention import IMPLEMENTATION, Cache
 from .config import PRESETS, Settings, UserError, cell_size
 from .grpo import full_rollouts, new_optimizer, update
-from .policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, sample
+from .policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, generate
 from .gpu import card_memory
 from .memory import memory_warning, smaller_weights
 from .segmenter import SAM_FILES, Segmenter, random_sam, small_folder
@@ -391,7 +391,7 @@ def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: 
             kwargs["layout"].grow()
 
     with language.register_forward_pre_hook(watch, with_kwargs=True):
-        sample(policy, prompts, s.group, s.max_new_tokens - between, s.temperature)
+        generate(policy, prompts, s.group, s.max_new_tokens - between, s.temperature)
     laps.append(counter.lap())
     return {
         "prefill": laps[1],

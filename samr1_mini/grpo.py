@@ -23,12 +23,12 @@ from tqdm import tqdm
 from .config import Settings, UserError
 from .data import Sample
 from .evaluation import policy_image
-from .policy import Completion, Policy, Prompt, encode, logprobs, sample
+from .policy import Completion, Policy, Prompt, encode, logprobs, generate
 from .reward import Reward, score_group
 from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch
-from .processes import add_up_gradients, average, is_first, join, together
-from .reports import describe, first_answers, first_look, score_base, summarise, validate
+from .processes import add_up_gradients, average, is_first, join_processes, together
+from .reports import describe, first_answers, base_summary, score_base, summarise, validate
 from .runs import Run, known_missing, open_run
 from .segmenter import Segmenter
 
@@ -144,19 +144,19 @@ def read_questions(policy: Policy, samples: list[Sample], s: Settings) -> list[P
 
 
 def sample_in_turn(
-    policy: Policy, prompts: list[Prompt], s: Settings, chance: torch.Tensor
+    policy: Policy, prompts: list[Prompt], s: Settings, uniforms: torch.Tensor
 ) -> list[list[Completion]]:
-    """policy.sample, with no more questions at a time than fit in memory; what comes out is the same."""
+    """policy.generate, with no more questions at a time than fit in memory; what comes out is the same."""
     longest, groups = max(len(p.ids) for p in prompts), []
     step = questions_per_batch(policy.base, len(prompts), longest, s, free_memory(s))
     for i in range(0, len(prompts), step):
-        groups += sample(
+        groups += generate(
             policy,
             prompts[i : i + step],
             s.group,
             s.max_new_tokens,
             s.temperature,
-            chance[i : i + step],
+            uniforms[i : i + step],
         )
     return groups
 
@@ -166,20 +166,27 @@ def roll_out(
     segmenter: Segmenter,
     samples: list[Sample],
     s: Settings,
-    chance: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
 ) -> tuple[list[Rollout], dict]:
-    """Sample G answers to each question, reward them, compare them within their group. `chance`: see policy.sample."""
+    """Sample G answers to each question, reward them, compare them within their group. `uniforms`: see policy.sample."""
     start = time.perf_counter()
     prompts = read_questions(policy, samples, s)
-    if chance is None:
-        chance = torch.rand(len(prompts), s.group, s.max_new_tokens)  # [B, G, L]
-    groups = sample_in_turn(policy, prompts, s, chance)
+    if uniforms is None:
+        uniforms = torch.rand(len(prompts), s.group, s.max_new_tokens)  # [B, G, L]
+    groups = sample_in_turn(policy, prompts, s, uniforms)
     middle = time.perf_counter()
-    frame, rollouts = policy.frame(s.image_size), []
+    coordinate_range, rollouts = policy.coordinate_range(s.image_size), []
     for x, prompt, answers in zip(samples, prompts, groups):
         texts = [a.text for a in answers]
         rewards = score_group(
-            segmenter, x, texts, frame, s.accuracy, s.reward_weights, s.max_points, s.points
+            segmenter,
+            x,
+            texts,
+            coordinate_range,
+            s.accuracy,
+            s.reward_weights,
+            s.max_points,
+            s.points,
         )
         rollouts.append(Rollout(x, prompt, answers, rewards))
     totals = torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts])  # [B, G]
@@ -345,9 +352,9 @@ def one_step(
     torch.manual_seed(
         s.seed * 10**6 + step
     )  # a step's draws depend on its number alone: a resumed run repeats them
-    chance = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
+    uniforms = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
     batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[share]]
-    rollouts, seconds = together(lambda: roll_out(policy, segmenter, batch, s, chance[share]))
+    rollouts, seconds = together(lambda: roll_out(policy, segmenter, batch, s, uniforms[share]))
     learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
     line = average(
         {**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
@@ -368,12 +375,12 @@ def before_training(policy: Policy, segmenter: Segmenter, data, s: Settings, beg
         )
     if begins:
         few = [data[i] for i in range(min(4, len(data)))]
-        chance = torch.rand(
+        uniforms = torch.rand(
             len(few), s.group, s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed)
         )
-        rollouts, _ = together(lambda: roll_out(policy, segmenter, few, s, chance))
+        rollouts, _ = together(lambda: roll_out(policy, segmenter, few, s, uniforms))
         if is_first():
-            print(first_look(rollouts, s), flush=True)
+            print(base_summary(rollouts, s), flush=True)
 
 
 def train(s: Settings) -> dict:
@@ -382,7 +389,7 @@ def train(s: Settings) -> dict:
     Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add
     up; the first process writes.
     """
-    begun, count = time.perf_counter(), join(s.device).num_processes
+    begun, count = time.perf_counter(), join_processes(s.device).num_processes
     if count > 1 and s.questions % (s.updates * count):
         raise UserError(
             f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}"

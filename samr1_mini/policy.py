@@ -20,12 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from .attention import IMPLEMENTATION, Cache, Row
+from .attention import IMPLEMENTATION, Cache, PackedRow
 from .config import UserError, check_size, first_line
-from .replay import DEVICES, Fixed, Reader
+from .replay import DEVICES, FixedCache, TokenReader
 from .files import cause, check_adapter_files, check_policy_files, check_policy_is_whole
 from .memory import compute_dtype
-from .tokens import answer_text, banned_ids, draw, opened_answer, stop_ids, token_logits
+from .tokens import answer_text, banned_ids, choose_tokens, opened_answer, stop_ids, token_logits
 
 TINY = (
     Path(__file__).parent / "tiny" / "policy"
@@ -74,7 +74,7 @@ class Policy:
         """The adapter's weights; all others are frozen."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def frame(self, size: int) -> int:
+    def coordinate_range(self, size: int) -> int:
         """The side of a size x size picture as the answers count it."""
         return 1000 if self.coordinates == "thousandths" else size
 
@@ -325,18 +325,18 @@ def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
 
 
 @torch.no_grad()
-def sample(
+def generate(
     policy: Policy,
     prompts: list[Prompt],
     group: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    chance: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
 ) -> list[list[Completion]]:
     """Draw `group` answers to each of B prompts -> B lists of `group` completions; temperature 0 is greedy.
 
     No top-k, no top-p, no repetition penalty, nothing from the model's generation_config: GRPO's ratio needs the
-    distribution that was sampled to be the one that is trained. `chance` [B, G, L] holds a uniform number for every
+    distribution that was sampled to be the one that is trained. `uniforms` [B, G, L] holds a uniform number for every
     token, so that an answer is, up to rounding, the same whatever is sampled beside it; without it they come from
     torch's global random state.
     """
@@ -347,12 +347,14 @@ def sample(
     )
     tokenizer, stop = policy.processor.tokenizer, policy.stop
     if temperature:
-        chance = (torch.rand(len(prompts), group, max_new_tokens) if chance is None else chance).to(
-            device
-        )
+        uniforms = (
+            torch.rand(len(prompts), group, max_new_tokens) if uniforms is None else uniforms
+        ).to(device)
     sizes = [len(p.ids) for p in prompts]
-    cache = (Fixed if device.type in DEVICES else Cache)(sizes, group, device)
-    reader = Reader(language, cache)  # on a GPU it records a token as a CUDA graph and replays it
+    cache = (FixedCache if device.type in DEVICES else Cache)(sizes, group, device)
+    reader = TokenReader(
+        language, cache
+    )  # on a GPU it records a token as a CUDA graph and replays it
     hidden = language(
         inputs_embeds=pad_sequence([p.embeds for p in prompts], True),
         layout=cache,
@@ -377,7 +379,9 @@ def sample(
     )  # [b] questions that are still in the batch
     for t in range(max_new_tokens):
         logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
-        token = draw(logp, chance[unfinished, :, t]) if temperature else logp.argmax(-1)  # [b, G]
+        token = (
+            choose_tokens(logp, uniforms[unfinished, :, t]) if temperature else logp.argmax(-1)
+        )  # [b, G]
         ids[unfinished, :, t], logps[unfinished, :, t] = (
             token,
             logp.gather(-1, token[..., None])[..., 0],
@@ -445,7 +449,7 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     inputs = dict(
         inputs_embeds=torch.cat(parts)[None],
         position_ids=torch.cat(positions, 1)[:, None],
-        layout=Row([len(p.ids) for p in prompts], read),
+        layout=PackedRow([len(p.ids) for p in prompts], read),
         **deepstack(prompts, torch.cat(picture)[None]),
     )
     return (

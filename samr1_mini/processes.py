@@ -14,7 +14,7 @@ PATIENCE = timedelta(
 )  # how long processes wait for each other: the first one may have 19 GB to download
 
 
-def join(device: str) -> PartialState:
+def join_processes(device: str) -> PartialState:
     """This process among its like; alone where nothing launched several."""
     return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 

@@ -32,7 +32,7 @@ from .grpo import (
     sample_in_turn,
     update,
 )
-from .policy import Policy, Prompt, add_adapter, sample
+from .policy import Policy, Prompt, add_adapter, generate
 from .replay import DEVICES
 from .reward import score_group
 from .memory import compute_dtype, free_memory, peak_memory, questions_per_batch
@@ -121,7 +121,7 @@ def one_step(
         )
 
     def reward():
-        size = policy.frame(s.image_size)
+        size = policy.coordinate_range(s.image_size)
         third, middle = size // 3, size // 2
         answer = {
             "bbox": [third, third, 2 * third, 2 * third],
@@ -153,7 +153,7 @@ def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
         DEVICES.clear(), DEVICES.update(devices)
         for tokens in (8, 8, 24):  # the first one warms up
             start = time.perf_counter()
-            sample(policy, prompts, group, tokens)[0][
+            generate(policy, prompts, group, tokens)[0][
                 0
             ].ids.tolist()  # to ask for numbers is to wait for the GPU
             seconds[tokens] = time.perf_counter() - start

@@ -1,7 +1,7 @@
 """One decoded token as a CUDA graph: recorded once, then started whole.
 
 A token of a 3B policy takes about 3,600 operations. Python starts most of them more slowly than the
-GPU executes them. A CUDA graph needs constant sizes. Therefore the whole room of the cache `Fixed`
+GPU executes them. A CUDA graph needs constant sizes. Therefore the whole room of the cache `FixedCache`
 is read, with empty places masked. When the room grows (every 64 tokens), or when many questions
 have ended, one token is read without a graph as a warm-up. The next token is recorded. If recording
 fails, all tokens are read without graphs: slower, but with the same numbers.
@@ -16,7 +16,7 @@ from .config import first_line
 DEVICES = {"cuda"}  # kinds of device that have graphs
 
 
-class Fixed(Cache):
+class FixedCache(Cache):
     """A cache in which nothing changes its size from token to token."""
 
     def __init__(self, prompts: list[int], group: int, device):
@@ -55,7 +55,7 @@ def recorded(read):
     return out, graph.replay
 
 
-class Reader:
+class TokenReader:
     """Reads the next token of every answer with the language model."""
 
     def __init__(self, language, cache: Cache):
@@ -71,7 +71,7 @@ class Reader:
         """Embeddings [b, G, D], positions [3, b, G] -> hidden states [b, G, D], which the next call
         may overwrite.
         """
-        if self.failed or not isinstance(self.cache, Fixed):
+        if self.failed or not isinstance(self.cache, FixedCache):
             return self.read(embeds, positions)
         size = self.cache.answers[0].shape  # it tells questions and room
         if size != self.size:
@@ -108,5 +108,5 @@ class Reader:
         """Call Cache.drop with ended [b] only if many ended, because each new size needs a new
         graph.
         """
-        few = len(ended) // 2 if isinstance(self.cache, Fixed) else 1
+        few = len(ended) // 2 if isinstance(self.cache, FixedCache) else 1
         return self.cache.drop(ended) if ended.sum() >= max(1, few) else None

@@ -50,7 +50,7 @@ def first_answers(rollouts: list) -> list[dict]:
     ]
 
 
-def first_look(rollouts: list, s: Settings) -> str:
+def base_summary(rollouts: list, s: Settings) -> str:
     """One line on a few sampled answers of the base, with a warning where nothing could be learnt from such answers."""
     answers, rewards = [a for x in rollouts for a in x.answers], [
         r for x in rollouts for r in x.rewards
@@ -71,7 +71,7 @@ def first_look(rollouts: list, s: Settings) -> str:
     if not any(r.answer.segmentation_format for r in rewards):
         return (
             f"{line}. Warning: none is in the asked format, so nothing can be learnt unless "
-            "one turns up by chance: try a larger --group or --temperature, or another policy. "
+            "one turns up by uniforms: try a larger --group or --temperature, or another policy. "
             f"{first}"
         )
     if not any(r.answer.reasoning_format for r in rewards):
@@ -104,8 +104,16 @@ def validate(
     report = evaluate(policy, segmenter, validation, s)
     if is_first():
         title = f"Validation after {step} steps" if step else "Validation before training"
-        frame, path = policy.frame(s.image_size), folder / f"sheet-{step:05d}.png"
-        sample_sheet(path, shown(segmenter, validation, report.rows[:12], s, frame), frame, title)
+        coordinate_range, path = (
+            policy.coordinate_range(s.image_size),
+            folder / f"sheet-{step:05d}.png",
+        )
+        sample_sheet(
+            path,
+            shown(segmenter, validation, report.rows[:12], s, coordinate_range),
+            coordinate_range,
+            title,
+        )
     return {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
 
 
@@ -126,11 +134,14 @@ def summarise(
         write_json(folder / "summary.json", summary), write_json(
             folder / "test-trained.json", report.each()
         )
-        frame, title = policy.frame(s.image_size), "Held-out test questions after training"
+        coordinate_range, title = (
+            policy.coordinate_range(s.image_size),
+            "Held-out test questions after training",
+        )
         sample_sheet(
             folder / "sheet-test.png",
-            shown(segmenter, test, report.rows[:12], s, frame),
-            frame,
+            shown(segmenter, test, report.rows[:12], s, coordinate_range),
+            coordinate_range,
             title,
         )
         curves(folder / "curves.png", read_log(folder), summary)

@@ -251,7 +251,7 @@ def score_group(
     points: bool = True,
     lenient: bool = False,
 ) -> list[Reward]:
-    """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.frame).
+    """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.coordinate_range).
 
     `weights` are those of accuracy, reasoning format and segmentation format. Without `points` SAM gets the box alone.
     `lenient` segments with a box found anywhere in the text where there is no proper answer: for evaluation beside the

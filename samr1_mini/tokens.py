@@ -124,7 +124,7 @@ def token_logits(policy, hidden: torch.Tensor, temperature: float) -> torch.Tens
     )  # finite, so that 0 * logit stays 0 in the entropy
 
 
-def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [..., V] and a uniform number in [0, 1) each [...] -> the tokens that they
     stand for [...].
     """
@@ -132,5 +132,5 @@ def draw(logp: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         logp.double().exp().cumsum(-1)
     )  # token i owns the stretch up to cumulative[i], a banned one nothing
     return torch.searchsorted(
-        cumulative, chance.double()[..., None] * cumulative[..., -1:], right=True
+        cumulative, uniforms.double()[..., None] * cumulative[..., -1:], right=True
     )[..., 0]

@@ -24,9 +24,9 @@ from samr1_mini import reward
 from samr1_mini.config import UserError, make_settings, option
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import new_optimizer, roll_out
-from samr1_mini.policy import TINY, encode, load_policy, logprobs, sample
+from samr1_mini.policy import TINY, encode, load_policy, logprobs, generate
 from samr1_mini.reward import parse
-from samr1_mini.reports import first_answers, first_look
+from samr1_mini.reports import first_answers, base_summary
 from samr1_mini.runs import load_state, save_state, take_state
 from samr1_mini.tokens import CUT, answer_text, opened_answer
 
@@ -336,7 +336,7 @@ def test_an_opened_think_changes_texts_and_neither_tokens_nor_log_probabilities(
         torch.manual_seed(0)
         with torch.no_grad():
             prompts = encode(thinker, [x.image for x in samples], [x.question for x in samples])
-            groups = sample(thinker, prompts, 4, 100)
+            groups = generate(thinker, prompts, 4, 100)
             ids = [[a.ids for a in group] for group in groups]
             return [a for group in groups for a in group], logprobs(thinker, prompts, ids)[0]
 
@@ -358,7 +358,7 @@ def test_rewards_logs_and_advice_see_the_whole_answer(thinker, segmenter, sample
     logged = first_answers(rollouts)
     assert all(line["text"].startswith("<think>") for line in logged)
     assert [line["tokens"] for line in logged] == [len(x.answers[0].ids) for x in rollouts]
-    assert "Warning" not in first_look(rollouts, settings)
+    assert "Warning" not in base_summary(rollouts, settings)
 
 
 @pytest.mark.parametrize("more", [{}, {"votes": 3}, {"blank": True}])
@@ -419,7 +419,7 @@ def test_the_first_check_names_the_part_of_the_format_that_is_missing(
         for answer in rollout.answers:
             answer.text, answer.truncated = text, False
         rollout.rewards = reward.score_group(segmenter, rollout.sample, [text] * 4, 112)
-    warning = first_look(rollouts, settings).partition("Warning")[2]
+    warning = base_summary(rollouts, settings).partition("Warning")[2]
     assert warns in warning and bool(warning) == bool(warns)
     assert "--group" not in warning or warns == "--group"
 

@@ -9,11 +9,11 @@ from test_policy import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samr1_mini.attention import Cache, Row
+from samr1_mini.attention import Cache, PackedRow
 from benchmark import compare_decoding, masked_rows
 from samr1_mini.rehearse import random_policy, shape_config
-from samr1_mini.policy import encode, logprobs, prompt_text, sample
-from samr1_mini.replay import Fixed
+from samr1_mini.policy import encode, logprobs, prompt_text, generate
+from samr1_mini.replay import FixedCache
 from samr1_mini.memory import bytes_a_question, questions_per_batch
 from samr1_mini.tokens import products
 
@@ -60,7 +60,7 @@ def test_in_a_row_each_token_sees_its_prompt_and_what_its_own_answer_said_before
                     softmax_attention(q[0, :, place], k[0, :, sees], v[0, :, sees], 0.3)
                 )
     expected = torch.stack(expected)[None]  # [1, T, H, d]
-    seen = Row(prompts, answers).attend(0, q, k, v, 0.3)
+    seen = PackedRow(prompts, answers).attend(0, q, k, v, 0.3)
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
     weight = torch.randn(seen.shape)
     for ours, theirs in zip(
@@ -69,7 +69,7 @@ def test_in_a_row_each_token_sees_its_prompt_and_what_its_own_answer_said_before
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Cache, Fixed])
+@pytest.mark.parametrize("kind", [Cache, FixedCache])
 def test_in_the_cache_each_new_token_sees_its_prompt_and_its_own_answer_while_questions_leave(
     kind, monkeypatch
 ):
@@ -140,7 +140,7 @@ def test_no_mask_over_a_row_and_none_over_a_growing_cache_exists(policy, samples
     with torch.no_grad():
         prompts = encode(policy, [x.image for x in samples[:2]], [x.question for x in samples[:2]])
     with Shapes() as shapes:
-        groups = sample(policy, prompts, 4, 12)
+        groups = generate(policy, prompts, 4, 12)
         ids = [[a.ids for a in g] for g in groups]
         logprobs(policy, prompts, ids)[0].sum().backward()
     policy.model.zero_grad()
@@ -294,7 +294,7 @@ def test_the_estimate_of_what_a_question_takes_is_what_is_counted(samples, setti
     peaks = []
     for n in (1, 3):
         with Live() as live:
-            sample(policy, prompts[:n], s.group, tokens)
+            generate(policy, prompts[:n], s.group, tokens)
         peaks.append(live.peak)
     estimate = bytes_a_question(policy.base, len(prompts[0].ids), s)
     assert estimate == pytest.approx((peaks[1] - peaks[0]) / 2, rel=0.15)

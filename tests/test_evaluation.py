@@ -70,7 +70,7 @@ def say(monkeypatch, words):
     words = cycle(words)
     monkeypatch.setattr(
         evaluation,
-        "sample",
+        "generate",
         lambda _, prompts, *a, **k: [
             [Completion(torch.ones(1), torch.zeros(1), False, next(words))] for _ in prompts
         ],
@@ -293,10 +293,10 @@ def test_a_report_holds_no_picture_and_no_mask_and_those_it_shows_are_made_again
 def test_the_batch_of_evaluation_is_what_was_asked_for(policy, segmenter, samples, monkeypatch):
     sizes = []
     say(monkeypatch, BOXES)
-    speak = evaluation.sample
+    speak = evaluation.generate
     monkeypatch.setattr(
         evaluation,
-        "sample",
+        "generate",
         lambda policy, prompts, *a, **k: sizes.append(len(prompts))
         or speak(policy, prompts, *a, **k),
     )
@@ -329,7 +329,7 @@ class Watched(Sequence):
 
 text = '<think>.</think><answer>{"bbox": [%d, 10, 90, 90], "points": [[40, 40, 1]]}</answer>'
 lefts = iter(range(0, 80, 10))
-evaluation.sample = lambda _, prompts, *a, **k: [
+evaluation.generate = lambda _, prompts, *a, **k: [
     [Completion(torch.ones(1), torch.zeros(1), False, text % next(lefts))] for _ in prompts]
 data, (settings, _) = Watched(), make_settings(preset="tiny", device="cpu", eval_batch=2)
 report = evaluation.evaluate(load_policy("tiny", "fp32"), load_segmenter("tiny"), data, settings, with_ceiling=True)
@@ -395,15 +395,15 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
     ]
     chances = []
 
-    def speak(_, prompts, group, length, temperature, chance):
+    def speak(_, prompts, group, length, temperature, uniforms):
         assert group == 6 and temperature == 1
-        chances.extend(chance)
+        chances.extend(uniforms)
         return [
             [Completion(torch.ones(1), torch.zeros(1), False, text) for text in texts]
             for _ in prompts
         ]
 
-    monkeypatch.setattr(evaluation, "sample", speak)
+    monkeypatch.setattr(evaluation, "generate", speak)
     boxes = lambda image, boxes, points: np.stack(
         [
             np.pad(
@@ -498,7 +498,7 @@ def test_the_answer_that_counts_is_the_middle_one_and_what_is_shown_is_the_mask_
     texts = [answer(box) for box in boxes]
     monkeypatch.setattr(
         evaluation,
-        "sample",
+        "generate",
         lambda _, prompts, *a, **k: [
             [
                 Completion(torch.ones(1), torch.zeros(1), i == 0, text)
@@ -584,7 +584,7 @@ def test_an_evaluation_that_goes_on_with_another_number_of_processes_answers_eac
         rows = []
         for index in range(count):
             alike = SimpleNamespace(process_index=index, num_processes=count)
-            monkeypatch.setattr(evaluation, "join", lambda device: alike)
+            monkeypatch.setattr(evaluation, "join_processes", lambda device: alike)
             say(monkeypatch, BOXES)
             some = Stopping(data, until)
             try:

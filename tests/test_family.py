@@ -20,7 +20,15 @@ from samr1_mini.config import UserError, make_settings
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import roll_out
 from samr1_mini.metrics import tight_box
-from samr1_mini.policy import TINY, check_policy, encode, load_policy, logprobs, prompt_text, sample
+from samr1_mini.policy import (
+    TINY,
+    check_policy,
+    encode,
+    load_policy,
+    logprobs,
+    prompt_text,
+    generate,
+)
 from samr1_mini.reward import score_group
 
 TEXT = dict(
@@ -124,7 +132,7 @@ def test_sampled_and_packed_log_probs_equal_the_models_own_forward(other, sample
     torch.manual_seed(0)
     with torch.no_grad():
         prompts = encode(other, images, questions)
-    groups = sample(other, prompts, 3, 12)
+    groups = generate(other, prompts, 3, 12)
     ids = [[a.ids for a in g] for g in groups]
     packed, _ = logprobs(other, prompts, ids)
     alone = []
@@ -176,7 +184,7 @@ def test_another_picture_gives_other_log_probs(other, samples):
 
 
 def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, samples, segmenter):
-    assert other.coordinates == "thousandths" and other.frame(128) == 1000
+    assert other.coordinates == "thousandths" and other.coordinate_range(128) == 1000
     assert "thousandths of the picture's width and height" in prompt_text(
         other.processor, "what?", 128, 128, other.coordinates
     )
@@ -184,16 +192,19 @@ def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, 
     x1, y1, x2, y2 = (round(1000 * v / 112) for v in tight_box(item.mask))
     middle = [(x1 + x2) // 2, (y1 + y2) // 2, 1]
     text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [{middle}]}}</answer>'
-    [right], [wrong] = score_group(segmenter, item, [text], other.frame(112)), score_group(
-        segmenter, item, [text], 112
-    )
+    [right], [wrong] = score_group(
+        segmenter, item, [text], other.coordinate_range(112)
+    ), score_group(segmenter, item, [text], 112)
     assert right.box_iou > 0.9 and right.iou > 0.8 > 0.1 > wrong.iou
 
 
 def test_the_coordinate_system_can_be_set_against_the_models_habit(folders, policy):
-    assert load_policy(folders["qwen2_vl"], "fp32", 4, coordinates="pixels").frame(112) == 112
-    assert policy.coordinates == "pixels" and policy.frame(112) == 112
-    assert load_policy("tiny", "fp32", 4, coordinates="thousandths").frame(112) == 1000
+    assert (
+        load_policy(folders["qwen2_vl"], "fp32", 4, coordinates="pixels").coordinate_range(112)
+        == 112
+    )
+    assert policy.coordinates == "pixels" and policy.coordinate_range(112) == 112
+    assert load_policy("tiny", "fp32", 4, coordinates="thousandths").coordinate_range(112) == 1000
 
 
 def test_rollouts_and_evaluation_run_with_them(other, samples, segmenter):

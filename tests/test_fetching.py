@@ -310,7 +310,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
     real."""
     import train
 
-    real = grpo.sample
+    real = grpo.generate
 
     def one_in_the_format(*arguments):
         groups = real(*arguments)
@@ -320,7 +320,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
             )
         return groups
 
-    monkeypatch.setattr(grpo, "sample", one_in_the_format)
+    monkeypatch.setattr(grpo, "generate", one_in_the_format)
 
     monkeypatch.setattr(fetch, "SILENCE", 2.0)
     folder, start = str(tmp_path / "set"), 0

@@ -42,7 +42,7 @@ from samr1_mini.policy import TINY, Completion, load_policy, logprobs
 from samr1_mini.reward import Answer, Reward
 from samr1_mini import loading, runs
 from samr1_mini.memory import questions_per_batch
-from samr1_mini.reports import describe, first_look
+from samr1_mini.reports import describe, base_summary
 from samr1_mini.runs import open_run
 from samr1_mini.tiny.shapes import Shapes
 
@@ -713,7 +713,7 @@ def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_c
         for answer in rollout.answers:
             answer.text, answer.truncated = text, tokens == 3
         rollout.rewards = grpo.score_group(segmenter, rollout.sample, [text] * 4, 112)
-    assert re.search(words, first_look(rollouts, s))
+    assert re.search(words, base_summary(rollouts, s))
 
 
 def test_the_first_look_is_printed_once_and_changes_no_draw(
@@ -818,7 +818,7 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
         good % "[30, 40, 1]",
         good % "[30, 40, 1], [31, 41, 1]",
         "It is there.",
-    ], grpo.sample
+    ], grpo.generate
 
     def told(*given):
         groups = real(*given)
@@ -827,7 +827,7 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
                 answer.text = text
         return groups
 
-    monkeypatch.setattr(grpo, "sample", told)
+    monkeypatch.setattr(grpo, "generate", told)
     [r], _ = roll_out(policy, segmenter, [Shapes("train", 1, 5)[0]], s)
     totals = torch.tensor([reward.total for reward in r.rewards])
     assert (
@@ -941,7 +941,7 @@ def test_rewards_in_training_read_answers_in_what_the_policy_counts_in(
     text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [[{x1}, {y1}, 1]]}}</answer>'
     monkeypatch.setattr(
         grpo,
-        "sample",
+        "generate",
         lambda _, prompts, group, *rest: [
             [Completion(torch.ones(1), torch.zeros(1), False, text)] * group for _ in prompts
         ],
@@ -1009,23 +1009,23 @@ def test_each_step_of_each_seed_has_questions_and_draws_of_its_own_and_knows_the
     monkeypatch.setattr(
         grpo,
         "roll_out",
-        lambda policy, segmenter, batch, s, chance: ((batch, chance), {"seconds_rollout": 2}),
+        lambda policy, segmenter, batch, s, uniforms: ((batch, uniforms), {"seconds_rollout": 2}),
     )
     monkeypatch.setattr(grpo, "update", lambda *args: done.append(args[-1]) or {})
     monkeypatch.setattr(grpo, "describe", lambda _: {"length": 3})
     monkeypatch.setattr(grpo, "first_answers", lambda rollouts: rollouts)
     for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
         s = replace(settings, seed=seed, updates=2, passes=3)
-        line, (batch, chance) = one_step(None, None, None, range(100), s, step)
+        line, (batch, uniforms) = one_step(None, None, None, range(100), s, step)
         assert batch == list(range(4 * step, 4 * step + 4)) and line["step"] == step + 1
         assert (
-            chance.shape == (4, s.group, s.max_new_tokens)
+            uniforms.shape == (4, s.group, s.max_new_tokens)
             and line["tokens_per_second"] == 3 * 4 * s.group / 2
         )
         assert (
-            drawn.setdefault((seed, step), chance) == chance
+            drawn.setdefault((seed, step), uniforms) == uniforms
         ).all()  # a step that is done again has the same
-    assert len({chance.sum().item() for chance in drawn.values()}) == 4
+    assert len({uniforms.sum().item() for uniforms in drawn.values()}) == 4
     assert done == [0, 6, 0, 6, 6]
 
 
@@ -1195,7 +1195,7 @@ def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settin
 def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_answers_stay_the_same(
     policy, segmenter, settings, monkeypatch
 ):
-    whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.sample
+    whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.generate
     assert questions_per_batch(policy.base, 4, 220, settings, float("inf")) == 4
     assert questions_per_batch(policy.base, 4, 220, settings, 0) == 1
     enough = next(
@@ -1213,7 +1213,7 @@ def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_ans
         == 1
     )
     monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
-    monkeypatch.setattr(grpo, "sample", lambda *args: sizes.append(len(args[1])) or real(*args))
+    monkeypatch.setattr(grpo, "generate", lambda *args: sizes.append(len(args[1])) or real(*args))
     parts = rollouts_of(policy, segmenter, settings)
     assert sizes == [2, 2] and [[a.text for a in r.answers] for r in whole] == [
         [a.text for a in r.answers] for r in parts

@@ -500,7 +500,7 @@ def test_an_evaluation_that_continues_with_another_batch_answers_every_question(
         (tmp_path / "answers.part", "what"),
         make_settings(preset="tiny", device="cpu", max_new_tokens=2)[0],
     )
-    real, calls = evaluation.sample, []
+    real, calls = evaluation.generate, []
 
     def stopped(*args, **options):
         calls.append(1)
@@ -508,7 +508,7 @@ def test_an_evaluation_that_continues_with_another_batch_answers_every_question(
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(evaluation, "sample", stopped)
+    monkeypatch.setattr(evaluation, "generate", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate(policy, segmenter, data, replace(s, eval_batch=3), keep=keep)
     rows = evaluate(policy, segmenter, data, replace(s, eval_batch=2), keep=keep).rows

@@ -70,7 +70,7 @@ def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(
 ):
     policy, data = load_policy(real_vocabulary, "fp32", rank=2), load_data(str(PHOTOS), "test", 4)
     answers = iter([true_answer(x) for x in data])
-    real = evaluation.sample
+    real = evaluation.generate
 
     def right(*arguments, **options):
         groups = real(*arguments, **options)
@@ -78,7 +78,7 @@ def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(
             answer.text = next(answers)
         return groups
 
-    monkeypatch.setattr(evaluation, "sample", right)
+    monkeypatch.setattr(evaluation, "generate", right)
     report = evaluate(policy, BoxFiller(), data, settings)
     assert len({x.image.size for x in data}) > 1 and all(x.image.size != (840, 840) for x in data)
     for row, x in zip(report.rows, data):
@@ -136,7 +136,7 @@ def test_evaluation_of_photographs_from_the_command_line(
 
 def test_training_on_photographs(settings, monkeypatch, tmp_path):
     """A random policy never finds the format, so every second answer is given one; all else is real."""
-    real, asked = grpo.sample, []
+    real, asked = grpo.generate, []
 
     def half_right(policy, prompts, *rest):
         groups = real(policy, prompts, *rest)
@@ -147,7 +147,7 @@ def test_training_on_photographs(settings, monkeypatch, tmp_path):
             )
         return groups
 
-    monkeypatch.setattr(grpo, "sample", half_right)
+    monkeypatch.setattr(grpo, "generate", half_right)
     summary = train(replace(settings, beta=0.0))
     assert summary["samples"] == 4 and summary["trained"]["count"] == 2 and min(asked) > 1000
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

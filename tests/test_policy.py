@@ -25,7 +25,7 @@ from samr1_mini.policy import (
     load_policy,
     logprobs,
     prompt_text,
-    sample,
+    generate,
     token_logits,
 )
 from samr1_mini.tokens import stop_ids
@@ -36,7 +36,7 @@ def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):
     torch.manual_seed(seed)
     with torch.no_grad():
         prompts = encode(policy, [s.image for s in samples], [s.question for s in samples])
-    return prompts, sample(policy, prompts, group, tokens, temperature)
+    return prompts, generate(policy, prompts, group, tokens, temperature)
 
 
 def one_by_one(policy, item, ids, temperature=1.0):
@@ -133,7 +133,7 @@ def test_sampled_frequencies_are_those_of_the_softmax(policy, samples):
     with torch.no_grad():
         prompts = encode(policy, [samples[0].image], [samples[0].question])
     torch.manual_seed(0)
-    [answers] = sample(policy, prompts, 3000, 1)
+    [answers] = generate(policy, prompts, 3000, 1)
     counts = (
         torch.bincount(torch.stack([a.ids[0] for a in answers]), minlength=len(policy.banned))
         / 3000
@@ -163,7 +163,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_at_this_temperature_says(
     with torch.no_grad():
         prompts = encode(policy, [samples[0].image], [samples[0].question])
     torch.manual_seed(0)
-    [answers] = sample(policy, prompts, 4000, 1, temperature)
+    [answers] = generate(policy, prompts, 4000, 1, temperature)
     counts = torch.bincount(torch.stack([a.ids[0] for a in answers]), minlength=340)[
         300:340
     ].double()
@@ -179,10 +179,10 @@ def test_tokens_are_drawn_as_often_as_the_softmax_at_this_temperature_says(
 
 def test_a_drawn_token_is_the_one_whose_stretch_holds_the_number():
     logp = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log().clamp(min=-1e30)
-    chance = torch.tensor(
+    uniforms = torch.tensor(
         [0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-24]
     )  # the largest number that torch.rand gives
-    assert policy_module.draw(logp.expand(6, -1), chance).tolist() == [1, 1, 3, 3, 4, 4]
+    assert policy_module.draw(logp.expand(6, -1), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_an_answer_is_the_same_whatever_is_sampled_beside_it(policy, samples):
@@ -190,13 +190,15 @@ def test_an_answer_is_the_same_whatever_is_sampled_beside_it(policy, samples):
     with torch.no_grad():
         prompts = encode(policy, [x.image for x in samples[:4]], [x.question for x in samples[:4]])
     torch.manual_seed(0)
-    chance = torch.rand(4, 3, 30)
-    together = sample(policy, prompts, 3, 30, chance=chance)
-    apart = [sample(policy, [p], 3, 30, chance=chance[i : i + 1])[0] for i, p in enumerate(prompts)]
+    uniforms = torch.rand(4, 3, 30)
+    together = generate(policy, prompts, 3, 30, uniforms=uniforms)
+    apart = [
+        generate(policy, [p], 3, 30, uniforms=uniforms[i : i + 1])[0] for i, p in enumerate(prompts)
+    ]
     assert [[a.text for a in group] for group in together] == [
         [a.text for a in group] for group in apart
     ]
-    other = sample(policy, prompts, 3, 30, chance=chance.flip(0))
+    other = generate(policy, prompts, 3, 30, uniforms=uniforms.flip(0))
     assert [[a.text for a in group] for group in together] != [
         [a.text for a in group] for group in other
     ]
@@ -258,9 +260,9 @@ def test_an_answer_stops_where_the_models_own_generation_config_does_and_padding
     for end in real.stop:
         wanted = iter([3, 4, int(end), 5])
         monkeypatch.setattr(
-            policy_module, "draw", lambda logp, chance: torch.full(logp.shape[:-1], next(wanted))
+            policy_module, "draw", lambda logp, uniforms: torch.full(logp.shape[:-1], next(wanted))
         )
-        [[answer]] = sample(real, prompts, 1, 4)
+        [[answer]] = generate(real, prompts, 1, 4)
         assert answer.ids.tolist() == [3, 4, end] and not answer.truncated
     assert len(logprobs(real, prompts, [[answer.ids]])[0]) == 3  # stopping is trained
 

@@ -692,7 +692,7 @@ def answered(monkeypatch):
             [SimpleNamespace(text=say(*p))] * group for p in prompts
         ]
         monkeypatch.setattr(pretrain, "encode", prompts_of)
-        monkeypatch.setattr(pretrain, "sample", texts)
+        monkeypatch.setattr(pretrain, "generate", texts)
         return pretrain.measure_policy(None, drawing(draw), count, group)
 
     return measure

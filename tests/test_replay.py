@@ -8,7 +8,7 @@ from samr1_mini import policy as policy_module
 from samr1_mini import replay
 from samr1_mini.attention import Cache
 from samr1_mini import rehearse
-from samr1_mini.policy import encode, load_policy, sample
+from samr1_mini.policy import encode, load_policy, generate
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def record_a_token(policy, prompts, monkeypatch):
 
     monkeypatch.setattr(replay, "recorded", recorded)
     monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
-    sample(policy, prompts, 3, 8)
+    generate(policy, prompts, 3, 8)
     assert seen
 
 
@@ -91,8 +91,8 @@ def test_a_token_that_is_recorded_asks_for_no_number(policy, nf4_policy, samples
 def drawn(policy, samples, tokens: int):
     with torch.no_grad():
         prompts = encode(policy, [x.image for x in samples], [x.question for x in samples])
-    chance = torch.rand(len(samples), 3, tokens, generator=torch.Generator().manual_seed(0))
-    return sample(policy, prompts, 3, tokens, chance=chance)
+    uniforms = torch.rand(len(samples), 3, tokens, generator=torch.Generator().manual_seed(0))
+    return generate(policy, prompts, 3, tokens, uniforms=uniforms)
 
 
 def flat(groups):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from samr1_mini.tiny import scenes
-from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
 from tutorials.tiny_world import phases
 

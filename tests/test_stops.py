@@ -29,7 +29,7 @@ from samr1_mini import policy as policy_module
 from samr1_mini.attention import Cache
 from samr1_mini.config import Settings, Terminated, UserError, resumed_settings
 from samr1_mini.grpo import train
-from samr1_mini.policy import encode, sample
+from samr1_mini.policy import encode, generate
 from samr1_mini import processes, runs, stops
 from samr1_mini.tiny.scenes import make_scene
 
@@ -324,8 +324,8 @@ def test_a_failure_in_one_process_ends_all(monkeypatch):
 def answers_of(policy, samples):
     with torch.no_grad():
         prompts = encode(policy, [x.image for x in samples], [x.question for x in samples])
-    chance = torch.rand(len(samples), 3, 60, generator=torch.Generator().manual_seed(0))
-    groups = sample(policy, prompts, 3, 60, chance=chance)
+    uniforms = torch.rand(len(samples), 3, 60, generator=torch.Generator().manual_seed(0))
+    groups = generate(policy, prompts, 3, 60, uniforms=uniforms)
     return [answer for group in groups for answer in group]
 
 

@@ -1,7 +1,7 @@
 """What sharing the prompt saves, and what 4-bit weights cost, in one run: `python tests/benchmarks/benchmark.py`;
 on a GPU, `--shape 3b` or `7b` takes a policy of that true shape with random weights.
 
-Rollouts, from pictures and questions: `policy.sample` against transformers' generate with num_return_sequences=G, which
+Rollouts, from pictures and questions: `policy.generate` against transformers' generate with num_return_sequences=G, which
 encodes a picture once and reads the prompt G times, and with the prompt given G times, as trainers do that treat every
 answer as a row. Updates: `policy.logprobs` on packed rows against a padded batch in which every answer has its own copy
 of the prompt, pictures and all, or their features at hand as ours are. Attention: updates against each question in a
@@ -36,7 +36,7 @@ from samr1_mini.policy import (
     logprobs,
     pack,
     prompt_text,
-    sample,
+    generate,
 )
 from samr1_mini.gpu import gpu_is_usable
 from samr1_mini.memory import device_name
@@ -109,7 +109,7 @@ def compare(
 
     rollout = seconds(
         {
-            "shared prompt": lambda: sample(policy, encoded(), group, tokens),
+            "shared prompt": lambda: generate(policy, encoded(), group, tokens),
             "  of it, encoding the picture": encoded,
             "generate": lambda: generate(1),
             "generate, prompt repeated": lambda: generate(group),
@@ -268,7 +268,7 @@ def compare_weights(
             [torch.randint(300, 400, (tokens,), device=device) for _ in range(group)]
             for _ in prompts
         ]
-        functions[f"{load_in}, rollout"] = lambda p=policy, x=prompts: sample(p, x, group, tokens)
+        functions[f"{load_in}, rollout"] = lambda p=policy, x=prompts: generate(p, x, group, tokens)
         functions[f"{load_in}, update"] = (
             lambda p=policy, x=prompts, g=groups: logprobs(p, x, g)[0].sum().backward()
         )

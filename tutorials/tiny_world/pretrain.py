@@ -26,7 +26,7 @@ from tqdm import tqdm
 from samr1_mini.config import Parser, UserError, auto_device, exit_with, first_line
 from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
-from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs, sample
+from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs, generate
 from samr1_mini.reward import parse, score_group
 from samr1_mini.segmenter import TINY_SAM, decode, load_segmenter, random_sam
 from samr1_mini.tokens import banned_ids, stop_ids
@@ -721,7 +721,7 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
                 prompts = encode(
                     policy, [x.image for x in samples], [x.question + hint for x in samples]
                 )
-            return sample(policy, prompts, group, 112, temperature=temperature)
+            return generate(policy, prompts, group, 112, temperature=temperature)
 
         for x, scene, drawn in zip(samples, scenes, answers("", group, 1.0)):
             texts = [answer.text for answer in drawn]
