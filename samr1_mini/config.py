@@ -1,4 +1,8 @@
-"""All settings of a run: a dataclass, a line of help a field, three presets. `train.py` makes each field an option."""
+"""All settings of a run: a dataclass with a line of help for each field, and three presets.
+
+`train.py` makes an option of each field. A field named X_weight is the weight of the reward term X
+(reward.py).
+"""
 
 import argparse
 import difflib
@@ -31,13 +35,13 @@ CACHE = cache_folder()
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, without a traceback."""
+    """A mistake that the user can correct. It is shown as one line, without a traceback."""
 
 
 class Terminated(BaseException):
-    """SIGTERM came, or the signal of a closed terminal: the state is saved at once, and the step in progress is lost.
+    """SIGTERM or the signal of a closed terminal: the run saves its last whole step and ends.
 
-    As KeyboardInterrupt it is no Exception, so that no `except Exception` on its way takes it for a failure.
+    Like KeyboardInterrupt, this is no Exception. So no `except Exception` takes it for a failure.
     """
 
     def __init__(self, number: int = signal.SIGTERM):
@@ -45,178 +49,224 @@ class Terminated(BaseException):
         self.number = int(number)
 
 
-def _group(heading: str):
-    """A maker of options that `--help` shows under one heading."""
-    return lambda default, help, choices=None: field(
-        default=default, metadata=dict(help=help, choices=choices, group=heading)
-    )
-
-
-_run, _model, _data, _rollout, _reward, _optimisation, _evaluation = map(
-    _group, ("run", "model", "data", "rollout", "reward", "optimisation", "evaluation")
-)
+def setting(group: str, default, help: str, choices: tuple | None = None):
+    """Return a field of Settings. `--help` shows its option under the heading `group`."""
+    return field(default=default, metadata=dict(help=help, choices=choices, group=group))
 
 
 @dataclass(frozen=True)
 class Settings:
-    preset: str = _run(
-        "auto", "size of everything below; auto looks at the machine", ("auto", "tiny", "3b", "7b")
+    """One field for each option of train.py. Defaults are those of --preset tiny."""
+
+    preset: str = setting(
+        "run",
+        "auto",
+        "size of policy, pictures and answers; auto looks at the machine",
+        ("auto", "tiny", "3b", "7b"),
     )
-    samples: int = _run(3000, "training questions in all; a smaller set is gone through again")
-    run: str = _run(
-        "", "folder of this run: log, pictures, adapter, summary (default: a new one in runs/)"
+    samples: int = setting(
+        "run", 3000, "number of training questions; a smaller data set is repeated"
     )
-    resume: bool = _run(False, "go on with the run in that folder where it stopped")
-    seed: int = _run(
+    run: str = setting(
+        "run", "", "folder for log, pictures, adapter and summary (default: a new one in runs/)"
+    )
+    resume: bool = setting("run", False, "continue the run in the folder --run")
+    seed: int = setting(
+        "run",
         0,
-        "seed of everything: on one kind of CPU, with as many threads, the same seed gives the same "
-        "numbers; on a GPU the same questions and draws, while sums are rounded in another order each "
-        "time",
+        "seed of all random numbers. The same seed gives the same numbers on one kind of CPU with "
+        "the same number of threads. On a GPU the random numbers are the same, but rounding differs",
     )
-    rehearse: int = _run(
+    rehearse: int = setting(
+        "run",
         0,
-        "do not train: run this many full steps with random weights of the preset's shape; nothing "
-        "is downloaded",
+        "do not train. Measure this many full steps with random weights of the preset's shape. "
+        "Nothing is downloaded",
     )
-    device: str = _run("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
-    save_minutes: float = _run(
-        10.0, "minutes between saved states, beside those at evaluations and at the end"
+    device: str = setting("run", "auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    save_minutes: float = setting(
+        "run", 10.0, "minutes between saved states. Evaluations and the end are saved too"
     )
-    memory_limit: float = _run(
+    memory_limit: float = setting(
+        "run",
         0.0,
-        "GiB of GPU memory this process may take; lets a larger card stand in for a "
-        "smaller one (0: all)",
+        "GiB of GPU memory that this process may use (0: all). A large card can stand in for a "
+        "smaller one",
     )
 
-    policy: str = _model(
-        "tiny", "a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) by folder or hub id; tiny is in the package"
-    )
-    sam: str = _model(
+    policy: str = setting(
+        "model",
         "tiny",
-        "Segment Anything: tiny, vit_b, vit_l, vit_h, or a SAM 2 or SAM 3 by hub id or folder "
+        "folder or hub id of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; tiny is in the package",
+    )
+    start_from: str = setting(
+        "model", "", "folder of an adapter to start from; the KL stays to the base model"
+    )
+    prompt_file: str = setting(
+        "model",
+        "",
+        "text file with another prompt; it must contain {question} and may contain {unit}",
+    )
+    sam: str = setting(
+        "model",
+        "tiny",
+        "segmenter: tiny, vit_b, vit_l, vit_h, or hub id or folder of a SAM 2 or SAM 3 "
         "(facebook/sam2-hiera-large)",
     )
-    sam_checkpoint: str = _model(
-        "", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)"
+    sam_checkpoint: str = setting(
+        "model", "", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)"
     )
-    load_in: str = _model("nf4", "weights of the frozen base", ("nf4", "bf16", "fp32"))
-    rank: int = _model(32, "rank of the LoRA adapter")
-    image_size: int = _model(
+    load_in: str = setting(
+        "model", "nf4", "format of the frozen base weights", ("nf4", "bf16", "fp32")
+    )
+    rank: int = setting("model", 32, "rank of the LoRA adapter")
+    image_size: int = setting(
+        "model",
         112,
-        "pixels a side of the square the policy sees, a multiple of 28 (Qwen3-VL: 32, " "tiny: 14)",
+        "side of the square picture for the policy in pixels, a multiple of 28 (Qwen3-VL: 32, "
+        "tiny: 14)",
     )
-    coordinates: str = _model(
+    coordinates: str = setting(
+        "model",
         "auto",
-        "what answers count in: pixels, thousandths of the picture's sides, or auto, "
-        "as that kind of model is used to",
+        "unit of the answers: pixels, thousandths of the picture's sides, or auto for the unit of "
+        "the model type",
         ("auto", "pixels", "thousandths"),
     )
 
-    data: str = _data(
+    data: str = setting(
+        "data",
         "shapes",
-        "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), or a folder (yours "
-        "with data.jsonl, or a set's files)",
+        "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), a folder with data.jsonl, "
+        "or a folder with the files of a public set",
     )
-    eval_data: str = _data(
-        "", "the set for validation and test, such as reasonseg (default: that of --data)"
+    eval_data: str = setting(
+        "data", "", "data set for validation and test, such as reasonseg (default: that of --data)"
     )
-    coco_dir: str = _data(
+    coco_dir: str = setting(
+        "data",
         "",
-        "folder with COCO's train2014 pictures, for RefCOCO's sets; without it those that are "
-        "drawn are fetched",
+        "folder with COCO's train2014 pictures, for RefCOCO's sets (default: the pictures that are "
+        "needed are downloaded)",
     )
-    sentences: str = _data(
-        "first", "RefCOCO's sets: the first expression of each object, or all", ("first", "all")
+    sentences: str = setting(
+        "data",
+        "first",
+        "RefCOCO's sets: the first expression of each object, or all",
+        ("first", "all"),
     )
-    ignore: str = _data(
+    ignore: str = setting(
+        "data",
         "foreground",
-        "ReasonSeg's undecided pixels: foreground, as in the hub's copies, or excluded",
+        "ReasonSeg's undecided pixels: foreground as in the hub's copies, or excluded",
         ("foreground", "excluded"),
     )
-    empty_truth: str = _data(
+    empty_truth: str = setting(
+        "data",
         "correct",
-        "test questions whose true mask is empty: an empty mask is correct (LISA's "
-        "way), or they are excluded",
+        "test questions with an empty true mask: correct (an empty mask is right, as in LISA), or "
+        "excluded",
         ("correct", "excluded"),
     )
 
-    questions: int = _rollout(16, "questions a rollout batch")
-    group: int = _rollout(8, "G, answers a question (elsewhere num_generations)")
-    max_new_tokens: int = _rollout(112, "longest answer, tokens")
-    temperature: float = _rollout(1.0, "sampling temperature, applied in the loss too")
+    questions: int = setting("rollout", 16, "questions in a rollout batch")
+    group: int = setting("rollout", 8, "answers to each question, G (elsewhere num_generations)")
+    max_new_tokens: int = setting("rollout", 112, "tokens of the longest answer")
+    temperature: float = setting(
+        "rollout", 1.0, "sampling temperature; the loss uses the same temperature"
+    )
 
-    accuracy: str = _reward(
+    accuracy: str = setting(
+        "reward",
         "tiered",
-        "accuracy term: eq. (5), one threshold, IoU, or the tiers on the box's IoU",
+        "accuracy term: tiers of eq. (5), one threshold, the IoU, or the tiers for the box's IoU",
         ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"),
     )
-    accuracy_weight: float = _reward(1.0, "weight of the accuracy term (0 to 4)")
-    reasoning_weight: float = _reward(1.0, "weight of the reasoning-format term (0 or 1)")
-    segmentation_weight: float = _reward(1.0, "weight of the segmentation-format term (0 or 1)")
-    points: bool = _reward(
-        True, "prompt SAM with the answer's box and points, or (--no-points) with the box alone"
+    accuracy_weight: float = setting("reward", 1.0, "weight of the accuracy term (0 to 4)")
+    reasoning_format_weight: float = setting(
+        "reward", 1.0, "weight of the reasoning-format term (0 or 1)"
     )
-    max_points: int = _reward(
-        8, "most points an answer may give; one with more is not read, as if it had no box"
+    segmentation_format_weight: float = setting(
+        "reward", 1.0, "weight of the segmentation-format term (0 or 1)"
+    )
+    points: bool = setting(
+        "reward", True, "prompt SAM with box and points (--no-points: with the box alone)"
+    )
+    max_points: int = setting(
+        "reward", 8, "maximum number of points; an answer with more points is not read"
     )
 
-    lr: float = _optimisation(1e-4, "learning rate of the adapter")
-    beta: float = _optimisation(
+    lr: float = setting("optimisation", 1e-4, "learning rate of the adapter")
+    beta: float = setting(
+        "optimisation",
         0.005,
-        "weight of the KL to the base; 0 leaves it out, with its forward (1e-9: it is "
-        "measured and moves nothing)",
+        "weight of the KL to the base model. With 0 the KL is not computed. With 1e-9 it is only "
+        "logged",
     )
-    kl_bound: float = _optimisation(
-        5.0, "log(pi_ref / pi) counts at most this in the KL, so no token rules an update"
+    kl_bound: float = setting(
+        "optimisation", 5.0, "upper bound of log(pi_ref / pi) in the KL of one token"
     )
-    skip_flat: bool = _optimisation(
+    skip_flat: bool = setting(
+        "optimisation",
         False,
-        "leave groups without variance (zero_variance in the log) out of the "
-        "updates: they carry nothing but the KL. No others take their places",
+        "leave groups without reward variance out of the updates. Only their KL is lost",
     )
-    eps_low: float = _optimisation(0.2, "the ratio is clipped at 1 - eps_low")
-    eps_high: float = _optimisation(
-        0.3, "the ratio is clipped at 1 + eps_high (clip-higher: above eps_low)"
+    eps_low: float = setting("optimisation", 0.2, "the ratio is clipped at 1 - eps_low")
+    eps_high: float = setting(
+        "optimisation", 0.3, "the ratio is clipped at 1 + eps_high (clip-higher: above eps_low)"
     )
-    normalise: str = _optimisation(
+    normalise: str = setting(
+        "optimisation",
         "token",
-        "loss aggregation. token: eq. (4), one normaliser for a group's tokens; "
-        "sequence: eq. (2), one for each answer",
+        "normaliser of the loss. token: one for all tokens of a group, eq. (4); sequence: one for "
+        "each answer, eq. (2)",
         ("token", "sequence"),
     )
-    advantage: str = _optimisation(
-        "std", "std: eq. (1); mean: no division by the standard deviation", ("std", "mean")
+    advantage: str = setting(
+        "optimisation",
+        "std",
+        "std: eq. (1); mean: without division by the standard deviation",
+        ("std", "mean"),
     )
-    updates: int = _optimisation(
+    updates: int = setting(
+        "optimisation",
         4,
-        "optimizer updates a rollout batch, each on its share of the questions; with 1 "
-        "the ratio is always 1",
+        "optimizer updates for each rollout batch, each with its part of the questions. With 1 the "
+        "ratio is always 1",
     )
-    passes: int = _optimisation(
-        1, "passes over each rollout batch, each of that many updates (elsewhere " "num_iterations)"
+    passes: int = setting(
+        "optimisation",
+        1,
+        "passes over each rollout batch, each of --updates updates (elsewhere num_iterations)",
     )
-    micro: int = _optimisation(
-        8, "questions a forward of the update; lower it when memory runs out"
+    micro: int = setting(
+        "optimisation", 8, "questions in one forward of an update; lower it to save memory"
     )
-    checkpointing: bool = _optimisation(
-        False, "recompute activations in the backward: less memory, more time"
+    checkpointing: bool = setting(
+        "optimisation", False, "recompute activations in the backward: less memory, more time"
     )
-    warmup: int = _optimisation(10, "updates over which the rate climbs to lr, then stays")
-    max_grad_norm: float = _optimisation(1.0, "gradients are scaled down to this norm")
+    warmup: int = setting(
+        "optimisation", 10, "updates in which the learning rate rises to --lr, and then stays"
+    )
+    max_grad_norm: float = setting("optimisation", 1.0, "maximum norm of the gradient")
 
-    eval_every: int = _evaluation(40, "steps between evaluations on the validation set; 0 for none")
-    eval_samples: int = _evaluation(64, "validation questions each time")
-    test_samples: int = _evaluation(500, "held-out test questions before and after training")
-    eval_batch: int = _evaluation(
+    eval_every: int = setting(
+        "evaluation", 40, "steps between evaluations on the validation set (0: none)"
+    )
+    eval_samples: int = setting("evaluation", 64, "validation questions in each evaluation")
+    test_samples: int = setting("evaluation", 500, "test questions before and after training")
+    eval_batch: int = setting(
+        "evaluation",
         0,
-        "questions that are answered side by side; padding can move greedy answers "
-        "(0: about 16,000 prompt tokens, and on a GPU fewer where memory is short)",
+        "questions in one batch of an evaluation (0: about 16,000 prompt tokens, or less if memory "
+        "is short). Padding can change greedy answers",
     )
 
     @property
-    def reward_weights(self) -> tuple[float, float, float]:
-        """Weights of the terms of reward.score_group, in their order."""
-        return self.accuracy_weight, self.reasoning_weight, self.segmentation_weight
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward term by its name."""
+        names = [f.name for f in fields(self) if f.name.endswith("_weight")]
+        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
 
 _FULL_SIZE = dict(
@@ -346,21 +396,32 @@ def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple
 
 
 def make_settings(**given) -> tuple[Settings, str]:
-    """Settings from a preset with the `given` fields on top, and a line that says so."""
-    preset, why = given.get("preset", "auto"), "asked for"
+    """Return checked settings, `given` on top of a preset, and a line that describes them.
+
+    Raises UserError for values that cannot work.
+    """
+    preset = given.get("preset", "auto")
+    if preset not in ("auto", *PRESETS):
+        raise UserError(f"--preset must be auto, {', '.join(PRESETS)}, not {preset}")
+    why = "asked for"
     if preset == "auto":
         preset, why = choose_preset(given.get("device", "auto"), given.get("memory_limit", 0.0))
+    unknown = set(given) - {f.name for f in fields(Settings)}
+    if unknown:
+        raise UserError(f"no setting is called {min(unknown)}")
     settings = Settings(**PRESETS[preset] | given | {"preset": preset})
     if settings.device == "auto":
         settings = replace(settings, device=auto_device())
         if settings.device == "cpu" and why == "asked for":
             why += f", on the CPU: {gpu_fault()}"
+    check(settings)
+    line = f"preset {preset}: {why}"
     if preset != "tiny" and settings.device == "cuda" and emulates_bf16():
-        why += "; the GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
-    changed = ", ".join(
-        f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume")
-    )
-    return settings, f"preset {preset}: {why}" + (f"; you set {changed}" if changed else "")
+        line += "; the GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
+    changed = [f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume")]
+    if changed:
+        line += f"; you set {', '.join(changed)}"
+    return settings, line
 
 
 def auto_device() -> str:
@@ -406,38 +467,50 @@ MAY_CHANGE = (
 )
 
 
+# Settings of older runs, under their old names.
+OLD_NAMES = {
+    "reasoning_weight": "reasoning_format_weight",
+    "segmentation_weight": "segmentation_format_weight",
+}
+
+
 def read_settings(file: Path) -> dict:
-    """What a run wrote down of its settings: those that still exist."""
+    """Read the settings of a run from its settings.json. Settings that no longer exist are left out."""
+    known = {f.name for f in fields(Settings)}
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        return {name: value for name, value in saved.items() if name in asdict(Settings())}
+        named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read as a run's settings ({error})") from None
+    return {name: value for name, value in named.items() if name in known}
 
 
 def resumed_settings(given: dict) -> tuple[Settings, str]:
-    """The settings that a run was started with. What would make it another run is refused."""
+    """Return the settings with which a run was started, and a line that describes them.
+
+    Raises UserError for a `given` setting that would make another run of it.
+    """
     if not given.get("run"):
-        raise UserError("--resume needs --run with the folder of the run to go on with")
+        raise UserError("--resume needs --run with the folder of the run to continue")
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    saved = asdict(Settings()) | read_settings(
-        file
-    )  # what an older version did not know takes its default
+    saved = asdict(Settings()) | read_settings(file)  # settings of later versions get the default
+    changed = {}
     for name, value in given.items():
-        if name not in MAY_CHANGE and saved[name] != value:
+        if name in MAY_CHANGE:
+            changed[name] = value
+        elif saved[name] != value:
+            typed = option(name)
             raise UserError(
-                f"--resume: this run was started with {option(name)} {saved[name]}, not {value}"
+                f"--resume: this run was started with {typed} {saved[name]}, not {value}"
             )
-    changed = {
-        name: value for name, value in given.items() if name in MAY_CHANGE and name != "preset"
-    }
+    changed.pop("preset", None)
     settings = Settings(**saved | changed)
-    if settings.device == "auto":  # no run writes this, but a hand may
+    if settings.device == "auto":  # no run writes this value, but a person may
         settings = replace(settings, device=auto_device())
         check_machine(settings, None)
-    return settings, f"going on with {settings.run}, preset {settings.preset}"
+    return settings, f"continue {settings.run}, preset {settings.preset}"
 
 
 MAY_BE_0 = (
@@ -450,27 +523,33 @@ MAY_BE_0 = (
     "seed",
     "eps_low",
     "eps_high",
-    "accuracy_weight",
-    "reasoning_weight",
-    "segmentation_weight",
 )
 
 
+def check_number(name: str, kind: type, value: float) -> None:
+    """Raise UserError for a number that is too small, infinite or not a number."""
+    if 0 < value < float("inf"):
+        return
+    need = "be above 0"
+    if kind is int:
+        need = "be at least 1"
+    if name in MAY_BE_0 or name.endswith("_weight"):
+        if value == 0:
+            return
+        need = "not be below 0"
+    raise UserError(f"{option(name)} must {need}, not {value}")
+
+
 def check(s: Settings) -> None:
-    """Refuse values that cannot work, each with one line that names the option."""
+    """Raise UserError, with one line that names the option, for settings that cannot work."""
     for f in fields(s):
-        value, least = getattr(s, f.name), "be at least 1" if f.type is int else "be above 0"
-        if f.type in (int, float) and not (
-            0 < value < float("inf") or value == 0 and f.name in MAY_BE_0
-        ):
-            raise UserError(
-                f"{option(f.name)} must {'not be below 0' if f.name in MAY_BE_0 else least}, not {value}"
-            )
+        if f.type in (int, float):
+            check_number(f.name, f.type, getattr(s, f.name))
     if s.seed > 10**12:  # a step's own seed is made of it
         raise UserError(f"--seed must be at most 10**12, not {s.seed}")
     if s.group < 2:
         raise UserError(
-            f"--group must be at least 2, not {s.group}: an answer is judged against the rest of its group"
+            f"--group must be at least 2, not {s.group}: an answer is compared with the rest of its group"
         )
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
@@ -498,10 +577,9 @@ def check(s: Settings) -> None:
         raise UserError(
             f"--load-in bf16: {torch.cuda.get_device_name()} emulates bf16; take --load-in nf4"
         )
-    if not any(s.reward_weights):
-        raise UserError(
-            "--accuracy-weight, --reasoning-weight and --segmentation-weight are 0: nothing is paid for"
-        )
+    if not any(s.reward_weights.values()):
+        options = ", ".join(option(f"{name}_weight") for name in s.reward_weights)
+        raise UserError(f"{options} are all 0, so no answer gets reward. Set one of them above 0")
     if s.sam_checkpoint and not Path(s.sam_checkpoint).is_file():
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
 

@@ -1,80 +1,94 @@
-"""The reward: text -> answer (box, points) -> SAM's mask -> IoU with the true mask -> eq. (5), and two terms for the
-format.
+"""The reward: text -> box and points -> SAM's mask -> IoU with the true mask -> named terms.
 
-    reward = accuracy (0, 2, 3 or 4) + reasoning format (0 or 1) + segmentation format (0 or 1)
+    reward = accuracy (0, 2, 3 or 4) + reasoning_format (0 or 1) + segmentation_format (0 or 1)
 
-No network is trained here and nothing is learnt from boxes: the policy is paid for what Segment Anything makes of its
-prompt. Frames: answers count pixels of the square picture the policy sees; SAM and the true mask keep the picture's
-own size [H, W].
+No network is trained here. The policy gets no reward for its box. It gets reward for the mask that
+Segment Anything draws from the box and the points.
+
+Coordinates: an answer counts in a square of `side` units (pixels of the picture that the policy
+sees, or 1,000). SAM and the true mask keep the picture's own size [H, W].
+
+A new term is one line in `reward_terms` and one setting NAME_weight in config.py. Log, curves and
+sheets show the new term without further changes.
 """
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from .config import Settings
 from .data import Sample
 from .metrics import box_iou, filled, intersection_union, iou, tight_box
 from .segmenter import Segmenter
 
-MAX_TEXT = 20_000  # characters; nothing that long is an answer
+MAX_TEXT = 20_000  # characters; no answer is that long
 
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2
+Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
 
-# ---------------------------------------------------------------------------------------------------- parse
+# ------------------------------------------------------------------------- from text to an answer
 
 
 @dataclass
 class Answer:
-    """What a text says. `box` and `points`, in the policy's pixels, are set where the segmentation format holds."""
+    """One answer, read. `box` and `points` are set if the segmentation format is right."""
 
-    box: tuple[float, float, float, float] | None = None
-    points: list[tuple[float, float, int]] = field(default_factory=list)
+    side: int  # of the square in which box and points count
+    box: Box | None = None
+    points: list[Point] = field(default_factory=list)
     reasoning_format: bool = False
     segmentation_format: bool = False
-    why: str = ""  # what broke the format, for people
-    lenient_box: tuple[float, float, float, float] | None = (
-        None  # a box found in any shape, for gIoU_lenient
-    )
+    why: str = ""  # the faults of the format, for people
+    lenient_box: Box | None = None  # a box in any common shape, for gIoU_lenient
+    tokens: torch.Tensor | None = None  # [L] ids of the completion, for reward terms
 
     @property
     def in_format(self) -> bool:
+        """True if both formats are right."""
         return self.reasoning_format and self.segmentation_format
 
 
 def _number(value) -> float:
-    """A finite JSON number as a float; anything else (true, "3", NaN, 1e999) is a ValueError."""
+    """Return a finite JSON number as a float. Raises ValueError for true, "3", NaN and 1e999."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
         raise ValueError(f"{str(value)[:20]!r} is not a number")
     return float(value)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. A name that comes twice would hide what came first."""
-    if len(dict(pairs)) < len(pairs):
+    """Return a JSON object. Raises ValueError if a name comes twice: the first would be hidden."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
         raise ValueError("a name comes twice in an object")
-    return dict(pairs)
+    return content
 
 
-def _box(value, width: int, height: int) -> tuple[float, float, float, float]:
-    """Four numbers, clipped to the picture; reversed boxes, empty ones and shares are refused."""
+def _clip(value: float, limit: float) -> float:
+    """Move a coordinate into 0 ... limit."""
+    return min(max(value, 0.0), limit)
+
+
+def _box(value, side: int) -> Box:
+    """Return four numbers, clipped to the square. Raises ValueError for a box without an area."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         raise ValueError("bbox is not a list of four numbers")
-    x1, y1, x2, y2 = map(_number, value)
-    x1, x2 = min(max(x1, 0.0), width), min(max(x2, 0.0), width)
-    y1, y2 = min(max(y1, 0.0), height), min(max(y2, 0.0), height)
+    x1, y1, x2, y2 = [_clip(_number(number), side) for number in value]
     if x2 - x1 < 1e-3 or y2 - y1 < 1e-3:
         raise ValueError("bbox is reversed, empty or outside the picture")
-    if x2 <= 1 and y2 <= 1:  # in pixels or thousandths it would lie within the first one
+    if x2 <= 1 and y2 <= 1:  # in pixels or thousandths the box would lie within the first one
         raise ValueError("bbox is in shares of the picture: all four numbers are at most 1")
     return x1, y1, x2, y2
 
 
-def _points(value, width: int, height: int, max_points: int) -> list[tuple[float, float, int]]:
-    """Labelled points [[x, y, 0 or 1], ...], clipped to the picture."""
+def _points(value, side: int, max_points: int) -> list[Point]:
+    """Return the points of a list [[x, y, 0 or 1], ...], clipped to the square."""
     if not isinstance(value, list) or not value:
         raise ValueError("points is not a list of [x, y, label]")
-    if len(value) > max_points:  # without a cap a trained policy emits ever more of them
+    if len(value) > max_points:  # without a limit a trained policy writes more and more points
         raise ValueError(f"{len(value)} points, at most {max_points} are allowed")
     points = []
     for point in value:
@@ -83,7 +97,7 @@ def _points(value, width: int, height: int, max_points: int) -> list[tuple[float
         x, y, label = map(_number, point)
         if label not in (0, 1):
             raise ValueError(f"label {label:g} is neither 0 nor 1")
-        points.append((min(max(x, 0.0), width - 1), min(max(y, 0.0), height - 1), int(label)))
+        points.append((_clip(x, side - 1), _clip(y, side - 1), int(label)))
     return points
 
 
@@ -123,24 +137,29 @@ def _tag_as_key(match: re.Match) -> str:
 
 def _sides_as_list(match: re.Match) -> str:
     """Write four named sides as [ x1 , y1 , x2 , y2 ]; leave other pairs as they are."""
-    names, numbers = match.groups()[::2], match.groups()[1::2]
-    sides = {_PLACES[name.lower().replace("_", "")]: number for name, number in zip(names, numbers)}
+    names = match.groups()[::2]
+    numbers = match.groups()[1::2]
+    sides = {}
+    for name, number in zip(names, numbers):
+        place = _PLACES[name.lower().replace("_", "")]
+        sides[place] = number
     if len(sides) != 4:
         return match[0]
-    return f"[ {' , '.join(sides[i] for i in range(4))} ]"
+    return f"[ {sides[0]} , {sides[1]} , {sides[2]} , {sides[3]} ]"
 
 
-def _last_box(spaced: str, width: int, height: int) -> tuple[float, float, float, float] | None:
+def _last_box(spaced: str, side: int) -> tuple[float, float, float, float] | None:
     """Return the last four numbers in brackets that are a proper box."""
     for match in reversed(list(_FOUR.finditer(spaced))):
+        numbers = [float(number) for number in match.groups() if number is not None]
         try:
-            return _box([float(v) for v in match.groups() if v is not None], width, height)
+            return _box(numbers, side)
         except ValueError:
             continue
     return None
 
 
-def lenient_box(text: str, width: int, height: int) -> tuple[float, float, float, float] | None:
+def lenient_box(text: str, side: int) -> tuple[float, float, float, float] | None:
     """Find a box written in any common shape.
 
     The answer part, which need not be closed, is read before the whole text. In each of them the
@@ -152,134 +171,185 @@ def lenient_box(text: str, width: int, height: int) -> tuple[float, float, float
         spaced = _SIDES.sub(_sides_as_list, spaced)
         spaced = _POINTS.sub("; ", spaced)  # never a box
         named = " ; ".join(_NAMED.findall(spaced))
-        box = _last_box(named, width, height) or _last_box(spaced, width, height)
+        box = _last_box(named, side) or _last_box(spaced, side)
         if box is not None:
             return box
     return None
 
 
-def parse(text: str, width: int, height: int, max_points: int = 8) -> Answer:
-    """Read an answer to a `width` x `height` picture. Never raises, runs in linear time; `why` says what is wrong.
+_WHOLE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.S)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-    >>> parse('<think>Left.</think><answer>{"bbox": [1, 2, 9, 8], "points": [[5, 5, 1]]}</answer>', 28, 28).box
+
+def has_reasoning_format(text: str) -> bool:
+    """True for <think>...</think><answer>...</answer>, each tag once and nothing around them."""
+    for tag in _TAGS:
+        if text.count(tag) != 1:
+            return False
+    return _WHOLE.fullmatch(text) is not None
+
+
+def read_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
+    """Return box and points from the JSON between the answer tags.
+
+    Raises ValueError (also for broken JSON), or RecursionError for deep nesting.
+    """
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        raise ValueError("not exactly one <answer>...</answer>")
+    inside, closed, _ = text.partition("<answer>")[2].partition("</answer>")
+    if not closed:
+        raise ValueError("not exactly one <answer>...</answer>")
+    inside = re.sub("^```(json)?", "", inside.strip(), flags=re.I).removesuffix("```")
+    # parse_constant gets NaN and Infinity, which Python would accept as numbers
+    content = json.loads(inside, object_pairs_hook=_object, parse_constant=_number)
+    if not isinstance(content, dict):
+        raise ValueError("the answer is not a JSON object")
+    box = _box(content.get("bbox"), side)
+    return box, _points(content.get("points"), side, max_points)
+
+
+def read_answer(
+    text: str, side: int, max_points: int = 8, tokens: torch.Tensor | None = None
+) -> Answer:
+    """Read an answer whose coordinates count in a `side` x `side` square.
+
+    Never raises, and takes linear time. `why` names the faults.
+
+    >>> text = '<think>Left.</think><answer>{"bbox": [1, 2, 9, 8], "points": [[5, 5, 1]]}</answer>'
+    >>> read_answer(text, 28).box
     (1.0, 2.0, 9.0, 8.0)
     """
-    answer, text = Answer(), text.strip()
+    answer = Answer(side, tokens=tokens)
+    text = text.strip()
     if len(text) > MAX_TEXT:
-        return Answer(why=f"longer than {MAX_TEXT} characters")
-    answer.lenient_box = lenient_box(text, width, height)
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
-    places = [text.find(tag) for tag in tags]
-    whole = all(text.count(tag) == 1 for tag in tags) and places == sorted(places)
-    between = text[places[1] + len(tags[1]) : places[2]].strip() if whole else ""
-    answer.reasoning_format = (
-        whole and text.startswith(tags[0]) and text.endswith(tags[3]) and not between
-    )
+        answer.why = f"longer than {MAX_TEXT} characters"
+        return answer
+    faults = []
+    answer.lenient_box = lenient_box(text, side)
+    answer.reasoning_format = has_reasoning_format(text)
     if not answer.reasoning_format:
-        answer.why = "not <think>...</think><answer>...</answer>"
+        faults.append("not <think>...</think><answer>...</answer>")
     try:
-        if text.count(tags[2]) != 1 or text.count(tags[3]) != 1 or places[3] < places[2]:
-            raise ValueError("not exactly one <answer>...</answer>")
-        inside = text[places[2] + len(tags[2]) : places[3]].strip()
-        inside = re.sub("^```(json)?", "", inside, flags=re.I).removesuffix("```")
-        content = json.loads(
-            inside, object_pairs_hook=_object, parse_constant=_number
-        )  # NaN is no number
-        if not isinstance(content, dict):
-            raise ValueError("the answer is not a JSON object")
-        box = _box(content.get("bbox"), width, height)
-        points = _points(content.get("points"), width, height, max_points)
-        answer.box, answer.points, answer.segmentation_format, answer.lenient_box = (
-            box,
-            points,
-            True,
-            box,
-        )
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # JSON errors are ValueErrors; deep nesting is a RecursionError
-        answer.why = "; ".join(filter(None, [answer.why, str(error) or "nested too deep"]))
+        answer.box, answer.points = read_json(text, side, max_points)
+        answer.segmentation_format = True
+        answer.lenient_box = answer.box
+    except (ValueError, RecursionError) as error:
+        faults.append(str(error) or "nested too deep")
+    answer.why = "; ".join(faults)
     return answer
 
 
-# ---------------------------------------------------------------------------------------------------- reward
+# ----------------------------------------------------------------------- from answers to rewards
 
 
 @dataclass
 class Reward:
-    """The reward of one answer, its terms, and what they were computed from."""
+    """One answer, the mask that SAM draws from it, and its reward.
 
-    total: float
-    accuracy: float
+    Box, points and mask are in the picture's own pixels.
+    """
+
+    sample: Sample
     answer: Answer
-    iou: float  # of SAM's mask; 0 where the answer cannot be read, whatever the truth is
-    box_iou: float  # of the answer's box and the tight box of the true mask
-    pair: tuple[int, int]  # its intersection and union, pixels
-    mask: np.ndarray | None  # bool [H, W]
+    box: Box | None = None  # None if the answer cannot be read
+    points: list[Point] = field(default_factory=list)
+    mask: np.ndarray | None = None  # bool [H, W]
+    pair: tuple[int, int] = (0, 0)  # pixels of intersection and union with the true mask
+    iou: float = 0.0  # of the mask; 0 if the answer cannot be read
+    box_iou: float = 0.0  # of the box and the tight box of the true mask
+    terms: dict[str, float] = field(default_factory=dict)
+    total: float = 0.0  # the reward: the weighted sum of the terms
+
+
+TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))  # above this IoU, this reward
+
+
+def tiered(value: float) -> float:
+    """Return the tier of eq. (5) for an IoU: 0, 2, 3 or 4."""
+    # (5)  4 if IoU > 0.8, 3 if IoU > 0.7, 2 if IoU > 0.5, else 0
+    for limit, reward in TIERS:
+        if value > limit:
+            return reward
+    return 0.0
 
 
 def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> float:
-    """Eq. (5), 0 to 4, and what it is compared with; "box-iou" puts the box's IoU through the same tiers."""
-    if kind.startswith("threshold:"):
-        return 4.0 * (mask_iou > float(kind.split(":")[1]))
+    """Return eq. (5), 0 to 4, or a variant with which eq. (5) is compared."""
+    if kind == "tiered":
+        return tiered(mask_iou)
+    if kind == "box-iou":
+        return tiered(answer_box_iou)
     if kind == "iou":
         return 4.0 * mask_iou
-    if kind not in ("tiered", "box-iou"):
-        raise ValueError(f"no accuracy term is called {kind}")
-    value = answer_box_iou if kind == "box-iou" else mask_iou
-    return 4.0 if value > 0.8 else 3.0 if value > 0.7 else 2.0 if value > 0.5 else 0.0  # eq. (5)
+    if kind.startswith("threshold:"):
+        limit = float(kind.removeprefix("threshold:"))
+        return 4.0 if mask_iou > limit else 0.0
+    raise ValueError(f"no accuracy term is called {kind}")
 
 
-def to_picture(
-    answer_box: tuple, points: list[tuple], sample: Sample, size: int
-) -> tuple[tuple, list[tuple]]:
-    """An answer's coordinates from the policy's size x size square to the picture's own pixels."""
-    sx, sy = sample.image.width / size, sample.image.height / size
-    x1, y1, x2, y2 = answer_box
-    return (x1 * sx, y1 * sy, x2 * sx, y2 * sy), [(x * sx, y * sy, label) for x, y, label in points]
+def reward_terms(reward: Reward, s: Settings) -> dict[str, float]:
+    """Return the terms of one reward by name. The setting NAME_weight is the weight of a term.
+
+    A term may use everything in `reward`: the sample with its true mask, the answer with its
+    tokens, SAM's mask, and box and points in the picture's pixels.
+    """
+    return {
+        "accuracy": accuracy_term(s.accuracy, reward.iou, reward.box_iou),
+        "reasoning_format": float(reward.answer.reasoning_format),
+        "segmentation_format": float(reward.answer.segmentation_format),
+    }
+
+
+def to_picture(answer: Answer, sample: Sample) -> tuple[Box, list[Point]]:
+    """Scale box and points of an answer to the picture's own pixels."""
+    sx = sample.image.width / answer.side
+    sy = sample.image.height / answer.side
+    x1, y1, x2, y2 = answer.box
+    points = [(x * sx, y * sy, label) for x, y, label in answer.points]
+    return (x1 * sx, y1 * sy, x2 * sx, y2 * sy), points
+
+
+def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> None:
+    """Set the mask of each reward from its box and points, with one pass of SAM's encoder."""
+    if not rewards:
+        return
+    if sample.box_only:  # the data set has no true masks, so filled boxes stand for masks
+        for reward in rewards:
+            reward.mask = filled(reward.box, *sample.mask.shape)
+        return
+    boxes = [reward.box for reward in rewards]
+    points = [reward.points for reward in rewards]
+    masks = segmenter.masks(np.asarray(sample.image), boxes, points)  # [G, H, W]
+    for reward, mask in zip(rewards, masks):
+        reward.mask = mask
 
 
 def score_group(
     segmenter: Segmenter,
     sample: Sample,
-    texts: list[str],
-    size: int,
-    accuracy: str = "tiered",
-    weights=(1.0, 1.0, 1.0),
-    max_points: int = 8,
-    points: bool = True,
-    lenient: bool = False,
+    answers: list[Answer],
+    s: Settings = Settings(),
+    terms: Callable[[Reward, Settings], dict[str, float]] = reward_terms,
 ) -> list[Reward]:
-    """Reward G texts that answer one sample, in coordinates of a `size` x `size` square (Policy.coordinate_range).
+    """Reward the G answers to one sample.
 
-    `weights` are those of accuracy, reasoning format and segmentation format. Without `points` SAM gets the box alone.
-    `lenient` segments with a box found anywhere in the text where there is no proper answer: for evaluation beside the
-    strict figure, never for training.
+    `segmenter` is any object with a method `masks` such as Segmenter's. Raises TypeError if
+    `answers` is no list of Answer objects.
     """
-    answers = [parse(text, size, size, max_points) for text in texts]
-    boxes = [a.lenient_box if lenient else a.box for a in answers]
-    read = [i for i, box in enumerate(boxes) if box is not None]
-    prompts = [
-        to_picture(boxes[i], answers[i].points if points else [], sample, size) for i in read
-    ]
-    if (
-        sample.box_only
-    ):  # no true mask to compare with, so boxes stand for masks and SAM has nothing to do
-        masks = {i: filled(box, *sample.mask.shape) for i, (box, _) in zip(read, prompts)}
-    else:
-        masks = (
-            dict(zip(read, segmenter.masks(np.asarray(sample.image), *map(list, zip(*prompts)))))
-            if read
-            else {}
-        )
-    prompted, rewards = dict(zip(read, prompts)), []
-    for i, answer in enumerate(answers):
-        pair = intersection_union(masks.get(i), sample.mask, sample.ignore)
-        mask_iou = iou(*pair)
-        answer_box_iou = box_iou(prompted[i][0], tight_box(sample.mask)) if i in masks else 0.0
-        earned = accuracy_term(accuracy, mask_iou, answer_box_iou)
-        terms = (earned, float(answer.reasoning_format), float(answer.segmentation_format))
-        total = sum(w * t for w, t in zip(weights, terms, strict=True))
-        rewards.append(Reward(total, earned, answer, mask_iou, answer_box_iou, pair, masks.get(i)))
+    if not all(isinstance(answer, Answer) for answer in answers):
+        raise TypeError("score_group takes a list of Answer objects: use read_answer(text, side)")
+    rewards = [Reward(sample, answer) for answer in answers]
+    readable = [reward for reward in rewards if reward.answer.box is not None]
+    true_box = tight_box(sample.mask)
+    for reward in readable:
+        reward.box, reward.points = to_picture(reward.answer, sample)
+        if not s.points:
+            reward.points = []
+        reward.box_iou = box_iou(reward.box, true_box)
+    draw_masks(segmenter, sample, readable)
+    for reward in rewards:
+        reward.pair = intersection_union(reward.mask, sample.mask, sample.ignore)
+        reward.iou = iou(*reward.pair)
+        reward.terms = terms(reward, s)
+        reward.total = sum(s.reward_weights.get(k, 1.0) * v for k, v in reward.terms.items())
     return rewards
