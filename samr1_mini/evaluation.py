@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,9 +19,9 @@ from .config import Settings, UserError, cell_size
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .policy import Policy, encode, generate
-from .reward import Reward, score_group
+from .reward import Reward, read_answer, read_leniently, score_group
 from .memory import free_memory, questions_per_batch
-from .processes import is_first, join_processes, together
+from .processes import gather, is_first, join_processes
 from .segmenter import Segmenter
 
 
@@ -152,17 +151,8 @@ def judge(
     first), its reward with the mask that was voted for, and (intersection, union) as the lenient and as the strict
     figures count them.
     """
-    rewards = score_group(
-        segmenter,
-        x,
-        texts,
-        coordinate_range,
-        s.accuracy,
-        s.reward_weights,
-        s.max_points,
-        s.points,
-        lenient=True,
-    )
+    answers = [read_answer(text, coordinate_range, s.max_points) for text in texts]
+    rewards = score_group(segmenter, x, [read_leniently(answer) for answer in answers], s)
     chosen, mask, pairs = 0, None, []
     for strict in (False, True):
         voters = [
@@ -281,7 +271,7 @@ def evaluate(
                     file.write(json.dumps([asdict(rows[j]) for j in samples]) + "\n")
         return list(rows.values())
 
-    rows = sorted(gather_object(together(answered)), key=lambda row: row.index)
+    rows = sorted(gather(answered()), key=lambda row: row.index)
     if not rows:
         raise UserError(
             f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded"

@@ -36,7 +36,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from .attention import IMPLEMENTATION, Cache
 from .config import PRESETS, Settings, UserError, cell_size
-from .grpo import full_rollouts, new_optimizer, update
+from .grpo import Parts, new_optimizer, update
 from .policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, generate
 from .gpu import card_memory
 from .memory import memory_warning, smaller_weights
@@ -409,9 +409,11 @@ def count_update(
     policy: Policy, optimizer, prompts: list[Prompt], s: Settings, counter: Counter
 ) -> dict:
     """A lap of one forward and backward of an update, with its reference pass; G answers of full length a question."""
+    from .rehearse import full_rollouts
+
     rollouts = full_rollouts(policy, prompts[: questions_per_forward(s)], s)
     counter.lap()
-    update(policy, optimizer, rollouts, replace(s, updates=1, passes=1), 0)
+    update(Parts(policy, None, optimizer, replace(s, updates=1, passes=1)), rollouts, 0)
     return counter.lap()
 
 

@@ -127,11 +127,16 @@ def other_disk(s: Settings, parts: list[tuple[str, int, Path]]) -> str:
 
 
 def load_parts(
-    s: Settings, sets: list, adapter: str | None = None, missing: Sequence[str] = ()
+    s: Settings,
+    sets: list,
+    adapter: str | None = None,
+    missing: Sequence[str] = (),
+    segmenter: Segmenter | None = None,
 ) -> tuple[Policy, Segmenter]:
     """Download the data sets, then load and return policy and segmenter.
 
-    Mistakes that are cheap to detect are reported before any download.
+    Mistakes that are cheap to detect are reported before any download. A `segmenter` that is given
+    is used instead of that of the settings.
     """
     check_models(s)
     if is_first():  # what has to be downloaded is downloaded once
@@ -148,7 +153,8 @@ def load_parts(
         for one, gone in zip(sets, missing):
             one.fetch(gone)
     with PartialState().main_process_first():
-        segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
+        if segmenter is None:
+            segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         torch.manual_seed(s.seed)  # a new adapter is drawn
         policy = load_policy(
             s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates

@@ -1,6 +1,9 @@
-"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each has its share of questions; the first writes."""
+"""Several processes, one for each GPU (`accelerate launch`, `torchrun`).
 
-from collections.abc import Callable
+Each process takes its share of the questions. The first process writes and prints.
+"""
+
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -9,72 +12,106 @@ from accelerate.utils import gather_object, reduce
 
 from .config import UserError, first_line
 
-PATIENCE = timedelta(
-    hours=12
-)  # how long processes wait for each other: the first one may have 19 GB to download
+PATIENCE = timedelta(hours=12)  # processes wait for the first one, which may download 19 GB
 
 
 def join_processes(device: str) -> PartialState:
-    """This process among its like; alone where nothing launched several."""
+    """Join the processes that a launcher started. Without a launcher this process is alone."""
     return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
+def process_count() -> int:
+    """Return the number of processes."""
+    return PartialState().num_processes
+
+
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Tell if this process is the one that writes and prints."""
     return PartialState().is_main_process
 
 
-def together(work: Callable):
-    """Do work() in every process. A failure in one process ends all: the others would wait for it without end.
+def share(items):
+    """Return the items of this process: every n-th of n processes, from its own number on."""
+    processes = PartialState()
+    return items[processes.process_index :: processes.num_processes]
 
-    Raises OutOfMemoryError or UserError in all processes where one of them did. Any other exception is raised on where
-    it happened, and is a RuntimeError in the other processes.
+
+def tell_failure(error: Exception | None) -> None:
+    """Exchange failures between all processes, and raise the first failure of another process.
+
+    Every exchange of data begins with this call. So a process that fails can call it at any time:
+    the others wait for it at their next exchange.
     """
-    result = failure = bug = None
-    several = PartialState().num_processes > 1
-    try:
-        result = work()
-    except (torch.OutOfMemoryError, UserError) as error:
-        failure = type(error), str(
-            error
-        )  # no more: its traceback would keep all that the work has allocated
-    except Exception as error:
-        if not several:
-            raise
-        bug = error
-        failure = RuntimeError, f"another process failed: {first_line(error)}"
-    failures = [failure]
-    if several:
-        failures = gather_object(failures)
-    if bug is not None:
-        raise bug
+    mine = None
+    if isinstance(error, (torch.OutOfMemoryError, UserError)):
+        mine = type(error), str(error)
+    elif error is not None:
+        mine = RuntimeError, f"another process failed: {first_line(error)}"
+    failures = gather_object([mine])
+    if error is not None:
+        return
     for failure in failures:
         if failure is not None:
             kind, message = failure
-            raise kind(message)
-    return result
+            raised = kind(message)
+            raised.told = True
+            raise raised
+
+
+@contextmanager
+def one_fails_all_fail():
+    """Context manager: an exception in one process ends all processes.
+
+    OutOfMemoryError and UserError are raised in all processes. Any other exception is raised in
+    its own process, and is a RuntimeError in the others. Without this, the others would wait for
+    the failed process without end.
+    """
+    try:
+        yield
+    except Exception as error:
+        if process_count() > 1 and not hasattr(error, "told"):
+            tell_failure(error)
+        raise
+
+
+def gather(items: list) -> list:
+    """Return the items of all processes in one list."""
+    if process_count() > 1:
+        tell_failure(None)
+    return gather_object(items)
 
 
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Give every process the sum of the gradients of all, in one message; with one process nothing is left to do."""
-    if PartialState().num_processes > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
-        if (
-            not total.any()
-        ):  # no group had anything to say: one process would have no gradients then, and not move
-            return
-        for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
-            p.grad = gradient.view_as(p)
+    """Replace the gradients of every process by their sum over all processes."""
+    if process_count() == 1:
+        return
+    tell_failure(None)
+    gradients = []
+    for p in parameters:
+        gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
+    total = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    if not total.any():  # no group had variance. A single process would have no gradients either
+        return
+    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
+        p.grad = gradient.view_as(p)
 
 
 def average(line: dict) -> dict:
-    """What each process logged of a step -> one line: means, and the extremes of what ends in _min or _max. What one
-    did not log is a sum that it never began: 0 there."""
-    lines = gather_object([line])
-    values = {name: [one[name] for one in lines if name in one] for one in lines for name in one}
-    mean = lambda numbers: sum(numbers) / len(lines)
-    return {
-        name: {"_min": min, "_max": max}.get(name[-4:], mean)(numbers)
-        for name, numbers in values.items()
-    }
+    """Return the mean of the columns that each process logs of a step.
+
+    Columns that end in _min or _max are the extremes. A process that lacks a column counts as 0.
+    """
+    lines = gather([line])
+    values = {}
+    for one in lines:
+        for name, value in one.items():
+            values.setdefault(name, []).append(value)
+    averaged = {}
+    for name, numbers in values.items():
+        if name.endswith("_min"):
+            averaged[name] = min(numbers)
+        elif name.endswith("_max"):
+            averaged[name] = max(numbers)
+        else:
+            averaged[name] = sum(numbers) / len(lines)
+    return averaged

@@ -26,15 +26,17 @@ from .evaluation import evaluate
 from .grpo import (
     Rollout,
     advantages,
-    full_rollouts,
+    Parts,
+    batch_loss,
+    generate_groups,
     new_optimizer,
     read_questions,
-    sample_in_turn,
     update,
 )
-from .policy import Policy, Prompt, add_adapter, generate
+from .data import Sample
+from .policy import Completion, Policy, Prompt, add_adapter, generate
 from .replay import DEVICES
-from .reward import score_group
+from .reward import read_answer, score_group
 from .memory import compute_dtype, free_memory, peak_memory, questions_per_batch
 from .segmenter import Segmenter, random_sam
 from .tiny.shapes import Shapes
@@ -116,7 +118,7 @@ def one_step(
 
     def rollout():
         prompts = read_questions(policy, samples, s)
-        return prompts, sample_in_turn(
+        return prompts, generate_groups(
             policy, prompts, s, torch.rand(s.questions, s.group, s.max_new_tokens)
         )
 
@@ -129,7 +131,7 @@ def one_step(
         }
         texts = [f"<think>.</think><answer>{json.dumps(answer)}</answer>"] * s.group
         return [
-            score_group(segmenter, x, texts, size, s.accuracy, max_points=s.max_points)
+            score_group(segmenter, x, [read_answer(t, size, s.max_points) for t in texts], s)
             for x in samples
         ]
 
@@ -137,7 +139,7 @@ def one_step(
     rewards = meter("reward", reward)
     drawn = advantages(torch.rand(len(samples), s.group))
     rollouts = [Rollout(*parts) for parts in zip(samples, prompts, groups, rewards, drawn)]
-    meter("update", lambda: update(policy, optimizer, rollouts, s, 0))
+    meter("update", lambda: update(Parts(policy, segmenter, optimizer, s), rollouts, 0))
     meter("evaluation", lambda: evaluate(policy, segmenter, samples[:1], s))
     return prompts[0], sum(len(a.ids) for g in groups for a in g)
 
@@ -169,7 +171,7 @@ def update_peak(
     one = replace(s, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
     try:
         torch.cuda.reset_peak_memory_stats()
-        update(policy, optimizer, full_rollouts(policy, [prompt], one), one, 0)
+        update(Parts(policy, None, optimizer, one), full_rollouts(policy, [prompt], one), 0)
         return peak_memory("cuda")
     except torch.OutOfMemoryError:
         return None
@@ -285,3 +287,29 @@ def rehearse(s: Settings) -> dict:
         file = Path(s.run) / "rehearsal.json"
         file.write_text(json.dumps(table, indent=1), encoding="utf-8")
     return table
+
+
+def full_rollouts(policy: Policy, prompts: list[Prompt], s: Settings) -> list[Rollout]:
+    """Return rollouts with answers of full length: as large as an update can become."""
+    ids = torch.full((s.max_new_tokens,), 300, device=policy.device)
+    logps = torch.zeros(s.max_new_tokens, device=policy.device)
+    answers = [Completion(ids, logps, False, "")] * s.group
+    advantage = torch.linspace(-1, 1, s.group)
+    reference = logps.repeat(s.group)
+    return [Rollout(None, prompt, answers, [], advantage, reference) for prompt in prompts]
+
+
+def try_largest_update(parts: Parts, samples: list[Sample]) -> None:
+    """Run one forward and backward with answers of full length.
+
+    So memory that is too small shows before the first step.
+    """
+    s, policy = parts.settings, parts.policy
+    rollouts = full_rollouts(policy, read_questions(policy, samples, s), s)
+    moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # AdamW's
+    policy.model.train()
+    loss, _ = batch_loss(parts, rollouts)
+    loss.backward()
+    del moments
+    policy.model.zero_grad()
+    policy.model.eval()

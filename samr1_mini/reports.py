@@ -15,23 +15,56 @@ from .runs import Run, read_log, write_json
 
 
 def describe(rollouts: list) -> dict:
-    """What a batch of rollouts looks like, in numbers to log."""
-    rewards, answers = [r for x in rollouts for r in x.rewards], [
-        a for x in rollouts for a in x.answers
-    ]
-    mean = lambda values: float(sum(values)) / len(rewards)
-    return {
-        "reward": mean(r.total for r in rewards),
-        "accuracy": mean(r.accuracy for r in rewards),
+    """Return the columns of the log that describe the sampled answers and their rewards."""
+    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
+    answers = [answer for rollout in rollouts for answer in rollout.answers]
+    flat = [not rollout.advantage.any() for rollout in rollouts]
+    different = [len({answer.text for answer in rollout.answers}) for rollout in rollouts]
+
+    def mean(values) -> float:
+        return float(sum(values)) / len(rewards)
+
+    line = {"reward": mean(r.total for r in rewards)}
+    for name in rewards[0].terms:
+        line[name] = mean(r.terms[name] for r in rewards)
+    return line | {
         "iou": mean(r.iou for r in rewards),
-        "reasoning_format": mean(r.answer.reasoning_format for r in rewards),
-        "segmentation_format": mean(r.answer.segmentation_format for r in rewards),
-        "zero_variance": sum(not x.advantage.any() for x in rollouts) / len(rollouts),
+        "zero_variance": sum(flat) / len(rollouts),
         "truncated": mean(a.truncated for a in answers),
-        "unique": sum(len({a.text for a in x.answers}) for x in rollouts) / len(answers),
+        "unique": sum(different) / len(answers),
         "points": mean(len(r.answer.points) for r in rewards),
         "length": mean(len(a.ids) for a in answers),
     }
+
+
+def token_mean(forwards: list[dict], name: str) -> float:
+    """Return the mean of one value over the tokens of all forwards."""
+    total = sum(tokens[name].sum().item() for tokens in forwards)
+    return total / sum(len(tokens[name]) for tokens in forwards)
+
+
+def sampling_gap(forwards: list[dict]) -> dict:
+    """Return how far rounding alone moves a log-probability from sampling to the first update."""
+    if not forwards:
+        return {"sampling_gap": 0.0, "sampling_gap_max": 0.0}
+    largest = max(tokens["sampling_gap"].max().item() for tokens in forwards)
+    return {"sampling_gap": token_mean(forwards, "sampling_gap"), "sampling_gap_max": largest}
+
+
+def token_means(forwards: list[dict]) -> dict:
+    """Return the mean over all tokens of each value that the loss gives.
+
+    The ratio has its extremes instead. Without a forward (all groups flat) the means are 0.
+    """
+    if not forwards:
+        nothing = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")
+        return {"ratio_min": 1.0, "ratio_max": 1.0} | dict.fromkeys(nothing, 0.0)
+    names = set().union(*forwards) - {"ratio", "sampling_gap"}
+    log = {name: token_mean(forwards, name) for name in sorted(names)}
+    if "ratio" in forwards[0]:
+        log["ratio_min"] = min(1.0, *(tokens["ratio"].min().item() for tokens in forwards))
+        log["ratio_max"] = max(1.0, *(tokens["ratio"].max().item() for tokens in forwards))
+    return log
 
 
 def first_answers(rollouts: list) -> list[dict]:

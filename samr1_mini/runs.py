@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from .config import Settings, Terminated, UserError, read_settings
 from .policy import Policy
 from .segmenter import SAM_FILES
 from .files import AGAIN, cause, refuse_pointer
-from .processes import is_first
+from .processes import gather, is_first
 from .stops import ignore_ending_signals, lasting_output, stop_on_signals
 
 # ---------------------------------------------------------------------------------------------------- state
@@ -353,8 +352,8 @@ class Run:
 
         Save if `due`, if the save interval is over, or after Ctrl-C.
         """
-        stopped, first, step = any(gather_object([self.stop.is_set()])), is_first(), line["step"]
-        answers = gather_object(answers)
+        stopped, first, step = any(gather([self.stop.is_set()])), is_first(), line["step"]
+        answers = gather(answers)
         if first:
             for name, lines in (
                 ("metrics", [line]),
