@@ -377,9 +377,16 @@ def one_step(parts: Parts, data, step: int) -> tuple[dict, list[dict]]:
     return {"step": step + 1} | line, first_answers(rollouts)
 
 
-def look_at_base(parts: Parts, samples: list[Sample]) -> None:
-    """Print one line on a few sampled answers of the base model."""
+def before_training(parts: Parts, data, resumed: bool) -> None:
+    """Try the largest update on a GPU. Print one line on sampled answers of the base model."""
+    from .rehearse import try_largest_update  # rehearse.py imports this file
+
     s = parts.settings
+    if s.device == "cuda":
+        try_largest_update(parts, [data[i] for i in range(min(s.micro, len(data)))])
+    if resumed:
+        return
+    samples = [data[i] for i in range(min(4, len(data)))]
     generator = torch.Generator().manual_seed(s.seed)
     sizes = (len(samples), s.group, s.max_new_tokens)
     rollouts, _ = roll_out(parts, samples, torch.rand(sizes, generator=generator))
@@ -402,8 +409,6 @@ def train(
     tutorials/notes/extend.md shows each of them. In several processes (torchrun, accelerate) each
     takes its share of the questions, and the first one writes.
     """
-    from .rehearse import try_largest_update  # rehearse.py imports this file
-
     begun = time.perf_counter()
     join_processes(s.device)
     if process_count() > 1 and s.questions % (s.updates * process_count()):
@@ -418,10 +423,7 @@ def train(
     run = Run(folder, s, policy, parts.optimizer, sets, begun)
     resumed = run.start > 0
     with one_fails_all_fail():
-        if s.device == "cuda":
-            try_largest_update(parts, [data[i] for i in range(min(s.micro, len(data)))])
-        if not resumed:
-            look_at_base(parts, [data[i] for i in range(min(4, len(data)))])
+        before_training(parts, data, resumed)
         base = score_base(policy, segmenter, validation, test, s, folder, resumed)
         with run.saved_whatever_happens():
             for step in run.steps():

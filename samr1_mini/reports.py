@@ -57,7 +57,7 @@ def token_means(forwards: list[dict]) -> dict:
     The ratio has its extremes instead. Without a forward (all groups flat) the means are 0.
     """
     if not forwards:
-        nothing = ("kl", "kl_held", "approx_kl", "clip_low", "clip_high", "entropy")
+        nothing = ("approx_kl", "clip_low", "clip_high", "entropy")
         return {"ratio_min": 1.0, "ratio_max": 1.0} | dict.fromkeys(nothing, 0.0)
     names = set().union(*forwards) - {"ratio", "sampling_gap"}
     log = {name: token_mean(forwards, name) for name in sorted(names)}

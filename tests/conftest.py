@@ -12,10 +12,11 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "benchmarks"))
 sys.path.insert(0, str(TESTS.parent))  # train.py and eval.py stand there
 
-from samr1_mini.config import make_settings
+from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.data import public
 from samr1_mini.policy import load_policy
+from samr1_mini.reward import read_answer, read_leniently, score_group
 from samr1_mini.segmenter import load_segmenter
 
 # On a machine with a GPU, too, all but the tests that ask for one run on the CPU, in this process and in others.
@@ -42,6 +43,14 @@ def with_live_adapter(policy, seed: int = 0):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.02)
     return policy
+
+
+def score(segmenter, sample, texts, side=112, lenient=False, **settings):
+    """Rewards of texts that answer one sample."""
+    answers = [read_answer(text, side) for text in texts]
+    if lenient:
+        answers = [read_leniently(answer) for answer in answers]
+    return score_group(segmenter, sample, answers, Settings(**settings))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from conftest import with_live_adapter
+from conftest import score, with_live_adapter
 from nbclient import NotebookClient
 from safetensors.torch import load_file, save_file
 
@@ -23,9 +23,9 @@ from samr1_mini import policy as policy_module
 from samr1_mini import reward
 from samr1_mini.config import UserError, make_settings, option
 from samr1_mini.evaluation import evaluate
-from samr1_mini.grpo import new_optimizer, roll_out
+from samr1_mini.grpo import Parts, new_optimizer, roll_out
 from samr1_mini.policy import TINY, encode, load_policy, logprobs, generate
-from samr1_mini.reward import parse
+from samr1_mini.reward import read_answer
 from samr1_mini.reports import first_answers, base_summary
 from samr1_mini.runs import load_state, save_state, take_state
 from samr1_mini.tokens import CUT, answer_text, opened_answer
@@ -94,7 +94,7 @@ def asked_format(box: str, points: str = "[[15, 25, 1]]") -> str:
 )
 @pytest.mark.parametrize("size", [112, 840, 1000])
 def test_a_box_in_shares_of_the_picture_is_not_in_the_format(box, size):
-    answer = parse(asked_format(box), size, size)
+    answer = read_answer(asked_format(box), size)
     assert answer.reasoning_format and not answer.segmentation_format
     assert answer.box is None and answer.lenient_box is None and "shares" in answer.why
 
@@ -109,7 +109,7 @@ def test_a_box_in_shares_of_the_picture_is_not_in_the_format(box, size):
     ],
 )
 def test_a_small_box_in_pixels_stays_in_the_format(box):
-    answer = parse(asked_format(box), 112, 112)
+    answer = read_answer(asked_format(box), 112)
     assert answer.in_format and answer.box == tuple(json.loads(box))
 
 
@@ -124,8 +124,8 @@ def test_a_small_box_in_pixels_stays_in_the_format(box):
     ],
 )
 def test_shares_are_no_box_in_the_lenient_reading_either(text):
-    assert parse(text, 112, 112).lenient_box is None
-    assert parse(f"[10, 20, 30, 40] or {text}", 112, 112).lenient_box == (10, 20, 30, 40)
+    assert read_answer(text, 112).lenient_box is None
+    assert read_answer(f"[10, 20, 30, 40] or {text}", 112).lenient_box == (10, 20, 30, 40)
 
 
 # -------------------------------------------------------------------------------- lenient reading
@@ -148,7 +148,7 @@ def test_shares_are_no_box_in_the_lenient_reading_either(text):
     ],
 )
 def test_a_key_that_names_a_box_goes_before_all_other_numbers(text):
-    answer = parse(text, 112, 112)
+    answer = read_answer(text, 112)
     assert answer.lenient_box == (10, 20, 30, 40) and answer.box is None
 
 
@@ -172,7 +172,7 @@ def test_a_key_that_names_a_box_goes_before_all_other_numbers(text):
     ],
 )
 def test_a_key_that_names_points_and_a_box_with_a_side_too_few_give_none(text):
-    assert parse(text, 112, 112).lenient_box is None
+    assert read_answer(text, 112).lenient_box is None
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_key_that_names_points_and_a_box_with_a_side_too_few_give_none(text):
     ],
 )
 def test_named_sides_and_box_tags_are_read_leniently_and_only_so(text):
-    answer = parse(text, 112, 112)
+    answer = read_answer(text, 112)
     assert answer.lenient_box == (10, 20, 30, 40)
     assert answer.box is None and not answer.segmentation_format
 
@@ -240,7 +240,7 @@ def test_twice_the_hostile_text_takes_twice_as_long(piece, monkeypatch):
         text, taken = (piece * size)[:size], []
         for _ in range(3):
             start = time.process_time()
-            parse(text, 112, 112)
+            read_answer(text, 112)
             taken.append(time.process_time() - start)
         return min(taken)
 
@@ -252,7 +252,7 @@ def test_all_answers_of_the_committed_run_are_read_as_when_it_was_made():
     """The sum is that of the parser before keys, tags, named sides and shares were looked at."""
     read = hashlib.sha256()
     for line in (ROOT / "tutorials/results/seed0/answers.jsonl").read_text().splitlines():
-        answer = parse(json.loads(line)["text"], 112, 112)
+        answer = read_answer(json.loads(line)["text"], 112)
         formats = answer.reasoning_format, answer.segmentation_format
         read.update(repr((answer.box, answer.points, formats, answer.lenient_box)).encode())
     assert read.hexdigest() == "0e104ea0473a8a4e1361021d40b88ffefb5e254c6a7bc44f32a75996ec995dc8"
@@ -346,13 +346,15 @@ def test_an_opened_think_changes_texts_and_neither_tokens_nor_log_probabilities(
     assert all((a.ids == b.ids).all() for a, b in zip(ours, without)) and (logps == same).all()
     for a, b in zip(ours, without):
         assert a.text in (b.text, "<think>" + b.text)
-    formats = [sum(parse(a.text, 112, 112).in_format for a in some) for some in (ours, without)]
+    formats = [sum(read_answer(a.text, 112).in_format for a in some) for some in (ours, without)]
     assert formats[0] > len(ours) / 2 and formats[1] <= 2
 
 
 def test_rewards_logs_and_advice_see_the_whole_answer(thinker, segmenter, samples, settings):
     torch.manual_seed(0)
-    rollouts, _ = roll_out(thinker, segmenter, samples[:4], replace(settings, max_new_tokens=100))
+    rollouts, _ = roll_out(
+        Parts(thinker, segmenter, None, replace(settings, max_new_tokens=100)), samples[:4]
+    )
     rewards = [r for x in rollouts for r in x.rewards]
     assert sum(r.answer.reasoning_format for r in rewards) > len(rewards) / 2
     logged = first_answers(rollouts)
@@ -414,11 +416,13 @@ def test_the_first_check_names_the_part_of_the_format_that_is_missing(
     text, warns, policy, segmenter, samples, settings
 ):
     torch.manual_seed(0)
-    rollouts, _ = roll_out(policy, segmenter, samples[:2], replace(settings, max_new_tokens=8))
+    rollouts, _ = roll_out(
+        Parts(policy, segmenter, None, replace(settings, max_new_tokens=8)), samples[:2]
+    )
     for rollout in rollouts:
         for answer in rollout.answers:
             answer.text, answer.truncated = text, False
-        rollout.rewards = reward.score_group(segmenter, rollout.sample, [text] * 4, 112)
+        rollout.rewards = score(segmenter, rollout.sample, [text] * 4, 112)
     warning = base_summary(rollouts, settings).partition("Warning")[2]
     assert warns in warning and bool(warning) == bool(warns)
     assert "--group" not in warning or warns == "--group"

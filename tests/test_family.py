@@ -3,7 +3,7 @@ rewards."""
 
 import pytest
 import torch
-from conftest import with_live_adapter
+from conftest import score, with_live_adapter
 from PIL import Image
 from test_replay import record_a_token
 from transformers import (
@@ -18,7 +18,7 @@ from transformers import (
 
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.evaluation import evaluate
-from samr1_mini.grpo import roll_out
+from samr1_mini.grpo import Parts, roll_out
 from samr1_mini.metrics import tight_box
 from samr1_mini.policy import (
     TINY,
@@ -29,7 +29,6 @@ from samr1_mini.policy import (
     prompt_text,
     generate,
 )
-from samr1_mini.reward import score_group
 
 TEXT = dict(
     hidden_size=64,
@@ -192,9 +191,9 @@ def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, 
     x1, y1, x2, y2 = (round(1000 * v / 112) for v in tight_box(item.mask))
     middle = [(x1 + x2) // 2, (y1 + y2) // 2, 1]
     text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [{middle}]}}</answer>'
-    [right], [wrong] = score_group(
-        segmenter, item, [text], other.coordinate_range(112)
-    ), score_group(segmenter, item, [text], 112)
+    [right], [wrong] = score(segmenter, item, [text], other.coordinate_range(112)), score(
+        segmenter, item, [text], 112
+    )
     assert right.box_iou > 0.9 and right.iou > 0.8 > 0.1 > wrong.iou
 
 
@@ -210,7 +209,7 @@ def test_the_coordinate_system_can_be_set_against_the_models_habit(folders, poli
 def test_rollouts_and_evaluation_run_with_them(other, samples, segmenter):
     size = 4 * CELL[other.base.config.model_type]
     s, _ = make_settings(preset="tiny", device="cpu", group=2, max_new_tokens=6, image_size=size)
-    rollouts, _ = roll_out(other, segmenter, samples[:2], s)
+    rollouts, _ = roll_out(Parts(other, segmenter, None, s), samples[:2])
     assert len(rollouts) == 2 and all(len(r.answers) == len(r.rewards) == 2 for r in rollouts)
     assert len(evaluate(other, segmenter, samples[:2], s).rows) == 2
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import with_live_adapter
+from conftest import score, with_live_adapter
 from huggingface_hub import DryRunFileInfo
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -25,16 +25,17 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from samr1_mini import grpo
 from samr1_mini import policy as policy_module
 from samr1_mini import segmenter as segmenter_module
-from samr1_mini.config import Terminated, UserError, make_settings, parse_settings
+from samr1_mini.config import Settings, Terminated, UserError, make_settings, parse_settings
 from samr1_mini.grpo import (
+    Parts,
     advantages,
     new_optimizer,
-    objective,
+    grpo_loss,
+    kl_to_base,
     one_step,
     roll_out,
     token_weights,
     train,
-    try_largest_update,
     update,
 )
 from samr1_mini.metrics import tight_box
@@ -42,6 +43,8 @@ from samr1_mini.policy import TINY, Completion, load_policy, logprobs
 from samr1_mini.reward import Answer, Reward
 from samr1_mini import loading, runs
 from samr1_mini.memory import questions_per_batch
+from samr1_mini import rehearse
+from samr1_mini.rehearse import try_largest_update
 from samr1_mini.reports import describe, base_summary
 from samr1_mini.runs import open_run
 from samr1_mini.tiny.shapes import Shapes
@@ -71,16 +74,8 @@ def test_the_loss_is_the_papers_formula(normalise):
     advantage = rng.normal(0, 1, 4)
     flat = lambda x: torch.tensor(np.concatenate(x))
     each = torch.tensor(advantage).repeat_interleave(torch.tensor(lengths))
-    loss, _ = objective(
-        flat(logp),
-        flat(old),
-        flat(reference),
-        each,
-        token_weights([lengths], normalise).double(),
-        0.2,
-        0.3,
-        0.05,
-    )
+    s = Settings(normalise=normalise, eps_low=0.2, eps_high=0.3, beta=0.05, kl_bound=100.0)
+    loss, _ = grpo_loss(flat(logp), flat(old), flat(reference), each, [lengths], s)
     assert loss.item() == pytest.approx(
         naive_loss(logp, old, reference, advantage, normalise, 0.2, 0.3, 0.05), abs=1e-6
     )
@@ -103,14 +98,13 @@ def test_all_four_quadrants_of_the_asymmetric_clip(advantage, ratio, slope):
     """Where the clip holds, the gradient is 0; elsewhere it is ratio * advantage: a bad token that grew likelier is
     pushed back."""
     logp = torch.tensor([float(np.log(ratio))], requires_grad=True)
-    loss, sums = objective(
-        logp, torch.zeros(1), None, torch.tensor([float(advantage)]), torch.ones(1), 0.2, 0.3, 0.0
-    )
+    s = Settings(eps_low=0.2, eps_high=0.3)
+    given = torch.tensor([float(advantage)])
+    loss, tokens = grpo_loss(logp, torch.zeros(1), None, given, [[1]], s)
     loss.backward()
     assert logp.grad.item() == pytest.approx(-ratio * slope, abs=1e-5)
-    assert sums["clip_high"] == (advantage > 0 and ratio > 1.3) and sums["clip_low"] == (
-        advantage < 0 and ratio < 0.8
-    )
+    assert tokens["clip_high"].item() == (advantage > 0 and ratio > 1.3)
+    assert tokens["clip_low"].item() == (advantage < 0 and ratio < 0.8)
 
 
 def test_the_kl_is_k3_and_its_mean_is_the_true_kl():
@@ -119,36 +113,31 @@ def test_the_kl_is_k3_and_its_mean_is_the_true_kl():
         torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2)
     )
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
-    _, sums = objective(
-        p[tokens],
-        p[tokens],
-        q[tokens],
-        torch.zeros(len(tokens)),
-        torch.zeros(len(tokens)),
-        0.2,
-        0.3,
-        1.0,
-    )
+    kl, _ = kl_to_base(p[tokens], q[tokens], 100.0)
     exact = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     )
-    assert sums["kl"] / len(tokens) == pytest.approx(exact.item(), rel=0.02)
+    assert kl.mean().item() == pytest.approx(exact.item(), rel=0.02)
 
 
 def test_one_token_that_the_base_finds_far_likelier_cannot_rule_an_update_and_is_counted():
     """In the gradient as in the value; below the bound nothing changes. With bound 5 and beta 0.005 its pull is at most
     0.74 advantages."""
-    logp, far = torch.tensor([-1.0, -17.0, -6.5], requires_grad=True), torch.tensor(
-        [-1.5, -1.0, -1.0]
-    )
-    call = lambda bound: objective(
-        logp, logp.detach(), far, torch.zeros(3), torch.ones(3), 0.2, 0.3, 0.005, bound
-    )
-    free, held = call(float("inf")), call(5.0)
-    [wild], [tame] = (torch.autograd.grad(loss, logp) for loss, _ in (free, held))
+    logp = torch.tensor([-1.0, -17.0, -6.5], requires_grad=True)
+    far = torch.tensor([-1.5, -1.0, -1.0])
+
+    def call(bound):
+        s = Settings(beta=0.005, kl_bound=bound)
+        loss, tokens = grpo_loss(logp, logp.detach(), far, torch.zeros(3), [[1], [1], [1]], s)
+        [gradient] = torch.autograd.grad(loss, logp)
+        return gradient, tokens
+
+    wild, free = call(float("inf"))
+    tame, held = call(5.0)
     assert wild.abs().max() > 1e4 and tame.abs().max() < 0.74 and tame[0] == wild[0]
-    assert held[1]["kl_held"] == 2 and free[1]["kl_held"] == 0
-    assert held[1]["kl"] == pytest.approx(np.exp(-0.5) - 0.5 + 2 * (np.exp(5) - 6), rel=1e-4)
+    assert held["kl_held"].sum() == 2 and free["kl_held"].sum() == 0
+    expected = np.exp(-0.5) - 0.5 + 2 * (np.exp(5) - 6)
+    assert held["kl"].sum().item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_advantages_are_eq_1():
@@ -182,7 +171,9 @@ def test_token_weights_against_sequence_weights_on_a_long_and_a_short_answer():
 def rollouts_of(policy, segmenter, s, count=4, **changes):
     torch.manual_seed(0)
     data = Shapes("train", count, 5)
-    return roll_out(policy, segmenter, [data[i] for i in range(count)], replace(s, **changes))[0]
+    return roll_out(
+        Parts(policy, segmenter, None, replace(s, **changes)), [data[i] for i in range(count)]
+    )[0]
 
 
 def test_rewards_go_to_the_prompt_they_belong_to(policy, segmenter, settings, monkeypatch):
@@ -224,10 +215,13 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, 
             p.grad = None
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         update(
-            policy,
-            optimizer,
+            Parts(
+                policy,
+                None,
+                optimizer,
+                replace(settings, micro=micro, updates=1, lr=0.0, max_grad_norm=1e9),
+            ),
             rollouts,
-            replace(settings, micro=micro, updates=1, lr=0.0, max_grad_norm=1e9),
             0,
         )
         gradients.append([p.grad.clone() for p in parameters])
@@ -249,11 +243,11 @@ def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
     )
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
     still = replace(settings, lr=0.0, updates=2, passes=2, micro=4)
-    log = update(policy, optimizer, rollouts, replace(still, beta=0.0), 0)
+    log = update(Parts(policy, None, optimizer, replace(still, beta=0.0)), rollouts, 0)
     assert (
         not switched_off and not {"kl", "kl_held"} & log.keys()
     )  # a KL of 0 would look like a policy that stays
-    log = update(policy, optimizer, rollouts, still, 0)
+    log = update(Parts(policy, None, optimizer, still), rollouts, 0)
     assert len(switched_off) == 1 and log["kl"] > 0
     alone, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]])
     with torch.no_grad(), policy.reference():
@@ -269,10 +263,12 @@ def test_every_pass_sees_every_question_once(policy, segmenter, settings, monkey
     monkeypatch.setattr(
         grpo,
         "batch_loss",
-        lambda policy, part, s: seen.append([r.sample.id for r in part]) or real(policy, part, s),
+        lambda parts, some: seen.append([r.sample.id for r in some]) or real(parts, some),
     )
     optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=0.0)
-    update(policy, optimizer, rollouts, replace(settings, lr=0.0, updates=2, passes=2), 0)
+    update(
+        Parts(policy, None, optimizer, replace(settings, lr=0.0, updates=2, passes=2)), rollouts, 0
+    )
     ids = [r.sample.id for r in rollouts]
     assert seen == [ids[:2], ids[2:]] * 2
 
@@ -284,7 +280,7 @@ def test_groups_without_variance_get_no_policy_gradient(policy, segmenter, setti
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     before = [p.clone() for p in parameters]
-    update(policy, optimizer, rollouts, replace(settings, beta=0.0), 0)
+    update(Parts(policy, None, optimizer, replace(settings, beta=0.0)), rollouts, 0)
     assert all((a == b).all() for a, b in zip(before, parameters))
     assert grpo.describe(rollouts)["zero_variance"] == 1
 
@@ -308,7 +304,7 @@ def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(
     ):
         for rollout in rollouts:
             rollout.reference = None
-        update(policy, torch.optim.SGD(parameters, lr=0.0), part, s, 0)
+        update(Parts(policy, None, torch.optim.SGD(parameters, lr=0.0), s), part, 0)
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         assert [r.reference is not None for r in part] == [
             not s.skip_flat or r is rollouts[1] for r in part
@@ -327,7 +323,7 @@ def test_a_non_finite_loss_skips_the_update_loudly(segmenter, settings, capsys):
     rollouts[3].advantage = torch.tensor([1.0, -1.0, 0.0, 0.0])
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
-    log = update(policy, torch.optim.AdamW(parameters, lr=1e-3), rollouts, settings, 0)
+    log = update(Parts(policy, None, torch.optim.AdamW(parameters, lr=1e-3), settings), rollouts, 0)
     assert log["skipped_updates"] == 1 and "not finite" in capsys.readouterr().out
     assert all(p.isfinite().all() for p in parameters) and any(
         (a != b).any() for a, b in zip(before, parameters)
@@ -347,10 +343,10 @@ def test_the_second_update_of_a_batch_and_its_second_pass_have_a_ratio_that_is_n
             [p for p in policy.model.parameters() if p.requires_grad], lr=5e-3
         )
         log = update(
-            policy,
-            optimizer,
+            Parts(
+                policy, None, optimizer, replace(settings, updates=updates, passes=passes, lr=5e-3)
+            ),
             rollouts,
-            replace(settings, updates=updates, passes=passes, lr=5e-3),
             100,
         )
         ranges.append(log["ratio_max"] - log["ratio_min"])
@@ -375,7 +371,9 @@ def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, sett
         ]
     )
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.1)
-    log = update(policy, optimizer, rollouts, replace(settings, updates=2, lr=0.1), 100)
+    log = update(
+        Parts(policy, None, optimizer, replace(settings, updates=2, lr=0.1)), rollouts, 100
+    )
     assert log["sampling_gap"] == pytest.approx(shifts.mean().item(), abs=1e-3) and log[
         "sampling_gap_max"
     ] == pytest.approx(0.5, abs=1e-3)
@@ -712,7 +710,7 @@ def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_c
     for rollout in rollouts:
         for answer in rollout.answers:
             answer.text, answer.truncated = text, tokens == 3
-        rollout.rewards = grpo.score_group(segmenter, rollout.sample, [text] * 4, 112)
+        rollout.rewards = score(segmenter, rollout.sample, [text] * 4, 112)
     assert re.search(words, base_summary(rollouts, s))
 
 
@@ -764,8 +762,8 @@ def odd():
         max_new_tokens=40,
         accuracy="iou",
         accuracy_weight=0.5,
-        reasoning_weight=2.0,
-        segmentation_weight=3.0,
+        reasoning_format_weight=2.0,
+        segmentation_format_weight=3.0,
         max_points=1,
     )
     return with_live_adapter(load_policy("tiny", "fp32", rank=4)), s
@@ -777,7 +775,7 @@ def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its
     policy, s = odd
     torch.manual_seed(0)
     data = Shapes("train", 2, 5)
-    rollouts, _ = roll_out(policy, segmenter, [data[0], data[1]], s)
+    rollouts, _ = roll_out(Parts(policy, segmenter, None, s), [data[0], data[1]])
     loss = 0.0
     for r in rollouts:
         r.advantage = torch.tensor([1.0, -2.0, 0.5])
@@ -797,7 +795,11 @@ def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its
                 loss -= (surrogate - 0.3 * (gap.exp() - gap - 1)) / (3 * len(a.ids)) / 2
                 place += 1
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.trained)])
-    log = update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(s, lr=0.0), 0)
+    log = update(
+        Parts(policy, None, torch.optim.SGD(policy.trained, lr=0.0), replace(s, lr=0.0)),
+        rollouts,
+        0,
+    )
     found = torch.cat([p.grad.flatten() for p in policy.trained])
     policy.model.zero_grad()
     assert (found - expected).norm() < 1e-3 * expected.norm()
@@ -828,7 +830,7 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
         return groups
 
     monkeypatch.setattr(grpo, "generate", told)
-    [r], _ = roll_out(policy, segmenter, [Shapes("train", 1, 5)[0]], s)
+    [r], _ = roll_out(Parts(policy, segmenter, None, s), [Shapes("train", 1, 5)[0]])
     totals = torch.tensor([reward.total for reward in r.rewards])
     assert (
         totals.tolist() == pytest.approx([0.5 * 4 * r.rewards[0].iou + 2 + 3, 2, 0])
@@ -861,7 +863,7 @@ def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(
         [row[:60] for row in (ids + stop, ids + filler * 60, ids[:-9] + filler + ids[-9:] + stop)]
     )
     monkeypatch.setattr(policy_module, "draw", lambda *_: rows[:, next(steps)][None])
-    [r], _ = roll_out(policy, segmenter, [x], s)
+    [r], _ = roll_out(Parts(policy, segmenter, None, s), [x])
     ended, cut, marked = r.rewards
     assert [a.truncated for a in r.answers] == [False, True, False] and ended.answer.in_format
     assert (
@@ -881,23 +883,19 @@ def test_the_rate_climbs_and_gradients_are_scaled_down_to_their_norm(odd, segmen
             norms.append(torch.cat([p.grad.flatten() for p in policy.trained]).norm().item())
 
     torch.manual_seed(1)
-    rollouts, _ = roll_out(policy, segmenter, [data[i] for i in range(4)], s)
-    log = update(policy, Watched(policy.trained, lr=9.0), rollouts, s, 2)
+    rollouts, _ = roll_out(Parts(policy, segmenter, None, s), [data[i] for i in range(4)])
+    log = update(Parts(policy, None, Watched(policy.trained, lr=9.0), s), rollouts, 2)
     assert used == pytest.approx([3 / 8, 4 / 8, 5 / 8, 6 / 8]) and log["lr"] == used[-1]
     assert max(norms) <= 0.2501 and log["grad_norm"] > 0.25
 
 
 def test_what_is_logged_of_a_rollout_is_what_its_answers_are():
     completion = lambda text, n, cut: Completion(torch.ones(n), torch.zeros(n), cut, text)
-    reward = lambda total, points: Reward(
-        total,
-        total,
-        Answer(points=[(1, 1, 1)] * points, reasoning_format=True),
-        total / 4,
-        0.0,
-        (0, 0),
-        None,
-    )
+
+    def reward(total, points):
+        answer = Answer(112, points=[(1, 1, 1)] * points, reasoning_format=True)
+        return Reward(None, answer, iou=total / 4, terms={"reasoning_format": 1.0}, total=total)
+
     some = [completion("a", 4, True), completion("a", 2, False)]
     others = [completion("b", 1, False), completion("c", 1, False)]
     groups = [
@@ -947,7 +945,7 @@ def test_rewards_in_training_read_answers_in_what_the_policy_counts_in(
         ],
     )
     [rollout], _ = roll_out(
-        replace(policy, coordinates="thousandths"), segmenter, samples[:1], settings
+        Parts(replace(policy, coordinates="thousandths"), segmenter, None, settings), samples[:1]
     )
     assert all(r.box_iou > 0.9 for r in rollout.rewards)
 
@@ -961,7 +959,9 @@ def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(
     still = replace(settings, lr=0.0, updates=1, micro=4)
     one, three = (
         update(
-            policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, passes=n), 0
+            Parts(policy, None, torch.optim.SGD(policy.trained, lr=0.0), replace(still, passes=n)),
+            rollouts,
+            0,
         )
         for n in (1, 3)
     )
@@ -969,11 +969,13 @@ def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(
     for name in ("loss", "grad_norm", "entropy", "kl"):
         assert one[name] == pytest.approx(three[name], rel=1e-3), name
     halves = [
-        update(policy, torch.optim.SGD(policy.trained, lr=0.0), part, still, 0)
+        update(Parts(policy, None, torch.optim.SGD(policy.trained, lr=0.0), still), part, 0)
         for part in (rollouts[:2], rollouts[2:])
     ]
     both = update(
-        policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(still, updates=2), 0
+        Parts(policy, None, torch.optim.SGD(policy.trained, lr=0.0), replace(still, updates=2)),
+        rollouts,
+        0,
     )
     policy.model.zero_grad()
     for name in ("loss", "grad_norm"):
@@ -995,9 +997,13 @@ def test_the_policy_is_in_training_mode_in_an_update_and_its_rehearsal_alone(
     monkeypatch.setattr(
         grpo, "logprobs", lambda *a: modes.append(policy.model.training) or real(*a)
     )
-    update(policy, torch.optim.SGD(policy.trained, lr=0.0), rollouts, replace(settings, lr=0.0), 0)
+    update(
+        Parts(policy, None, torch.optim.SGD(policy.trained, lr=0.0), replace(settings, lr=0.0)),
+        rollouts,
+        0,
+    )
     assert len(modes) > 2 and all(modes) and not policy.model.training
-    try_largest_update(policy, [rollouts[0].sample], settings)
+    try_largest_update(Parts(policy, segmenter, None, settings), [rollouts[0].sample])
     assert all(modes) and not policy.model.training
     policy.model.zero_grad()
 
@@ -1009,14 +1015,14 @@ def test_each_step_of_each_seed_has_questions_and_draws_of_its_own_and_knows_the
     monkeypatch.setattr(
         grpo,
         "roll_out",
-        lambda policy, segmenter, batch, s, uniforms: ((batch, uniforms), {"seconds_rollout": 2}),
+        lambda parts, batch, uniforms: ((batch, uniforms), {"seconds_rollout": 2}),
     )
     monkeypatch.setattr(grpo, "update", lambda *args: done.append(args[-1]) or {})
     monkeypatch.setattr(grpo, "describe", lambda _: {"length": 3})
     monkeypatch.setattr(grpo, "first_answers", lambda rollouts: rollouts)
     for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
         s = replace(settings, seed=seed, updates=2, passes=3)
-        line, (batch, uniforms) = one_step(None, None, None, range(100), s, step)
+        line, (batch, uniforms) = one_step(Parts(None, None, None, s), range(100), step)
         assert batch == list(range(4 * step, 4 * step + 4)) and line["step"] == step + 1
         assert (
             uniforms.shape == (4, s.group, s.max_new_tokens)
@@ -1063,10 +1069,13 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
 def test_without_a_warm_up_the_first_update_has_the_whole_rate(policy, segmenter, settings):
     rollouts = rollouts_of(policy, segmenter, settings, 1)
     log = update(
-        policy,
-        torch.optim.SGD(policy.trained, lr=0.0),
+        Parts(
+            policy,
+            None,
+            torch.optim.SGD(policy.trained, lr=0.0),
+            replace(settings, warmup=0, updates=1, lr=1e-30),
+        ),
         rollouts,
-        replace(settings, warmup=0, updates=1, lr=1e-30),
         0,
     )
     policy.model.zero_grad()
@@ -1094,11 +1103,10 @@ def test_on_a_gpu_an_update_of_as_many_questions_as_one_forward_takes_is_tried_f
 ):
     sizes = []
     monkeypatch.setattr(
-        grpo, "try_largest_update", lambda policy, samples, s: sizes.append(len(samples))
+        rehearse, "try_largest_update", lambda parts, samples: sizes.append(len(samples))
     )
-    grpo.before_training(
-        None, None, range(count), replace(settings, device=device, micro=3), begins=False
-    )
+    parts = Parts(None, None, None, replace(settings, device=device, micro=3))
+    grpo.before_training(parts, range(count), resumed=True)
     assert sizes == tried
 
 
@@ -1227,7 +1235,7 @@ def test_the_largest_update_is_tried_at_full_length_and_changes_nothing(
     monkeypatch.setattr(grpo, "logprobs", lambda *args: asked.extend(args[2]) or real(*args))
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
     state = torch.get_rng_state()
-    try_largest_update(policy, [data[0], data[1]], settings)
+    try_largest_update(Parts(policy, None, None, settings), [data[0], data[1]])
     assert [[len(ids) for ids in group] for group in asked] == [
         [settings.max_new_tokens] * settings.group
     ] * 2

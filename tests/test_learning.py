@@ -9,7 +9,7 @@ import pytest
 from samr1_mini.config import make_settings, parse_settings
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import evaluate
-from samr1_mini.grpo import roll_out
+from samr1_mini.grpo import Parts, roll_out
 from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
 from tutorials.tiny_world.answers import style_of
@@ -66,7 +66,7 @@ def test_points_reach_sam_in_training_and_in_evaluation_unless_the_user_switches
         lambda image, boxes, points: seen.extend(points) or masks(image, boxes, points),
     )
     for scored in (
-        lambda: roll_out(policy, segmenter, data, s),
+        lambda: roll_out(Parts(policy, segmenter, None, s), data),
         lambda: evaluate(policy, segmenter, data, s),
     ):
         seen.clear()

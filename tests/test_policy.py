@@ -15,7 +15,7 @@ from transformers.integrations.accelerate import check_and_set_device_map
 from eval import merge
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
-from samr1_mini.grpo import new_optimizer, roll_out, update
+from samr1_mini.grpo import Parts, new_optimizer, roll_out, update
 from samr1_mini.rehearse import random_policy, shape_config
 from samr1_mini.policy import (
     TINY,
@@ -453,12 +453,12 @@ def test_rollout_reward_reference_and_updates_run_in_the_dtypes_of_a_gpu_and_the
     )
     assert all(p.dtype == torch.float32 for p in policy.model.parameters() if p.requires_grad)
     torch.manual_seed(0)
-    rollouts, _ = roll_out(policy, segmenter, samples[:4], settings)
+    rollouts, _ = roll_out(Parts(policy, segmenter, None, settings), samples[:4])
     assert all(a.logps.dtype == torch.float32 for r in rollouts for a in r.answers)
     for rollout in rollouts:
         rollout.advantage = torch.linspace(-1, 1, settings.group)
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
-    log = update(policy, new_optimizer(policy, settings), rollouts, settings, 100)
+    log = update(Parts(policy, None, new_optimizer(policy, settings), settings), rollouts, 100)
     assert any((p != before[n]).any() for n, p in policy.model.named_parameters() if n in before)
     assert 0 < log["sampling_gap"] < 0.02 and log["sampling_gap_max"] < 0.5 and log["kl"] > 0
 
@@ -613,14 +613,14 @@ def test_a_merged_folder_answers_like_base_and_adapter_up_to_bf16(policy, sample
 
 
 def test_the_prompt_holds_the_question_the_size_and_an_example_the_parser_accepts(policy):
-    from samr1_mini.reward import parse
+    from samr1_mini.reward import read_answer
 
     text = prompt_text(policy.processor, "the red star", 112, 84)
     assert (
         "Question: the red star" in text and "112 x 84" in text and text.count("<|image_pad|>") == 1
     )
     start = text.index("<think>The left")
-    assert parse(text[start : text.index("</answer>", start) + 9], 112, 112).in_format
+    assert read_answer(text[start : text.index("</answer>", start) + 9], 112).in_format
 
 
 def test_another_kind_of_model_and_a_missing_one_are_refused_in_one_line(tmp_path):

@@ -15,7 +15,7 @@ from samr1_mini.config import UserError
 from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
-from samr1_mini.reward import parse
+from samr1_mini.reward import read_answer
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
 from tutorials.tiny_world import pretrain
 from tutorials.tiny_world.build import build_policy, build_processor
@@ -507,7 +507,7 @@ def test_boxes_that_the_base_learns_are_exact_in_the_first_half_and_40_percent_t
     for step, exact in ((0, True), (499, True), (500, False), (999, False)):
         overlaps = []
         for scene, row in lessons.of(step):
-            box = parse(taught(row)[2], 112, 112).lenient_box
+            box = read_answer(taught(row)[2], 112).lenient_box
             dots = [t.dot for t in scene.things if t.dot]
             overlaps.append(max(box_iou(box, t.box) for t in scene.things + dots))
         assert (min(overlaps) == 1) if exact else (np.mean(overlaps) < 0.6), step
@@ -569,7 +569,7 @@ def test_an_answer_that_goes_astray_learns_lists_of_its_picture_and_the_box_of_w
             for t in scene.things
             if t.name == " ".join(said.removesuffix(" fits best").split()[-2:])
         ]
-        assert tuple(parse(answer, 112, 112).lenient_box) == named.box
+        assert tuple(read_answer(answer, 112).lenient_box) == named.box
         pieces = [
             piece
             for piece in "".join(

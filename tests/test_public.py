@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from conftest import score
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data, open_data
 from samr1_mini.data import public
 from samr1_mini.data.layouts import draw_shapes
 from samr1_mini.metrics import filled, intersection_union
-from samr1_mini.reward import score_group
 
 WIDTH, HEIGHT = 60, 40
 SQUARE = [10, 5, 30, 5, 30, 25, 10, 25]  # a polygon: x 10 to 30, y 5 to 25
@@ -181,10 +181,10 @@ def test_boxes_without_masks_are_marked_and_scored_as_boxes(tmp_path, segmenter)
     assert data.box_only and sample.box_only and (sample.mask == square()).all()
     # in a frame of 112 x 112
     text = '<think>.</think><answer>{"bbox": [%d, 14, %d, 70], "points": [[40, 40, 1]]}</answer>'
-    good, half = score_group(
-        segmenter, sample, [text % (18.667, 56), text % (18.667, 37)], 112, "box-iou"
+    good, half = score(
+        segmenter, sample, [text % (18.667, 56), text % (18.667, 37)], 112, accuracy="box-iou"
     )
-    assert good.box_iou > 0.95 and good.accuracy == 4 and 0.4 < half.box_iou < 0.6
+    assert good.box_iou > 0.95 and good.terms["accuracy"] == 4 and 0.4 < half.box_iou < 0.6
     assert good.iou == pytest.approx(good.box_iou, abs=0.05)
 
 

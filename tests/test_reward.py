@@ -28,12 +28,13 @@ from transformers import (
     Sam3TrackerProcessor,
 )
 
+from conftest import score
 from samr1_mini import reward
 from samr1_mini import segmenter as segmenter_module
-from samr1_mini.config import UserError
+from samr1_mini.config import Settings, UserError
 from samr1_mini.data import Sample
 from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, vote
-from samr1_mini.reward import accuracy_term, parse, score_group, tight_box, to_picture
+from samr1_mini.reward import Answer, accuracy_term, read_answer, score_group, tight_box, to_picture
 from samr1_mini.segmenter import check_segmenter, load_segmenter, random_sam, sam_bytes, Segmenter
 from tutorials.tiny_world.pretrain import box_around
 from samr1_mini.tiny.scenes import make_scene
@@ -65,7 +66,7 @@ def answer_text(box="[10, 20, 30, 40]", points="[[15, 25, 1]]", think="Left."):
     ],
 )
 def test_what_a_careful_reader_accepts_is_accepted(text):
-    answer = parse(text, 112, 112)
+    answer = read_answer(text, 112)
     assert answer.in_format and not answer.why
     assert answer.box == pytest.approx((10, 20, 30, 40), abs=0.6)
 
@@ -104,7 +105,7 @@ def test_what_a_careful_reader_accepts_is_accepted(text):
     ],
 )
 def test_a_broken_answer_earns_no_segmentation_format_and_says_why(text, why):
-    answer = parse(text, 112, 112)
+    answer = read_answer(text, 112)
     assert not answer.segmentation_format and answer.box is None and answer.points == []
     assert answer.why and why in answer.why
 
@@ -121,11 +122,11 @@ def test_a_broken_answer_earns_no_segmentation_format_and_says_why(text, why):
     ],
 )
 def test_a_broken_frame_earns_no_reasoning_format(text):
-    assert not parse(text, 112, 112).reasoning_format
+    assert not read_answer(text, 112).reasoning_format
 
 
 def test_coordinates_are_clipped_to_the_picture():
-    answer = parse(answer_text(box="[-5, 20, 300, 40]", points="[[500, -3, 1]]"), 112, 84)
+    answer = read_answer(answer_text(box="[-5, 20, 300, 40]", points="[[500, -3, 1]]"), 112)
     assert answer.box == (0, 20, 112, 40) and answer.points == [(111, 0, 1)]
 
 
@@ -155,7 +156,7 @@ def test_coordinates_are_clipped_to_the_picture():
     ],
 )
 def test_shapes_in_which_qwen_writes_a_box_are_read_leniently_and_only_so(text):
-    answer = parse(text, 112, 112)
+    answer = read_answer(text, 112)
     assert answer.lenient_box == pytest.approx((10, 20, 30, 40), abs=0.05)
     assert answer.box is None and not answer.in_format
 
@@ -179,18 +180,14 @@ def test_shapes_in_which_qwen_writes_a_box_are_read_leniently_and_only_so(text):
     ],
 )
 def test_points_and_other_numbers_are_not_taken_for_a_box(text):
-    assert parse(text, 112, 112).lenient_box is None
+    assert read_answer(text, 112).lenient_box is None
 
 
 def test_a_proper_answer_goes_before_every_other_box():
-    assert parse(answer_text(think="[1, 2, 3, 4]"), 112, 112).lenient_box == (10, 20, 30, 40)
-    assert parse(
-        answer_text()
-        .replace('{"bbox"', '{"second": [1, 2, 3, 4], "bbox"')
-        .replace("]]}", ']], "third": [5, 5, 9, 9]}'),
-        112,
-        112,
-    ).lenient_box == (10, 20, 30, 40)
+    assert read_answer(answer_text(think="[1, 2, 3, 4]"), 112).lenient_box == (10, 20, 30, 40)
+    several = answer_text().replace('{"bbox"', '{"second": [1, 2, 3, 4], "bbox"')
+    several = several.replace("]]}", ']], "third": [5, 5, 9, 9]}')
+    assert read_answer(several, 112).lenient_box == (10, 20, 30, 40)
 
 
 PIECES = [
@@ -226,13 +223,13 @@ PIECES = [
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=60).map("".join)))
 @hypothesis_settings(max_examples=600, deadline=None)
 def test_no_text_makes_the_parser_raise_and_what_it_accepts_is_sound(text):
-    answer = parse(text, 112, 84, max_points=3)
+    answer = read_answer(text, 112, max_points=3)
     for box in (answer.box, answer.lenient_box):
         if box:
-            assert 0 <= box[0] < box[2] <= 112 and 0 <= box[1] < box[3] <= 84
+            assert 0 <= box[0] < box[2] <= 112 and 0 <= box[1] < box[3] <= 112
     assert (answer.box is not None) == answer.segmentation_format
     assert len(answer.points) <= 3 and all(
-        0 <= x < 112 and 0 <= y < 84 and label in (0, 1) for x, y, label in answer.points
+        0 <= x < 112 and 0 <= y < 112 and label in (0, 1) for x, y, label in answer.points
     )
     assert answer.in_format or answer.why
 
@@ -249,8 +246,8 @@ def test_no_text_makes_the_parser_raise_and_what_it_accepts_is_sound(text):
 )
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_any_json_in_the_answer_is_read_or_refused(box, points):
-    answer = parse(
-        f"<think></think><answer>{json.dumps({'bbox': box, 'points': points})}</answer>", 112, 112
+    answer = read_answer(
+        f"<think></think><answer>{json.dumps({'bbox': box, 'points': points})}</answer>", 112
     )
     assert answer.reasoning_format and (answer.segmentation_format or answer.why)
 
@@ -286,17 +283,17 @@ def test_ten_times_the_hostile_text_takes_ten_times_as_long_and_not_a_hundred(pi
         text, taken = "[" + (piece * size)[:size], []
         for _ in range(3):
             start = time.process_time()
-            parse(text, 112, 112)
+            read_answer(text, 112)
             taken.append(time.process_time() - start)
         return min(taken)
 
-    parse(piece, 112, 112)
+    read_answer(piece, 112)
     assert seconds(20_000) < 30 * seconds(2_000) + 0.01
 
 
 @pytest.mark.parametrize("more", ["</answer>", " <answer>"])
 def test_a_tag_too_many_behind_a_proper_answer_leaves_it_unread(more):
-    answer = parse(answer_text() + more, 112, 112)
+    answer = read_answer(answer_text() + more, 112)
     assert answer.box is None and not answer.segmentation_format and "exactly one" in answer.why
 
 
@@ -395,11 +392,21 @@ def test_a_mask_does_not_depend_on_its_neighbours_in_the_group(segmenter):
     assert (crowd[1] == alone).all()
 
 
-def test_a_term_without_a_weight_is_not_passed_over(segmenter):
+def test_a_term_from_outside_counts_with_weight_1_or_with_its_setting(segmenter):
     scene = make_scene(0)
     sample = Sample(Image.fromarray(scene.image), "?", scene.things[0].mask, "0")
-    with pytest.raises(ValueError, match="zip"):
-        score_group(segmenter, sample, [answer_text()], 112, weights=(1.0, 1.0))
+
+    def terms(reward, s):
+        return {"accuracy": reward.iou, "length": -len(reward.answer.tokens) / 10}
+
+    answer = read_answer(answer_text(), 112, tokens=torch.arange(20))
+    [reward] = score_group(segmenter, sample, [answer], Settings(accuracy_weight=3.0), terms)
+    assert reward.total == pytest.approx(3 * reward.iou - 2)
+
+
+def test_a_lone_text_is_refused(segmenter, samples):
+    with pytest.raises(TypeError, match="read_answer"):
+        score_group(segmenter, samples[0], answer_text())
 
 
 def test_the_encoder_runs_once_a_picture(monkeypatch):
@@ -415,10 +422,10 @@ def test_the_encoder_runs_once_a_picture(monkeypatch):
     ]
     group = [answer_text(box=str(list(t.box))) for t in a.things] + ["nothing"]
     for _ in range(3):
-        score_group(fresh, samples[0], group, 112)
+        score(fresh, samples[0], group, 112)
     assert len(calls) == 1
-    score_group(fresh, samples[1], group, 112)
-    score_group(fresh, samples[0], group, 112)
+    score(fresh, samples[1], group, 112)
+    score(fresh, samples[0], group, 112)
     assert len(calls) == 3
 
 
@@ -579,7 +586,7 @@ def test_without_points_sam_gets_the_box_alone(segmenter):
         answer_text(str(list(box_around(thing, other))), str([off])),
     )
     [told], [alone] = (
-        score_group(segmenter, sample, [text], 112, points=points) for points in (True, False)
+        score(segmenter, sample, [text], 112, points=points) for points in (True, False)
     )
     [mask] = segmenter.masks(scene.image, [alone.answer.box], [[]])
     assert (alone.mask == mask).all() and (told.mask != mask).any()
@@ -715,17 +722,25 @@ def test_the_reward_of_a_perfect_a_wrong_and_an_unreadable_answer(segmenter):
         for t in (thing, other)
     )
     plain = f"It is at {list(thing.box)}."
-    rewards = score_group(segmenter, sample, [good, wrong, plain, "?", good + "."], 112)
+    rewards = score(segmenter, sample, [good, wrong, plain, "?", good + "."], 112)
     assert [r.total for r in rewards] == [6, 2, 0, 0, 5]
     assert rewards[2].mask is None and rewards[2].pair == (0, thing.mask.sum())
-    assert score_group(segmenter, sample, [plain], 112, lenient=True)[0].iou > 0.8
-    weighted = score_group(segmenter, sample, [good], 112, weights=(0.0, 0.5, 2.0))[0]
-    assert weighted.total == 2.5 and weighted.accuracy == 4
+    assert score(segmenter, sample, [plain], 112, lenient=True)[0].iou > 0.8
+    weighted = score(
+        segmenter,
+        sample,
+        [good],
+        112,
+        accuracy_weight=0.0,
+        reasoning_format_weight=0.5,
+        segmentation_format_weight=2.0,
+    )[0]
+    assert weighted.total == 2.5 and weighted.terms["accuracy"] == 4
 
 
 def test_answers_are_scaled_from_the_policys_square_to_the_picture():
     sample = Sample(Image.new("RGB", (640, 427)), "?", np.zeros((427, 640), bool), "x")
-    box, points = to_picture((0, 0, 840, 840), [(420, 840, 1)], sample, 840)
+    box, points = to_picture(Answer(840, (0, 0, 840, 840), [(420, 840, 1)]), sample)
     assert box == pytest.approx((0, 0, 640, 427)) and points == [
         (pytest.approx(320), pytest.approx(427), 1)
     ]
@@ -735,10 +750,8 @@ def test_the_reward_is_the_same_for_a_picture_shown_larger(segmenter):
     scene = make_scene(12)
     thing = scene.things[0]
     sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x")
-    small = score_group(
-        segmenter, sample, [answer_text(str(list(thing.box)), "[[50, 50, 0]]")], 112
-    )[0]
-    large = score_group(
+    small = score(segmenter, sample, [answer_text(str(list(thing.box)), "[[50, 50, 0]]")], 112)[0]
+    large = score(
         segmenter, sample, [answer_text(str([2 * v for v in thing.box]), "[[100, 100, 0]]")], 224
     )[0]
     assert small.pair == large.pair
@@ -751,8 +764,8 @@ def test_undecided_pixels_are_left_out_of_the_reward(segmenter):
         True  # half of the object, and what SAM draws there
     )
     sample = Sample(Image.fromarray(scene.image), "?", thing.mask, "x", ignore=ignore)
-    good, unread = score_group(
-        segmenter, sample, [answer_text(str(list(thing.box))), "?"], 112, "iou"
+    good, unread = score(
+        segmenter, sample, [answer_text(str(list(thing.box))), "?"], 112, accuracy="iou"
     )
     assert good.pair == (
         (good.mask & thing.mask & ~ignore).sum(),

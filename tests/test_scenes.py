@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from samr1_mini.config import UserError
 from samr1_mini.data import Mirrored, load_data
 from samr1_mini.metrics import box_iou
-from samr1_mini.reward import parse
+from samr1_mini.reward import read_answer
 from samr1_mini.tiny import scenes
 from tutorials.tiny_world.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
 from tutorials.tiny_world.pretrain import told_rows
@@ -417,7 +417,7 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
     rng, overlaps = np.random.default_rng(0), []
     for scene, thing in things_and_dots(30):
         text = "".join(answer_parts(thing, scene, rng, 0.4, style))
-        answer = parse(text, 112, 112)
+        answer = read_answer(text, 112)
         assert style_of(text) == style and answer.in_format == (
             style in ("short", "names", "places")
         )

@@ -298,24 +298,28 @@ def test_a_bug_keeps_its_traceback_and_memory_that_ran_out_does_not(monkeypatch,
 
 
 def test_a_failure_in_one_process_ends_all(monkeypatch):
-    monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    told = []
 
-    def fail(error):
-        raise error
+    def exchange(mine):
+        told.extend(mine)
+        return [*mine, theirs]
 
-    theirs = {
-        UserError: (UserError, "line 4"),
-        RuntimeError: (RuntimeError, "another process failed: box"),
-    }
-    for kind, failure in theirs.items():
-        monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, failure])
-        with pytest.raises(kind, match=failure[1]):
-            processes.together(lambda: 1)
-    monkeypatch.setattr(processes, "gather_object", lambda mine: mine)
+    monkeypatch.setattr(processes, "gather_object", exchange)
+    for theirs in ((UserError, "line 4"), (RuntimeError, "another process failed: box")):
+        with pytest.raises(theirs[0], match=theirs[1]), processes.one_fails_all_fail():
+            processes.gather([1])
+        assert told == [None]  # the failure of the other process is not told again
+        told.clear()
+    theirs = None
     error = KeyError("box")
-    with pytest.raises(KeyError) as end:
-        processes.together(lambda: fail(error))
-    assert end.value is error
+    with pytest.raises(KeyError) as end, processes.one_fails_all_fail():
+        raise error
+    assert end.value is error and told[0][0] is RuntimeError
+    told.clear()
+    with pytest.raises(torch.OutOfMemoryError), processes.one_fails_all_fail():
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+    assert told == [(torch.OutOfMemoryError, "Tried to allocate 2.00 GiB")]
 
 
 # ---------------------------------------------------------------------------------------------------- CUDA graphs

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
 from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import policy_image
-from samr1_mini.grpo import new_optimizer, roll_out, update
+from samr1_mini.grpo import Parts, new_optimizer, roll_out, update
 from samr1_mini.policy import instruction, load_policy
-from samr1_mini.reward import score_group
+from samr1_mini.reward import read_answer, score_group
 from samr1_mini.memory import device_name, peak_memory
 from samr1_mini.segmenter import load_segmenter
 
@@ -42,26 +42,25 @@ ROWS = [
 ]
 
 
+PHASES = ("seconds_rollout", "seconds_reward", "seconds_update")
+
+
 def ours(s: Settings, steps: int) -> list[dict]:
     """Seconds of each step, and of its phases."""
     policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
     segmenter = load_segmenter(s.sam, device=s.device)
     policy.banned[policy.stop] = True
-    optimizer, data, taken = (
-        new_optimizer(policy, s),
-        load_data("shapes", "train", steps * s.questions),
-        [],
-    )
+    parts = Parts(policy, segmenter, new_optimizer(policy, s), s)
+    data = load_data("shapes", "train", steps * s.questions)
+    taken = []
     for step in range(steps):
         start = time.perf_counter()
-        rollouts, phases = roll_out(
-            policy, segmenter, [data[step * s.questions + i] for i in range(s.questions)], s
-        )
-        phases["seconds_update"] = update(policy, optimizer, rollouts, s, step * s.updates)[
-            "seconds_update"
-        ]
+        samples = [data[step * s.questions + i] for i in range(s.questions)]
+        rollouts, phases = roll_out(parts, samples)
+        phases |= update(parts, rollouts, step * s.updates)
         if s.device == "cuda":
             torch.cuda.synchronize()
+        phases = {name: phases[name] for name in PHASES}
         taken.append({"seconds": time.perf_counter() - start} | phases)
     return taken
 
@@ -79,7 +78,8 @@ def trl(s: Settings, steps: int) -> list[dict]:
     def reward(completions, number, **_):
         texts, rewards = [c[0]["content"] for c in completions], []
         for i in range(0, len(number), s.group):
-            rewards += score_group(segmenter, data[number[i]], texts[i : i + s.group], s.image_size)
+            answers = [read_answer(text, s.image_size) for text in texts[i : i + s.group]]
+            rewards += score_group(segmenter, data[number[i]], answers, s)
         return [r.total for r in rewards]
 
     class Clock(TrainerCallback):

@@ -27,7 +27,7 @@ from samr1_mini.config import Parser, UserError, auto_device, exit_with, first_l
 from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
 from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs, generate
-from samr1_mini.reward import parse, score_group
+from samr1_mini.reward import read_answer, read_leniently, score_group
 from samr1_mini.segmenter import TINY_SAM, decode, load_segmenter, random_sam
 from samr1_mini.tokens import banned_ids, stop_ids
 from .answers import (
@@ -726,13 +726,14 @@ def measure_policy(policy: Policy, segmenter, count: int = 500, group: int = 4) 
         for x, scene, drawn in zip(samples, scenes, answers("", group, 1.0)):
             texts = [answer.text for answer in drawn]
             styles += map(style_of, texts)
-            for reward in score_group(segmenter, x, texts, SIZE, lenient=True):
+            read = [read_leniently(read_answer(text, SIZE)) for text in texts]
+            for reward in score_group(segmenter, x, read):
                 row = about(reward.answer.lenient_box, x.mask, scene), reward.box_iou, reward.iou
                 for kind in (x.kind, "all"):
                     sampled.setdefault(kind, []).append(row)
         for style, how in STYLES.items():
             for x, scene, [answer] in zip(samples, scenes, answers(how.hint, 1, 0.0)):
-                right = about(parse(answer.text, SIZE, SIZE).lenient_box, x.mask, scene)
+                right = about(read_answer(answer.text, SIZE).lenient_box, x.mask, scene)
                 for kind, value in (
                     (x.kind, right),
                     ("all", right),
