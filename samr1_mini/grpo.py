@@ -16,8 +16,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from .config import Settings, UserError
@@ -27,7 +25,16 @@ from .policy import Completion, Policy, Prompt, encode, logprobs, generate
 from .reward import Reward, score_group
 from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch
-from .processes import add_up_gradients, average, is_first, join_processes, together
+from .processes import (
+    add_up_gradients,
+    average,
+    fail_together,
+    from_first,
+    is_first,
+    join_processes,
+    process_count,
+    share,
+)
 from .reports import describe, first_answers, base_summary, score_base, summarise, validate
 from .runs import Run, known_missing, open_run
 from .segmenter import Segmenter
@@ -216,7 +223,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
     begun, log = time.perf_counter(), defaultdict(float, ratio_min=1.0, ratio_max=1.0)
     policy.model.train()
     if s.beta:
-        together(lambda: add_reference(policy, [r for r in rollouts if takes_part(r, s)], s))
+        add_reference(policy, [r for r in rollouts if takes_part(r, s)], s)
     for k in range(s.updates * s.passes):
         start, end = (i * len(rollouts) // s.updates for i in (k % s.updates, k % s.updates + 1))
         for group in optimizer.param_groups:
@@ -224,7 +231,7 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], s: Settings, done
                 1.0, (done + k + 1) / max(1, s.warmup)
             )  # warm-up, then constant
         optimizer.zero_grad()
-        sums = together(lambda: backward(policy, rollouts[start:end], s))
+        sums = backward(policy, rollouts[start:end], s)
         log["loss"] += sums["loss"] / len(rollouts) / s.passes
         if k == 0:  # nothing was updated since sampling: what differs is rounding
             log["sampling_gap"] = sums["sampling_gap"] / max(1, sums["tokens"])
@@ -283,7 +290,7 @@ def takes_part(rollout: Rollout, s: Settings) -> bool:
 
 def backward(policy: Policy, rollouts: list[Rollout], s: Settings) -> dict:
     """Gradients of one update, `micro` questions a forward; returns sums over its tokens, and extremes."""
-    questions = len(rollouts) * PartialState().num_processes  # of this update, in all processes
+    questions = len(rollouts) * process_count()  # of this update, in all processes
     rollouts = [
         r for r in rollouts if takes_part(r, s)
     ]  # the term of what is left out is 0 in the mean
@@ -347,14 +354,12 @@ def one_step(
 ) -> tuple[dict, list[dict]]:
     """Step number `step`, from 0, each process on its share of the questions. Returns what to log, and one of the
     sampled answers to each question."""
-    processes = PartialState()
-    share = slice(processes.process_index, None, processes.num_processes)
     torch.manual_seed(
         s.seed * 10**6 + step
     )  # a step's draws depend on its number alone: a resumed run repeats them
     uniforms = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] for all processes
-    batch = [data[i] for i in range(step * s.questions, (step + 1) * s.questions)[share]]
-    rollouts, seconds = together(lambda: roll_out(policy, segmenter, batch, s, uniforms[share]))
+    batch = [data[i] for i in share(range(step * s.questions, (step + 1) * s.questions))]
+    rollouts, seconds = roll_out(policy, segmenter, batch, s, share(uniforms))
     learnt = update(policy, optimizer, rollouts, s, step * s.updates * s.passes)
     line = average(
         {**describe(rollouts), **learnt, **seconds, "peak_memory_gib": peak_memory(s.device)}
@@ -370,32 +375,33 @@ def one_step(
 def before_training(policy: Policy, segmenter: Segmenter, data, s: Settings, begins: bool) -> None:
     """On a GPU the largest update is tried, and a run that begins says what the base's answers are like."""
     if s.device == "cuda":
-        together(
-            lambda: try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s)
-        )
+        try_largest_update(policy, [data[i] for i in range(min(s.micro, len(data)))], s)
     if begins:
         few = [data[i] for i in range(min(4, len(data)))]
         uniforms = torch.rand(
             len(few), s.group, s.max_new_tokens, generator=torch.Generator().manual_seed(s.seed)
         )
-        rollouts, _ = together(lambda: roll_out(policy, segmenter, few, s, uniforms))
+        rollouts, _ = roll_out(policy, segmenter, few, s, uniforms)
         if is_first():
             print(base_summary(rollouts, s), flush=True)
 
 
+@fail_together()
 def train(s: Settings) -> dict:
     """Train, evaluate and save in the folder `s.run`; returns what summary.json holds.
 
     Under `accelerate launch` or `torchrun` each process takes its share of the questions of a batch, and gradients add
     up; the first process writes.
     """
-    begun, count = time.perf_counter(), join_processes(s.device).num_processes
+    begun = time.perf_counter()
+    join_processes(s.device)
+    count = process_count()
     if count > 1 and s.questions % (s.updates * count):
         raise UserError(
             f"--questions {s.questions} is no multiple of {count} processes x --updates {s.updates}"
         )
     data, validation, test = sets = open_sets(s)
-    folder = broadcast_object_list([open_run(s) if is_first() else None])[0]
+    folder = from_first(open_run(s) if is_first() else None)
     policy, segmenter = load_parts(s, sets, missing=known_missing(folder) if s.resume else [])
     optimizer = new_optimizer(policy, s)
     run = Run(folder, s, policy, optimizer, sets, begun)

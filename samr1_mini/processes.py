@@ -1,80 +1,169 @@
-"""Several processes, one a GPU (`accelerate launch`, `torchrun`): each has its share of questions; the first writes."""
+"""Work with several processes, one for each GPU, started by torchrun or `accelerate launch`.
 
-from collections.abc import Callable
+Each process works on its share of the questions. The first process prints, and writes the files.
+With one process these functions change nothing.
+"""
+
+import traceback
+from collections.abc import Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-from .config import UserError, first_line
+from .config import UserError
+from .files import cause
 
-PATIENCE = timedelta(
-    hours=12
-)  # how long processes wait for each other: the first one may have 19 GB to download
+PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads 19 GB
 
 
 def join_processes(device: str) -> PartialState:
-    """This process among its like; alone where nothing launched several."""
+    """Connect this process with the others that were started together with it."""
     return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
+def process_count() -> int:
+    """Return the number of processes."""
+    return PartialState().num_processes
+
+
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this is the first process, which prints and writes the files."""
     return PartialState().is_main_process
 
 
-def together(work: Callable):
-    """Do work() in every process. A failure in one process ends all: the others would wait for it without end.
+def share(items: Sequence | torch.Tensor) -> Sequence | torch.Tensor:
+    """Return this process's part of a sequence, or of a tensor's first dimension.
 
-    Raises OutOfMemoryError or UserError in all processes where one of them did. Any other exception is raised on where
-    it happened, and is a RuntimeError in the other processes.
+    Of n processes, process i takes the items i, i + n, i + 2n, and so on.
     """
-    result = failure = bug = None
-    several = PartialState().num_processes > 1
+    return items[PartialState().process_index :: process_count()]
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+class FailedElsewhere(Exception):
+    """Another process has failed. `error` is what fail_together raises in this process."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def fail_together():
+    """Context manager: an exception in one process ends the block in all processes.
+
+    Without it the other processes would wait for the failed one. OutOfMemoryError and UserError
+    are raised in all processes, and OSError as a UserError. For any other exception the other
+    processes raise RuntimeError.
+    """
     try:
-        result = work()
-    except (torch.OutOfMemoryError, UserError) as error:
-        failure = type(error), str(
-            error
-        )  # no more: its traceback would keep all that the work has allocated
+        yield
+        wait_for_all()
+    except FailedElsewhere as failed:
+        raise failed.error from None
     except Exception as error:
-        if not several:
-            raise
-        bug = error
-        failure = RuntimeError, f"another process failed: {first_line(error)}"
-    failures = [failure]
-    if several:
-        failures = gather_object(failures)
-    if bug is not None:
-        raise bug
-    for failure in failures:
-        if failure is not None:
-            kind, message = failure
-            raise kind(message)
-    return result
+        if isinstance(error, torch.OutOfMemoryError):
+            traceback.clear_frames(error.__traceback__)  # frees the tensors that its frames hold
+        exchange_errors(error)
+        raise
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here. Raises FailedElsewhere if one of them has failed.
+
+    Every exchange of data starts with this call. So a process that fails always finds the others
+    at the same kind of exchange, that of the errors.
+    """
+    for error in exchange_errors(None):
+        if error is not None:
+            raise FailedElsewhere(error)
+
+
+def exchange_errors(error: Exception | None) -> list[Exception | None]:
+    """Give this process's error, or None, to all processes, and return those of all."""
+    if process_count() == 1:
+        return []
+    return gather_object([error_for_others(error)])
+
+
+def error_for_others(error: Exception | None) -> Exception | None:
+    """Return the error that the other processes raise. Many other errors cannot be pickled."""
+    if error is None:
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return torch.OutOfMemoryError(str(error))
+    if isinstance(error, (UserError, OSError)):
+        return UserError(str(error))
+    return RuntimeError(f"another process failed: {cause(error)}")
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def gather(items: list) -> list:
+    """Return the items of all processes in one list, those of the first process first."""
+    wait_for_all()
+    return gather_object(items)
+
+
+def from_first(value):
+    """Return the first process's `value` in all processes."""
+    return gather([value])[0]
+
+
+@contextmanager
+def first_before_others():
+    """Context manager: the first process runs the block, then the other processes run it."""
+    if not is_first():
+        wait_for_all()
+    yield
+    if is_first():
+        wait_for_all()
 
 
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Give every process the sum of the gradients of all, in one message; with one process nothing is left to do."""
-    if PartialState().num_processes > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        total = reduce(torch.cat([g.flatten() for g in grads]), "sum")
-        if (
-            not total.any()
-        ):  # no group had anything to say: one process would have no gradients then, and not move
-            return
-        for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
-            p.grad = gradient.view_as(p)
+    """Give every process the sum of all processes' gradients.
+
+    If the sum is 0, the gradients are left as they are. With one process there would be no
+    gradients then, and the optimizer's momentum must not move the parameters.
+    """
+    if process_count() == 1:
+        return
+    wait_for_all()
+    gradients = []
+    for p in parameters:
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients.append(gradient.flatten())
+    total = reduce(torch.cat(gradients), "sum")  # one message instead of one a parameter
+    if not total.any():
+        return
+    sizes = [p.numel() for p in parameters]
+    for p, gradient in zip(parameters, total.split(sizes)):
+        p.grad = gradient.view_as(p)
 
 
 def average(line: dict) -> dict:
-    """What each process logged of a step -> one line: means, and the extremes of what ends in _min or _max. What one
-    did not log is a sum that it never began: 0 there."""
-    lines = gather_object([line])
-    values = {name: [one[name] for one in lines if name in one] for one in lines for name in one}
-    mean = lambda numbers: sum(numbers) / len(lines)
-    return {
-        name: {"_min": min, "_max": max}.get(name[-4:], mean)(numbers)
-        for name, numbers in values.items()
-    }
+    """Return the mean of each number of a log line over the processes.
+
+    Names that end in _min or _max get the smallest or the largest value instead. A number that
+    a process lacks counts as 0 in the mean.
+    """
+    lines = gather([line])
+    names = {}
+    for one in lines:
+        names |= one
+    averaged = {}
+    for name in names:
+        values = [one[name] for one in lines if name in one]
+        if name.endswith("_min"):
+            averaged[name] = min(values)
+        elif name.endswith("_max"):
+            averaged[name] = max(values)
+        else:
+            averaged[name] = sum(values) / len(lines)
+    return averaged

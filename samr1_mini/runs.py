@@ -13,8 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -22,7 +20,7 @@ from .config import Settings, Terminated, UserError, read_settings
 from .policy import Policy
 from .segmenter import SAM_FILES
 from .files import AGAIN, cause, refuse_pointer
-from .processes import is_first
+from .processes import gather, is_first, process_count
 from .stops import ignore_ending_signals, lasting_output, stop_on_signals
 
 # ---------------------------------------------------------------------------------------------------- state
@@ -189,7 +187,7 @@ def resume_command(folder: Path, s: Settings) -> str:
     if Path(sys.argv[0]).name == script:  # as it was typed, from whichever folder
         script = sys.argv[0]
     start = ["python"]
-    processes = PartialState().num_processes
+    processes = process_count()
     if processes > 1:
         # Accelerate's launcher would start one process on a CPU. Without "--" torchrun takes --run for its own option.
         start = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "--"]
@@ -353,8 +351,8 @@ class Run:
 
         Save if `due`, if the save interval is over, or after Ctrl-C.
         """
-        stopped, first, step = any(gather_object([self.stop.is_set()])), is_first(), line["step"]
-        answers = gather_object(answers)
+        stopped, first, step = any(gather([self.stop.is_set()])), is_first(), line["step"]
+        answers = gather(answers)
         if first:
             for name, lines in (
                 ("metrics", [line]),

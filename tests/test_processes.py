@@ -134,14 +134,15 @@ def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
     try:
-        processes.together(work)
+        with processes.fail_together():
+            work()
     except torch.OutOfMemoryError as error:  # while it is handled, as where the state is saved
         assert str(error) == "Tried to allocate 2.00 GiB" and allocated[0]() is None
     assert allocated
 
 
 def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):
-    monkeypatch.setattr(grpo, "join_processes", lambda device: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(grpo, "process_count", lambda: 2)
     with pytest.raises(
         UserError, match="--questions 7 is no multiple of 2 processes x --updates 2"
     ):
@@ -200,7 +201,7 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_t
 
 def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):
     (tmp_path / "wait.py").write_text(
-        "import os, sys, torch, torch.distributed as d\nfrom samr1_mini.processes import join_processes\njoin('cpu')\n"
+        "import os, sys, torch, torch.distributed as d\nfrom samr1_mini.processes import join_processes\njoin_processes('cpu')\n"
         "waits = d.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds()\n"
         "open(os.path.join(os.path.dirname(sys.argv[0]), 'waits' + os.environ['RANK']), 'w').write(str(waits))\n"
         "d.destroy_process_group()"
