@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from samr1_mini.loading import check_models, load_parts
     from samr1_mini.memory import cap_memory
-    from samr1_mini.processes import join_processes
+    from samr1_mini.processes import fail_together, first_before_others, join_processes
 
     try:
         if options["merge"] is not None:
@@ -343,16 +343,16 @@ def main(argv: list[str] | None = None) -> None:
         cap_memory(settings)
         refuse_too_little_memory(settings)
         check_models(settings)
-        with join_processes(
-            settings.device
-        ).main_process_first():  # under torchrun each process takes its own GPU
-            data = open_input(settings, options)
-        policy, segmenter = load_parts(
-            settings, [] if options["image"] is not None else [data], options["adapter"]
-        )
-        (answer_one if options["image"] is not None else evaluate_set)(
-            policy, segmenter, data, settings, options
-        )
+        join_processes(settings.device)  # under torchrun each process takes its own GPU
+        with fail_together():
+            with first_before_others():
+                data = open_input(settings, options)
+            policy, segmenter = load_parts(
+                settings, [] if options["image"] is not None else [data], options["adapter"]
+            )
+            (answer_one if options["image"] is not None else evaluate_set)(
+                policy, segmenter, data, settings, options
+            )
     except (UserError, OSError) as error:
         exit_with(error, "eval.py")
     except OutOfMemoryError as error:

@@ -21,7 +21,7 @@ from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, ti
 from .policy import Policy, encode, generate
 from .reward import Reward, read_answer, read_leniently, score_group
 from .memory import free_memory, questions_per_batch
-from .processes import gather, is_first, join_processes
+from .processes import gather, is_first, join_processes, share
 from .segmenter import Segmenter
 
 
@@ -209,7 +209,7 @@ def evaluate(
     answer depends on nothing beside it.
     """
     processes, step = join_processes(s.device), batch_size(policy, s, votes)
-    share = range(len(data))[processes.process_index :: processes.num_processes]
+    mine = share(range(len(data)))
     quiet = not (name and is_first())
 
     def answered() -> list[Row]:
@@ -217,15 +217,15 @@ def evaluate(
         # the number of processes and the size of a batch tell which questions a part holds
         rows = kept_rows(part, f"{keep[1]} {processes.num_processes} {step}") if keep else {}
         for i in tqdm(
-            range(0, len(share), step),
+            range(0, len(mine), step),
             f"test {name}",
             disable=quiet,
             leave=False,
             dynamic_ncols=True,
         ):
-            if rows.keys() & share[i : i + step]:
+            if rows.keys() & mine[i : i + step]:
                 continue
-            samples = {j: data[j] for j in share[i : i + step]}
+            samples = {j: data[j] for j in mine[i : i + step]}
             if s.empty_truth == "excluded":
                 samples = {j: x for j, x in samples.items() if x.mask.any()}
             if not samples:

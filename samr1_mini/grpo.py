@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from .config import Settings, UserError
@@ -30,8 +29,8 @@ from .evaluation import policy_image
 from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch
 from .policy import Completion, Policy, Prompt, encode, generate, logprobs
-from .processes import add_up_gradients, average, is_first, join_processes
-from .processes import one_fails_all_fail, process_count, share
+from .processes import add_up_gradients, average, fail_together, from_first, is_first
+from .processes import join_processes, process_count, share
 from .reports import base_summary, describe, first_answers, sampling_gap, score_base
 from .reports import summarise, token_means, validate
 from .reward import Reward, read_answer, reward_terms, score_group
@@ -394,6 +393,7 @@ def before_training(parts: Parts, data, resumed: bool) -> None:
         print(base_summary(rollouts, s), flush=True)
 
 
+@fail_together()
 def train(
     s: Settings,
     sets: list | None = None,
@@ -416,23 +416,22 @@ def train(
         raise UserError(f"--questions {s.questions} is no multiple of {need}")
     sets = sets or open_sets(s)
     data, validation, test = sets
-    folder = broadcast_object_list([open_run(s) if is_first() else None])[0]
+    folder = from_first(open_run(s) if is_first() else None)
     missing = known_missing(folder) if s.resume else []
     policy, segmenter = load_parts(s, sets, missing=missing, segmenter=segmenter)
     parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
     run = Run(folder, s, policy, parts.optimizer, sets, begun)
     resumed = run.start > 0
-    with one_fails_all_fail():
-        before_training(parts, data, resumed)
-        base = score_base(policy, segmenter, validation, test, s, folder, resumed)
-        with run.saved_whatever_happens():
-            for step in run.steps():
-                line, answers = one_step(parts, data, step)
-                due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
-                if due:
-                    line |= validate(policy, segmenter, validation, s, folder, step + 1)
-                run.keep(line, answers, due)
-                if log and is_first():
-                    log(line)
-        run.finish()
-        return summarise(policy, segmenter, test, s, folder, base, run)
+    before_training(parts, data, resumed)
+    base = score_base(policy, segmenter, validation, test, s, folder, resumed)
+    with run.saved_whatever_happens():
+        for step in run.steps():
+            line, answers = one_step(parts, data, step)
+            due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
+            if due:
+                line |= validate(policy, segmenter, validation, s, folder, step + 1)
+            run.keep(line, answers, due)
+            if log and is_first():
+                log(line)
+    run.finish()
+    return summarise(policy, segmenter, test, s, folder, base, run)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .config import Settings, UserError
@@ -15,7 +13,7 @@ from .data import open_data
 from .data.fetch import PICTURES
 from .policy import Policy, check_policy, load_policy
 from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
-from .processes import is_first
+from .processes import first_before_others, from_first, is_first
 
 
 def check_models(s: Settings) -> None:
@@ -32,7 +30,7 @@ def open_sets(s: Settings) -> list:
     A public set is converted by the first process. The others find it in the cache.
     """
     check_models(s)
-    with PartialState().main_process_first():
+    with first_before_others():
         return open_three(s)
 
 
@@ -146,13 +144,11 @@ def load_parts(
             one.check_files(s.resume)
             for line in one.warnings:
                 print(line, flush=True)
-    missing = broadcast_object_list([[one.missing for one in sets]])[
-        0
-    ]  # so that all hold the same samples
+    missing = from_first([one.missing for one in sets])  # so that all hold the same samples
     if not is_first():
         for one, gone in zip(sets, missing):
             one.fetch(gone)
-    with PartialState().main_process_first():
+    with first_before_others():
         if segmenter is None:
             segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         torch.manual_seed(s.seed)  # a new adapter is drawn

@@ -1,8 +1,11 @@
-"""Several processes, one for each GPU (`accelerate launch`, `torchrun`).
+"""Work with several processes, one for each GPU, started by torchrun or `accelerate launch`.
 
-Each process takes its share of the questions. The first process writes and prints.
+Each process works on its share of the questions. The first process prints, and writes the files.
+With one process these functions change nothing.
 """
 
+import traceback
+from collections.abc import Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -10,13 +13,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-from .config import UserError, first_line
+from .config import UserError
+from .files import cause
 
-PATIENCE = timedelta(hours=12)  # processes wait for the first one, which may download 19 GB
+PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads 19 GB
 
 
 def join_processes(device: str) -> PartialState:
-    """Join the processes that a launcher started. Without a launcher this process is alone."""
+    """Connect this process with the others that were started together with it."""
     return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
@@ -26,92 +30,140 @@ def process_count() -> int:
 
 
 def is_first() -> bool:
-    """Tell if this process is the one that writes and prints."""
+    """Return whether this is the first process, which prints and writes the files."""
     return PartialState().is_main_process
 
 
-def share(items):
-    """Return the items of this process: every n-th of n processes, from its own number on."""
-    processes = PartialState()
-    return items[processes.process_index :: processes.num_processes]
+def share(items: Sequence | torch.Tensor) -> Sequence | torch.Tensor:
+    """Return this process's part of a sequence, or of a tensor's first dimension.
 
-
-def tell_failure(error: Exception | None) -> None:
-    """Exchange failures between all processes, and raise the first failure of another process.
-
-    Every exchange of data begins with this call. So a process that fails can call it at any time:
-    the others wait for it at their next exchange.
+    Of n processes, process i takes the items i, i + n, i + 2n, and so on.
     """
-    mine = None
-    if isinstance(error, (torch.OutOfMemoryError, UserError)):
-        mine = type(error), str(error)
-    elif error is not None:
-        mine = RuntimeError, f"another process failed: {first_line(error)}"
-    failures = gather_object([mine])
-    if error is not None:
-        return
-    for failure in failures:
-        if failure is not None:
-            kind, message = failure
-            raised = kind(message)
-            raised.told = True
-            raise raised
+    return items[PartialState().process_index :: process_count()]
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+class FailedElsewhere(Exception):
+    """Another process has failed. `error` is what fail_together raises in this process."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
 
 
 @contextmanager
-def one_fails_all_fail():
-    """Context manager: an exception in one process ends all processes.
+def fail_together():
+    """Context manager: an exception in one process ends the block in all processes.
 
-    OutOfMemoryError and UserError are raised in all processes. Any other exception is raised in
-    its own process, and is a RuntimeError in the others. Without this, the others would wait for
-    the failed process without end.
+    Without it the other processes would wait for the failed one. OutOfMemoryError and UserError
+    are raised in all processes, and OSError as a UserError. For any other exception the other
+    processes raise RuntimeError.
     """
     try:
         yield
+        wait_for_all()
+    except FailedElsewhere as failed:
+        raise failed.error from None
     except Exception as error:
-        if process_count() > 1 and not hasattr(error, "told"):
-            tell_failure(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            traceback.clear_frames(error.__traceback__)  # frees the tensors that its frames hold
+        exchange_errors(error)
         raise
 
 
+def wait_for_all() -> None:
+    """Wait until all processes are here. Raises FailedElsewhere if one of them has failed.
+
+    Every exchange of data starts with this call. So a process that fails always finds the others
+    at the same kind of exchange, that of the errors.
+    """
+    for error in exchange_errors(None):
+        if error is not None:
+            raise FailedElsewhere(error)
+
+
+def exchange_errors(error: Exception | None) -> list[Exception | None]:
+    """Give this process's error, or None, to all processes, and return those of all."""
+    if process_count() == 1:
+        return []
+    return gather_object([error_for_others(error)])
+
+
+def error_for_others(error: Exception | None) -> Exception | None:
+    """Return the error that the other processes raise. Many other errors cannot be pickled."""
+    if error is None:
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return torch.OutOfMemoryError(str(error))
+    if isinstance(error, (UserError, OSError)):
+        return UserError(str(error))
+    return RuntimeError(f"another process failed: {cause(error)}")
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
 def gather(items: list) -> list:
-    """Return the items of all processes in one list."""
-    if process_count() > 1:
-        tell_failure(None)
+    """Return the items of all processes in one list, those of the first process first."""
+    wait_for_all()
     return gather_object(items)
 
 
+def from_first(value):
+    """Return the first process's `value` in all processes."""
+    return gather([value])[0]
+
+
+@contextmanager
+def first_before_others():
+    """Context manager: the first process runs the block, then the other processes run it."""
+    if not is_first():
+        wait_for_all()
+    yield
+    if is_first():
+        wait_for_all()
+
+
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace the gradients of every process by their sum over all processes."""
+    """Give every process the sum of all processes' gradients.
+
+    If the sum is 0, the gradients are left as they are. With one process there would be no
+    gradients then, and the optimizer's momentum must not move the parameters.
+    """
     if process_count() == 1:
         return
-    tell_failure(None)
+    wait_for_all()
     gradients = []
     for p in parameters:
-        gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
-    total = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
-    if not total.any():  # no group had variance. A single process would have no gradients either
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients.append(gradient.flatten())
+    total = reduce(torch.cat(gradients), "sum")  # one message instead of one a parameter
+    if not total.any():
         return
-    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
+    sizes = [p.numel() for p in parameters]
+    for p, gradient in zip(parameters, total.split(sizes)):
         p.grad = gradient.view_as(p)
 
 
 def average(line: dict) -> dict:
-    """Return the mean of the columns that each process logs of a step.
+    """Return the mean of each number of a log line over the processes.
 
-    Columns that end in _min or _max are the extremes. A process that lacks a column counts as 0.
+    Names that end in _min or _max get the smallest or the largest value instead. A number that
+    a process lacks counts as 0 in the mean.
     """
     lines = gather([line])
-    values = {}
+    names = {}
     for one in lines:
-        for name, value in one.items():
-            values.setdefault(name, []).append(value)
+        names |= one
     averaged = {}
-    for name, numbers in values.items():
+    for name in names:
+        values = [one[name] for one in lines if name in one]
         if name.endswith("_min"):
-            averaged[name] = min(numbers)
+            averaged[name] = min(values)
         elif name.endswith("_max"):
-            averaged[name] = max(numbers)
+            averaged[name] = max(values)
         else:
-            averaged[name] = sum(numbers) / len(lines)
+            averaged[name] = sum(values) / len(lines)
     return averaged

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from .config import Settings, Terminated, UserError, read_settings
 from .policy import Policy
 from .segmenter import SAM_FILES
 from .files import AGAIN, cause, refuse_pointer
-from .processes import gather, is_first
+from .processes import gather, is_first, process_count
 from .stops import ignore_ending_signals, lasting_output, stop_on_signals
 
 # ---------------------------------------------------------------------------------------------------- state
@@ -188,7 +187,7 @@ def resume_command(folder: Path, s: Settings) -> str:
     if Path(sys.argv[0]).name == script:  # as it was typed, from whichever folder
         script = sys.argv[0]
     start = ["python"]
-    processes = PartialState().num_processes
+    processes = process_count()
     if processes > 1:
         # Accelerate's launcher would start one process on a CPU. Without "--" torchrun takes --run for its own option.
         start = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "--"]

@@ -53,7 +53,7 @@ from samr1_mini.evaluation import (
 )
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.policy import Completion
-from samr1_mini import loading
+from samr1_mini import loading, processes
 from samr1_mini.tiny.shapes import Shapes
 
 SETTINGS, _ = make_settings(preset="tiny", device="cpu")
@@ -584,8 +584,10 @@ def test_an_evaluation_that_goes_on_with_another_number_of_processes_answers_eac
         """What `count` processes, one after the other, find in all; each ends before question `until`."""
         rows = []
         for index in range(count):
-            alike = SimpleNamespace(process_index=index, num_processes=count)
-            monkeypatch.setattr(evaluation, "join_processes", lambda device: alike)
+            alike = SimpleNamespace(
+                process_index=index, num_processes=count, is_main_process=index == 0
+            )
+            monkeypatch.setattr(processes, "PartialState", lambda **_: alike)
             say(monkeypatch, BOXES)
             some = Stopping(data, until)
             try:

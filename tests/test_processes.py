@@ -112,7 +112,6 @@ def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_proce
     monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
     parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0)
-    monkeypatch.setattr(processes, "gather_object", lambda mine: mine)
     monkeypatch.setattr(processes, "reduce", lambda mine, how: mine + torch.arange(5.0))
     processes.add_up_gradients(parameters)
     assert [p.grad.tolist() for p in parameters] == [[0, 1, 2], [3, 4]]
@@ -124,6 +123,22 @@ def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_proce
     assert (
         all(p.grad is None for p in parameters) and [p.tolist() for p in parameters] == before
     )  # no momentum
+
+
+def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
+    allocated = []
+
+    def work():
+        large = torch.zeros(1000)
+        allocated.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    try:
+        with processes.fail_together():
+            work()
+    except torch.OutOfMemoryError as error:  # while it is handled, as where the state is saved
+        assert str(error) == "Tried to allocate 2.00 GiB" and allocated[0]() is None
+    assert allocated
 
 
 def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):
@@ -186,7 +201,7 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_t
 
 def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):
     (tmp_path / "wait.py").write_text(
-        "import os, sys, torch, torch.distributed as d\nfrom samr1_mini.processes import join_processes\njoin('cpu')\n"
+        "import os, sys, torch, torch.distributed as d\nfrom samr1_mini.processes import join_processes\njoin_processes('cpu')\n"
         "waits = d.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds()\n"
         "open(os.path.join(os.path.dirname(sys.argv[0]), 'waits' + os.environ['RANK']), 'w').write(str(waits))\n"
         "d.destroy_process_group()"

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pickle
 import pty
 import select
 import shlex
@@ -297,29 +298,34 @@ def test_a_bug_keeps_its_traceback_and_memory_that_ran_out_does_not(monkeypatch,
         assert left.value.code == 2 and "--max-new-tokens" in capsys.readouterr().err
 
 
-def test_a_failure_in_one_process_ends_all(monkeypatch):
-    monkeypatch.setattr(processes, "process_count", lambda: 2)
-    told = []
+@pytest.mark.parametrize(
+    "error, kind_elsewhere",
+    [
+        (KeyError("box"), RuntimeError),
+        (UserError("line 4: box"), UserError),
+        (OSError(2, "no file", "box"), UserError),
+        (torch.OutOfMemoryError("box"), torch.OutOfMemoryError),
+    ],
+    ids=repr,
+)
+def test_a_failure_in_one_process_ends_all(error, kind_elsewhere, monkeypatch):
+    monkeypatch.setattr(processes, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    exchanged = []
 
     def exchange(mine):
-        told.extend(mine)
-        return [*mine, theirs]
+        exchanged.extend(pickle.dumps(one) for one in mine)
+        return [*mine, None]
 
     monkeypatch.setattr(processes, "gather_object", exchange)
-    for theirs in ((UserError, "line 4"), (RuntimeError, "another process failed: box")):
-        with pytest.raises(theirs[0], match=theirs[1]), processes.one_fails_all_fail():
-            processes.gather([1])
-        assert told == [None]  # the failure of the other process is not told again
-        told.clear()
-    theirs = None
-    error = KeyError("box")
-    with pytest.raises(KeyError) as end, processes.one_fails_all_fail():
+    with pytest.raises(type(error)) as end, processes.fail_together():
         raise error
-    assert end.value is error and told[0][0] is RuntimeError
-    told.clear()
-    with pytest.raises(torch.OutOfMemoryError), processes.one_fails_all_fail():
-        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-    assert told == [(torch.OutOfMemoryError, "Tried to allocate 2.00 GiB")]
+    assert end.value is error and len(exchanged) == 1
+    theirs = pickle.loads(exchanged[0])
+    monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, theirs])
+    for exchange in (processes.wait_for_all, lambda: processes.gather([1]), lambda: None):
+        with pytest.raises(kind_elsewhere, match="box") as end, processes.fail_together():
+            exchange()
+        assert type(end.value) is kind_elsewhere
 
 
 # ---------------------------------------------------------------------------------------------------- CUDA graphs
@@ -368,7 +374,7 @@ def test_memory_that_runs_out_without_a_graph_too_is_raised(policy, samples, mon
         raise torch.OutOfMemoryError("2 GiB")
 
     def fails(read):
-        monkeypatch.setattr(replay.Reader, "read", full)
+        monkeypatch.setattr(replay.TokenReader, "read", full)
         read()
 
     monkeypatch.setattr(replay, "recorded", fails)
@@ -403,14 +409,14 @@ def test_a_gpu_that_cannot_record_a_token_reads_it_as_it_is(samples, monkeypatch
     with monkeypatch.context() as without:
         without.setattr(policy_module, "DEVICES", set())
         expected = answers_of(policy, samples)
-    real = replay.Reader.read
+    real = replay.TokenReader.read
 
     def asks(reader, embeds, positions):
         if torch.cuda.is_current_stream_capturing():
             embeds.sum().item()  # no graph can hold this
         return real(reader, embeds, positions)
 
-    monkeypatch.setattr(replay.Reader, "read", asks)
+    monkeypatch.setattr(replay.TokenReader, "read", asks)
     monkeypatch.setattr(policy_module, "DEVICES", {"cuda"})
     for _ in range(2):
         for ours, theirs in zip(answers_of(policy, samples), expected, strict=True):
