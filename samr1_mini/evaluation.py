@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .config import Settings, UserError, cell_size
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
-from .policy import Policy, encode, generate
+from .policy import Policy, Prompt, encode, generate
 from .reward import Reward, read_answer, read_leniently, score_group
 from .memory import free_memory, questions_per_batch
 from .processes import gather, is_first, join_processes, share
@@ -124,6 +124,13 @@ class Report:
 def policy_image(sample: Sample, size: int) -> Image.Image:
     """The square picture the policy sees, RGB [size, size]."""
     return sample.image.resize((size, size))  # a copy where it has that size
+
+
+@torch.no_grad()
+def read_questions(policy: Policy, samples: list[Sample], size: int) -> list[Prompt]:
+    """Encode pictures, as squares of `size` pixels, and questions of samples."""
+    images = [policy_image(sample, size) for sample in samples]
+    return encode(policy, images, [sample.question for sample in samples])
 
 
 def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from .config import Settings, UserError
 from .data import Sample
-from .evaluation import policy_image
+from .evaluation import read_questions
 from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch
-from .policy import Completion, Policy, Prompt, encode, generate, logprobs
+from .policy import Completion, Policy, Prompt, generate, logprobs
 from .processes import add_up_gradients, average, fail_together, from_first, is_first
 from .processes import join_processes, process_count, share
 from .reports import base_summary, describe, first_answers, sampling_gap, score_base
@@ -175,14 +175,6 @@ class Rollout:
         return bool(self.advantage.any())
 
 
-@torch.no_grad()
-def read_questions(policy: Policy, samples: list[Sample], s: Settings) -> list[Prompt]:
-    """Encode pictures and questions, once for all uses in a step."""
-    images = [policy_image(sample, s.image_size) for sample in samples]
-    questions = [sample.question for sample in samples]
-    return encode(policy, images, questions)
-
-
 def generate_groups(
     policy: Policy, prompts: list[Prompt], s: Settings, uniforms: torch.Tensor
 ) -> list[list[Completion]]:
@@ -207,7 +199,7 @@ def roll_out(
     """
     s, policy = parts.settings, parts.policy
     start = time.perf_counter()
-    prompts = read_questions(policy, samples, s)
+    prompts = read_questions(policy, samples, s.image_size)
     if uniforms is None:
         uniforms = torch.rand(len(prompts), s.group, s.max_new_tokens)
     groups = generate_groups(policy, prompts, s, uniforms)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig
 
 from .config import Settings, UserError, check_size
-from .evaluation import evaluate
+from .evaluation import evaluate, read_questions
 from .grpo import (
     Rollout,
     advantages,
@@ -30,7 +30,6 @@ from .grpo import (
     batch_loss,
     generate_groups,
     new_optimizer,
-    read_questions,
     update,
 )
 from .data import Sample
@@ -117,7 +116,7 @@ def one_step(
     samples = [data[i] for i in range(s.questions)]
 
     def rollout():
-        prompts = read_questions(policy, samples, s)
+        prompts = read_questions(policy, samples, s.image_size)
         return prompts, generate_groups(
             policy, prompts, s, torch.rand(s.questions, s.group, s.max_new_tokens)
         )
@@ -305,7 +304,7 @@ def try_largest_update(parts: Parts, samples: list[Sample]) -> None:
     So memory that is too small shows before the first step.
     """
     s, policy = parts.settings, parts.policy
-    rollouts = full_rollouts(policy, read_questions(policy, samples, s), s)
+    rollouts = full_rollouts(policy, read_questions(policy, samples, s.image_size), s)
     moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # AdamW's
     policy.model.train()
     loss, _ = batch_loss(parts, rollouts)
