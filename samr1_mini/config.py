@@ -21,7 +21,10 @@ from .gpu import card_memory, gpu_fault
 
 
 def cache_folder() -> Path:
-    """The folder of downloads and converted data sets: SAMR1_CACHE, or .cache/samr1_mini in the home folder."""
+    """Return the folder of downloads and converted data sets.
+
+    It is SAMR1_CACHE from the environment, or .cache/samr1_mini in the home folder.
+    """
     if os.environ.get("SAMR1_CACHE"):
         return Path(os.environ["SAMR1_CACHE"]).absolute()
     try:
@@ -286,28 +289,27 @@ PRESETS = {
 }
 
 
-# From the largest on: GiB of the whole card that a preset is for, and GiB that must be free, the forecast's peak of it.
+# Each preset, the largest first: GiB of the card, and GiB that must be free (the forecast's peak).
 # Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12.
 MEMORY = {"7b": (21.0, 13.5), "3b": (11.0, 9.8)}
 
 
 def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
-    """Return the preset for this machine, and why. `memory_limit`, in GiB, counts as the card's memory."""
+    """Return the preset for this machine, and the reason for it.
+
+    `memory_limit`, in GiB, stands for the card's memory.
+    """
     if device == "cpu":
         return "tiny", "it is the one for a CPU"
     fault = gpu_fault()
     if fault:
-        return (
-            "tiny",
-            f"{fault}. So the tiny policy and the tiny SAM in the package are taken, on the CPU",
-        )
+        instead = "So the tiny policy and the tiny SAM in the package are taken, on the CPU"
+        return "tiny", f"{fault}. {instead}"
     name = torch.cuda.get_device_name()
     free, whole = card_memory(memory_limit)
     if emulates_bf16():
-        return "tiny", (
-            f"the GPU {name} ({whole:.1f} GiB) is older than compute capability 8.0 and emulates bf16; "
-            "--preset 3b would keep all but the 4-bit weights in fp32: slow, and nobody has measured it"
-        )
+        old = f"the GPU {name} ({whole:.1f} GiB) is older than compute capability 8.0"
+        return "tiny", f"{old} and emulates bf16; --preset 3b would {SLOW_BF16}"
     why = f"the GPU {name} has {whole:.1f} GiB"
     if memory_limit:
         why = f"the GPU {name} may be used up to --memory-limit {memory_limit:g}"
@@ -320,25 +322,28 @@ def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
     return "tiny", why + too_little(free, too_large)
 
 
+SLOW_BF16 = "keep all but the 4-bit weights in fp32: slow, and nobody has measured it"
+
+
 def too_little(free: float, too_large: list[str]) -> str:
-    """Say that the `free` GiB are less than larger presets need; "" where there are none."""
+    """Return words for presets that need more than the `free` GiB, or "" without such presets."""
     if not too_large:
         return ""
     return f", of which {free:.1f} are free; {' and '.join(too_large)}"
 
 
 def emulates_bf16() -> bool:
-    """Whether this GPU is older than compute capability 8.0 (T4): it has no bf16 of its own."""
+    """Tell if this GPU has no bf16 of its own: it is older than compute capability 8.0 (T4)."""
     return torch.cuda.get_device_capability() < (8, 0)
 
 
 def option(name: str) -> str:
-    """A field's name as it is typed: max_new_tokens -> --max-new-tokens."""
+    """Return the option of a setting: max_new_tokens -> --max-new-tokens."""
     return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser whose error messages are one line."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists every option)\n")
@@ -348,36 +353,46 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].split("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, 1)
-            self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            if near:
+                self.error(f"unknown option {name}; did you mean {near[0]}?")
+            self.error(f"unknown option {name}")
         return known
 
 
 def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) -> None:
-    """An option for each field of Settings (or those in `names`), by group; the namespace holds only what is given."""
+    """Add an option for each setting (or for those in `names`), under the heading of its group.
+
+    The namespace of the parsed options then holds only those that were typed.
+    """
     groups = {}
     for f in fields(Settings):
         if names is not None and f.name not in names:
             continue
-        heading, help = f.metadata["group"], f.metadata["help"].replace("%", "%%")
+        heading = f.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        text = f.metadata["help"].replace("%", "%%")
         if f.default != "":
-            help += f" (default {f.default})"
+            text += f" (default {f.default})"
         kind = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        groups[heading].add_argument(option(f.name), default=argparse.SUPPRESS, help=help, **kind)
-    larger = {name: value for name, value in _FULL_SIZE.items() if names is None or name in names}
-    larger = ", ".join(
-        f"{option(name)} {value}".removesuffix(" True") for name, value in larger.items()
-    )
+        groups[heading].add_argument(option(f.name), default=argparse.SUPPRESS, help=text, **kind)
+    larger = []
+    for name, value in _FULL_SIZE.items():
+        if names is None or name in names:
+            larger.append(f"{option(name)} {value}".removesuffix(" True"))
     parser.epilog = (
-        f"Defaults are those of --preset tiny; 3b and 7b have instead: {larger}, and their policy."
+        "Defaults are those of --preset tiny. The presets 3b and 7b have their own policy, and "
+        f"{', '.join(larger)}."
     )
 
 
 def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple[Settings, str]:
-    """Command line -> (checked settings, a line that says which preset was chosen and what was overridden)."""
+    """Return checked settings from a command line, and a line on the preset and typed options.
+
+    A mistake is one line on stderr and exit code 2.
+    """
     parser = Parser(
         prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False
     )
@@ -386,10 +401,10 @@ def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple
     try:
         if given.get("resume"):
             settings, line = resumed_settings(given)
+            check(settings)
         else:
             settings, line = make_settings(**given)
             check_machine(settings, given.get("device"))
-        check(settings)
     except UserError as error:
         parser.error(str(error))
     return settings, line
@@ -417,7 +432,7 @@ def make_settings(**given) -> tuple[Settings, str]:
     check(settings)
     line = f"preset {preset}: {why}"
     if preset != "tiny" and settings.device == "cuda" and emulates_bf16():
-        line += "; the GPU emulates bf16, so all but the 4-bit weights is kept in fp32: slow, and nobody has measured it"
+        line += f"; the GPU emulates bf16, so the run will {SLOW_BF16}"
     changed = [f"{k} = {v}" for k, v in given.items() if k not in ("preset", "run", "resume")]
     if changed:
         line += f"; you set {', '.join(changed)}"
@@ -430,7 +445,10 @@ def auto_device() -> str:
 
 
 def check_machine(s: Settings, typed_device: str | None) -> None:
-    """Refuse a full-size policy on the CPU, which would take weeks, unless the user typed --device cpu."""
+    """Raise UserError for a full-size policy on the CPU, which would take weeks.
+
+    A user who typed --device cpu may do it.
+    """
     if s.device != "cpu" or typed_device == "cpu" or s.rehearse:
         return
     full_size = {name: preset["policy"] for name, preset in PRESETS.items() if name != "tiny"}
@@ -440,14 +458,15 @@ def check_machine(s: Settings, typed_device: str | None) -> None:
         what = f"--policy {s.policy}"
     else:
         return
+    why = gpu_fault() or "the CPU was chosen"
     raise UserError(
-        f"{what} needs a GPU, but {gpu_fault() or 'the CPU was chosen'}. Take --preset tiny, or add "
-        "--device cpu if the CPU may take weeks"
+        f"{what} needs a GPU, but {why}. Take --preset tiny, or add --device cpu if the CPU may "
+        "take weeks"
     )
 
 
-# A resumed run may be longer, and take less memory (with shorter answers if nothing else helps). Its data and models
-# may have been moved: the folder of the run tells whether they are the same (runs.py).
+# Settings that may change at --resume. A run may become longer, or use less memory. Its data and
+# models may have moved: runs.py checks with the run's folder that they are the same.
 MAY_CHANGE = (
     "run",
     "resume",
@@ -475,7 +494,7 @@ OLD_NAMES = {
 
 
 def read_settings(file: Path) -> dict:
-    """Read the settings of a run from its settings.json. Settings that no longer exist are left out."""
+    """Read settings.json of a run. Settings that no longer exist are left out."""
     known = {f.name for f in fields(Settings)}
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -545,52 +564,52 @@ def check(s: Settings) -> None:
     for f in fields(s):
         if f.type in (int, float):
             check_number(f.name, f.type, getattr(s, f.name))
-    if s.seed > 10**12:  # a step's own seed is made of it
+    if s.seed > 10**12:  # the seed of each step is computed from it
         raise UserError(f"--seed must be at most 10**12, not {s.seed}")
     if s.group < 2:
-        raise UserError(
-            f"--group must be at least 2, not {s.group}: an answer is compared with the rest of its group"
-        )
+        why = "an answer is compared with the rest of its group"
+        raise UserError(f"--group must be at least 2, not {s.group}: {why}")
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
-    if s.image_size < 56:  # which multiple it must be depends on the policy: check_policy looks
+    if s.image_size < 56:  # check_size asks for a multiple, which depends on the policy
         raise UserError(f"--image-size must be at least 56, not {s.image_size}")
     if s.updates > s.questions:
-        raise UserError(
-            f"--updates {s.updates} is more than --questions {s.questions}: an update needs a question"
-        )
+        why = f"more than --questions {s.questions}: an update needs a question"
+        raise UserError(f"--updates {s.updates} is {why}")
     if s.samples < s.questions:
-        raise UserError(
-            f"--samples {s.samples} is less than one rollout batch: lower --questions {s.questions}"
-        )
-    fault = gpu_fault() if s.device == "cuda" else ""
-    if fault and s.resume:
-        raise UserError(
-            f"--resume: this run was started on a GPU, but here {fault}. Continue it on a machine with a "
-            "GPU"
-        )
-    if fault:
-        raise UserError(
-            f"--device cuda: {fault}. Without this option the tiny preset runs on the CPU"
-        )
-    if s.device == "cuda" and s.load_in == "bf16" and emulates_bf16():
-        raise UserError(
-            f"--load-in bf16: {torch.cuda.get_device_name()} emulates bf16; take --load-in nf4"
-        )
+        why = f"less than one rollout batch: lower --questions {s.questions}"
+        raise UserError(f"--samples {s.samples} is {why}")
     if not any(s.reward_weights.values()):
         options = ", ".join(option(f"{name}_weight") for name in s.reward_weights)
         raise UserError(f"{options} are all 0, so no answer gets reward. Set one of them above 0")
     if s.sam_checkpoint and not Path(s.sam_checkpoint).is_file():
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
+    if s.device == "cuda":
+        check_gpu(s)
+
+
+def check_gpu(s: Settings) -> None:
+    """Raise UserError if the GPU cannot be used, or not with these settings."""
+    fault = gpu_fault()
+    if fault and s.resume:
+        why = f"this run was started on a GPU, but here {fault}"
+        raise UserError(f"--resume: {why}. Continue it on a machine with a GPU")
+    if fault:
+        raise UserError(
+            f"--device cuda: {fault}. Without this option the tiny preset runs on the CPU"
+        )
+    if s.load_in == "bf16" and emulates_bf16():
+        name = torch.cuda.get_device_name()
+        raise UserError(f"--load-in bf16: {name} emulates bf16; take --load-in nf4")
 
 
 def cell_size(model) -> int:
-    """Pixels a side of one picture token, for a model of the configuration `model`."""
+    """Return the side of one picture token in pixels, for a model configuration."""
     return model.vision_config.patch_size * model.vision_config.spatial_merge_size
 
 
 def check_size(model, image_size: int) -> None:
-    """Refuse pictures of a size that a model of the configuration `model` cannot cut into whole tokens."""
+    """Raise UserError for a picture size that is not cut into whole tokens by this model."""
     cell = cell_size(model)
     if image_size % cell:
         nearest = round(image_size / cell) * cell
@@ -598,30 +617,32 @@ def check_size(model, image_size: int) -> None:
         raise UserError(f"--image-size {need}, not {image_size}: try {nearest}")
 
 
-DISK_FULL = (
-    errno.ENOSPC,
-    getattr(errno, "EDQUOT", errno.ENOSPC),
-)  # EDQUOT, a quota, is not on every system
+DISK_FULL = [errno.ENOSPC]
+if hasattr(errno, "EDQUOT"):  # a quota is full; Windows lacks this code
+    DISK_FULL.append(errno.EDQUOT)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line; a library's message may have many."""
+    """Return an error's message in one line. Messages of libraries may have many lines."""
     if getattr(error, "errno", None) in DISK_FULL:
         return (
-            "this disk is full. Make room, or name folders on another disk in the environment: HF_HOME for models, "
-            "SAMR1_CACHE for pictures, tables and SAM. Then run again: the files that were fetched are kept"
+            "this disk is full. Make room, or name folders on another disk in the environment: "
+            "HF_HOME for models, SAMR1_CACHE for pictures, tables and SAM. Then run again: the "
+            "files that were fetched are kept"
         )
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    message = str(error).strip() or repr(error)
+    return message.splitlines()[0]
 
 
 def print_anything() -> None:
-    """Let print write "?" for a character that the console or the file of the output lacks, instead of failing."""
+    """Let print write "?" for a character that the output cannot show, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's stream takes every character
             stream.reconfigure(errors="replace")
 
 
 def exit_with(error: Exception, prog: str) -> None:
-    """Print one line and leave with status 2."""
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Print an error in one line, and end with exit code 2."""
+    message = " ".join(str(error).split())
+    print(f"{prog}: error: {message}", file=sys.stderr)
     sys.exit(2)
