@@ -402,7 +402,7 @@ def train(s: Settings) -> dict:
         )
     data, validation, test = sets = open_sets(s)
     folder = from_first(open_run(s) if is_first() else None)
-    policy, segmenter = load_parts(s, sets, missing=known_missing(folder) if s.resume else [])
+    policy, segmenter = load_parts(s, sets, missing=known_missing(folder) if s.resume else None)
     optimizer = new_optimizer(policy, s)
     run = Run(folder, s, policy, optimizer, sets, begun)
     before_training(policy, segmenter, data, s, begins=run.start == 0)
@@ -413,6 +413,6 @@ def train(s: Settings) -> dict:
             due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
             if due:
                 line |= validate(policy, segmenter, validation, s, folder, step + 1)
-            run.keep(line, answers, due)
+            run.finish_step(line, answers, due)
     run.finish()
     return summarise(policy, segmenter, test, s, folder, base, run)
