@@ -47,7 +47,7 @@ def cause(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------- writing
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -75,7 +75,7 @@ def write_json(path: Path, value) -> None:
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------- disk space
+# ---------------------------------------------------------------------- disk space
 
 
 @dataclass
@@ -100,8 +100,8 @@ def check_disk_space(downloads: list[Download]) -> None:
         if needed > free:
             names = ", ".join(one.name for one in on_disk)
             raise UserError(
-                f"{names}: {needed / 1e9:.1f} GB are needed in {place}, and {free / 1e9:.1f} GB are "
-                f"free there. Delete other files, or {other_disk(on_disk)}"
+                f"{names}: {needed / 1e9:.1f} GB are needed in {place}, and {free / 1e9:.1f} GB "
+                f"are free there. Delete other files, or {other_disk(on_disk)}"
             )
 
 
@@ -134,7 +134,7 @@ def other_disk(downloads: list[Download]) -> str:
     return ", or ".join(advice)
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------- reading
 
 
 def refuse_pointer(file: Path, advice: str = AGAIN) -> None:
@@ -202,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_policy_files(folder: Path) -> None:
-    """Raise UserError if a file of a policy's folder is damaged, or a file of weights is missing."""
+    """Raise UserError if a file of a policy's folder is damaged, or weights are missing."""
     for name in JSON_FILES:
         if (folder / name).is_file():
             read_json(folder / name)

@@ -123,7 +123,7 @@ def driver_name(driver: str) -> str:
 
 
 def driver_fault(driver: str) -> str:
-    """Return the reason why this PyTorch, built with CUDA, finds no GPU with this driver version."""
+    """Return the reason why this PyTorch, built with CUDA, finds no GPU with this driver."""
     cuda = torch.version.cuda
     pytorch = f"PyTorch {torch.__version__} (CUDA {cuda})"
     oldest = OLDEST_DRIVERS.get(cuda.split(".")[0])

@@ -12,7 +12,7 @@ from .processes import is_first
 from .runs import Run, read_base, read_log
 from .segmenter import Segmenter
 
-# ---------------------------------------------------------------------------------------------------- sampled answers
+# ----------------------------------------------------------------- sampled answers
 
 
 def mean(values: list) -> float:
@@ -93,7 +93,7 @@ def base_summary(rollouts: list, s: Settings) -> str:
     return line
 
 
-# ---------------------------------------------------------------------------------------------------- held-out questions
+# -------------------------------------------------------------- held-out questions
 
 
 def score_base(

@@ -35,7 +35,7 @@ from .processes import gather, is_first, process_count
 from .segmenter import SAM_FILES
 from .stops import ignore_signals, lasting_output, signals_ignored, stop_on_signals
 
-# ---------------------------------------------------------------------------------------------------- state
+# --------------------------------------------------------------------------- state
 
 
 def adapter_of(policy: Policy) -> dict[str, torch.nn.Parameter]:
@@ -44,7 +44,7 @@ def adapter_of(policy: Policy) -> dict[str, torch.nn.Parameter]:
 
 
 def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
-    """Copy adapter and optimizer to host memory, with the number of whole steps and their seconds."""
+    """Copy adapter and optimizer to host memory, with the number of steps and their seconds."""
     state = {
         "step": step,
         "seconds": seconds,
@@ -161,11 +161,11 @@ def adapter_changed(before: dict, after: dict) -> bool:
     return any(not torch.equal(before[name], after[name]) for name in after)
 
 
-# ---------------------------------------------------------------------------------------------------- folder
+# -------------------------------------------------------------------------- folder
 
 
 def open_run(s: Settings) -> Path:
-    """Make a run's folder with its settings, or check the folder to continue. Returns the folder."""
+    """Make a run's folder with its settings, or check the folder to continue, and return it."""
     folder = Path(s.run or next_name(s))
     # A start that failed before it wrote metrics.jsonl leaves the name free.
     if not s.resume and (folder / "metrics.jsonl").exists():
@@ -238,7 +238,7 @@ def resume_command(folder: Path, s: Settings) -> str:
     return shlex.join(words)
 
 
-# ---------------------------------------------------------------------------------------------------- saved files
+# --------------------------------------------------------------------- saved files
 
 DELETE = "restore the file, or delete it and run the same command again"
 
@@ -308,7 +308,7 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
     return log
 
 
-# ---------------------------------------------------------------------------------------------------- questions
+# ----------------------------------------------------------------------- questions
 
 
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
@@ -360,7 +360,7 @@ def other_questions(data: str, folder: Path) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- a run in progress
+# --------------------------------------------------------------- a run in progress
 
 
 class Run:
@@ -544,20 +544,20 @@ def learning_warning(zero_variance: float, changed: bool) -> str:
     """
     if zero_variance > 0.9:
         return (
-            f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same reward "
-            "(zero_variance), so almost nothing is learnt. Start another run with a larger "
+            f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same "
+            "reward (zero_variance), so almost nothing is learnt. Start another run with a larger "
             "--group, a higher --temperature, other --data, or another --policy"
         )
     if not changed:
         return (
-            f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at grad_norm "
-            "and skipped_updates in metrics.jsonl, and start another run with another --lr"
+            f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at "
+            "grad_norm and skipped_updates in metrics.jsonl, and start another run with another --lr"
         )
     return ""
 
 
 def time_left(seconds: list[float], steps: int) -> str:
-    """Return an estimate of the time left of `steps` steps, from the `seconds` of the finished ones.
+    """Return an estimate of the time left of `steps` steps, from the finished steps' `seconds`.
 
     Needs two finished steps, because the first is a warm-up.
     """

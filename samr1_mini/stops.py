@@ -89,8 +89,8 @@ def stop_on_signals():
         yield stop
 
 
-# The terminal or the pipe is gone, the stream was closed, or a signal's handler prints in the middle
-# of another print.
+# The terminal or the pipe is gone, the stream was closed, or a signal's handler prints while
+# another print is not finished.
 LOST = (OSError, ValueError, RuntimeError)
 
 
