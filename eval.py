@@ -2,7 +2,6 @@
 picture (`python eval.py --image photo.jpg --question "the red star"`)."""
 
 import json
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -20,6 +19,7 @@ from samr1_mini.config import (
     print_anything,
     read_settings,
 )
+from samr1_mini.files import check_adapter_files, replace_file, write_json
 
 USED = {
     "preset",
@@ -119,9 +119,10 @@ def parse(argv: list[str] | None):
         if options[name] is not None and options[name] < 1:
             parser.error(f"--{name} must be at least 1, not {options[name]}")
     if options["adapter"] is not None:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (Path(options["adapter"]) / name).is_file():
-                parser.error(f"--adapter {options['adapter']}: no {name} there")
+        try:
+            check_adapter_files(Path(options["adapter"]))
+        except UserError as error:
+            parser.error(str(error))
     try:
         beside = Path(options["adapter"] or "").resolve().parent / "settings.json"
         if options["adapter"] is not None and beside.is_file():
@@ -189,10 +190,8 @@ def open_input(settings, options: dict):
 
 def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
     """A data set -> a table, results.json, and a sheet of the best, the middling and the worst answers."""
-    from samr1_mini.evaluation import batch_size, evaluate, shown
-    from samr1_mini.plots import sample_sheet
+    from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
     from samr1_mini.processes import is_first
-    from samr1_mini.runs import write_json
 
     out, votes = Path(options["out"]), options["votes"]
     used = {name: getattr(settings, name) for name in sorted(USED)}
@@ -250,14 +249,12 @@ def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
         part.unlink()
     ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
     chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
-    coordinate_range = policy.coordinate_range(settings.image_size)
-    panels = shown(segmenter, data, chosen, settings, coordinate_range)
     title = (
         "Best four, middle four, worst four answers"
         if len(ranked) > 12
         else "All answers, best first"
     )
-    sample_sheet(out / "sheet.png", panels, coordinate_range, title + how)
+    draw_sheet(out / "sheet.png", title + how, policy, segmenter, data, chosen, settings)
     print(f"answers and sheet are in {out}")
 
 
@@ -295,13 +292,15 @@ def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
 
     from samr1_mini.policy import load_policy
 
-    policy, part = load_policy(name, "bf16", adapter=adapter), Path(f"{folder}.part")
-    try:
+    policy = load_policy(name, "bf16", adapter=adapter)
+
+    def write(part: Path) -> None:
         policy.model.merge_and_unload().save_pretrained(part)
         policy.processor.save_pretrained(part)
-        part.rename(folder)
+
+    try:
+        replace_file(Path(folder), write)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"--merge {folder}: {first_line(error)}") from None
 
 

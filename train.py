@@ -19,12 +19,18 @@ from samr1_mini.gpu import card_memory
 from samr1_mini.memory import cap_memory, memory_warning
 from samr1_mini.stops import outlive_terminal
 
+OUT_OF_MEMORY = (
+    "GPU memory ran out. If a step was saved, continue with --resume and a lower --max-new-tokens "
+    "or --micro. Otherwise start again with these, --checkpointing, a lower --group, or --load-in "
+    "nf4. `--rehearse 1` forecasts what fits"
+)
+
 
 def print_forecast(settings: Settings) -> None:
-    """Print the expected memory and hours. Raises UserError where the GPU cannot even hold the weights.
+    """Print the expected memory and hours. Raises UserError if the GPU cannot hold the weights.
 
-    A forecast that fails is no reason not to train. Then one line says so, and the memory that the
-    preset itself needs is compared.
+    If the forecast itself fails, training starts all the same. Then one line says so, and the
+    memory that the preset needs is compared with the free memory.
     """
     try:
         from samr1_mini.forecast import forecast_line
@@ -41,43 +47,50 @@ def print_forecast(settings: Settings) -> None:
             print(warning, flush=True)
 
 
+def run(settings: Settings) -> None:
+    """Train, or rehearse the training with random weights."""
+    # Imported late: --help and wrong options are answered at once.
+    if settings.rehearse:
+        from samr1_mini.rehearse import rehearse
+
+        rehearse(settings)
+        return
+    from samr1_mini.grpo import train
+
+    # The forecast runs the training's code, in which several processes would wait for each other.
+    if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
+        print_forecast(settings)
+    train(settings)
+
+
+def leave(error: Exception) -> None:
+    """Print one line and exit with code 2. Of several processes only the first one prints.
+
+    The first process knows the errors of the others (processes.fail_together).
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(2)
+    exit_with(error, "train.py")
+
+
 def main(argv: list[str] | None = None) -> None:
     print_anything()
     settings, line = parse_settings(argv, "train.py", __doc__)
     print(line, flush=True)
     try:
         cap_memory(settings)
-        if settings.rehearse:  # imported late, here and below: --help and mistakes answer at once
-            from samr1_mini.rehearse import rehearse
-
-            rehearse(settings)
-        else:
-            from samr1_mini.grpo import train
-
-            # The forecast runs the training's own code, in which several processes would wait for each other.
-            if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
-                print_forecast(settings)
-            train(settings)
-    except (UserError, OSError) as error:  # an OSError: a full disk, most likely
-        exit_with(error, "train.py")
+        run(settings)
+    except (UserError, OSError) as error:  # an OSError is most likely a full disk
+        leave(error)
     except (OutOfMemoryError, AcceleratorError) as error:
         if isinstance(error, AcceleratorError) and "out of memory" not in str(error):
-            raise  # a fault of the GPU or of the code: its traceback says more
-        if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
-            sys.exit(2)
-        exit_with(
-            UserError(
-                "GPU memory ran out. After the first step: what was learnt is saved, go on with --resume and a lower "
-                "--max-new-tokens or --micro. Before it: start again with these, --checkpointing, a lower --group, or "
-                f"--load-in nf4; --rehearse 1 forecasts what fits ({error})"
-            ),
-            "train.py",
-        )
+            raise  # a fault of the GPU or of the code, and its traceback is needed
+        leave(UserError(f"{OUT_OF_MEMORY} ({error})"))
     except Terminated as error:
         print(f"train.py: terminated ({error})", file=sys.stderr)
         sys.exit(128 + error.number)
-    except KeyboardInterrupt:  # before the first step or after the last, or a second Ctrl-C
-        print("\nstopped; what was saved before stays, see --resume", file=sys.stderr)
+    except KeyboardInterrupt:  # before the first step, after the last step, or a second Ctrl-C
+        print("\nstopped; the states saved before stay, see --resume", file=sys.stderr)
         sys.exit(130)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .config import Settings, UserError, cell_size
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
+from .plots import sample_sheet
 from .policy import Policy, Prompt, encode, generate
 from .reward import Reward, read_answer, read_leniently, score_group
 from .memory import free_memory, questions_per_batch
@@ -305,6 +306,15 @@ def shown(
         Panel(x, row.text, judge(segmenter, x, row.texts, s, coordinate_range)[1])
         for row, x in pairs
     ]
+
+
+def draw_sheet(
+    path: Path, title: str, policy: Policy, segmenter: Segmenter, data, rows: list, s: Settings
+) -> None:
+    """Write a PNG with one panel for each of a few rows; see plots.sample_sheet."""
+    coordinate_range = policy.coordinate_range(s.image_size)
+    panels = shown(segmenter, data, rows, s, coordinate_range)
+    sample_sheet(path, panels, coordinate_range, title)
 
 
 def before_after(summary: dict) -> str:

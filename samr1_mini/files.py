@@ -1,8 +1,16 @@
-"""Refuse damaged files of a policy, an adapter or a run, each with one line that names the file."""
+"""Write files whole or not at all, refuse damaged files, and check the disk space of downloads.
+
+Each error is one line that names the file and says what to do.
+"""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 
 from .config import UserError, first_line
@@ -39,31 +47,133 @@ def cause(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def refuse_pointer(file: Path) -> None:
-    """Raise UserError where `file` is empty, or a git-lfs pointer."""
+# ------------------------------------------------------------------------- writing
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file or a folder under a temporary name, then rename it to `path`.
+
+    Readers never find an incomplete file. If `write` fails, the old file stays. Several processes
+    may write the same file.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        if part.is_dir():  # a rename replaces files, but no folder with files in it
+            shutil.rmtree(path, ignore_errors=True)
+        part.replace(path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Write a value as JSON."""
+    text = json.dumps(value, indent=1)
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------- disk space
+
+
+@dataclass
+class Download:
+    """A download that is still to be made."""
+
+    name: str  # to print
+    size: int  # bytes
+    folder: Path
+    advice: str = ""  # another way to get these files
+
+
+def check_disk_space(downloads: list[Download]) -> None:
+    """Raise UserError if a disk lacks the space for the downloads to it."""
+    disks = {}  # disk -> the downloads to it
+    for one in downloads:
+        disks.setdefault(disk_of(existing_folder(one.folder)), []).append(one)
+    for on_disk in disks.values():
+        place = existing_folder(on_disk[0].folder)
+        needed = sum(one.size for one in on_disk)
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            names = ", ".join(one.name for one in on_disk)
+            raise UserError(
+                f"{names}: {needed / 1e9:.1f} GB are needed in {place}, and {free / 1e9:.1f} GB "
+                f"are free there. Delete other files, or {other_disk(on_disk)}"
+            )
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return the folder, or the first folder above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def disk_of(folder: Path) -> tuple[int, str]:
+    """Return an identifier of a folder's disk: the device number and, on Windows, the drive letter.
+
+    Windows gives some disks the number 0.
+    """
+    return folder.stat().st_dev, folder.absolute().anchor
+
+
+def other_disk(downloads: list[Download]) -> str:
+    """Name the environment variables and options that put the downloads on another disk."""
+    variables = []
+    if any(one.folder == Path(HF_HUB_CACHE) for one in downloads):
+        variables.append("HF_HOME")
+    if any(one.folder != Path(HF_HUB_CACHE) for one in downloads):
+        variables.append("SAMR1_CACHE")
+    advice = [f"set {' and '.join(variables)} to a folder on another disk"]
+    for one in downloads:
+        if one.advice:
+            advice.append(one.advice)
+    return ", or ".join(advice)
+
+
+# ------------------------------------------------------------------------- reading
+
+
+def refuse_pointer(file: Path, advice: str = AGAIN) -> None:
+    """Raise UserError if a file is empty, or a git-lfs pointer."""
     with file.open("rb") as opened:
         start = opened.read(len(POINTER))
     if start == POINTER:
         folder = file.parent
         raise UserError(f"{file} is only a git-lfs pointer: run `git lfs pull` in {folder}")
     if not start:
-        raise UserError(f"{file} is empty: {AGAIN}")
+        raise UserError(f"{file} is empty: {advice}")
 
 
-def read_json(file: Path) -> dict:
-    """The JSON object in `file`. Raises UserError where it holds anything else."""
-    refuse_pointer(file)
+def parse_json(text: bytes, place: str | Path, kind: type | tuple, advice: str):
+    """Return the value of a JSON text in UTF-8.
+
+    Raises UserError, which names the `place` of the text, if the text is damaged or its value is
+    not of this kind, such as dict.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # errors of JSON and of UTF-8 are ValueErrors
-        raise UserError(f"{file} is not valid JSON ({error}): {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object: {AGAIN}")
-    return content
+        raise UserError(f"{place} is not valid JSON ({error}): {advice}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{place} is JSON of the wrong kind ({type(value).__name__}): {advice}")
+    return value
+
+
+def read_json(file: Path, kind: type | tuple = dict, advice: str = AGAIN):
+    """Return the JSON value in a file. Raises UserError as parse_json does."""
+    refuse_pointer(file, advice)
+    return parse_json(file.read_bytes(), file, kind, advice)
 
 
 def check_weights(file: Path) -> None:
-    """Raise UserError where `file` is not whole. Its header tells its size; no tensor is read."""
+    """Raise UserError if a file of weights is incomplete. No tensor is read.
+
+    The header of the file holds its size.
+    """
     refuse_pointer(file)
     try:
         with safe_open(file, "pt"):
@@ -73,8 +183,10 @@ def check_weights(file: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a policy's weights are read from. Raises UserError for a shard
-    that is missing."""
+    """Return the safetensors files that hold a policy's weights.
+
+    Raises UserError if one of them is missing.
+    """
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if not (folder / INDEX).is_file():
@@ -90,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_policy_files(folder: Path) -> None:
-    """Raise UserError where a file of a policy's folder is damaged, or a shard is missing."""
+    """Raise UserError if a file of a policy's folder is damaged, or weights are missing."""
     for name in JSON_FILES:
         if (folder / name).is_file():
             read_json(folder / name)
@@ -117,11 +229,12 @@ def check_policy_is_whole(folder: Path) -> None:
 
 
 def check_adapter_files(folder: Path) -> None:
-    """Raise UserError where an adapter lacks a file, has a damaged one, or is no LoRA adapter."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    """Raise UserError if an adapter lacks a file, has a damaged file, or is no LoRA adapter."""
+    config = folder / "adapter_config.json"
+    weights = folder / "adapter_model.safetensors"
     for file in (config, weights):
         if not file.is_file():
-            raise UserError(f"adapter {folder} has no {file.name}: {AGAIN}")
+            raise UserError(f"--adapter {folder} has no {file.name}: {AGAIN}")
     kind = read_json(config).get("peft_type")
     if kind != "LORA":
         raise UserError(f"{config}: peft_type must be LORA, not {kind}")

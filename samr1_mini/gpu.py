@@ -1,4 +1,4 @@
-"""The GPU of this machine: can PyTorch use it, why not, and how much of its memory is free.
+"""Find out whether PyTorch can use this machine's GPU, and how much of its memory is free.
 
 This module imports nothing else of the package, because the settings use it before large imports.
 """
@@ -40,7 +40,7 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
     """
     known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
     known = [entry.groups() for entry in known if entry]
-    if not known:  # a build for other GPUs than NVIDIA's, which uses other names
+    if not known:  # a build for another maker's GPUs, with other names
         return True
     for kind, major, minor, ending in known:
         built = int(major), int(minor)
@@ -123,7 +123,7 @@ def driver_name(driver: str) -> str:
 
 
 def driver_fault(driver: str) -> str:
-    """Say why this PyTorch, built with CUDA, finds no GPU with the driver of this version."""
+    """Return the reason why this PyTorch, built with CUDA, finds no GPU with this driver."""
     cuda = torch.version.cuda
     pytorch = f"PyTorch {torch.__version__} (CUDA {cuda})"
     oldest = OLDEST_DRIVERS.get(cuda.split(".")[0])
@@ -175,5 +175,5 @@ def free_gib(whole: float) -> float:
     try:
         return torch.cuda.mem_get_info()[0] / GIB
     except (RuntimeError, AssertionError) as error:
-        # a GPU that other programs have filled has no memory left even for the question
+        # A GPU that other programs have filled has no memory left even for this call.
         return 0.0 if "out of memory" in str(error) else whole

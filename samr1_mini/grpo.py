@@ -409,7 +409,7 @@ def train(
     sets = sets or open_sets(s)
     data, validation, test = sets
     folder = from_first(open_run(s) if is_first() else None)
-    missing = known_missing(folder) if s.resume else []
+    missing = known_missing(folder) if s.resume else None
     policy, segmenter = load_parts(s, sets, missing=missing, segmenter=segmenter)
     parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
     run = Run(folder, s, policy, parts.optimizer, sets, begun)
@@ -422,7 +422,7 @@ def train(
             due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
             if due:
                 line |= validate(policy, segmenter, validation, s, folder, step + 1)
-            run.keep(line, answers, due)
+            run.finish_step(line, answers, due)
             if log and is_first():
                 log(line)
     run.finish()

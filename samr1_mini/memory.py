@@ -1,6 +1,7 @@
-"""Device name, memory limit, peak memory, and the number of questions to sample in one batch."""
+"""Limit and measure memory, and choose how many questions to sample in one batch."""
 
 import math
+import os
 import platform
 import sys
 
@@ -12,25 +13,25 @@ from .gpu import GIB, gpu_is_usable, windows_lends_memory
 
 
 def cap_memory(s: Settings) -> None:
-    """Limit this process to `memory_limit` GiB of its GPU. The GPU may be chosen later.
+    """Limit this process to --memory-limit GiB of its GPU.
 
-    In Windows and under WSL it takes no more than is free now. Beyond that the driver would use
-    system memory, and steps would become many times slower, without an error.
+    In Windows and under WSL it also takes no more than is free now. Beyond the free memory the
+    driver would use system memory. Steps would become many times slower, without an error.
     """
     windows = windows_lends_memory()
     if s.device != "cuda" or not (s.memory_limit or windows):
         return
-    for i in range(torch.cuda.device_count()):
-        total = torch.cuda.get_device_properties(i).total_memory
-        most = s.memory_limit * GIB if s.memory_limit else total
-        if windows:
-            most = min(most, torch.cuda.mem_get_info(i)[0])
-            print(
-                f"Windows replaces full GPU memory with slow system memory, so this process uses at most "
-                f"{most / GIB:.1f} GiB of GPU {i}",
-                flush=True,
-            )
-        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), i)
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each has its own GPU
+    total = torch.cuda.get_device_properties(gpu).total_memory
+    most = s.memory_limit * GIB if s.memory_limit else total
+    if windows:
+        most = min(most, torch.cuda.mem_get_info(gpu)[0])
+        print(
+            "Windows replaces full GPU memory with slow system memory, so this process uses at "
+            f"most {most / GIB:.1f} GiB of GPU {gpu}",
+            flush=True,
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), gpu)
 
 
 def memory_warning(s: Settings, peak: float, free: float) -> str:
@@ -39,8 +40,8 @@ def memory_warning(s: Settings, peak: float, free: float) -> str:
         return ""
     ways = less_memory(s)
     return (
-        f"warning: {free:.1f} GiB are free on the GPU and about {peak:.1f} GiB will be needed. If memory runs out, "
-        f"{', '.join(ways[:-1])} or {ways[-1]}"
+        f"warning: {free:.1f} GiB are free on the GPU and about {peak:.1f} GiB will be needed. "
+        f"If memory runs out, {', '.join(ways[:-1])} or {ways[-1]}"
     )
 
 
@@ -69,24 +70,27 @@ def less_memory(s: Settings) -> list[str]:
 
 
 def compute_dtype(load_in: str, device: str) -> torch.dtype:
-    """Return the dtype for storing and computing everything except 4-bit weights and the fp32
-    adapter. NF4 goes with bf16 if the GPU supports bf16 natively. Older GPUs (below 8.0) and CPUs
-    get fp32: bf16 is emulated, and fp16 overflows in Qwen's vision tower.
+    """Return the dtype of all weights and computations except 4-bit weights and the adapter.
+
+    With NF4 it is bf16. On CPUs and on GPUs below compute capability 8.0 it is fp32, because they
+    emulate bf16, and fp16 overflows in Qwen's vision tower. The adapter is always fp32.
     """
     if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
         return torch.float32
-    return torch.float32 if load_in == "fp32" else torch.bfloat16
+    if load_in == "fp32":
+        return torch.float32
+    return torch.bfloat16
 
 
 def device_name() -> str:
-    """Return the device name to print beside measurements."""
+    """Return the name of the GPU, or the CPU's threads and architecture."""
     if gpu_is_usable():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} threads, {platform.machine()}"
 
 
 def peak_memory(device: str) -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of the process."""
+    """Return the peak memory in GiB that this process has used, on the GPU if `device` is cuda."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     try:
@@ -108,33 +112,37 @@ def free_memory(s: Settings) -> float:
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - taken
     if s.memory_limit:
         free = min(free, s.memory_limit * GIB - taken)
-    if windows_lends_memory():  # another program may have ended since cap_memory, and the cap stays
+    if windows_lends_memory():  # cap_memory's limit stays if another program has ended since
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         free = min(free, torch.cuda.get_per_process_memory_fraction() * total - taken)
     return free
 
 
 def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
-    """Return the peak bytes of sampling one question.
+    """Return the peak bytes of sampling G answers to one question.
 
-    The peak is at the prompt or at the last token.
+    The peak is reached while the prompt is read, or at the last token of the answers.
     """
-    text, size = model.config.text_config, model.dtype.itemsize
+    text = model.config.text_config
+    size = model.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer
-    room = s.group * math.ceil(s.max_new_tokens / Cache.BLOCK) * Cache.BLOCK
-    states = (
-        4 * text.intermediate_size + 5 * text.hidden_size
-    ) * size  # of a prompt token in a layer, with adapter
-    reading = prompt_tokens * (text.num_hidden_layers * token + states)
-    choosing = s.group * text.vocab_size * 20  # log-probabilities in fp32, as they add up in fp64
-    return max(reading, (prompt_tokens + room) * text.num_hidden_layers * token + choosing)
+    # Keys and values of one token in all layers, and the states of a prompt token in one layer.
+    token = 2 * text.num_key_value_heads * head * size * text.num_hidden_layers
+    states = (4 * text.intermediate_size + 5 * text.hidden_size) * size
+    answer_tokens = s.group * math.ceil(s.max_new_tokens / Cache.BLOCK) * Cache.BLOCK
+    # Log-probabilities take 20 bytes: they are fp32, and their sums fp64.
+    choosing = s.group * text.vocab_size * 20
+    at_prompt = prompt_tokens * (token + states)
+    at_last_token = (prompt_tokens + answer_tokens) * token + choosing
+    return max(at_prompt, at_last_token)
 
 
 def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
-    """Return the size of equal batches, as few as possible, that each fit in half of the `free`
-    bytes.
+    """Return the number of questions to sample in one batch.
+
+    Batches are as few as possible, nearly equal, and each fits in half of the `free` bytes.
     """
-    most = max(1, int(min(questions, free / 2 / bytes_a_question(model, prompt_tokens, s))))
+    fitting = free / 2 / bytes_a_question(model, prompt_tokens, s)  # may be infinite
+    most = max(1, int(min(questions, fitting)))
     parts = math.ceil(questions / most)
     return math.ceil(questions / parts)

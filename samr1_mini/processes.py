@@ -42,7 +42,7 @@ def share(items: Sequence | torch.Tensor) -> Sequence | torch.Tensor:
     return items[PartialState().process_index :: process_count()]
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------- errors
 
 
 class FailedElsewhere(Exception):
@@ -102,7 +102,7 @@ def error_for_others(error: Exception | None) -> Exception | None:
     return RuntimeError(f"another process failed: {cause(error)}")
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------- data
 
 
 def gather(items: list) -> list:

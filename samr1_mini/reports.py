@@ -1,39 +1,41 @@
-"""What a run tells on its way: a first look at the base, scores and sheets on held-out questions, the summary."""
+"""Reports of a run: log columns, base model, validation, and the summary after the last step."""
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 from .config import Settings
-from .evaluation import before_after, evaluate, shown
-from .plots import curves, sample_sheet
+from .evaluation import before_after, draw_sheet, evaluate
+from .files import write_json
+from .plots import curves
 from .policy import Policy
-from .segmenter import Segmenter
 from .processes import is_first
-from .runs import Run, read_log, write_json
+from .runs import Run, read_base, read_log
+from .segmenter import Segmenter
+
+# ----------------------------------------------------------------- sampled answers
+
+
+def mean(values: list) -> float:
+    """Return the mean of numbers or of truth values."""
+    return float(sum(values)) / len(values)
 
 
 def describe(rollouts: list) -> dict:
-    """Return the columns of the log that describe the sampled answers and their rewards."""
+    """Return the columns of the log that describe a step's answers. Most are means over answers."""
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
     answers = [answer for rollout in rollouts for answer in rollout.answers]
     flat = [not rollout.advantage.any() for rollout in rollouts]
-    different = [len({answer.text for answer in rollout.answers}) for rollout in rollouts]
-
-    def mean(values) -> float:
-        return float(sum(values)) / len(rewards)
-
-    line = {"reward": mean(r.total for r in rewards)}
+    texts = [{answer.text for answer in rollout.answers} for rollout in rollouts]
+    line = {"reward": mean([r.total for r in rewards])}
     for name in rewards[0].terms:
-        line[name] = mean(r.terms[name] for r in rewards)
+        line[name] = mean([r.terms[name] for r in rewards])
     return line | {
-        "iou": mean(r.iou for r in rewards),
-        "zero_variance": sum(flat) / len(rollouts),
-        "truncated": mean(a.truncated for a in answers),
-        "unique": sum(different) / len(answers),
-        "points": mean(len(r.answer.points) for r in rewards),
-        "length": mean(len(a.ids) for a in answers),
+        "iou": mean([r.iou for r in rewards]),
+        "zero_variance": mean(flat),  # share of groups with equal rewards
+        "truncated": mean([a.truncated for a in answers]),
+        "unique": sum(len(group) for group in texts) / len(answers),
+        "points": mean([len(r.answer.points) for r in rewards]),
+        "length": mean([len(a.ids) for a in answers]),
     }
 
 
@@ -68,115 +70,126 @@ def token_means(forwards: list[dict]) -> dict:
 
 
 def first_answers(rollouts: list) -> list[dict]:
-    """The first sampled answer to each question, for answers.jsonl: what a policy comes to do shows there first."""
-    return [
-        {
-            "id": x.sample.id,
-            "kind": x.sample.kind,
-            "question": x.sample.question,
-            "text": x.answers[0].text,
-            "tokens": len(x.answers[0].ids),
-            "reward": x.rewards[0].total,
-            "iou": round(x.rewards[0].iou, 3),
+    """Return the first sampled answer to each question, for answers.jsonl."""
+    lines = []
+    for rollout in rollouts:
+        answer = rollout.answers[0]
+        reward = rollout.rewards[0]
+        line = {
+            "id": rollout.sample.id,
+            "kind": rollout.sample.kind,
+            "question": rollout.sample.question,
+            "text": answer.text,
+            "tokens": len(answer.ids),
+            "reward": reward.total,
+            "iou": round(reward.iou, 3),
         }
-        for x in rollouts
-    ]
+        lines.append(line)
+    return lines
 
 
 def base_summary(rollouts: list, s: Settings) -> str:
-    """One line on a few sampled answers of the base, with a warning where nothing could be learnt from such answers."""
-    answers, rewards = [a for x in rollouts for a in x.answers], [
-        r for x in rollouts for r in x.rewards
-    ]
-    form, cut = np.mean([r.answer.in_format for r in rewards]), np.mean(
-        [a.truncated for a in answers]
-    )
+    """Return one line on a few sampled answers of the base model.
+
+    The line has a warning if almost nothing can be learnt from such answers.
+    """
+    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
+    answers = [answer for rollout in rollouts for answer in rollout.answers]
+    in_format = mean([r.answer.in_format for r in rewards])
+    iou = mean([r.iou for r in rewards])
+    truncated = mean([a.truncated for a in answers])
     line = (
-        f"the base's answers to {len(rollouts)} questions, {s.group} each: in the format {form:.2f}, "
-        f"mean IoU {np.mean([r.iou for r in rewards]):.2f}, truncated {cut:.2f}"
+        f"the base model's answers to {len(rollouts)} questions, {s.group} each: in the format "
+        f"{in_format:.2f}, mean IoU {iou:.2f}, truncated {truncated:.2f}"
     )
-    if cut > 0.5:
+    if truncated > 0.5:
         return (
-            f"{line}. Warning: most are cut off, so they lose the reasoning format, and many "
-            f"end before their box: raise --max-new-tokens {s.max_new_tokens}"
+            f"{line}. Warning: most answers are cut off. They lose the reward for the reasoning "
+            "format, and many end before their box. "
+            f"Raise --max-new-tokens {s.max_new_tokens}"
         )
-    first = f"The first says: {' '.join(answers[0].text.split())[:120]!r}"
+    first = f"The first answer: {' '.join(answers[0].text.split())[:120]!r}"
     if not any(r.answer.segmentation_format for r in rewards):
         return (
-            f"{line}. Warning: none is in the asked format, so nothing can be learnt unless "
-            "one turns up by uniforms: try a larger --group or --temperature, or another policy. "
-            f"{first}"
+            f"{line}. Warning: no answer is in the asked format, so nothing can be learnt. Try a "
+            f"larger --group, a higher --temperature, or another policy. {first}"
         )
     if not any(r.answer.reasoning_format for r in rewards):
         return (
-            f"{line}. Warning: none has the form <think>...</think><answer>...</answer>, so "
-            f"the reasoning format is not rewarded. Boxes and points are rewarded. {first}"
+            f"{line}. Warning: no answer has the form <think>...</think><answer>...</answer>, so "
+            f"the reasoning format gets no reward. Boxes and points get their reward. {first}"
         )
     return line
+
+
+# -------------------------------------------------------------- held-out questions
 
 
 def score_base(
     policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool
 ) -> dict:
-    """The base on the test set and what true boxes would reach there, kept in base.json for a run that is resumed."""
-    if resumed and (folder / "base.json").exists():
-        return json.loads((folder / "base.json").read_text(encoding="utf-8"))
-    report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)
-    base = report.summary() | {"ceiling": report.ceiling}
-    if is_first():
-        write_json(folder / "base.json", base), write_json(folder / "test-base.json", report.each())
-    if s.eval_every:
-        validate(policy, segmenter, validation, s, folder, 0)
+    """Return the base model's scores on the test set, and SAM's scores with the true boxes.
+
+    A resumed run reads them from base.json.
+    """
+    adapter_off = nullcontext()  # a new adapter has no effect
+    if resumed:
+        base = read_base(folder)
+        if base is not None:
+            return base
+        adapter_off = policy.reference()
+    with adapter_off:
+        report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)
+        base = report.summary() | {"ceiling": report.ceiling}
+        if is_first():
+            write_json(folder / "test-base.json", report.each())
+            write_json(folder / "base.json", base)
+        if s.eval_every:
+            validate(policy, segmenter, validation, s, folder, 0)
     return base
 
 
 def validate(
     policy: Policy, segmenter: Segmenter, validation, s: Settings, folder: Path, step: int
 ) -> dict:
-    """A look at the validation set after `step` steps: figures for the log, and a sheet of answers."""
+    """Evaluate on the validation set after `step` steps, and draw twelve answers.
+
+    Returns the columns of the log that begin with validation_.
+    """
     report = evaluate(policy, segmenter, validation, s)
     if is_first():
         title = f"Validation after {step} steps" if step else "Validation before training"
-        coordinate_range, path = (
-            policy.coordinate_range(s.image_size),
-            folder / f"sheet-{step:05d}.png",
-        )
-        sample_sheet(
-            path,
-            shown(segmenter, validation, report.rows[:12], s, coordinate_range),
-            coordinate_range,
-            title,
-        )
-    return {f"validation_{k}": v for k, v in report.summary().items() if isinstance(v, float)}
+        path = folder / f"sheet-{step:05d}.png"
+        draw_sheet(path, title, policy, segmenter, validation, report.rows[:12], s)
+    columns = {}
+    for name, value in report.summary().items():
+        if isinstance(value, float):
+            columns[f"validation_{name}"] = value
+    return columns
 
 
 def summarise(
     policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, run: Run
 ) -> dict:
-    """The trained policy on the test set, the curves, and the table that is printed; returns summary.json's content."""
+    """Evaluate the trained policy on the test set, and print, draw and write the results.
+
+    Returns the content of summary.json.
+    """
     report = evaluate(policy, segmenter, test, s, "trained")
     summary = {
         "samples": run.total * s.questions,
         "seed": s.seed,
         "seconds": run.seconds(),
-        "base": {k: v for k, v in base.items() if k != "ceiling"},
+        "base": {name: value for name, value in base.items() if name != "ceiling"},
         "trained": report.summary(),
         "ceiling": base["ceiling"],
     }
     if is_first():
-        write_json(folder / "summary.json", summary), write_json(
-            folder / "test-trained.json", report.each()
-        )
-        coordinate_range, title = (
-            policy.coordinate_range(s.image_size),
-            "Held-out test questions after training",
-        )
-        sample_sheet(
-            folder / "sheet-test.png",
-            shown(segmenter, test, report.rows[:12], s, coordinate_range),
-            coordinate_range,
-            title,
-        )
+        write_json(folder / "summary.json", summary)
+        write_json(folder / "test-trained.json", report.each())
+        path = folder / "sheet-test.png"
+        title = "Held-out test questions after training"
+        draw_sheet(path, title, policy, segmenter, test, report.rows[:12], s)
         curves(folder / "curves.png", read_log(folder), summary)
         print(before_after(summary))
         print(f"adapter, log, curves and sheets are in {folder}")

@@ -1,8 +1,20 @@
-"""A run's folder: its settings, its log, and the state from which it continues after a stop."""
+"""A run's folder: the settings, the log, and the state from which --resume continues.
+
+settings.json               all settings
+samples.json                ids of the training questions
+missing.json                pictures that could not be fetched, if there are any
+base.json, test-base.json   scores and answers of the base model on the test set
+metrics.jsonl               numbers of each step, one line a step
+answers.jsonl               the first sampled answer to each question
+state.pt                    adapter and optimizer after the last saved step
+adapter/                    the same adapter in peft's format, for eval.py
+sheet-00040.png             answers to validation questions after 40 steps
+test-trained.json, summary.json, sheet-test.png, curves.png
+                            answers, scores and figures after the last step
+"""
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -17,38 +29,43 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from .config import Settings, Terminated, UserError, read_settings
+from .files import AGAIN, cause, parse_json, read_json, refuse_pointer, replace_file, write_json
 from .policy import Policy
-from .segmenter import SAM_FILES
-from .files import AGAIN, cause, refuse_pointer
 from .processes import gather, is_first, process_count
-from .stops import ignore_ending_signals, lasting_output, stop_on_signals
+from .segmenter import SAM_FILES
+from .stops import ignore_signals, lasting_output, signals_ignored, stop_on_signals
 
-# ---------------------------------------------------------------------------------------------------- state
+# --------------------------------------------------------------------------- state
+
+
+def adapter_of(policy: Policy) -> dict[str, torch.nn.Parameter]:
+    """Return the adapter's weights by name."""
+    return {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
 def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
-    """A copy in host memory of all that is needed to go on after `step` whole steps."""
-    adapter = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    """Copy adapter and optimizer to host memory, with the number of steps and their seconds."""
     state = {
         "step": step,
         "seconds": seconds,
-        "adapter": adapter,
+        "adapter": adapter_of(policy),
         "optimizer": optimizer.state_dict(),
     }
     return tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), state)
 
 
 def put_adapter(policy: Policy, state: dict) -> None:
-    """Give the policy the adapter of `state`.
+    """Copy the adapter of a state into the policy.
 
-    Raises UserError where the adapter was trained on another policy.
+    Raises UserError if the adapter belongs to another policy.
     """
-    weights = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    weights = adapter_of(policy)
     sizes = {name: p.shape for name, p in weights.items()}
-    if sizes != {name: saved.shape for name, saved in state["adapter"].items()}:
+    saved_sizes = {name: saved.shape for name, saved in state["adapter"].items()}
+    if sizes != saved_sizes:
         raise UserError(
-            "--resume: the adapter in state.pt does not fit this --policy: the run began with another "
-            "kind or size of policy"
+            "--resume: the adapter in state.pt does not fit this --policy. Name the policy with "
+            "which the run was started"
         )
     with torch.no_grad():
         for name, parameter in weights.items():
@@ -56,41 +73,39 @@ def put_adapter(policy: Policy, state: dict) -> None:
 
 
 def save_state(folder: Path, policy: Policy, state: dict) -> bool:
-    """Write `state` to state.pt, and its adapter to a folder of its own, which eval.py reads.
+    """Write a state to state.pt, and its adapter to the folder adapter/, which eval.py reads.
 
-    No weight is read from the policy, because the GPU's memory cannot be read after a GPU error.
-    Files are written under temporary names, then moved. An interrupted save, or a full disk, loses
-    nothing. If the disk is full, prints this and returns False.
+    No weight is read from the policy, because a GPU's memory cannot be read after a GPU error.
+    If the disk is full, prints one line and returns False. The files saved before stay.
     """
-    new = folder / "state.new"
-    try:
-        with new.open("wb") as file:
+
+    def write_state(part: Path) -> None:
+        with part.open("wb") as file:
             torch.save(state, file)
-        policy.model.save_pretrained(folder / "adapter.new", state_dict=state["adapter"])
-        new.replace(folder / "state.pt")
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
-        (folder / "adapter.new").replace(folder / "adapter")
+
+    def write_adapter(part: Path) -> None:
+        policy.model.save_pretrained(part, state_dict=state["adapter"])
+
+    try:
+        replace_file(folder / "state.pt", write_state)
+        replace_file(folder / "adapter", write_adapter)
         return True
-    except (
-        OSError,
-        RuntimeError,
-        MemoryError,
-    ) as error:  # torch and safetensors make RuntimeErrors of a full disk
-        new.unlink(missing_ok=True)
-        shutil.rmtree(folder / "adapter.new", ignore_errors=True)
+    except (OSError, RuntimeError, MemoryError) as error:
+        # torch and safetensors raise RuntimeErrors for a full disk
+        why = " ".join(str(error).split())
         tqdm.write(
-            f"step {state['step']} could not be saved in {folder} ({' '.join(str(error).split())}); what was "
-            "saved before stays. Free some room there"
+            f"step {state['step']} could not be saved in {folder} ({why}). The state saved before "
+            "stays. Free some disk space there"
         )
         return False
 
 
 def read_state(file: Path) -> dict:
-    """What save_state wrote. Raises UserError where the file is damaged, or holds anything else."""
+    """Read what save_state wrote. Raises UserError if the file is damaged or has other content."""
     refuse_pointer(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # for damaged bytes the reader of pickles raises anything
+    except Exception as error:  # damaged bytes can raise any exception
         # The error's own text advises weights_only=False, which would run foreign code.
         why = f"{file} is damaged or cut off ({type(error).__name__})"
         raise UserError(f"{why}: {AGAIN}, or start another run") from None
@@ -102,9 +117,9 @@ def read_state(file: Path) -> dict:
 
 
 def put_state(state: dict, policy: Policy, optimizer) -> None:
-    """Put adapter and AdamW's moments back.
+    """Copy a state into the policy's adapter and the optimizer.
 
-    Raises UserError, ValueError and others where they do not fit.
+    Raises UserError, ValueError and others if it does not fit.
     """
     put_adapter(policy, state)
     optimizer.load_state_dict(state["optimizer"])
@@ -118,10 +133,9 @@ def put_state(state: dict, policy: Policy, optimizer) -> None:
 
 
 def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
-    """Put the saved state back; returns the number of steps done and their seconds.
+    """Load the saved state, and return its number of whole steps and their seconds.
 
-    Both are 0 where nothing was saved yet. Raises UserError where the state is damaged or does not
-    fit.
+    Both are 0 if nothing was saved yet. Raises UserError if the state is damaged or does not fit.
     """
     file = folder / "state.pt"
     if not file.exists():
@@ -135,24 +149,36 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
     return state["step"], state["seconds"]
 
 
-# ---------------------------------------------------------------------------------------------------- folder
+def adapter_is_zero(adapter: dict) -> bool:
+    """Return whether an adapter has no effect: all of LoRA's matrices B are 0, as at the start."""
+    return not any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
+
+
+def adapter_changed(before: dict, after: dict) -> bool:
+    """Return whether the adapter has an effect and any of its weights has changed."""
+    if adapter_is_zero(after):
+        return False
+    return any(not torch.equal(before[name], after[name]) for name in after)
+
+
+# -------------------------------------------------------------------------- folder
 
 
 def open_run(s: Settings) -> Path:
-    """Return the run's folder: a new one with the settings saved in it, or the one to continue."""
+    """Make a run's folder with its settings, or check the folder to continue, and return it."""
     folder = Path(s.run or next_name(s))
-    if (
-        not s.resume and (folder / "metrics.jsonl").exists()
-    ):  # a start that failed before it leaves the name free
+    # A start that failed before it wrote metrics.jsonl leaves the name free.
+    if not s.resume and (folder / "metrics.jsonl").exists():
         raise UserError(
-            f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, or name "
-            "another folder"
+            f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, "
+            "or name another folder"
         )
     if s.resume:
         check_segmenter_kind(folder, s)
+        check_saved_files(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not s.resume:  # which may still be refused: see Run
+        if not s.resume:  # Run writes the settings of a resumed run after all checks
             write_settings(folder, s)
     except OSError as error:
         raise UserError(f"--run {folder}: nothing can be written there ({error})") from None
@@ -160,17 +186,25 @@ def open_run(s: Settings) -> Path:
 
 
 def next_name(s: Settings) -> str:
-    """The first of runs/PRESET-seedN, runs/PRESET-seedN-2, ... that is free."""
-    names = [f"runs/{s.preset}-seed{s.seed}"] + [
-        f"runs/{s.preset}-seed{s.seed}-{i}" for i in range(2, 10**4)
-    ]
-    return next(name for name in names if not Path(name).exists())
+    """Return the first of runs/PRESET-seedN, runs/PRESET-seedN-2, ... that does not exist."""
+    first = f"runs/{s.preset}-seed{s.seed}"
+    name = first
+    number = 1
+    while Path(name).exists():
+        number += 1
+        name = f"{first}-{number}"
+    return name
+
+
+def write_settings(folder: Path, s: Settings) -> None:
+    """Write settings.json."""
+    write_json(folder / "settings.json", asdict(s) | {"run": str(folder), "resume": False})
 
 
 def check_segmenter_kind(folder: Path, s: Settings) -> None:
     """Refuse to continue with another SAM.
 
-    The path of a SAM 2 or SAM 3 may change: it may have been moved.
+    The path of a SAM 2 or SAM 3 may change, because the model may have been moved.
     """
     begun = read_settings(folder / "settings.json").get("sam", s.sam)
     if begun != s.sam and {begun, s.sam} & {"tiny", *SAM_FILES}:
@@ -179,163 +213,220 @@ def check_segmenter_kind(folder: Path, s: Settings) -> None:
         )
 
 
+def check_saved_files(folder: Path) -> None:
+    """Raise UserError if a JSON file of the run is damaged."""
+    read_base(folder)
+    read_list(folder / "samples.json")
+    read_test_answers(folder)
+    known_missing(folder)
+
+
 def resume_command(folder: Path, s: Settings) -> str:
-    """Write the command that continues the run in this folder, with as many processes as there are
-    now.
-    """
+    """Return the command that continues a run with the present number of processes."""
     script = "train.py"
-    if Path(sys.argv[0]).name == script:  # as it was typed, from whichever folder
+    if Path(sys.argv[0]).name == script:  # as the user typed it, from any folder
         script = sys.argv[0]
     start = ["python"]
-    processes = process_count()
-    if processes > 1:
-        # Accelerate's launcher would start one process on a CPU. Without "--" torchrun takes --run for its own option.
-        start = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "--"]
+    if process_count() > 1:
+        # Accelerate's launcher would start one process on a CPU. Without "--" torchrun takes
+        # --run for its own option.
+        count = str(process_count())
+        start = ["torchrun", "--standalone", "--nproc_per_node", count, "--"]
     words = [*start, script, "--resume", "--run", str(folder), "--samples", str(s.samples)]
     if sys.platform == "win32":
         return subprocess.list2cmdline(words)
     return shlex.join(words)
 
 
-def write_json(path: Path, value) -> None:
-    """Write JSON to a temporary file, then rename it. Readers never see an incomplete file."""
-    new = path.with_suffix(".new.json")
-    new.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    new.replace(path)
+# --------------------------------------------------------------------- saved files
+
+DELETE = "restore the file, or delete it and run the same command again"
 
 
-def write_settings(folder: Path, s: Settings) -> None:
-    write_json(folder / "settings.json", asdict(s) | {"run": str(folder), "resume": False})
+def read_list(file: Path) -> list:
+    """Return the list in a JSON file, [] if there is no file. Raises UserError if it is damaged."""
+    if not file.exists():
+        return []
+    return read_json(file, list, DELETE)
+
+
+def read_base(folder: Path) -> dict | None:
+    """Return the base model's scores on the test set, or None if they are not saved."""
+    file = folder / "base.json"
+    if not file.exists():
+        return None
+    base = read_json(file, dict, DELETE)
+    if "gIoU" not in base or "ceiling" not in base:
+        raise UserError(f"{file} lacks gIoU or ceiling: {DELETE}")
+    return base
+
+
+def read_test_answers(folder: Path) -> list[dict]:
+    """Return the base model's answers to the test questions, [] if they are not saved."""
+    file = folder / "test-base.json"
+    answers = read_list(file)
+    for answer in answers:
+        if not isinstance(answer, dict) or "id" not in answer:
+            raise UserError(f"{file} holds an answer without an id: {DELETE}")
+    return answers
+
+
+SET_NAMES = ("train", "validation", "test")  # the order of a run's three data sets
+
+
+def known_missing(folder: Path) -> list[list[str]]:
+    """Return the pictures that were unavailable when the run began, a list for each data set.
+
+    Other questions have replaced theirs, so they are not requested again.
+    """
+    file = folder / "missing.json"
+    if not file.exists():
+        return [[] for _ in SET_NAMES]
+    names = read_json(file, (dict, list), DELETE)
+    if isinstance(names, list):  # runs of older versions have one list for all sets
+        return [names for _ in SET_NAMES]
+    return [names.get(name, []) for name in SET_NAMES]
 
 
 def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
-    """Return all lines of `name`.jsonl, or the first `count`.
+    """Return the first `count` lines of metrics.jsonl or answers.jsonl, or all lines.
 
-    Only a line after these can be incomplete.
+    Later lines are not read, because a stop may have cut off the last one. Raises UserError for a
+    damaged line.
     """
     file = folder / f"{name}.jsonl"
-    return (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
-        if file.exists()
-        else []
-    )
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    lines = text.splitlines()
+    if count is None and not text.endswith(b"\n"):
+        lines = lines[:-1]  # this line is still being written, or was cut off
+    advice = "restore it, or delete the file: the run then continues without its earlier lines"
+    log = []
+    for number, line in enumerate(lines[:count], 1):
+        log.append(parse_json(line, f"{file}, line {number},", dict, advice))
+    return log
+
+
+# ----------------------------------------------------------------------- questions
 
 
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
     """Refuse to continue if the training or test questions have changed since the run began.
 
-    The folder holds a list of ids, and a list of answers with their ids. The validation set is not
-    checked: nothing is learnt from it, and its data are those of the test set.
+    Ids are compared. The validation set is not checked: nothing is learnt from it, and its data
+    are those of the test set.
     """
-    for name, data, option in (
-        ("samples", sets[0], s.data),
-        ("test-base", sets[2], s.eval_data or s.data),
-    ):
-        file = folder / f"{name}.json"
-        if not file.exists():
-            continue
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if name == "samples":
-            same = all(old == new for old, new in zip(content, data.ids))
-        else:  # --empty-truth may have left questions out
-            now = iter(data.ids)
-            same = all(answer["id"] in now for answer in content[: len(data.ids)])
-        if not same:
-            raise UserError(other_questions(option, folder))
+    train, _, test = sets
+    for old, new in zip(read_list(folder / "samples.json"), train.ids):
+        if old != new:
+            raise UserError(other_questions(s.data, folder))
+    # test-base.json may lack questions (--empty-truth excluded). `in` moves the iterator on, so
+    # the ids must have the same order.
+    ids = iter(test.ids)
+    for answer in read_test_answers(folder)[: len(test.ids)]:
+        if answer["id"] not in ids:
+            raise UserError(other_questions(s.eval_data or s.data, folder))
 
 
 def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
     """Also compare the texts of the first questions.
 
-    Ids may be mere line numbers, the same in any data.
+    Ids may be mere line numbers, which are the same in any data.
     """
-    answers = {"train": read_log(folder, s.questions, "answers"), "test": []}
-    if (folder / "test-base.json").exists():
-        answers["test"] = json.loads((folder / "test-base.json").read_text(encoding="utf-8"))
-    for split, data, option in (
-        ("train", sets[0], s.data),
-        ("test", sets[2], s.eval_data or s.data),
-    ):
-        known = defaultdict(set)  # id -> questions: an id may come twice
-        for answer in answers[split]:
-            if "question" in answer:
-                known[answer["id"]].add(answer["question"])
-        for i in range(min(s.questions, len(data))):
-            sample = data[i]
-            if sample.id in known and sample.question not in known[sample.id]:
-                raise UserError(other_questions(option, folder))
+    train, _, test = sets
+    train_answers = read_log(folder, s.questions, "answers")
+    check_texts(train, train_answers, s.data, folder, s.questions)
+    check_texts(test, read_test_answers(folder), s.eval_data or s.data, folder, s.questions)
+
+
+def check_texts(data, answers: list[dict], option: str, folder: Path, count: int) -> None:
+    """Raise UserError if one of the first `count` questions differs from that in `answers`."""
+    known = defaultdict(set)  # id -> questions, because an id may come twice
+    for answer in answers:
+        if "question" in answer:
+            known[answer.get("id")].add(answer["question"])
+    for i in range(min(count, len(data))):
+        sample = data[i]
+        if sample.id in known and sample.question not in known[sample.id]:
+            raise UserError(other_questions(option, folder))
 
 
 def other_questions(data: str, folder: Path) -> str:
-    """Write the line that refuses changed data."""
+    """Return the message that refuses changed data."""
     return (
-        f"--resume: {data} asks other questions than when {folder} began: its data has changed; start another run, "
-        "or name the folder to which the run's data was moved (--data, --eval-data)"
+        f"--resume: {data} has other questions than when {folder} began. If the data were moved, "
+        "name their folder with --data or --eval-data. Otherwise start another run"
     )
 
 
-# ---------------------------------------------------------------------------------------------------- on its way
-
-
-def known_missing(folder: Path) -> list[str]:
-    """Return the pictures that were unavailable when the run began.
-
-    They stay replaced and are not requested again.
-    """
-    file = folder / "missing.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+# --------------------------------------------------------------- a run in progress
 
 
 class Run:
-    """A run in progress: its log, and the state after the last whole step.
+    """A run in progress: writes the log, saves the state, and prints the progress.
 
-    The state is saved regularly.
+    Only the first process writes and prints.
     """
 
     def __init__(
         self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float
     ):
-        """`sets` are the run's three data sets.
+        """Begin the run in `folder`, or continue it with --resume.
 
-        `begun` is the program's start time by time.perf_counter.
+        `sets` are the data sets for training, validation and test. `begun` is the program's start
+        time by time.perf_counter.
         """
-        self.folder, self.s, self.policy, self.optimizer = folder, s, policy, optimizer
-        self.start, earlier = 0, 0.0
+        self.folder = folder
+        self.s = s
+        self.policy = policy
+        self.optimizer = optimizer
+        self.total = len(sets[0]) // s.questions  # steps
+        self.start = 0  # steps done before this start of the program
+        earlier = 0.0  # seconds of these steps
         if s.resume:
             check_questions(folder, sets, s)
             self.start, earlier = load_state(folder, policy, optimizer)
-            if self.start:
-                check_first_questions(folder, sets, s)
-        self.begun, self.total, self.taken = begun - earlier, len(sets[0]) // s.questions, []
+        if self.start:
+            check_first_questions(folder, sets, s)
         if self.start > self.total:
             raise UserError(
-                f"--samples {s.samples}: {folder} has gone {self.start} steps already, which is "
-                f"--samples {self.start * s.questions}"
+                f"--samples {s.samples}: {folder} has done {self.start} steps already. That is "
+                f"--samples {self.start * s.questions}: give this number or a larger one"
             )
-        self.state, self.saved = (
-            take_state(policy, optimizer, self.start, self.seconds()),
-            time.perf_counter(),
-        )
-        self.first_adapter, self.flat = self.state["adapter"], []  # for learning_warning
+        self.begun = begun - earlier
+        self.state = take_state(policy, optimizer, self.start, self.seconds())
+        self.last_save = time.perf_counter()
+        self.first_adapter = self.state["adapter"]  # these three are for report_first_steps
+        self.step_seconds = []
+        self.zero_variance = []
         if is_first():
-            write_settings(folder, s)
-            for name, a_step in (
-                ("metrics", 1),
-                ("answers", s.questions),
-            ):  # what a cut-off step wrote goes
-                kept = read_log(folder, self.start * a_step, name) if self.start else []
-                text = "".join(json.dumps(line) + "\n" for line in kept)
-                (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-            write_json(folder / "samples.json", sets[0].ids)  # which questions this run drew
-            if gone := sorted({name for one in sets for name in one.missing}):
-                write_json(folder / "missing.json", gone)
+            self.prepare_folder(sets)
+
+    def prepare_folder(self, sets: list) -> None:
+        """Write settings and questions, and remove the log lines after the saved state."""
+        write_settings(self.folder, self.s)
+        self.cut_log("metrics", self.start)
+        self.cut_log("answers", self.start * self.s.questions)
+        write_json(self.folder / "samples.json", sets[0].ids)
+        missing = {
+            name: sorted(set(data.missing)) for name, data in zip(SET_NAMES, sets) if data.missing
+        }
+        if missing:
+            write_json(self.folder / "missing.json", missing)
+
+    def cut_log(self, name: str, count: int) -> None:
+        """Keep only the first `count` lines of a log."""
+        lines = read_log(self.folder, count, name)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
     def seconds(self) -> float:
-        """Return the run's total time, including the parts before each --resume."""
+        """Return the run's total time, including the time before each --resume."""
         return round(time.perf_counter() - self.begun, 1)
 
     def steps(self) -> Iterator[int]:
-        """Yield the remaining steps, and show a progress bar."""
+        """Yield the numbers of the remaining steps, from 0, and show a progress bar."""
         self.bar = tqdm(
             range(self.start, self.total),
             "train",
@@ -346,139 +437,130 @@ class Run:
         )
         yield from self.bar
 
-    def keep(self, line: dict, answers: list[dict], due: bool) -> None:
-        """Log a finished step and some `answers`.
+    def finish_step(self, line: dict, answers: list[dict], due: bool) -> None:
+        """Log a finished step with some of its answers, and save the state if it is time.
 
-        Save if `due`, if the save interval is over, or after Ctrl-C.
+        It is time if `due`, after --save-minutes, and after Ctrl-C. After Ctrl-C the program exits
+        with code 130.
         """
-        stopped, first, step = any(gather([self.stop.is_set()])), is_first(), line["step"]
+        stopped = any(gather([self.stop.is_set()]))
         answers = gather(answers)
-        if first:
-            for name, lines in (
-                ("metrics", [line]),
-                ("answers", [{"step": step} | one for one in answers]),
-            ):
-                with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as out:
-                    out.write("".join(json.dumps(one) + "\n" for one in lines))
-        self.state = take_state(self.policy, self.optimizer, step, self.seconds())
-        whole = False
-        if first and (
-            due or stopped or time.perf_counter() - self.saved > 60 * self.s.save_minutes
-        ):
-            whole = save_state(self.folder, self.policy, self.state)
-            self.saved = time.perf_counter()
-        self.note(line)
+        if is_first():
+            self.append_to_log("metrics", [line])
+            self.append_to_log("answers", [{"step": line["step"]} | answer for answer in answers])
+        self.state = take_state(self.policy, self.optimizer, line["step"], self.seconds())
+        minutes = (time.perf_counter() - self.last_save) / 60
+        saved = False
+        if due or stopped or minutes > self.s.save_minutes:
+            saved = self.save()
+        self.report_first_steps(line)
         shown = ("reward", "iou", "segmentation_format", "zero_variance")
         self.bar.set_postfix({name: f"{line[name]:.2f}" for name in shown})
         if stopped:
             self.bar.close()
-            if whole:
-                print(
-                    f"stopped after step {step}; continue with:\n  {resume_command(self.folder, self.s)}"
-                )
+            if saved:
+                self.print_resume_command()
             sys.exit(130)
 
-    def note(self, line: dict) -> None:
-        """Note a step's seconds and zero_variance.
+    def append_to_log(self, name: str, lines: list[dict]) -> None:
+        """Append lines to metrics.jsonl or answers.jsonl."""
+        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line) + "\n")
 
-        After ten steps print the time that is left, and a warning where nothing is learnt.
-        """
-        self.taken.append(
-            sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update"))
-        )
-        self.flat.append(line["zero_variance"])
-        if len(self.taken) != FIRST_STEPS:
+    def report_first_steps(self, line: dict) -> None:
+        """After ten steps, print the time that is left, and a warning if nothing is learnt."""
+        seconds = [line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")]
+        self.step_seconds.append(sum(seconds))
+        self.zero_variance.append(line["zero_variance"])
+        if len(self.step_seconds) != FIRST_STEPS:
             return
         changed = adapter_changed(self.first_adapter, self.state["adapter"])
         self.first_adapter = None  # it is large, and not needed any more
-        if is_first():
-            tqdm.write(time_left(self.taken, self.total - self.start))
-            warning = learning_warning(sum(self.flat) / FIRST_STEPS, changed)
-            if warning:
-                tqdm.write(warning)
+        if not is_first():
+            return
+        tqdm.write(time_left(self.step_seconds, self.total - self.start))
+        warning = learning_warning(sum(self.zero_variance) / FIRST_STEPS, changed)
+        if warning:
+            tqdm.write(warning)
+
+    def save(self) -> bool:
+        """Save the state after the last whole step. Returns whether this process has saved it."""
+        if not is_first():
+            return False
+        saved = save_state(self.folder, self.policy, self.state)
+        self.last_save = time.perf_counter()
+        return saved
+
+    def print_resume_command(self) -> None:
+        """Print the saved step and the command that continues the run."""
+        command = resume_command(self.folder, self.s)
+        print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
 
     @contextmanager
     def saved_whatever_happens(self):
-        """Context manager: if anything ends the run, first save the state after the last whole
-        step. --resume repeats the step that was interrupted.
+        """Context manager: if the block fails or is stopped, save the last whole step.
 
-        The exception that ends the run is raised again, so a bug keeps its traceback. An OSError
-        becomes a UserError.
+        --resume repeats the interrupted step. The exception is raised again, an OSError as a
+        UserError.
         """
         with lasting_output(), stop_on_signals() as self.stop:
             try:
                 yield
             except (Exception, KeyboardInterrupt, Terminated) as error:
-                ignore_ending_signals()
-                self.save_last_step()
-                if isinstance(error, OSError):  # the log's disk is full
+                ignore_signals()
+                if self.save():
+                    self.print_resume_command()
+                if isinstance(error, OSError):  # most likely the log's disk is full
                     raise UserError(f"{self.folder}: {error}") from None
                 raise
 
-    def save_last_step(self) -> None:
-        """Save the state after the last whole step, which is a copy in host memory, and print how
-        to continue.
-        """
-        if is_first() and save_state(self.folder, self.policy, self.state):
-            command = resume_command(self.folder, self.s)
-            print(f"step {self.state['step']} is saved; go on with:\n  {command}", flush=True)
-
     def finish(self) -> None:
-        """Save the last state.
-
-        Raises UserError where nothing was learnt, or where that state cannot be saved.
-        """
-        if all(
-            not p.any() for n, p in self.policy.model.named_parameters() if "lora_B" in n
-        ):  # B starts at 0
+        """Save the last state. Raises UserError if nothing was learnt, or if the disk is full."""
+        if adapter_is_zero(self.state["adapter"]):
             raise UserError(
-                "the adapter never changed: each group's answers all got the same reward (see "
-                "zero_variance)"
+                "the adapter never changed, because in each group all answers got the same reward "
+                "(zero_variance in metrics.jsonl). Start another run with a larger --group, a "
+                "higher --temperature, other --data, or another --policy"
             )
-        if is_first() and not save_state(self.folder, self.policy, self.state):
+        with signals_ignored():
+            saved = self.save()
+        if is_first() and not saved:
             again = resume_command(self.folder, self.s)
             raise UserError(
-                f"{self.folder}: the last steps are not saved; make room there, then {again}"
+                f"{self.folder}: the last steps are not saved. Free some disk space there, then "
+                f"run {again}"
             )
 
 
-FIRST_STEPS = 10  # after so many there is a first report
-
-
-def adapter_changed(before: dict, after: dict) -> bool:
-    """Compare two adapters, tensors by name.
-
-    LoRA's matrices B start at 0. While all are 0, the adapter has no effect.
-    """
-    effective = any(after[name].any() for name in after if "lora_B" in name)
-    return effective and any(not torch.equal(before[name], after[name]) for name in after)
+FIRST_STEPS = 10  # after so many steps Run reports the time left
 
 
 def learning_warning(zero_variance: float, changed: bool) -> str:
-    """Write a line of advice where nothing was learnt in the first ten steps; empty where all is
-    well.
+    """Return a warning if nothing was learnt in the first ten steps, else "".
 
-    `zero_variance` is the mean share of groups with equal rewards. `changed` is true if any adapter
-    weight changed.
+    `zero_variance` is the mean share of groups with equal rewards. `changed` is true if an adapter
+    weight has changed.
     """
     if zero_variance > 0.9:
         return (
-            f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same reward "
-            "(zero_variance), so almost nothing is learnt. Start another run with a larger --group, a higher "
-            "--temperature, other --data, or another --policy"
+            f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same "
+            "reward (zero_variance), so almost nothing is learnt. Start another run with a larger "
+            "--group, a higher --temperature, other --data, or another --policy"
         )
     if not changed:
         return (
-            f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at grad_norm and "
-            "skipped_updates in metrics.jsonl, and start another run with another --lr"
+            f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at "
+            "grad_norm and skipped_updates in metrics.jsonl, and start another run with another --lr"
         )
     return ""
 
 
 def time_left(seconds: list[float], steps: int) -> str:
-    """Return an estimate for `steps` steps from the `seconds` of finished ones.
+    """Return an estimate of the time left of `steps` steps, from the finished steps' `seconds`.
 
-    Needs two: the first is a warm-up.
+    Needs two finished steps, because the first is a warm-up.
     """
     step = sum(seconds[1:]) / (len(seconds) - 1)
-    return f"measured: {step:.1f} s a step, {step * (steps - len(seconds)) / 3600:.1f} hours left, without evaluation"
+    hours = step * (steps - len(seconds)) / 3600
+    return f"measured: {step:.1f} s a step, {hours:.1f} hours left, without evaluation"

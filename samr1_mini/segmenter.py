@@ -156,7 +156,6 @@ SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
 TINY_SAM = Path(__file__).parent / "tiny" / "sam"
 
 # segment_anything's files: bytes and SHA-256, checked before they are read.
-SAM_FOLDER = CACHE
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {
     "vit_b": (
@@ -182,9 +181,7 @@ def sam_bytes(kind: str, checkpoint: str = "") -> int:
     if checkpoint or kind not in SAM_FILES:
         return 0
     name, size, _ = SAM_FILES[kind]
-    return (
-        0 if (SAM_FOLDER / name).exists() and (SAM_FOLDER / name).stat().st_size == size else size
-    )
+    return 0 if (CACHE / name).exists() and (CACHE / name).stat().st_size == size else size
 
 
 def small_folder(kind: str) -> Path | None:
@@ -258,7 +255,7 @@ def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
 def sam_file(kind: str) -> Path:
     """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache and checked against their hash."""
     name, size, digest = SAM_FILES[kind]
-    path = SAM_FOLDER / name
+    path = CACHE / name
     if sam_bytes(kind):  # a file gets its name only after its hash was checked
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")

@@ -1,4 +1,4 @@
-"""Stop a run from outside: Ctrl-C, the signals that end a program, and a terminal that is gone."""
+"""Stop a run by Ctrl-C, by a signal that ends a program, or by closing the terminal."""
 
 import signal
 import sys
@@ -11,15 +11,15 @@ from .config import Terminated
 
 
 def in_main_thread() -> bool:
-    """Whether signals may be handled here: Python allows it in the main thread alone."""
+    """Return whether this is the main thread. Python allows signal handlers only there."""
     return threading.current_thread() is threading.main_thread()
 
 
 def ending_signals() -> list[signal.Signals]:
     """List the signals that end a run at once: SIGTERM, and the signal of a closed terminal.
 
-    The latter is SIGHUP, and SIGBREAK on Windows. The list omits a signal that is ignored already,
-    as under nohup.
+    The signal of a closed terminal is SIGHUP, on Windows SIGBREAK. Signals that are ignored
+    already, as under nohup, are left out.
     """
     kinds = [signal.SIGTERM]
     for name in ("SIGHUP", "SIGBREAK"):
@@ -29,11 +29,35 @@ def ending_signals() -> list[signal.Signals]:
     return kinds
 
 
-def ignore_ending_signals() -> None:
-    """Ignore all ending signals except Ctrl-C from now on, so that no save is interrupted."""
+def ignore_signals() -> None:
+    """Ignore Ctrl-C and the ending signals from now on, so that no save is interrupted."""
     if in_main_thread():
-        for kind in ending_signals():
+        for kind in (signal.SIGINT, *ending_signals()):
             signal.signal(kind, signal.SIG_IGN)
+
+
+@contextmanager
+def handlers_put_back():
+    """Context manager: after the block, signals are handled as before it."""
+    if not in_main_thread():
+        yield
+        return
+    kinds = (signal.SIGINT, *ending_signals())
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            if handler is not None:  # Python cannot put back a handler that it did not install
+                signal.signal(kind, handler)
+
+
+@contextmanager
+def signals_ignored():
+    """Context manager form of ignore_signals."""
+    with handlers_put_back():
+        ignore_signals()
+        yield
 
 
 @contextmanager
@@ -41,8 +65,8 @@ def stop_on_signals():
     """Context manager: handle signals inside the block, and yield an event that Ctrl-C sets.
 
     The first Ctrl-C sets the event, so that the step in progress ends first. A second Ctrl-C stops
-    at once. SIGTERM and the signal of a closed terminal raise Terminated: their sender seldom waits
-    for a step. Outside the main thread no signal is handled.
+    at once. SIGTERM and the signal of a closed terminal raise Terminated, because their sender
+    seldom waits for a step. Outside the main thread no signal is handled.
     """
     stop = threading.Event()
     if not in_main_thread():
@@ -55,29 +79,25 @@ def stop_on_signals():
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
     def end_at_once(number, _):
-        ignore_ending_signals()  # a second one must not cut the saving off
+        ignore_signals()  # a second signal must not interrupt the save
         raise Terminated(number)
 
-    handlers = {signal.SIGINT: finish_step} | dict.fromkeys(ending_signals(), end_at_once)
-    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
-    try:
+    with handlers_put_back():
+        signal.signal(signal.SIGINT, finish_step)
+        for kind in ending_signals():
+            signal.signal(kind, end_at_once)
         yield stop
-    finally:
-        for kind, handler in before.items():
-            if (
-                handler is not None
-            ):  # None: it was not installed by Python, which cannot put it back
-                signal.signal(kind, handler)
 
 
-# A terminal or a pipe is gone, the stream was closed, or a signal's handler prints in the middle of another print.
+# The terminal or the pipe is gone, the stream was closed, or a signal's handler prints while
+# another print is not finished.
 LOST = (OSError, ValueError, RuntimeError)
 
 
 class LastingStream:
     """A text stream whose writes never fail.
 
-    Text is lost once its terminal is closed or its reader has ended.
+    Text is lost after its terminal is closed or its reader has ended.
     """
 
     def __init__(self, stream):

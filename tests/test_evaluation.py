@@ -714,7 +714,7 @@ def test_an_adapter_without_weights_or_of_another_base_and_damaged_settings_are_
             lambda: settings.write_text('{"samples": 30'),
             f"{settings} cannot be read as a run's settings",
         ),
-        (lambda: weights.unlink(), f"--adapter {adapter}: no adapter_model.safetensors there"),
+        (lambda: weights.unlink(), f"--adapter {adapter} has no adapter_model.safetensors"),
     ]
     for break_it, words in cases:
         break_it()
@@ -1121,7 +1121,7 @@ def test_what_eval_prints_and_draws_of_a_report(policy, segmenter, monkeypatch, 
     monkeypatch.setattr(
         evaluation, "shown", lambda segmenter, data, rows, *_: [r.index for r in rows]
     )
-    monkeypatch.setattr(plots, "sample_sheet", lambda path, panels, *_: drawn.extend(panels))
+    monkeypatch.setattr(evaluation, "sample_sheet", lambda path, panels, *_: drawn.extend(panels))
     data = type("Some", (list,), {"ids": [], "box_only": False, "missing": ["gone.jpg"]})(range(20))
     options = {
         "out": str(tmp_path),

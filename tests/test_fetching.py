@@ -283,7 +283,7 @@ def test_a_server_that_gives_nothing_is_given_up_before_every_picture_was_tried(
 
 def test_a_full_disk_is_said_in_one_line(server, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr(fetch.os, "getpid", lambda: 77)
+    monkeypatch.setattr("os.getpid", lambda: 77)
     (tmp_path / "a" / f"{NAME}.77.part").symlink_to(
         "/dev/full"
     )  # the system's own "no space left on device"
@@ -359,7 +359,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
     assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     assert len(stored(tmp_path / "cache")) == 8 + 99 + 4
-    assert json.loads((tmp_path / "run/missing.json").read_text()) == [names[50]]
+    assert json.loads((tmp_path / "run/missing.json").read_text()) == {"validation": [names[50]]}
     server.asked.clear()
     train.main(["--resume", "--run", str(tmp_path / "run")])
     assert not server.asked  # what could not be had is remembered, what could is there

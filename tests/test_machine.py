@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 from segment_anything import sam_model_registry
 
 import eval as evaluate_command
@@ -37,7 +38,7 @@ from samr1_mini.data import load_data
 from samr1_mini.evaluation import batch_size, evaluate
 from samr1_mini import forecast as forecast_module
 from samr1_mini.forecast import GIB, counts, shape_config
-from samr1_mini import gpu, loading, memory
+from samr1_mini import files, gpu, loading, memory
 from samr1_mini.segmenter import load_segmenter, random_sam
 from samr1_mini.tiny.scenes import make_scene
 
@@ -275,8 +276,8 @@ def test_evaluation_of_a_full_size_policy_needs_a_gpu_or_device_cpu(
 ):
     put_in()
     (tmp_path / "adapter").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "adapter" / name).touch()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"weight": torch.zeros(1)}, tmp_path / "adapter/adapter_model.safetensors")
     if beside:
         saved = PRESETS[beside["preset"]] | beside
         (tmp_path / "settings.json").write_text(json.dumps(saved))
@@ -628,12 +629,12 @@ def test_a_full_disk_names_only_what_helps(
     changes, named, left_out, settings, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(loading, "hub_bytes", lambda name: 10**9 * (name not in ("tiny", "vit_h")))
-    monkeypatch.setattr(loading, "SAM_FOLDER", tmp_path)
-    monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path)
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
+    monkeypatch.setattr(loading, "CACHE", tmp_path)
+    monkeypatch.setattr(segmenter_module, "CACHE", tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**8))
     sets = [SimpleNamespace(download_bytes=10**9 * ("data" in changes))]
     with pytest.raises(UserError) as error:
-        loading.check_room(replace(settings, **changes), sets)
+        loading.check_downloads(replace(settings, **changes), sets)
     assert all(name in str(error.value) for name in named), error.value
     assert not any(name in str(error.value) for name in left_out), error.value
 
@@ -646,9 +647,7 @@ def test_disks_without_a_number_are_told_apart_by_their_letter():
             stat=lambda: SimpleNamespace(st_dev=0), absolute=lambda: PureWindowsPath(path)
         )
 
-    disks = [
-        loading.disk_of(folder(path)) for path in ("C:\\models", "C:\\pictures", "D:\\pictures")
-    ]
+    disks = [files.disk_of(folder(path)) for path in ("C:\\models", "C:\\pictures", "D:\\pictures")]
     assert disks[0] == disks[1] != disks[2]
 
 

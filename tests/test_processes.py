@@ -125,6 +125,17 @@ def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_proce
     )  # no momentum
 
 
+def test_processes_share_items_and_rows_and_none_is_left_out(monkeypatch):
+    shares, rows = [], []
+    for i in range(3):
+        state = SimpleNamespace(num_processes=3, process_index=i)
+        monkeypatch.setattr(processes, "PartialState", lambda: state)
+        shares.append(list(processes.share(range(7))))
+        rows.append(processes.share(torch.arange(14).view(7, 2))[:, 0].tolist())
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    assert rows == [[0, 6, 12], [2, 8], [4, 10]]
+
+
 def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
     allocated = []
 
@@ -194,7 +205,7 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_t
     )
     if where == "update":
         assert (
-            "step 1 is saved; go on with" in out.stdout
+            "step 1 is saved; continue with" in out.stdout
             and torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
         )
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -450,8 +451,8 @@ def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_printe
     with pytest.raises(UserError, match="--data refcoco_testA: .*Ricky06662/refcoco_testA"):
         open_data("refcoco_testA", "test", 1)
     assert not capsys.readouterr().out
-    free = public.shutil.disk_usage("/")
-    monkeypatch.setattr(public.shutil, "disk_usage", lambda folder: free._replace(free=9))
+    free = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free._replace(free=9))
     with pytest.raises(UserError, match="SAMR1_CACHE|HF_HOME"):
         open_data("reasonseg", "test", 3)
     assert "Ricky06662/ReasonSeg_test" in capsys.readouterr().out

@@ -613,7 +613,7 @@ def test_sam_weights_are_fetched_once_and_only_whole(damage, tmp_path, monkeypat
         (weights.name, len(data), hashlib.sha256(data).hexdigest()),
     )
     monkeypatch.setattr(segmenter_module, "SAM_URL", f"{weights.parent.as_uri()}/")
-    monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path / ".cache/samr1_mini")
+    monkeypatch.setattr(segmenter_module, "CACHE", tmp_path / ".cache/samr1_mini")
     monkeypatch.setitem(sam_model_registry, "vit_b", lambda: random_sam("tiny"))
     if damage:
         weights.write_bytes(data[:-100] if damage == "cut" else data[:-100] + bytes(100))
@@ -658,7 +658,7 @@ def test_two_blank_pictures_of_other_shapes_are_told_apart(segmenter):
 
 
 def test_a_file_of_sam_that_is_cut_off_is_still_to_be_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(segmenter_module, "SAM_FOLDER", tmp_path)
+    monkeypatch.setattr(segmenter_module, "CACHE", tmp_path)
     name, size, _ = segmenter_module.SAM_FILES["vit_b"]
     (tmp_path / name).write_bytes(b"cut")
     assert sam_bytes("vit_b") == size and sam_bytes("vit_b", "x.pth") == sam_bytes("tiny") == 0

@@ -15,9 +15,11 @@ import torch
 import train as command
 from samr1_mini import grpo
 from samr1_mini.config import Terminated, UserError
+from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import train
-from samr1_mini import loading, memory, runs
+from samr1_mini import files, loading, memory, reports, runs
 from samr1_mini.reports import first_answers
+from samr1_mini.tiny.shapes import Shapes
 
 
 def test_what_is_set_about_data_reaches_all_three_sets(settings, monkeypatch):
@@ -85,8 +87,35 @@ def test_a_seed_draws_the_same_new_adapter_whatever_was_drawn_before(settings):
     assert (adapters[0] == adapters[1]).all() and adapters[0].any()
 
 
+def test_each_set_is_told_the_pictures_that_it_lacked_when_the_run_began(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loading, "check_downloads", lambda *_: None)
+    asked = []
+    sets = [
+        SimpleNamespace(
+            fetch=asked.append, check_files=lambda resumed: None, warnings=[], missing=[]
+        )
+        for _ in range(3)
+    ]
+    saved = {"train": ["a.jpg", "b.jpg"], "test": ["c.jpg"]}
+    for content, expected in (
+        (saved, [["a.jpg", "b.jpg"], [], ["c.jpg"]]),
+        (["a.jpg"], [["a.jpg"]] * 3),  # as older versions wrote it
+        (None, [[], [], []]),
+    ):
+        asked.clear()
+        (tmp_path / "missing.json").unlink(missing_ok=True)
+        if content is not None:
+            files.write_json(tmp_path / "missing.json", content)
+        loading.fetch_sets(settings, sets, runs.known_missing(tmp_path))
+        assert asked == expected
+
+
 def test_the_pictures_of_all_sets_are_counted_in_what_is_to_be_downloaded(settings, capsys):
-    loading.check_room(settings, [SimpleNamespace(download_bytes=10**8 * n) for n in (1, 2, 4)])
+    loading.check_downloads(
+        settings, [SimpleNamespace(download_bytes=10**8 * n) for n in (1, 2, 4)]
+    )
     assert "pictures 0.7 GB" in capsys.readouterr().out
 
 
@@ -123,6 +152,19 @@ def test_the_bases_figures_of_a_run_that_goes_on_are_those_from_before_its_train
     assert train(replace(settings, resume=True))["base"]["gIoU"] == 0.12345
 
 
+def test_the_base_model_is_evaluated_without_the_adapter_where_a_resumed_run_lost_its_figures(
+    settings, policy, segmenter, tmp_path
+):
+    data = Shapes("test", 4, 0)
+    s = replace(settings, max_new_tokens=60)
+    with policy.reference():
+        expected = evaluate(policy, segmenter, data, s).each()
+    assert evaluate(policy, segmenter, data, s).each() != expected
+    base = reports.score_base(policy, segmenter, data, data, s, tmp_path, resumed=True)
+    assert json.loads((tmp_path / "test-base.json").read_text()) == json.loads(json.dumps(expected))
+    assert base["gIoU"] == runs.read_base(tmp_path)["gIoU"]
+
+
 def test_minutes_between_saves_are_counted_from_the_last_save(settings, monkeypatch):
     saved, now, real_save, real_update = [], [0.0], runs.save_state, grpo.update
 
@@ -147,7 +189,52 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not_cut_the_sav
         with pytest.raises(Terminated):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
+        for _ in range(2):  # nor does Ctrl-C
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_signals_do_not_interrupt_the_last_save(settings, tmp_path):
+    saved = []
+
+    def save():
+        for kind in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(kind)
+        saved.append(True)
+        return True
+
+    adapter = {"lora_B": torch.ones(1)}
+    run = SimpleNamespace(state={"adapter": adapter}, save=save, folder=tmp_path, s=settings)
+    runs.Run.finish(run)
+    assert saved
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    def fail(part):
+        part.write_text("half")
+        raise OSError("full")
+
+    def write_folder(part):
+        part.mkdir()
+        (part / name).write_text(name)
+
+    def fail_in_folder(part):
+        part.mkdir()
+        fail(part / "x")
+
+    files.write_json(tmp_path / "a.json", [1])
+    with pytest.raises(OSError):
+        files.replace_file(tmp_path / "a.json", fail)
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    for name in ("one", "two"):
+        files.replace_file(tmp_path / "folder", write_folder)
+    with pytest.raises(OSError):
+        files.replace_file(tmp_path / "folder", fail_in_folder)
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == ["a.json", "folder", "folder/two"]
 
 
 @pytest.mark.parametrize(

@@ -613,6 +613,57 @@ def test_a_sam_may_be_moved_and_is_no_other_kind(begun, now, refused, settings, 
         runs.open_run(s)
 
 
+# ---------------------------------------------------------------------------------------------------- damaged files of a run
+
+
+WHOLE = {
+    "samples.json": ["a", "b"],
+    "base.json": {"gIoU": 0.5, "ceiling": {"gIoU": 0.9}},
+    "test-base.json": [{"id": "a"}],
+    "missing.json": {"train": []},
+}
+DAMAGES = {
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "empty": lambda whole: b"",
+    "zeros": lambda whole: bytes(len(whole)),
+    "another value": lambda whole: b"5",
+    "another list": lambda whole: b"[5]",
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_of_a_run_is_named_in_one_line_before_anything_is_loaded(
+    name, kind, settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(grpo, "load_parts", lambda *_, **__: pytest.fail("models were loaded"))
+    folder = runs.open_run(settings)
+    for file, content in WHOLE.items():
+        runs.write_json(folder / file, content)
+    s = replace(settings, resume=True)
+    assert runs.open_run(s) == folder
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(DAMAGES[kind](whole))
+    if kind == "another list" and name in ("samples.json", "missing.json"):
+        return  # these hold lists of any names
+    with pytest.raises(UserError) as error:
+        train(s)
+    assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ['{"step": 2, "rew', "\x00" * 20, "5", ""])
+def test_a_damaged_line_of_a_log_is_named_only_if_the_state_needs_it(damage, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n' + damage)
+    assert runs.read_log(tmp_path, 1) == [{"step": 1}]
+    assert runs.read_log(tmp_path) == [{"step": 1}]  # the last line may still be on its way
+    file.write_text('{"step": 1}\n' + damage + "\n" + '{"step": 3}\n')
+    assert runs.read_log(tmp_path, 1) == [{"step": 1}]
+    with pytest.raises(UserError) as error:
+        runs.read_log(tmp_path, 3)
+    assert f"{file}, line 2" in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------- how to continue
 
 

@@ -1,7 +1,6 @@
 """Download COCO's pictures with retries and time limits. Incomplete files are never kept."""
 
 import io
-import os
 import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
@@ -14,6 +13,7 @@ from urllib.request import urlopen
 from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
+from ..files import replace_file
 from .pictures import open_picture
 
 COCO_URL = (
@@ -101,7 +101,7 @@ def fetch_picture(url: str, file: Path, size: tuple[int, int]) -> str:
                 raise ValueError(
                     f"the picture is {found[0]} x {found[1]}, but the data expect {size[0]} x {size[1]}"
                 )
-            keep(data, file)
+            store_picture(data, file)
             return ""
         except (
             OSError,
@@ -144,13 +144,10 @@ def within(seconds: float, work, *arguments):
     return outcome.result()
 
 
-def keep(data: bytes, file: Path) -> None:
-    """Write a temporary file, then rename it. Other processes may write the same picture safely."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+def store_picture(data: bytes, file: Path) -> None:
+    """Write a picture. Raises UserError if the disk is full."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(file)
+        replace_file(file, lambda part: part.write_bytes(data))
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"{file.parent}: {first_line(error)}") from None

@@ -24,6 +24,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
+from ..files import Download, check_disk_space
 from . import fetch
 from .folder import SPLITS, Folder, check_against_picture, check_texts
 from .layouts import convert_row, layout_of, refuse_excluded
@@ -466,18 +467,7 @@ def hub_files(source: Source) -> list[str]:
         )
     if layout_of(columns) == "mask":
         refuse_excluded(source.ignore)
-    check_space(hub_id, size)
-    return datasets.DownloadManager().download(urls)
-
-
-def check_space(hub_id: str, size: int) -> None:
-    """Refuse a download that does not fit on the disk of the hub's cache, or on that of SETS."""
     print(f"to download: {hub_id} {size / 1e9:.2f} GB", flush=True)
-    for folder, variable in ((Path(HF_HUB_CACHE), "HF_HOME"), (SETS, "SAMR1_CACHE")):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        free = shutil.disk_usage(there).free
-        if free < 2 * size:  # both folders may be on one disk
-            raise UserError(
-                f"{hub_id} needs {2 * size / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB left: "
-                f"free some disk space, or set {variable} to a folder on another disk"
-            )
+    converted = Download(f"{hub_id}, converted", size, SETS)
+    check_disk_space([Download(hub_id, size, Path(HF_HUB_CACHE)), converted])
+    return datasets.DownloadManager().download(urls)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from samr1_mini.config import Parser, UserError, auto_device, exit_with, first_line
 from samr1_mini.data import load_data
+from samr1_mini.files import replace_file
 from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
 from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs, generate
 from samr1_mini.reward import read_answer, read_leniently, score_group
@@ -117,10 +118,8 @@ def learn(
             bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
         if step % 100 == 99:
             has = [part.state_dict() for part in parts]
-            torch.save(
-                {"step": step + 1, "steps": steps, "parts": has, "shown": shown}, f"{state}.part"
-            )
-            Path(f"{state}.part").replace(state)
+            content = {"step": step + 1, "steps": steps, "parts": has, "shown": shown}
+            replace_file(state, lambda part: torch.save(content, part))
 
 
 # ---------------------------------------------------------------------------------------------------- SAM
