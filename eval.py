@@ -1,5 +1,7 @@
-"""Evaluate the base model or an adapter on a data set (`python eval.py --adapter
-runs/NAME/adapter`), or on one picture (`python eval.py --image photo.jpg --question "the star"`).
+"""Evaluate the base model or an adapter on a data set, or ask one question about one picture.
+
+`python eval.py --adapter runs/NAME/adapter`
+`python eval.py --image photo.jpg --question "the red star"`
 """
 
 import json
@@ -52,7 +54,8 @@ def make_parser() -> Parser:
     """Return a parser of eval.py's own options and of the settings in USED."""
     parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--adapter", help="folder of a trained adapter, with its run's settings (default: none)")
+    adapter = "folder of an adapter; the settings of its run are used (default: the base model)"
+    add("--adapter", help=adapter)
     splits = ("train", "validation", "test")
     add("--split", default="test", choices=splits, help="split of the data set (default test)")
     add("--count", type=int, help="number of questions (default: 600 drawn scenes, else all)")

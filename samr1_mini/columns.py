@@ -1,6 +1,7 @@
 """The columns of metrics.jsonl, which has one line a step.
 
-A reward term of your own logs a column under its own name. It needs no entry here.
+A reward term of your own logs a column under its own name, between "reward" and "zero_variance". It
+needs no entry here.
 """
 
 COLUMNS = {
@@ -44,8 +45,11 @@ COLUMNS = {
 
 
 def new_terms(line: dict) -> list[str]:
-    """Return the columns of a log line that COLUMNS lacks: reward terms of your own."""
-    return [name for name in line if name not in COLUMNS]
+    """Return the reward terms of your own in a log line."""
+    names = list(line)
+    first = names.index("reward")
+    last = names.index("zero_variance")
+    return [name for name in names[first:last] if name not in COLUMNS]
 
 
 def weight_option(term: str) -> str:
@@ -55,4 +59,6 @@ def weight_option(term: str) -> str:
 
 def explain(name: str) -> str:
     """Return one line on a column, with its unit."""
-    return COLUMNS.get(name, f"reward term, mean over the answers; weight: {weight_option(name)}")
+    if name in COLUMNS:
+        return COLUMNS[name]
+    return f"a column of your own; if it is a reward term, {weight_option(name)} is its weight"

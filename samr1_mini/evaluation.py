@@ -65,8 +65,8 @@ class Panel:
     reward: Reward
 
 
-def share(values: Iterable[bool]) -> float:
-    """Return the share of true values, 0 to 1."""
+def fraction(values: Iterable[bool]) -> float:
+    """Return the fraction of true values, 0 to 1."""
     return float(np.mean(list(values)))
 
 
@@ -78,7 +78,7 @@ def scores(rows: list[ScoredAnswer]) -> dict:
         "gIoU": giou(strict),
         "gIoU_lenient": giou(lenient),
         "cIoU": ciou(strict),
-        "format": share(row.in_format for row in rows),
+        "format": fraction(row.in_format for row in rows),
         "count": len(rows),
     }
 
@@ -100,8 +100,8 @@ class Report:
         lenient = [row.pair for row in rows]
         pictures = [row.picture for row in rows]
         summary = scores(rows)
-        summary["box_accuracy"] = share(row.in_format and row.box_iou > 0.5 for row in rows)
-        summary["truncated"] = share(row.truncated for row in rows)
+        summary["box_accuracy"] = fraction(row.in_format and row.box_iou > 0.5 for row in rows)
+        summary["truncated"] = fraction(row.truncated for row in rows)
         summary["gIoU_interval"] = bootstrap_interval(giou, strict, pictures)
         summary["gIoU_lenient_interval"] = bootstrap_interval(giou, lenient, pictures)
         summary["cIoU_interval"] = bootstrap_interval(ciou, strict, pictures)

@@ -624,9 +624,10 @@ def test_every_column_of_a_log_is_explained_and_every_explained_column_is_logged
 
 def test_a_reward_term_of_ones_own_is_drawn_and_explained_with_the_option_of_its_weight():
     log = [
-        {"step": step, "reward": 1.0, "accuracy": 0.5, "short_text": 0.1 * step}
-        for step in (1, 2, 3)
+        {"step": 1, "reward": 1.0, "accuracy": 0.5, "short_text": 0.1, "zero_variance": 0.0},
+        {"step": 2, "reward": 1.0, "accuracy": 0.5, "short_text": 0.2, "zero_variance": 0.0},
     ]
+    log = [line | {"loss_of_my_own": 0.0} for line in log]  # this is drawn nowhere
     axes = Figure().subplots()
     plots.draw_reward(axes, log)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
