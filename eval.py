@@ -1,14 +1,21 @@
-"""Evaluate the base policy or an adapter: on a data set (`python eval.py --adapter runs/NAME/adapter`), or on one
-picture (`python eval.py --image photo.jpg --question "the red star"`)."""
+"""Evaluate the base model or an adapter on a data set, or ask one question about one picture.
+
+`python eval.py --adapter runs/NAME/adapter`
+`python eval.py --image photo.jpg --question "the red star"`
+"""
 
 import json
 import sys
 import tempfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+# Modules with models are imported in the functions, so that --help and mistakes answer at once.
+from samr1_mini.files import check_adapter_files, replace_file, write_json
 from samr1_mini.config import (
     Parser,
+    Settings,
     UserError,
     add_options,
     check,
@@ -19,9 +26,8 @@ from samr1_mini.config import (
     print_anything,
     read_settings,
 )
-from samr1_mini.files import check_adapter_files, replace_file, write_json
 
-USED = {
+USED = {  # the settings that an evaluation uses
     "preset",
     "device",
     "policy",
@@ -41,115 +47,102 @@ USED = {
     "eval_batch",
 }
 
+# ------------------------------------------------------------------------------------- parse
 
-def parse(argv: list[str] | None):
-    """Command line -> (settings, the options that only eval.py has, a line to print)."""
+
+def make_parser() -> Parser:
+    """Return a parser of eval.py's own options and of the settings in USED."""
     parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--adapter",
-        help="folder of a trained adapter; its run's settings are used. Without it the "
-        "base is evaluated",
-    )
-    parser.add_argument(
-        "--split",
-        default="test",
-        choices=("train", "validation", "test"),
-        help="split of the data set (default test)",
-    )
-    parser.add_argument(
-        "--count",
-        type=int,
-        help="how many questions of it (default: 600 drawn scenes; of another set " "all)",
-    )
-    parser.add_argument(
-        "--blank",
-        action="store_true",
-        help="show the policy a grey picture: what is left of the score is guessing",
-    )
-    parser.add_argument(
-        "--mirror",
-        action="store_true",
-        help="mirror pictures, true masks and the words left and right: a policy that really sees "
-        "positions scores the same",
-    )
-    parser.add_argument(
-        "--votes",
-        type=int,
-        default=1,
-        help="answers a question, drawn at temperature 1, that vote on a mask (default 1: one, greedy)",
-    )
-    parser.add_argument("--image", help="answer about this one picture instead of a data set")
-    parser.add_argument("--question", help="what to find in that picture")
-    parser.add_argument(
-        "--merge",
-        help="write base and adapter merged, in bf16, as a model folder of this name, and "
-        "evaluate nothing",
-    )
-    parser.add_argument(
-        "--out", default="eval", help="folder for results.json and the pictures (default eval)"
-    )
+    add = parser.add_argument
+    adapter = "folder of an adapter; the settings of its run are used (default: the base model)"
+    add("--adapter", help=adapter)
+    splits = ("train", "validation", "test")
+    add("--split", default="test", choices=splits, help="split of the data set (default test)")
+    add("--count", type=int, help="number of questions (default: 600 drawn scenes, else all)")
+    blank = "show the policy a grey picture: the score that is left is guessing"
+    add("--blank", action="store_true", help=blank)
+    votes = "sampled answers to each question that vote on a mask (default 1, a greedy one)"
+    add("--votes", type=int, default=1, help=votes)
+    add("--image", help="answer about this one picture instead of a data set")
+    add("--question", help="what to find in that picture")
+    add("--merge", help="write base and adapter as one bf16 model folder, and evaluate nothing")
+    add("--out", default="eval", help="folder for results.json and pictures (default eval)")
     add_options(parser, USED)
-    given = vars(parser.parse(argv))
-    names = (
-        "adapter",
-        "split",
-        "count",
-        "votes",
-        "blank",
-        "mirror",
-        "image",
-        "question",
-        "merge",
-        "out",
+    return parser
+
+
+def check_options(options: Namespace) -> None:
+    """Refuse options of eval.py that cannot work. Raises UserError."""
+    if (options.image is None) != (options.question is None):
+        raise UserError("--image and --question go together")
+    if options.question is not None and not options.question.strip():
+        raise UserError("--question is empty")
+    if options.merge is not None and options.adapter is None:
+        raise UserError("--merge needs --adapter")
+    if options.merge is not None and Path(options.merge).exists():
+        raise UserError(f"--merge {options.merge}: this exists already")
+    if options.count is not None and options.count < 1:
+        raise UserError(f"--count must be at least 1, not {options.count}")
+    if options.votes < 1:
+        raise UserError(f"--votes must be at least 1, not {options.votes}")
+    if options.adapter is not None:
+        check_adapter_files(Path(options.adapter))
+
+
+def settings_file(adapter: str) -> Path:
+    """Return the settings file of the run that trained an adapter."""
+    return Path(adapter).resolve().parent / "settings.json"
+
+
+def settings_of_run(options: Namespace, typed: dict) -> dict:
+    """Return the settings in USED of the adapter's run, if its file exists. Raises UserError."""
+    if options.adapter is None or not settings_file(options.adapter).is_file():
+        return {}
+    saved = read_settings(settings_file(options.adapter))
+    if saved.get("eval_data") and options.split != "train":
+        saved["data"] = saved["eval_data"]
+    if "preset" in typed and typed["preset"] != saved.get("preset"):
+        raise UserError("--preset is for a base model: this adapter has the settings of its run")
+    return {name: saved[name] for name in USED - {"device"} if name in saved}
+
+
+def describe_adapter(settings: Settings, options: Namespace, typed: dict) -> str:
+    """Write the line that is printed first if there is an adapter."""
+    line = (
+        f"adapter {options.adapter} on policy {settings.policy}, {settings.load_in}, "
+        f"SAM {settings.sam}, data {settings.data}"
     )
-    options = {name: given.pop(name) for name in names}
-    typed = ", ".join(f"{name} = {value}" for name, value in given.items())
-    if (options["image"] is None) != (options["question"] is None):
-        parser.error("--image and --question go together")
-    if options["question"] is not None and not options["question"].strip():
-        parser.error("--question is empty")
-    if options["mirror"] and options["image"] is not None:
-        parser.error("--mirror goes with a data set, not with --image")
-    if options["merge"] is not None and (
-        options["adapter"] is None or Path(options["merge"]).exists()
-    ):
-        there = f"--merge {options['merge']}: this is there already"
-        parser.error("--merge needs --adapter" if options["adapter"] is None else there)
-    for name in ("count", "votes"):
-        if options[name] is not None and options[name] < 1:
-            parser.error(f"--{name} must be at least 1, not {options[name]}")
-    if options["adapter"] is not None:
-        try:
-            check_adapter_files(Path(options["adapter"]))
-        except UserError as error:
-            parser.error(str(error))
+    if typed:
+        line += "; you set " + ", ".join(f"{name} = {value}" for name, value in typed.items())
+    if not settings_file(options.adapter).is_file():
+        line += f"; no settings.json beside it, so all else is that of preset {settings.preset}"
+    return line
+
+
+def parse(argv: list[str] | None) -> tuple[Settings, Namespace, str]:
+    """Read the command line. Returns settings, the options of eval.py, and a line to print."""
+    parser = make_parser()
+    given = vars(parser.parse(argv))
+    options = Namespace(**{name: given[name] for name in given if name not in USED})
+    typed = {name: given[name] for name in given if name in USED}
     try:
-        beside = Path(options["adapter"] or "").resolve().parent / "settings.json"
-        if options["adapter"] is not None and beside.is_file():
-            saved = read_settings(beside)
-            if saved.get("eval_data") and options["split"] != "train":
-                saved["data"] = saved["eval_data"]
-            if given.get("preset", saved.get("preset")) != saved.get("preset"):
-                raise UserError("--preset is for a base: this adapter has the settings of its run")
-            given = {k: v for k, v in saved.items() if k in USED - {"device"}} | given
-        settings, line = make_settings(**given)
-        if options["merge"] is None:  # the CPU is enough to merge
-            check_machine(settings, given.get("device"))
+        check_options(options)
+        settings, line = make_settings(**settings_of_run(options, typed) | typed)
+        if options.merge is None:  # the CPU is enough to merge
+            check_machine(settings, typed.get("device"))
         check(settings)
     except UserError as error:
         parser.error(str(error))
-    if options["adapter"] is not None:
-        line = (
-            f"adapter {options['adapter']} on policy {settings.policy}, {settings.load_in}, SAM {settings.sam}, "
-            f"data {settings.data}" + (f"; you set {typed}" if typed else "")
-        )
-        if not beside.is_file():
-            line += f"; no settings.json beside it, so all else is that of preset {settings.preset}"
+    if options.adapter is not None:
+        line = describe_adapter(settings, options, typed)
     return settings, options, line
 
 
+# -------------------------------------------------------------------------------------- load
+
+
 def make_folder(folder: Path, option: str) -> None:
-    """The folder, and a look whether a file can be written in it."""
+    """Make a folder. Raises UserError, with the option's name, if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -157,141 +150,205 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}: nothing can be written there ({error.strerror})") from None
 
 
-def open_input(settings, options: dict):
-    """What is asked about, opened before a model is loaded: the data set, or the one picture."""
+def read_picture(options: Namespace) -> list:
+    """Return one sample from --image and --question. Raises UserError."""
     import numpy as np
 
-    from samr1_mini.data import Mirrored, Sample, open_data, open_picture, plain
+    from samr1_mini.data import Sample, open_picture, plain
 
-    make_folder(Path(options["out"]), f"--out {options['out']}")
-    if options["image"] is None:
-        every = 600 if settings.data == "shapes" else sys.maxsize
-        data = open_data(
-            settings.data,
-            options["split"],
-            options["count"] or every,
-            None,
-            settings.sentences,
-            settings.coco_dir,
-            settings.ignore,
-        )
-        return Mirrored(data) if options["mirror"] else data
     try:
-        image = open_picture(options["image"])
+        image = open_picture(options.image)
     except (OSError, ValueError) as error:  # no picture, cut off, or far too large
-        raise UserError(f"--image {options['image']}: {error}") from None
+        raise UserError(f"--image {options.image}: {error}") from None
     try:
-        question = plain(options["question"])
+        question = plain(options.question)
     except ValueError as error:
         raise UserError(f"--question: {error}") from None
-    unknown = np.ones((image.height, image.width), bool)  # no truth is known, and none is drawn
-    return [Sample(image, question, unknown, options["image"])]
+    unknown = np.ones((image.height, image.width), bool)  # the true mask, which is not drawn
+    return [Sample(image, question, unknown, options.image)]
 
 
-def evaluate_set(policy, segmenter, data, settings, options: dict) -> None:
-    """A data set -> a table, results.json, and a sheet of the best, the middling and the worst answers."""
+def open_input(settings: Settings, options: Namespace):
+    """Open the data set or the one picture, before any model is loaded."""
+    from samr1_mini.data import open_data
+
+    make_folder(Path(options.out), f"--out {options.out}")
+    if options.image is not None:
+        return read_picture(options)
+    count = options.count
+    if count is None:
+        count = 600 if settings.data == "shapes" else sys.maxsize
+    return open_data(
+        settings.data,
+        options.split,
+        count,
+        None,
+        settings.sentences,
+        settings.coco_dir,
+        settings.ignore,
+    )
+
+
+def refuse_too_little_memory(settings: Settings) -> None:
+    """Refuse weights that are larger than the GPU's free memory, before they are downloaded.
+
+    A check that fails is left out.
+    """
+    if settings.device != "cuda":
+        return
+    try:
+        from samr1_mini.forecast import check_free_memory
+
+        check_free_memory(settings)
+    except UserError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        print(f"free memory was not checked: {why}", flush=True)
+
+
+def load(settings: Settings, options: Namespace) -> tuple:
+    """Return policy, segmenter and data."""
+    from samr1_mini.loading import check_models, load_parts
+    from samr1_mini.memory import cap_memory
+    from samr1_mini.processes import first_before_others
+
+    cap_memory(settings)
+    refuse_too_little_memory(settings)
+    check_models(settings)
+    with first_before_others():
+        data = open_input(settings, options)
+    sets = [data] if options.image is None else []
+    policy, segmenter = load_parts(settings, sets, options.adapter)
+    return policy, segmenter, data
+
+
+# --------------------------------------------------------------------- evaluate, print, save
+
+
+def describe_evaluation(settings: Settings, options: Namespace, ids: list[str]) -> str:
+    """Write everything that decides the answers, in one line of JSON."""
+    used = {name: getattr(settings, name) for name in sorted(USED)}
+    time = 0
+    if options.adapter is not None:
+        time = (Path(options.adapter) / "adapter_model.safetensors").stat().st_mtime
+    return json.dumps([vars(options) | {"out": ""}, used, list(ids), time])
+
+
+def print_scores(summary: dict, data, settings: Settings, options: Namespace, batch: int) -> None:
+    """Print the table of scores, and the conventions that they follow."""
+    from samr1_mini.evaluation import score_table
+
+    print(f"{options.split} split{blanked(options)}, {summary['count']} questions")
+    rows = {}
+    for name, scores in [("all", summary), *summary["by_kind"].items()]:
+        rows[f"{name or 'no kind':<15}{scores['count']:>9}"] = scores
+    print(score_table(f"{'questions':>24}", rows))
+    g_low, g_high = summary["gIoU_interval"]
+    c_low, c_high = summary["cIoU_interval"]
+    interval = f"of gIoU: {g_low:.3f} to {g_high:.3f}; of cIoU: {c_low:.3f} to {c_high:.3f}"
+    print(f"95 % bootstrap interval {interval}")
+    print(f"boxes with IoU above 0.5 (REC accuracy): {summary['box_accuracy']:.3f}")
+    if data.box_only:
+        print("this data set has boxes and no masks: all of the above compares boxes")
+    expressions = "all expressions" if settings.sentences == "all" else "first expression"
+    print(
+        f"conventions: {expressions} of an object, undecided pixels {settings.ignore}, "
+        f"questions with an empty true mask {settings.empty_truth} "
+        "(correct: an empty mask there counts as IoU 1)"
+    )
+    answers = "greedy"
+    if options.votes > 1:
+        answers = f"the majority of {options.votes} answers at temperature 1"
+    print(f"{answers}, {batch} questions in one batch; SAM's highest-scored mask counts")
+    if options.votes > 1:
+        print("'format' counts the questions with at least one answer in the format")
+    print("an answer outside the format counts 0, or under 'lenient' by its last box")
+    print("an answer that cannot be read counts 0 whatever the truth is")
+
+
+def blanked(options: Namespace) -> str:
+    """Return words for titles."""
+    return ", blanked to grey" if options.blank else ""
+
+
+def best_middle_worst(rows: list) -> tuple[list, str]:
+    """Return up to twelve rows to be drawn, and a title."""
+    ranked = sorted(rows, key=lambda row: row.iou, reverse=True)
+    if len(ranked) <= 12:
+        return ranked, "All answers, best first"
+    middle = len(ranked) // 2 - 2
+    chosen = ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
+    return chosen, "Best four, middle four, worst four answers"
+
+
+def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
+    """Evaluate a data set: print a table, write results.json and a sheet of answers."""
     from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
     from samr1_mini.processes import is_first
 
-    out, votes = Path(options["out"]), options["votes"]
-    used = {name: getattr(settings, name) for name in sorted(USED)}
-    weights = Path(options["adapter"] or "") / "adapter_model.safetensors"
-    what = json.dumps(
-        [
-            options | {"out": ""},
-            used,
-            data.ids,
-            weights.stat().st_mtime if options["adapter"] else 0,
-        ]
-    )
-    keep = out / "answers.part", what
-    batch = batch_size(policy, settings, votes)
-    now = replace(settings, eval_batch=batch)
+    out = Path(options.out)
+    batch = batch_size(policy, settings, options.votes)
     report = evaluate(
-        policy, segmenter, data, now, options["split"], options["blank"], votes=votes, keep=keep
+        policy,
+        segmenter,
+        data,
+        replace(settings, eval_batch=batch),
+        options.split,
+        options.blank,
+        votes=options.votes,
+        keep=(out / "answers.part", describe_evaluation(settings, options, data.ids)),
     )
     if not is_first():
         return
     summary = report.summary()
-    how = ", blanked to grey" * options["blank"] + ", mirrored" * options["mirror"]
-    print(f"{options['split']} split{how}, {len(data)} questions")
-    print(f"{'':<12}{'count':>6}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}")
-    for name, x in [("all", summary), *summary["by_kind"].items()]:
-        scores = f"{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}"
-        print(f"{name or 'no kind':<12}{x['count']:>6}{scores}")
-    (g_low, g_high), (c_low, c_high) = summary["gIoU_interval"], summary["cIoU_interval"]
-    print(
-        f"95 % bootstrap interval of gIoU: {g_low:.3f} to {g_high:.3f}; of cIoU: {c_low:.3f} to {c_high:.3f}"
-    )
-    print(f"boxes with IoU above 0.5 (REC accuracy): {summary['box_accuracy']:.3f}")
-    if data.box_only:
-        print("this data set has boxes and no masks: all of the above compares boxes")
-    expressions = (
-        f"{settings.sentences} expression{'s' * (settings.sentences == 'all')} of an object"
-    )
-    empty = f"questions with an empty true mask {settings.empty_truth} (correct: an empty mask there counts as IoU 1)"
-    print(f"conventions: {expressions}, undecided pixels {settings.ignore}, {empty}")
-    drawn = "greedy" if votes == 1 else f"the majority of {votes} answers at temperature 1"
-    print(f"{drawn}, {batch} questions side by side; SAM's highest-scored mask counts")
-    if votes > 1:
-        print("'format' counts the questions with one answer in the format, at least")
-    print("an answer outside the format counts 0, or under 'lenient' by its last box")
-    print("an answer that cannot be read counts 0 whatever the truth is")
-    results = {
-        **options,
-        **used,
-        "missing": list(data.missing),
-        "summary": summary,
-        "answers": report.each(),
-    }
+    print_scores(summary, data, settings, options, batch)
+    results = vars(options) | {name: getattr(settings, name) for name in sorted(USED)}
+    results |= {"missing": list(data.missing), "summary": summary, "answers": report.each()}
     write_json(out / "results.json", results)
     for part in out.glob("answers.part.*"):
         part.unlink()
-    ranked, middle = sorted(report.rows, key=lambda r: -r.iou), max(0, len(report.rows) // 2 - 2)
-    chosen = ranked if len(ranked) <= 12 else ranked[:4] + ranked[middle : middle + 4] + ranked[-4:]
-    title = (
-        "Best four, middle four, worst four answers"
-        if len(ranked) > 12
-        else "All answers, best first"
-    )
-    draw_sheet(out / "sheet.png", title + how, policy, segmenter, data, chosen, settings)
+    rows, title = best_middle_worst(report.rows)
+    title += blanked(options)
+    draw_sheet(out / "sheet.png", title, policy, segmenter, data, rows, settings)
     print(f"answers and sheet are in {out}")
 
 
-def answer_one(policy, segmenter, data, settings, options: dict) -> None:
-    """One picture -> the policy's reasoning, the mask, and an overlay with box, points and mask."""
+def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
+    """Answer about one picture: print the text, write the mask and a picture with the answer."""
     from PIL import Image
 
     from samr1_mini.evaluation import evaluate, shown
     from samr1_mini.plots import sample_sheet
 
-    coordinate_range = policy.coordinate_range(settings.image_size)
-    report = evaluate(
-        policy, segmenter, data, settings, blank=options["blank"], votes=options["votes"]
-    )
-    [panel] = shown(segmenter, data, report.rows, settings, coordinate_range)
+    report = evaluate(policy, segmenter, data, settings, blank=options.blank, votes=options.votes)
+    size = policy.coordinate_range(settings.image_size)
+    [panel] = shown(segmenter, data, report.rows, settings, size)
+    mask = panel.reward.mask
+    stem = Path(options.out) / Path(options.image).stem
     print(panel.text)
-    if panel.reward.mask is None:
+    if mask is None:
         print(f"no box can be read from this: {panel.reward.answer.why}")
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
-    stem = Path(options["out"]) / Path(options["image"]).stem
-    if panel.reward.mask is not None:
-        Image.fromarray(panel.reward.mask).save(f"{stem}-mask.png")
-        print(f"mask: {panel.reward.mask.mean():.1%} of the picture, {stem}-mask.png")
-    sample_sheet(
-        f"{stem}-overlay.png", [panel], coordinate_range, "What the policy sees in it", truth=False
-    )
-    print(f"overlay: {stem}-overlay.png")
+    if mask is not None:
+        Image.fromarray(mask).save(f"{stem}-mask.png")
+        print(f"mask: {mask.mean():.1%} of the picture, {stem}-mask.png")
+    overlay = f"{stem}-overlay.png"
+    sample_sheet(overlay, [panel], size, "What the policy sees in it", truth=False)
+    print(f"overlay: {overlay}")
 
 
-def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
-    """Write the policy `name` with `adapter` added into its weights, in bf16, as an ordinary model folder with its
-    processor. Where that fails nothing is left."""
+def merge(name: str, adapter: str, folder: str) -> None:
+    """Add an adapter to the weights of the policy `name`, and write both as a bf16 model folder.
+
+    Raises UserError if the folder cannot be written. Then nothing is left of it.
+    """
     from safetensors import SafetensorError
 
     from samr1_mini.policy import load_policy
 
+    make_folder(Path(folder).parent, f"--merge {folder}")
     policy = load_policy(name, "bf16", adapter=adapter)
 
     def write(part: Path) -> None:
@@ -302,63 +359,35 @@ def merge(name: str, adapter: str | Path, folder: str | Path) -> None:
         replace_file(Path(folder), write)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--merge {folder}: {first_line(error)}") from None
-
-
-def refuse_too_little_memory(settings) -> None:
-    """Refuse weights that are larger than the GPU's free memory, before they are fetched. A check that fails is left
-    out."""
-    if settings.device != "cuda":
-        return
-    try:
-        from samr1_mini.forecast import check_free_memory
-
-        check_free_memory(settings)
-    except UserError:
-        raise
-    except Exception as error:
-        print(
-            f"free memory was not checked: {type(error).__name__}: {first_line(error)}", flush=True
-        )
+    print(f"merged model: {folder}")
 
 
 def main(argv: list[str] | None = None) -> None:
     print_anything()
     settings, options, line = parse(argv)
     print(line, flush=True)
-    from torch import (
-        OutOfMemoryError,
-    )  # imported late, here and below: --help and mistakes answer at once
+    from torch import OutOfMemoryError
 
-    from samr1_mini.loading import check_models, load_parts
-    from samr1_mini.memory import cap_memory
-    from samr1_mini.processes import fail_together, first_before_others, join_processes
+    from samr1_mini.processes import fail_together, join_processes
 
     try:
-        if options["merge"] is not None:
-            make_folder(Path(options["merge"]).parent, f"--merge {options['merge']}")
-            merge(settings.policy, options["adapter"], options["merge"])
-            print(f"merged model: {options['merge']}")
+        if options.merge is not None:
+            merge(settings.policy, options.adapter, options.merge)
             return
-        cap_memory(settings)
-        refuse_too_little_memory(settings)
-        check_models(settings)
         join_processes(settings.device)  # under torchrun each process takes its own GPU
         with fail_together():
-            with first_before_others():
-                data = open_input(settings, options)
-            policy, segmenter = load_parts(
-                settings, [] if options["image"] is not None else [data], options["adapter"]
-            )
-            (answer_one if options["image"] is not None else evaluate_set)(
-                policy, segmenter, data, settings, options
-            )
+            policy, segmenter, data = load(settings, options)
+            if options.image is None:
+                evaluate_set(policy, segmenter, data, settings, options)
+            else:
+                answer_one(policy, segmenter, data, settings, options)
     except (UserError, OSError) as error:
         exit_with(error, "eval.py")
     except OutOfMemoryError as error:
         advice = "lower --eval-batch or --max-new-tokens, or take --load-in nf4"
         exit_with(UserError(f"GPU memory ran out: {advice} ({error})"), "eval.py")
     except KeyboardInterrupt:
-        print("stopped; an evaluation goes on from here with the same command", file=sys.stderr)
+        print("stopped: the same command continues the evaluation", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,12 +1,12 @@
-"""Evaluation: greedy answers to held-out questions, by the same parser, the same SAM and the same rule as in training.
+"""Evaluation on held-out questions, with the parser, the SAM and the rules of training.
 
-Two figures stand side by side everywhere. gIoU: an answer outside the format counts 0 (and its whole true mask goes
-into cIoU's union). gIoU_lenient: a box found in any shape in the text counts, so what is gained there is not the
-format.
+Two scores are always given together. For gIoU, an answer outside the format counts 0, and its true
+mask is added to cIoU's union. For gIoU_lenient, a box in any shape in the text counts. So a gain in
+gIoU_lenient does not come from the format.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,114 +17,145 @@ from tqdm import tqdm
 
 from .config import Settings, UserError, cell_size
 from .data import Sample
+from .memory import free_memory, questions_per_batch
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .plots import sample_sheet
-from .policy import Policy, Prompt, encode, generate
-from .reward import Reward, read_answer, read_leniently, score_group
-from .memory import free_memory, questions_per_batch
+from .policy import Completion, Policy, Prompt, encode, generate
 from .processes import gather, is_first, join_processes, share
+from .reward import Reward, read_answer, read_leniently, score_group
 from .segmenter import Segmenter
+
+GREY = (128, 128, 128)
+
+# ------------------------------------------------------------------------------------- scores
 
 
 @dataclass
-class Row:
-    """One evaluated question in numbers and texts alone; `shown` makes its picture and mask again to be drawn."""
+class ScoredAnswer:
+    """One evaluated question in numbers and texts; `shown` makes its picture and mask again."""
 
-    index: int  # its place in the data
+    index: int  # the question's place in the data
     id: str
-    picture: str  # questions with the same one are about the same picture
+    picture: str  # questions with the same name are about the same picture
     kind: str
     question: str
-    texts: list[str]  # all answers; greedy there is one
-    text: str  # the one that counts: the middle one of the vote
+    texts: list[str]  # all answers: one if greedy
+    text: str  # the answer that counts: the middle one of the vote
     truncated: bool
     in_format: bool
-    why: str  # what broke the format
+    why: str  # the fault of the format
     box_iou: float
-    pair: tuple[int, int]  # intersection and union, read leniently
-    strict: tuple[int, int]  # the same as the strict figures count them
-    ceiling: float | None = (
-        None  # IoU of what SAM makes of the true box; None if not asked, or without an object
-    )
+    pair: tuple[int, int]  # intersection and union, pixels, read leniently
+    strict: tuple[int, int]  # the same, 0 outside the format
+    ceiling: float | None = None  # IoU of SAM's mask from the true box; None without an object
 
     @property
     def iou(self) -> float:
-        """Of the mask, read leniently."""
+        """IoU of the mask, read leniently."""
         return iou(*self.pair)
 
 
 @dataclass
 class Panel:
-    """One evaluated question with its picture and its mask, to be drawn; see plots.py."""
+    """One evaluated question with its picture and its mask, to be drawn by plots.py."""
 
     sample: Sample
     text: str
     reward: Reward
 
 
-def scores(rows: list[Row]) -> dict:
-    """Fractions, not percent: gIoU, gIoU_lenient, cIoU, format rate; and the count."""
-    strict, lenient = [r.strict for r in rows], [r.pair for r in rows]
+def fraction(values: Iterable[bool]) -> float:
+    """Return the fraction of true values, 0 to 1."""
+    return float(np.mean(list(values)))
+
+
+def scores(rows: list[ScoredAnswer]) -> dict:
+    """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the count."""
+    strict = [row.strict for row in rows]
+    lenient = [row.pair for row in rows]
     return {
         "gIoU": giou(strict),
         "gIoU_lenient": giou(lenient),
         "cIoU": ciou(strict),
-        "format": float(np.mean([r.in_format for r in rows])),
+        "format": fraction(row.in_format for row in rows),
         "count": len(rows),
     }
 
 
 @dataclass
 class Report:
-    """What an evaluation found: a row a question."""
+    """The scored answers of an evaluation, in the order of the data."""
 
-    rows: list[Row]
+    rows: list[ScoredAnswer]
 
     def summary(self) -> dict:
-        """The scores; share of boxes with IoU above 0.5 (REC accuracy) and of answers that were cut off; 95 % intervals
-        (over pictures); the scores by kind of question."""
-        rows, kinds = self.rows, dict.fromkeys(r.kind for r in self.rows)
-        strict, lenient, pictures = zip(*((r.strict, r.pair, r.picture) for r in rows))
-        return scores(rows) | {
-            "box_accuracy": float(np.mean([r.in_format and r.box_iou > 0.5 for r in rows])),
-            "truncated": float(np.mean([r.truncated for r in rows])),
-            "gIoU_interval": bootstrap_interval(giou, strict, pictures),
-            "gIoU_lenient_interval": bootstrap_interval(giou, lenient, pictures),
-            "cIoU_interval": bootstrap_interval(ciou, strict, pictures),
-            "by_kind": {kind: scores([r for r in rows if r.kind == kind]) for kind in kinds},
-        }
+        """Return the scores of all questions and of each kind, with 95 % intervals over pictures.
+
+        box_accuracy is the share of answers in the format whose box has an IoU above 0.5 (REC
+        accuracy). truncated is the share of answers that were cut off.
+        """
+        rows = self.rows
+        strict = [row.strict for row in rows]
+        lenient = [row.pair for row in rows]
+        pictures = [row.picture for row in rows]
+        summary = scores(rows)
+        summary["box_accuracy"] = fraction(row.in_format and row.box_iou > 0.5 for row in rows)
+        summary["truncated"] = fraction(row.truncated for row in rows)
+        summary["gIoU_interval"] = bootstrap_interval(giou, strict, pictures)
+        summary["gIoU_lenient_interval"] = bootstrap_interval(giou, lenient, pictures)
+        summary["cIoU_interval"] = bootstrap_interval(ciou, strict, pictures)
+        summary["by_kind"] = {}
+        for kind in dict.fromkeys(row.kind for row in rows):
+            summary["by_kind"][kind] = scores([row for row in rows if row.kind == kind])
+        return summary
 
     def each(self) -> list[dict]:
-        """Every question's answer and its own figures, so that two runs can be compared question by question."""
-        names = (
-            "id",
-            "picture",
-            "question",
-            "kind",
-            "text",
-            "in_format",
-            "why",
-            "box_iou",
-            "iou",
-            "pair",
-            "strict",
-        )
-        figures = lambda row: {name: getattr(row, name) for name in names} | {
-            "iou_strict": iou(*row.strict)
-        }
-        return [figures(row) for row in self.rows]
+        """Return each question's answer and scores, to compare two runs question by question."""
+        lines = []
+        for row in self.rows:
+            line = asdict(row)
+            for name in ("index", "texts", "truncated", "ceiling"):
+                del line[name]
+            lines.append(line | {"iou": row.iou, "iou_strict": iou(*row.strict)})
+        return lines
 
     @property
     def ceiling(self) -> dict:
-        """What the frozen SAM makes of the true boxes, the best that boxes without points could reach, from the same
-        pass over the pictures: after evaluate(with_ceiling=True)."""
+        """gIoU of SAM's masks from the true boxes, after evaluate(with_ceiling=True).
+
+        No box without points could score higher.
+        """
         values = [r.ceiling for r in self.rows if r.ceiling is not None]
         return {"gIoU": float(np.mean(values)), "count": len(values)}
 
 
+def score_table(title: str, rows: dict[str, dict]) -> str:
+    """Write a table of scores, a line a row. A row may have gIoU alone."""
+    lines = [f"{title:<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
+    for name, x in rows.items():
+        line = f"{name:<24}{x['gIoU']:>8.3f}"
+        if "cIoU" in x:
+            line += f"{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def before_after(summary: dict) -> str:
+    """Write the table that is printed at the end of a run, from summary.json."""
+    rows = {
+        "base": summary["base"],
+        "trained": summary["trained"],
+        "true boxes through SAM": summary["ceiling"],
+    }
+    return score_table("held-out test, greedy", rows)
+
+
+# ------------------------------------------------------------------------------ one question
+
+
 def policy_image(sample: Sample, size: int) -> Image.Image:
-    """The square picture the policy sees, RGB [size, size]."""
-    return sample.image.resize((size, size))  # a copy where it has that size
+    """Return the square picture that the policy sees, RGB [size, size]."""
+    return sample.image.resize((size, size))
 
 
 @torch.no_grad()
@@ -134,11 +165,91 @@ def read_questions(policy: Policy, samples: list[Sample], size: int) -> list[Pro
     return encode(policy, images, [sample.question for sample in samples])
 
 
-def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
-    """Return how many questions are answered in one batch: --eval-batch, or about 16,000 prompt tokens.
+def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray | None]:
+    """Return the index of the middle one of some rewards, and the mask for which they vote.
 
-    Votes share these tokens. On a GPU the batch is smaller where free memory is short. On a CPU the number depends on
-    the settings alone, because padding can move greedy answers.
+    Without voters these are 0 and None.
+    """
+    if not voters:
+        return 0, None
+    middle, mask = vote([rewards[i].mask for i in voters])
+    return voters[middle], mask
+
+
+def judge(
+    segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, coordinate_range: int
+) -> tuple[int, Reward, tuple[int, int], tuple[int, int]]:
+    """Score the answers to one question. Several answers vote on a mask.
+
+    Strict scores count the votes of the answers in the format. Lenient scores count the votes of
+    all answers that can be read.
+
+    Returns four values. The index of the answer that counts: the middle one of the strict vote,
+    else of the lenient vote, else 0. Its reward, with the mask that was voted for. Intersection
+    and union in pixels, lenient and strict.
+    """
+    answers = [read_answer(text, coordinate_range, s.max_points) for text in texts]
+    rewards = score_group(segmenter, x, [read_leniently(answer) for answer in answers], s)
+    read = [i for i, reward in enumerate(rewards) if reward.mask is not None]
+    in_format = [i for i in read if rewards[i].answer.in_format]
+    chosen, mask = majority(rewards, read)
+    lenient = intersection_union(mask, x.mask, x.ignore)
+    strict_chosen, strict_mask = majority(rewards, in_format)
+    strict = intersection_union(strict_mask, x.mask, x.ignore)
+    pair = lenient
+    if in_format:
+        chosen, mask, pair = strict_chosen, strict_mask, strict
+    reward = replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair))
+    return chosen, reward, lenient, strict
+
+
+def score_question(
+    segmenter: Segmenter,
+    index: int,
+    x: Sample,
+    answers: list[Completion],
+    s: Settings,
+    coordinate_range: int,
+) -> ScoredAnswer:
+    """Score the answers to question number `index`."""
+    texts = [answer.text for answer in answers]
+    chosen, reward, lenient, strict = judge(segmenter, x, texts, s, coordinate_range)
+    return ScoredAnswer(
+        index=index,
+        id=x.id,
+        picture=x.picture,
+        kind=x.kind,
+        question=x.question,
+        texts=texts,
+        text=texts[chosen],
+        truncated=answers[chosen].truncated,
+        in_format=reward.answer.in_format,
+        why=reward.answer.why,
+        box_iou=reward.box_iou,
+        pair=lenient,
+        strict=strict,
+    )
+
+
+def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
+    """Return the IoU of SAM's mask from the true box; None if the true mask is empty."""
+    if x.box_only:
+        return 1.0  # boxes are compared with boxes
+    if not x.mask.any():
+        return None
+    [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
+    return iou(*intersection_union(mask, x.mask, x.ignore))
+
+
+# -------------------------------------------------------------------------------- a data set
+
+
+def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
+    """Return how many questions are answered in one batch: --eval-batch, or about 16,000 prompt
+    tokens.
+
+    Votes share these tokens. On a GPU the batch is smaller where free memory is short. On a CPU the
+    number depends on the settings alone, because padding can move greedy answers.
     """
     if s.eval_batch:
         return s.eval_batch
@@ -149,49 +260,88 @@ def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     return questions_per_batch(policy.base, most, tokens, replace(s, group=votes), free_memory(s))
 
 
-def judge(
-    segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, coordinate_range: int
-) -> tuple:
-    """Score the answers to one question, and let them vote where there are several: in the strict figures those in the
-    format, in the lenient ones all that can be read.
+def read_samples(data, indices: Iterable[int], s: Settings) -> dict[int, Sample]:
+    """Read some questions by index, without those that --empty-truth excludes."""
+    samples = {i: data[i] for i in indices}
+    if s.empty_truth == "excluded":
+        samples = {i: x for i, x in samples.items() if x.mask.any()}
+    return samples
 
-    Returns the number of the answer that counts (the middle one of the strict vote, else of the lenient one, else the
-    first), its reward with the mask that was voted for, and (intersection, union) as the lenient and as the strict
-    figures count them.
+
+def answer_batch(
+    policy: Policy, samples: dict[int, Sample], s: Settings, blank: bool, votes: int
+) -> list[list[Completion]]:
+    """Answer some questions in one batch: one greedy answer each, or `votes` at temperature 1."""
+    seen = list(samples.values())
+    if blank:
+        seen = [replace(x, image=Image.new("RGB", x.image.size, GREY)) for x in seen]
+    prompts = read_questions(policy, seen, s.image_size)
+    if votes == 1:
+        return generate(policy, prompts, 1, s.max_new_tokens, temperature=0)
+    uniforms = []
+    for i in samples:  # the seed is that of the question's place, whatever the batch is
+        seed = torch.Generator().manual_seed(s.seed * 10**6 + i)
+        uniforms.append(torch.rand(votes, s.max_new_tokens, generator=seed))
+    uniforms = torch.stack(uniforms)  # [B, votes, L]
+    return generate(policy, prompts, votes, s.max_new_tokens, 1.0, uniforms)
+
+
+def answer_and_score(
+    policy: Policy,
+    segmenter: Segmenter,
+    samples: dict[int, Sample],
+    s: Settings,
+    blank: bool,
+    with_ceiling: bool,
+    votes: int,
+) -> dict[int, ScoredAnswer]:
+    """Answer and score some questions in one batch; see evaluate."""
+    coordinate_range = policy.coordinate_range(s.image_size)
+    groups = answer_batch(policy, samples, s, blank, votes)
+    rows = {}
+    for (i, x), answers in zip(samples.items(), groups):
+        rows[i] = score_question(segmenter, i, x, answers, s, coordinate_range)
+        if with_ceiling:
+            rows[i].ceiling = true_box_iou(segmenter, x)
+    return rows
+
+
+class KeptRows:
+    """A file with the rows of an evaluation, from which the same evaluation can continue.
+
+    The first line says what is evaluated. Each further line holds the rows of a batch.
     """
-    answers = [read_answer(text, coordinate_range, s.max_points) for text in texts]
-    rewards = score_group(segmenter, x, [read_leniently(answer) for answer in answers], s)
-    chosen, mask, pairs = 0, None, []
-    for strict in (False, True):
-        voters = [
-            i
-            for i, r in enumerate(rewards)
-            if r.mask is not None and (r.answer.in_format or not strict)
-        ]
-        voted = None
-        if voters:
-            middle, voted = vote([rewards[i].mask for i in voters])
-            chosen, mask = voters[middle], voted
-        pairs.append(intersection_union(voted, x.mask, x.ignore))
-    pair = intersection_union(mask, x.mask, x.ignore)
-    return chosen, replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair)), *pairs
+
+    def __init__(self, path: Path, what: str):
+        self.path = path
+        self.what = what
+
+    def read(self) -> dict[int, ScoredAnswer]:
+        """Return the rows by index. A file of another evaluation begins anew."""
+        try:
+            # Text after the last end of line was cut off by a kill, and is removed.
+            first, *lines, _ = self.path.read_text(encoding="utf-8").split("\n")
+            if first == self.what:
+                self.path.write_text("\n".join([first, *lines, ""]), encoding="utf-8")
+                rows = [ScoredAnswer(**row) for line in lines for row in json.loads(line)]
+                return {row.index: row for row in rows}
+        except (OSError, ValueError, TypeError):
+            pass  # there is nothing that can be used
+        self.path.write_text(f"{self.what}\n", encoding="utf-8")
+        return {}
+
+    def append(self, rows: Iterable[ScoredAnswer]) -> None:
+        """Write the rows of a batch."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([asdict(row) for row in rows]) + "\n")
 
 
-def kept_rows(file: Path, what: str) -> dict[int, Row]:
-    """The rows in `file` by index, a line a batch, if its first line is `what`; else the file begins anew."""
-    try:
-        # a line that a kill has cut off stands behind the last end of line
-        first, *lines, _ = file.read_text(encoding="utf-8").split("\n")
-        if first == what:
-            whole = "\n".join(
-                [first, *lines, ""]
-            )  # without it, or the next line would begin with it
-            file.write_text(whole, encoding="utf-8")
-            return {row["index"]: Row(**row) for line in lines for row in json.loads(line)}
-    except (OSError, ValueError, TypeError):
-        pass  # nothing that can be used
-    file.write_text(f"{what}\n", encoding="utf-8")
-    return {}
+def batches(indices: range, size: int, name: str) -> Iterator[range]:
+    """Yield indices batch by batch. With a name, the first process shows a progress bar."""
+    quiet = not (name and is_first())
+    starts = range(0, len(indices), size)
+    for start in tqdm(starts, f"test {name}", disable=quiet, leave=False, dynamic_ncols=True):
+        yield indices[start : start + size]
 
 
 def evaluate(
@@ -205,125 +355,78 @@ def evaluate(
     votes: int = 1,
     keep: tuple[Path, str] | None = None,
 ) -> Report:
-    """Answer every question of `data` and score it: greedily, or by the vote of `votes` answers drawn at temperature
-    1, the same ones every time.
+    """Answer every question of `data` and score the answers; several processes share the questions.
 
-    `name` is shown beside the progress bar, which is left out without one. `blank` shows the policy (not SAM) a grey
-    picture in place of each: what is left of the score does not come from looking. `with_ceiling` has SAM segment the
-    true boxes too, while it has the picture. `keep`, a path and a line that says what is evaluated: rows are kept there
-    (with the process's number behind the name) and, under the same line, are not answered again. Several processes
-    share the questions and end with the same whole report.
-    Questions are answered side by side, and padding can move a greedy answer by a rounding: with s.eval_batch = 1 an
-    answer depends on nothing beside it.
+    Answers are greedy. `votes` above 1 samples so many at temperature 1, the same ones every time.
+    `name` labels the progress bar. `blank` shows the policy (not SAM) a grey picture: the score
+    that is left is guessing. `with_ceiling` also scores SAM's masks from the true boxes.
+    `keep` is a path and a line on what is evaluated. Rows are kept in a file at this path, with the
+    number of the process added. A later call with the same line continues there.
+
+    Padding can change a greedy answer by rounding. With s.eval_batch = 1 there is no padding.
+    Raises UserError if no question is left.
     """
-    processes, step = join_processes(s.device), batch_size(policy, s, votes)
-    mine = share(range(len(data)))
-    quiet = not (name and is_first())
+    processes = join_processes(s.device)
+    size = batch_size(policy, s, votes)
+    assigned = share(range(len(data)))
+    kept = None
+    if keep:  # a line of the file depends on the number of processes and on the batch size
+        file = Path(f"{keep[0]}.{processes.process_index}")
+        kept = KeptRows(file, f"{keep[1]} {processes.num_processes} {size}")
 
-    def answered() -> list[Row]:
-        part = keep and Path(f"{keep[0]}.{processes.process_index}")
-        # the number of processes and the size of a batch tell which questions a part holds
-        rows = kept_rows(part, f"{keep[1]} {processes.num_processes} {step}") if keep else {}
-        for i in tqdm(
-            range(0, len(mine), step),
-            f"test {name}",
-            disable=quiet,
-            leave=False,
-            dynamic_ncols=True,
-        ):
-            if rows.keys() & mine[i : i + step]:
+    def answer_share() -> list[ScoredAnswer]:
+        rows = kept.read() if kept else {}
+        for indices in batches(assigned, size, name):
+            if rows.keys() & indices:
                 continue
-            samples = {j: data[j] for j in mine[i : i + step]}
-            if s.empty_truth == "excluded":
-                samples = {j: x for j, x in samples.items() if x.mask.any()}
+            samples = read_samples(data, indices, s)
             if not samples:
                 continue
-            images = [policy_image(x, s.image_size) for x in samples.values()]
-            if blank:
-                images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
-            with torch.no_grad():
-                prompts = encode(policy, images, [x.question for x in samples.values()])
-            if votes == 1:
-                groups = generate(policy, prompts, 1, s.max_new_tokens, temperature=0)
-            else:  # what is drawn depends on the question's place alone
-                seeds = [torch.Generator().manual_seed(s.seed * 10**6 + j) for j in samples]
-                uniforms = [
-                    torch.rand(votes, s.max_new_tokens, generator=seed) for seed in seeds
-                ]  # B x [votes, L]
-                groups = generate(
-                    policy, prompts, votes, s.max_new_tokens, 1.0, torch.stack(uniforms)
-                )
-            for (j, x), answers in zip(samples.items(), groups):
-                texts = [answer.text for answer in answers]
-                chosen, reward, pair, strict = judge(
-                    segmenter, x, texts, s, policy.coordinate_range(s.image_size)
-                )
-                rows[j] = Row(
-                    j,
-                    x.id,
-                    x.picture,
-                    x.kind,
-                    x.question,
-                    texts,
-                    texts[chosen],
-                    answers[chosen].truncated,
-                    reward.answer.in_format,
-                    reward.answer.why,
-                    reward.box_iou,
-                    pair,
-                    strict,
-                    true_box_iou(segmenter, x) if with_ceiling else None,
-                )
-            if keep:
-                with part.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([asdict(rows[j]) for j in samples]) + "\n")
+            new = answer_and_score(policy, segmenter, samples, s, blank, with_ceiling, votes)
+            rows |= new
+            if kept:
+                kept.append(new.values())
         return list(rows.values())
 
-    rows = sorted(gather(answered()), key=lambda row: row.index)
+    rows = sorted(gather(answer_share()), key=lambda row: row.index)
     if not rows:
-        raise UserError(
-            f"{s.eval_data or s.data}: every true mask is empty, and --empty-truth is excluded"
-        )
+        asked = s.eval_data or s.data
+        raise UserError(f"{asked}: every true mask is empty, and --empty-truth is excluded")
     return Report(rows)
 
 
-def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
-    """IoU of what SAM makes of the true box; None where nothing is to be found."""
-    if x.box_only:
-        return 1.0  # boxes are compared with boxes
-    if not x.mask.any():
-        return None
-    [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
-    return iou(*intersection_union(mask, x.mask, x.ignore))
+# ---------------------------------------------------------------------------------- pictures
 
 
 def shown(
-    segmenter: Segmenter, data, rows: Iterable[Row], s: Settings, coordinate_range: int
+    segmenter: Segmenter,
+    data,
+    rows: Iterable[ScoredAnswer],
+    s: Settings,
+    coordinate_range: int,
 ) -> list[Panel]:
-    """The pictures, answers and masks of a few rows, scored again from their texts; for `coordinate_range` see Policy.coordinate_range."""
-    pairs = ((row, data[row.index]) for row in rows)
-    return [
-        Panel(x, row.text, judge(segmenter, x, row.texts, s, coordinate_range)[1])
-        for row, x in pairs
-    ]
+    """Make the pictures and masks of a few rows again, from their texts.
+
+    For `coordinate_range` see Policy.coordinate_range.
+    """
+    panels = []
+    for row in rows:
+        x = data[row.index]
+        _, reward, _, _ = judge(segmenter, x, row.texts, s, coordinate_range)
+        panels.append(Panel(x, row.text, reward))
+    return panels
 
 
 def draw_sheet(
-    path: Path, title: str, policy: Policy, segmenter: Segmenter, data, rows: list, s: Settings
+    path: Path,
+    title: str,
+    policy: Policy,
+    segmenter: Segmenter,
+    data,
+    rows: Iterable[ScoredAnswer],
+    s: Settings,
 ) -> None:
     """Write a PNG with one panel for each of a few rows; see plots.sample_sheet."""
     coordinate_range = policy.coordinate_range(s.image_size)
     panels = shown(segmenter, data, rows, s, coordinate_range)
     sample_sheet(path, panels, coordinate_range, title)
-
-
-def before_after(summary: dict) -> str:
-    """The table printed at the end."""
-    rows = [f"{'held-out test, greedy':<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
-    for name in ("base", "trained"):
-        x = summary[name]
-        rows.append(
-            f"{name:<24}{x['gIoU']:>8.3f}{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}"
-        )
-    rows.append(f"{'true boxes through SAM':<24}{summary['ceiling']['gIoU']:>8.3f}")
-    return "\n".join(rows)

@@ -1,4 +1,10 @@
-"""gIoU, the mean over pictures of IoU; cIoU, the sum of intersections over the sum of unions; and their intervals."""
+"""IoU of masks and boxes, gIoU, cIoU and their intervals, and the vote of several masks.
+
+gIoU is the mean IoU over questions. cIoU is the sum of all intersections over the sum of all
+unions.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -6,98 +12,121 @@ import numpy as np
 def intersection_union(
     mask: np.ndarray | None, truth: np.ndarray, ignore: np.ndarray | None = None
 ) -> tuple[int, int]:
-    """Pixels in both and pixels in either of two bool masks [H, W], those of `ignore` left out.
+    """Count the pixels in both and in either of two bool masks [H, W], without those of `ignore`.
 
-    None is an answer that cannot be read. It is wrong whatever the truth, in training and in evaluation: its union is
-    the true mask, and at least 1. An empty mask is something else: it comes from an answer that was read, and is right
-    where nothing is to be found.
+    None is an answer that cannot be read. Such an answer is wrong whatever the truth is, in
+    training and in evaluation: its union is the true mask, and at least 1. An empty mask comes from
+    an answer that was read. It is right if the true mask is empty too.
     """
     if mask is None:
-        return 0, max(1, intersection_union(truth, truth, ignore)[1])
+        _, size = intersection_union(truth, truth, ignore)
+        return 0, max(1, size)
     if mask.shape != truth.shape:
         raise ValueError(f"masks of different size: {mask.shape} and {truth.shape}")
     if ignore is not None:
-        mask, truth = mask & ~ignore, truth & ~ignore
-    return int((mask & truth).sum()), int((mask | truth).sum())
+        mask = mask & ~ignore
+        truth = truth & ~ignore
+    both = (mask & truth).sum()
+    either = (mask | truth).sum()
+    return int(both), int(either)
 
 
 def iou(intersection: int, union: int) -> float:
-    """Intersection over union; an empty mask where nothing is to be found is right (LISA's convention), so 0/0 is 1."""
-    return intersection / union if union else 1.0
+    """Return intersection over union.
+
+    0/0 is 1: an empty mask is right if the true mask is empty (LISA's convention).
+    """
+    if union == 0:
+        return 1.0
+    return intersection / union
 
 
 def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]:
-    """The place of the middle mask, and the mask bool [H, W] that most of `masks` (at least one) agree on.
+    """Return the index of the middle mask, and the bool mask [H, W] that most masks agree on.
 
-    The middle one has the most masks with an IoU of at least `agree` to it, itself among them (the first of equals
-    does); these are the cluster. A pixel is in the result if more than half of the cluster's masks hold it.
+    `masks` holds at least one. The neighbours of a mask are the masks with an IoU of at least
+    `agree` to it, itself included. The middle mask has the most neighbours; the first one counts
+    if several have as many. A pixel is in the result if more than half of the middle mask's
+    neighbours hold it.
     """
-    near = np.array(
-        [[iou(*intersection_union(a, b)) >= agree for b in masks] for a in masks]
-    )  # [n, n]
+    near = np.zeros((len(masks), len(masks)), bool)  # [n, n]
+    for i, a in enumerate(masks):
+        for j, b in enumerate(masks):
+            near[i, j] = iou(*intersection_union(a, b)) >= agree
     middle = int(near.sum(1).argmax())
-    cluster = [mask for mask, close in zip(masks, near[middle]) if close]
-    return middle, np.sum(cluster, axis=0, dtype=np.uint16) * 2 > len(cluster)
+    neighbours = [mask for mask, close in zip(masks, near[middle]) if close]
+    counts = np.sum(neighbours, axis=0, dtype=np.uint16)  # [H, W]
+    return middle, counts * 2 > len(neighbours)
 
 
 def box_iou(a: tuple, b: tuple) -> float:
-    """IoU of two boxes (x1, y1, x2, y2), x2 and y2 exclusive."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    """Return the IoU of two boxes (x1, y1, x2, y2), x2 and y2 exclusive."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     both = max(width, 0) * max(height, 0)
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+    area_a = (a[2] - a[0]) * (a[3] - a[1])
+    area_b = (b[2] - b[0]) * (b[3] - b[1])
+    return both / (area_a + area_b - both)
 
 
 def filled(box: tuple, height: int, width: int) -> np.ndarray:
-    """A box (x1, y1, x2, y2) in pixels as a mask bool [height, width]."""
-    x1, y1, x2, y2 = (max(0, round(v)) for v in box)
+    """Return a box (x1, y1, x2, y2) in pixels as a bool mask [height, width]."""
+    x1, y1, x2, y2 = [max(0, round(v)) for v in box]
     mask = np.zeros((height, width), bool)
     mask[y1:y2, x1:x2] = True
     return mask
 
 
+def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the smallest box that holds a bool mask [H, W]; (0, 0, 0, 0) for an empty mask."""
+    ys, xs = np.where(mask)
+    if len(xs) == 0:
+        return 0, 0, 0, 0
+    x1, x2 = int(xs.min()), int(xs.max()) + 1
+    y1, y2 = int(ys.min()), int(ys.max()) + 1
+    return x1, y1, x2, y2
+
+
 def giou(pairs) -> float:
-    """Mean IoU of (intersection, union) pairs [n, 2], one a picture."""
+    """Return the mean IoU of (intersection, union) pairs [n, 2]."""
     both, either = np.asarray(pairs).T
-    return float(np.mean(np.where(either > 0, both / np.maximum(either, 1), 1.0)))
+    each = np.where(either > 0, both / np.maximum(either, 1), 1.0)  # [n]
+    return float(each.mean())
 
 
 def ciou(pairs) -> float:
-    """Cumulative IoU of (intersection, union) pairs [n, 2]: large objects weigh more."""
-    return iou(*np.asarray(pairs).sum(0).tolist())
+    """Return the cumulative IoU of (intersection, union) pairs [n, 2]: large objects count more."""
+    both, either = np.asarray(pairs).sum(0).tolist()
+    return iou(both, either)
 
 
 def bootstrap_interval(
-    measure,
+    measure: Callable,
     pairs: list[tuple[int, int]],
     pictures: list[str] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % percentile interval of `measure` (giou or ciou) over resampled pictures; the same numbers every time.
+    """Return the 95 % percentile interval of `measure` (giou or ciou) over resampled pictures.
 
-    `pictures` names the picture of each pair: questions about one picture are drawn together, since they are no
-    independent observations. Pairs without a name, "", have a picture of their own each.
+    `pictures` names the picture of each pair. Questions about one picture are drawn together,
+    because they are not independent. A pair with the name "" has a picture of its own. The same
+    seed gives the same interval.
     """
-    number = {}
-    cluster = [
-        number.setdefault(name or i, len(number))
-        for i, name in enumerate(pictures or [""] * len(pairs))
-    ]
-    rng, values, pairs = np.random.default_rng(seed), [], np.asarray(pairs)
+    names = pictures or [""] * len(pairs)
+    number = {}  # picture -> its number
+    cluster = []  # the number of each pair's picture
+    for i, name in enumerate(names):
+        key = name or i
+        number.setdefault(key, len(number))
+        cluster.append(number[key])
+    pairs = np.asarray(pairs)
+    count = len(number)
+    rng = np.random.default_rng(seed)
+    values = []
     for _ in range(draws):
-        times = np.bincount(
-            rng.integers(len(number), size=len(number)), minlength=len(number)
-        )  # each picture is drawn
+        drawn = rng.integers(count, size=count)
+        times = np.bincount(drawn, minlength=count)  # how often each picture is drawn
         values.append(measure(np.repeat(pairs, times[cluster], axis=0)))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
-
-
-def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The smallest box that holds a bool mask [H, W]; (0, 0, 0, 0) for an empty one."""
-    ys, xs = np.where(mask)
-    return (
-        (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
-        if len(xs)
-        else (0, 0, 0, 0)
-    )

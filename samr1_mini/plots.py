@@ -1,9 +1,10 @@
-"""Pictures: what the policy answered, drawn on what it was asked about, and the curves of a run.
+"""Draw answers on their pictures, and the curves of a run.
 
 Figures are drawn without pyplot: a process has one pyplot backend, and in a notebook the user
 chooses it.
 """
 
+import itertools
 import math
 import textwrap
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-# Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and Arabic letters; what
-# it lacks is taken from those of the others that are installed.
+from .columns import new_terms, weight_option
+
+# Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and
+# Arabic letters. Other letters are taken from those of these fonts that are installed.
 FAMILIES = [
     name
     for name in (
@@ -39,172 +42,239 @@ FAMILIES = [
     if name in font_manager.get_font_names()
 ]
 
-BLUE, ORANGE, GREEN, PINK, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#000000",
-)  # Okabe and Ito's
+# Okabe and Ito's colours
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+BLACK = "#000000"
+
+LEGEND = {"fontsize": 8, "framealpha": 0.6}
+
+# ------------------------------------------------------------------------------------ answers
 
 
 def legible(text: str, width: int, lines: int = 99) -> str:
-    """At most so many lines of `width` characters, with … where there is more; a character that no font here has is
-    written as ⟨U+5DE6⟩."""
+    """Wrap a text into at most `lines` lines of `width` characters.
+
+    A longer text ends in "…". A character that no font here has is written as ⟨U+5DE6⟩.
+    """
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
-    known = lambda c: c.isspace() or (
-        c.isprintable() and any(font.get_char_index(ord(c)) for font in fonts)
-    )
-    text = "".join(c if known(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+    shown = ""
+    for character in text:
+        has_glyph = any(font.get_char_index(ord(character)) for font in fonts)
+        if character.isspace() or (character.isprintable() and has_glyph):
+            shown += character
+        else:
+            shown += f"⟨U+{ord(character):04X}⟩"
+    return "\n".join(textwrap.wrap(shown, width, max_lines=lines, placeholder=" …"))
+
+
+def draw_outline(axes, area: np.ndarray, colour: str, width: float, style: str = "-") -> None:
+    """Draw the outline of a mask [H, W], unless the mask is empty or holds the whole picture."""
+    if min(area.shape) < 2:  # a contour needs two rows and two columns
+        return
+    if area.any() and not area.all():
+        axes.contour(area, [0.5], colors=colour, linewidths=width, linestyles=style)
 
 
 def draw_answer(axes, panel, size: int) -> None:
-    """One evaluated answer (evaluation.Panel) on its picture: truth as a dashed outline, SAM's mask outlined and in
-    full light, box, points (dot: on the object, cross: off it)."""
+    """Draw one evaluated answer (an evaluation.Panel) on its picture.
+
+    Its coordinates count in a `size` x `size` square. The true mask has a dashed outline. SAM's
+    mask has an orange outline and full light. A point on the object is a dot, one off it a cross.
+    """
     sample, answer = panel.sample, panel.reward.answer
-    fine = max(
-        1, max(sample.image.size) // 800
-    )  # a panel is small: of a large photo every few pixels are drawn
-    picture, truth = np.asarray(sample.image)[::fine, ::fine], sample.mask[::fine, ::fine]
-    mask = np.zeros_like(truth) if panel.reward.mask is None else panel.reward.mask[::fine, ::fine]
-    # What the mask leaves out is dimmed: a fill would hide the colours that the question may be about.
+    fine = max(1, max(sample.image.size) // 800)  # of a large photo every few pixels are drawn
+    picture = np.asarray(sample.image)[::fine, ::fine]  # [H, W, 3]
+    truth = sample.mask[::fine, ::fine]
+    mask = np.zeros_like(truth)
+    if panel.reward.mask is not None:
+        mask = panel.reward.mask[::fine, ::fine]
+    # The rest is dimmed: a fill would hide the colours that the question may be about.
     light = np.where(mask | ~mask.any(), 1, 0.65)
     axes.imshow((picture * light[..., None]).astype(np.uint8))
-    axes.set_xticks([]), axes.set_yticks([])
-    sx, sy = sample.image.width / size / fine, sample.image.height / size / fine
-    for area, colour, width, line in (
-        (truth, "white", 1.6, "-"),
-        (mask, ORANGE, 2.4, "-"),
-        (truth, BLACK, 1.2, "--"),
-    ):
-        if (
-            area.any() and not area.all() and min(area.shape) > 1
-        ):  # a contour needs two rows and two columns
-            axes.contour(area, [0.5], colors=colour, linewidths=width, linestyles=line)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    draw_outline(axes, truth, "white", 1.6)
+    draw_outline(axes, mask, ORANGE, 2.4)
+    draw_outline(axes, truth, BLACK, 1.2, "--")
+    sx = sample.image.width / size / fine
+    sy = sample.image.height / size / fine
     box = answer.box or answer.lenient_box
     if box:
-        x1, y1, x2, y2 = box[0] * sx - 0.5, box[1] * sy - 0.5, box[2] * sx - 0.5, box[3] * sy - 0.5
+        x1, x2 = box[0] * sx - 0.5, box[2] * sx - 0.5
+        y1, y2 = box[1] * sy - 0.5, box[3] * sy - 0.5
+        xs, ys = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
         for colour, width in (("white", 3.2), (BLUE, 1.6)):
-            axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=width)
+            axes.plot(xs, ys, color=colour, lw=width)
     for x, y, label in answer.points:
-        axes.plot(
-            x * sx, y * sy, "o" if label else "X", color=GREEN if label else PINK, mec="white", ms=7
-        )
-    axes.set_aspect("equal", adjustable="datalim"), axes.set_box_aspect(
-        1
-    )  # one height for all, whatever their shape
+        marker, colour = ("o", GREEN) if label else ("X", PINK)
+        axes.plot(x * sx, y * sy, marker, color=colour, mec="white", ms=7)
+    # one height for all pictures, whatever their shape
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_box_aspect(1)
+
+
+def caption(panel, truth: bool) -> str:
+    """Write IoU and reward of an answer, if the truth is known, and the answer's text."""
+    reward = panel.reward
+    verdict = ""
+    if truth:
+        verdict = f"IoU {reward.iou:.2f}   reward {reward.total:.3g}   "
+    if not reward.answer.in_format:
+        verdict += "outside the format"
+    return f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
 
 
 def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
-    """A PNG with one panel an answer: picture, masks, box, points, question, the policy's text, IoU and reward."""
+    """Write a PNG with one panel an answer: picture, masks, box, points, question and text.
+
+    `size` is that of draw_answer. Without `truth` there is no true mask, no IoU and no reward.
+    """
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
+    key = (
+        "in full light with an orange outline: SAM's mask; blue: the policy's box; dot and cross: "
+        "its points"
+    )
+    if truth:
+        key = f"dashed: truth; {key}"
     with matplotlib.rc_context({"font.family": FAMILIES}):
         width = max(3.1 * columns, 6.4)
         figure = Figure(figsize=(width, 4.8 * lines + 0.8), layout="constrained")
-        places = figure.subplots(lines, columns, squeeze=False)
-        for axes in places.flat:
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes in grid.flat:
             axes.axis("off")
-        for axes, panel in zip(places.flat, panels):
+        for axes, panel in zip(grid.flat, panels):
             axes.axis("on")
             draw_answer(axes, panel, size)
             axes.set_title(legible(panel.sample.question, 40, 3), fontsize=9, parse_math=False)
-            verdict = (
-                f"IoU {panel.reward.iou:.2f}   reward {panel.reward.total:.3g}   " if truth else ""
-            )
-            verdict += "" if panel.reward.answer.in_format else "outside the format"
-            caption = f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
-            axes.set_xlabel(caption, fontsize=7.5, loc="left", parse_math=False)
-        key = "in full light with an orange outline: SAM's mask; blue: the policy's box; dot and cross: its points"
-        key = textwrap.fill(f"{'dashed: truth; ' if truth else ''}{key}", int(12.5 * width))
+            axes.set_xlabel(caption(panel, truth), fontsize=7.5, loc="left", parse_math=False)
+        key = textwrap.fill(key, int(12.5 * width))
         figure.suptitle(f"{title}\n{key}", fontsize=10)
         figure.savefig(path, dpi=90)
 
 
+# ------------------------------------------------------------------------------------- curves
+
+
+def column(log: list[dict], name: str) -> np.ndarray:
+    """Return one column of a log [steps], with NaN where a line lacks it."""
+    return np.array([line.get(name, np.nan) for line in log], float)
+
+
 def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
-    """Running mean over up to `window` steps, the ends over what there is."""
+    """Return the running mean [steps] over `window` values, and over fewer at both ends."""
     half = window // 2
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+    means = []
+    for i in range(len(values)):
+        near = values[max(0, i - half) : i + half + 1]
+        means.append(near.mean())
+    return np.array(means)
+
+
+def draw_mean(
+    axes, log: list[dict], values: np.ndarray, colour: str, label: str, width=1.8
+) -> None:
+    """Draw the running mean of values [steps]."""
+    axes.plot(column(log, "step"), smooth(values), color=colour, lw=width, label=label)
+
+
+def draw_reward(axes, log: list[dict]) -> None:
+    """Draw the reward, its accuracy term, and the terms of your own; faint lines are the steps."""
+    terms = [
+        ("reward", BLUE, "total, 0 to 6"),
+        ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4"),
+    ]
+    for name, colour in zip(new_terms(log[0]), itertools.cycle((GREEN, PINK, BLACK))):
+        terms.append((name, colour, f"{name} ({weight_option(name)})"))
+    for name, colour, label in terms:
+        values = column(log, name)
+        axes.plot(column(log, "step"), values, color=colour, alpha=0.25, lw=1)
+        draw_mean(axes, log, values, colour, label)
+    axes.set(title="Reward of the sampled answers", ylabel="mean reward")
+    axes.legend(**LEGEND)
+
+
+def draw_held_out(axes, log: list[dict], summary: dict | None) -> None:
+    """Draw gIoU of the validation questions, and of the test questions if there is a summary."""
+    evaluated = [line for line in log if "validation_gIoU" in line]
+    when = column(evaluated, "step")
+    # The two lines lie one on the other once all answers are in the format: hence two widths.
+    lines = [
+        ("gIoU", BLUE, "gIoU", 2),
+        ("gIoU_lenient", ORANGE, "lenient gIoU", 1),
+    ]
+    for name, colour, label, width in lines:
+        if evaluated:
+            values = column(evaluated, f"validation_{name}")
+            style = {"lw": 2 * width, "ms": 4 * width, "label": f"{label}, validation"}
+            axes.plot(when, values, "o-", color=colour, **style)
+        if summary:
+            values = [summary["base"][name], summary["trained"][name]]
+            style = {"ms": 6 * width, "mfc": "none", "label": f"{label}, test"}
+            axes.plot([0, log[-1]["step"]], values, "s", color=colour, **style)
+    if summary:
+        ceiling = summary["ceiling"]["gIoU"]
+        axes.axhline(ceiling, color=BLACK, ls="--", lw=1, label="true boxes through SAM")
+    axes.set(title="Held-out questions, greedy", ylabel="gIoU", ylim=(0, 1))
+    axes.legend(**LEGEND, loc="lower right")
+
+
+def draw_format(axes, log: list[dict]) -> None:
+    """Draw the two formats, and the variety of the answers."""
+    draw_mean(axes, log, column(log, "reasoning_format"), BLUE, "reasoning format", width=4.5)
+    draw_mean(axes, log, column(log, "segmentation_format"), ORANGE, "segmentation format")
+    draw_mean(axes, log, column(log, "zero_variance"), GREEN, "groups without variance")
+    draw_mean(axes, log, column(log, "unique"), PINK, "unique answers")
+    axes.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
+    # Lines run along the top, and those of groups without variance low.
+    axes.legend(**LEGEND, loc="center right", bbox_to_anchor=(1, 0.67))
+
+
+def draw_distance(axes, log: list[dict]) -> None:
+    """Draw KL and entropy.
+
+    Without --kl-bound, one token that the base model finds far likelier than the policy lifts the
+    KL of a whole step. So the scale is logarithmic, and the KL has no running mean.
+    """
+    axes.plot(column(log, "step"), column(log, "kl"), color=BLUE, lw=1.2, label="KL to the base")
+    draw_mean(axes, log, column(log, "entropy"), ORANGE, "entropy")
+    axes.set(title="How far, how sure", ylabel="nats a token", yscale="log")
+    axes.legend(**LEGEND)
+
+
+def draw_clip(axes, log: list[dict]) -> None:
+    """Draw the shares of clipped tokens, in percent."""
+    draw_mean(axes, log, 100 * column(log, "clip_low"), BLUE, "lower side, 1 - eps_low")
+    draw_mean(axes, log, 100 * column(log, "clip_high"), ORANGE, "upper side, 1 + eps_high")
+    axes.set(title="Tokens held by the clip", ylabel="percent of tokens")
+    axes.legend(**LEGEND)
+
+
+def draw_answers(axes, log: list[dict]) -> None:
+    """Draw the length of the answers and their points."""
+    draw_mean(axes, log, column(log, "length"), BLUE, "answer length, tokens")
+    draw_mean(axes, log, 10 * column(log, "points"), ORANGE, "points an answer, x 10")
+    axes.set(title="Answers", ylabel="tokens", ylim=(0, None))
+    axes.legend(**LEGEND)
 
 
 def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
-    """A PNG with a run's curves from the lines of metrics.jsonl; `summary` adds base and trained as squares, and
-    the ceiling as a line."""
-    step = np.array([line["step"] for line in log])
-    column = lambda name: np.array([line.get(name, np.nan) for line in log], float)
-    evaluated = [line for line in log if "validation_gIoU" in line]
+    """Write a PNG with a run's curves from the lines of metrics.jsonl.
+
+    `summary` adds the test scores of base and trained as squares, and the ceiling as a line.
+    """
     figure = Figure(figsize=(12, 6.6))
-    (a, b, c), (d, e, f) = figure.subplots(2, 3)
-
-    def mean(axes, name: str, colour: str, label: str, factor: float = 1, width: float = 1.8):
-        axes.plot(step, factor * smooth(column(name)), color=colour, lw=width, label=label)
-
-    for name, colour, label in (
-        ("reward", BLUE, "total, 0 to 6"),
-        ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4"),
-    ):
-        a.plot(step, column(name), color=colour, alpha=0.25, lw=1)
-        mean(a, name, colour, label)
-    a.set(title="Reward of the sampled answers", ylabel="mean reward")
-
-    # The two lines lie one on the other once all is in the format: hence two widths.
-    for name, colour, label, wide in (
-        ("gIoU", BLUE, "gIoU", 2),
-        ("gIoU_lenient", ORANGE, "lenient gIoU", 1),
-    ):
-        if evaluated:
-            values = [line[f"validation_{name}"] for line in evaluated]
-            b.plot(
-                [line["step"] for line in evaluated],
-                values,
-                "o-",
-                color=colour,
-                lw=2 * wide,
-                ms=4 * wide,
-                label=f"{label}, validation",
-            )
-        if summary:
-            values = [summary[run][name] for run in ("base", "trained")]
-            b.plot(
-                [0, step[-1]],
-                values,
-                "s",
-                color=colour,
-                ms=6 * wide,
-                mfc="none",
-                label=f"{label}, test",
-            )
-    if summary:
-        b.axhline(
-            summary["ceiling"]["gIoU"], color=BLACK, ls="--", lw=1, label="true boxes through SAM"
-        )
-    b.set(title="Held-out questions, greedy", ylabel="gIoU", ylim=(0, 1))
-
-    mean(c, "reasoning_format", BLUE, "reasoning format", width=4.5)
-    mean(c, "segmentation_format", ORANGE, "segmentation format")
-    mean(c, "zero_variance", GREEN, "groups without variance")
-    mean(c, "unique", PINK, "unique answers")
-    c.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
-
-    # Without --kl-bound one token that the base finds far likelier than the policy lifts a whole step: hence a log
-    # scale and no mean.
-    d.plot(step, column("kl"), color=BLUE, lw=1.2, label="KL to the base")
-    mean(d, "entropy", ORANGE, "entropy")
-    d.set(title="How far, how sure", ylabel="nats a token", yscale="log")
-
-    mean(e, "clip_low", BLUE, "lower side, 1 - eps_low", 100)
-    mean(e, "clip_high", ORANGE, "upper side, 1 + eps_high", 100)
-    e.set(title="Tokens held by the clip", ylabel="percent of tokens")
-
-    mean(f, "length", BLUE, "answer length, tokens")
-    mean(f, "points", ORANGE, "points an answer, x 10", 10)
-    f.set(title="Answers", ylabel="tokens", ylim=(0, None))
-
-    # In the third, lines run along the top, and those of groups without variance low.
-    where = {b: dict(loc="lower right"), c: dict(loc="center right", bbox_to_anchor=(1, 0.67))}
-    for axes in (a, b, c, d, e, f):
-        axes.legend(fontsize=8, framealpha=0.6, **where.get(axes, {}))
+    panels = figure.subplots(2, 3)
+    draw_reward(panels[0, 0], log)
+    draw_held_out(panels[0, 1], log, summary)
+    draw_format(panels[0, 2], log)
+    draw_distance(panels[1, 0], log)
+    draw_clip(panels[1, 1], log)
+    draw_answers(panels[1, 2], log)
+    for axes in panels.flat:
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
     figure.tight_layout()

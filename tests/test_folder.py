@@ -13,9 +13,10 @@ from pycocotools import mask as coco
 import eval as evaluate
 import train
 from samr1_mini.config import UserError
-from samr1_mini.data import Mirrored, open_data, open_picture, plain
+from samr1_mini.data import open_data, open_picture, plain
 from samr1_mini.data.masks import read_mask, rle_runs
 from samr1_mini.runs import check_questions
+from tutorials.tiny_world.mirror import Mirrored
 
 SPLITS = ("train", "validation", "test")
 SQUARE = [[1, 1, 9, 1, 9, 9, 1, 9]]

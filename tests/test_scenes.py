@@ -4,17 +4,19 @@ import functools
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from samr1_mini.config import UserError
-from samr1_mini.data import Mirrored, load_data
+from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou
 from samr1_mini.reward import read_answer
 from samr1_mini.tiny import scenes
 from tutorials.tiny_world.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
+from tutorials.tiny_world.mirror import Mirrored
 from tutorials.tiny_world.pretrain import told_rows
 from samr1_mini.tiny.shapes import ASKED
 from samr1_mini.tiny.scenes import (
@@ -401,6 +403,32 @@ def test_in_the_mirror_every_question_is_still_fair_and_has_the_mirrored_truth()
         )
         turned += x.question != y.question
     assert turned > 20
+
+
+def test_a_mirrored_set_flips_picture_and_truth_and_exchanges_left_and_right():
+    data = load_data("shapes", "test", 60)
+    mirrored = Mirrored(data)
+    assert len(mirrored) == 60
+    one = [replace(data[0], question="The Left one, LEFTMOST, lefthand, leftover")]
+    assert Mirrored(one)[0].question == "The Right one, RIGHTMOST, righthand, leftover"
+    sides = {
+        "left of": "right of",
+        "right of": "left of",
+        "leftmost": "rightmost",
+        "rightmost": "leftmost",
+    }
+    asked = 0
+    for x, y in zip(data, mirrored):
+        assert (np.asarray(y.image) == np.asarray(x.image)[:, ::-1]).all() and (
+            y.mask == x.mask[:, ::-1]
+        ).all()
+        here = [words for words in sides if words in x.question]
+        assert (
+            y.question == (x.question.replace(here[0], sides[here[0]]) if here else x.question)
+            and y.kind == x.kind
+        )
+        asked += bool(here)
+    assert asked > 5
 
 
 # ---------------------------------------------------------------------------------------------------- answers

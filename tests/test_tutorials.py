@@ -114,7 +114,6 @@ def test_every_option_that_a_notebook_names_exists():
         "split",
         "count",
         "blank",
-        "mirror",
         "image",
         "question",
         "merge",

@@ -1,14 +1,17 @@
-"""Ablations in the miniature: `python tutorials/ablations.py` makes the runs that ablations.csv lacks, a line a run.
-Stop it by Ctrl-C and start it again: runs halfway go on from there (they lie in runs/ablations).
-`python tutorials/ablations.py --table` prints what is there, with 95 % intervals.
+"""Make the runs that ablations.csv lacks: `python tutorials/ablations.py`.
 
-Every row differs from "base" in the options that it names. A seed draws the same questions for every row, and all runs
-are tested on the same scenes, so a row is compared with base seed by seed and scene by scene: beside its line each run
-leaves its gIoU of each scene, in results/ablations/ROW-seedN.json.
-What the mechanism lets one expect of each row (PREDICTED) was committed before the first of these runs.
-`--figure FILE` draws them. Rows of your own: add them to TABLES, and keep them and a base from your machine in a file
-of their own (`--results runs/mine.csv`). Each run has one thread, so that the lines do not depend on the machine's
-number of cores; as many run side by side as there are cores.
+These are ablations in the miniature. The CSV has one line for each run. Stop the command by
+Ctrl-C. The same command continues, also halfway through a run (such runs lie in runs/ablations).
+`--table` prints the runs, with 95 % intervals. `--figure FILE` draws them.
+
+Every row differs from "base" in the options that it names. A seed draws the same questions for
+every row, and all runs are tested on the same scenes. So a row is compared with base seed by seed
+and scene by scene. For this, each run also leaves the gIoU of each scene, in
+results/ablations/ROW-seedN.json.
+PREDICTED holds the expected result of each row. It was committed before the first run.
+For a row of your own, add a line to TABLES. Keep such rows, and a base from your machine, in a file
+of their own (`--results runs/mine.csv`). Each run has one thread, so that the lines do not depend
+on the number of cores. There are as many runs at a time as cores.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -34,26 +38,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
 
 from samr1_mini.config import parse_settings, read_settings
-from tutorials.tiny_world.answers import style_of
 from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
+from tutorials.tiny_world.answers import style_of
 
 FILE = ROOT / "tutorials" / "results" / "ablations.csv"
 SCENES = 1000  # held-out scenes of the test, the same for all runs
-# A third of the first command's questions at three times its rate: its 187 steps in 63, and five seeds a row in reach.
-SAMPLES, LR = 1008, "3e-4"
-FIXED = [
-    "--preset",
-    "tiny",
-    "--device",
-    "cpu",
-    "--eval-every",
-    "0",
-    "--test-samples",
-    str(SCENES),
-    "--lr",
-    LR,
-]
+# A third of the first command's questions at three times its rate: 63 steps instead of 187.
+SAMPLES = 1008
+FIXED = "--preset tiny --device cpu --eval-every 0 --lr 3e-4"
 
 # Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
 TABLES = {
@@ -77,9 +70,15 @@ TABLES = {
         "lr 1e-3": "--lr 1e-3",
     },
     "KL": {"beta 0": "--beta 0", "beta 0.05": "--beta 0.05"},
-    "samples": {f"{n} samples": f"--samples {n}" for n in (112, 320, 3008, 10000)},
+    "samples": {
+        "112 samples": "--samples 112",
+        "320 samples": "--samples 320",
+        "3008 samples": "--samples 3008",
+        "10000 samples": "--samples 10000",
+    },
 }
-PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it prints one
+# The paper's result for a row: gIoU on ReasonSeg test, or what the paper says.
+PAPER = {
     "base": "60.2",
     "threshold 0.5": "56.5",
     "threshold 0.7": "56.2",
@@ -90,7 +89,8 @@ PAPER = {  # its own figure for that row: gIoU on ReasonSeg test, where it print
     "10000 samples": "no gain",
     "beta 0": "collapse",
 }
-# gIoU against base, and why; "names" and "places" are ways of thinking: see STYLES in samr1_mini/tiny/answers.py
+# The expected gIoU against base, and the reason. "names" and "places" are answer styles: see STYLES
+# in tutorials/tiny_world/answers.py.
 PREDICTED = {
     "base": "first the format, then names, then places; boxes get tighter all the while",
     "threshold 0.5": "lower: above 0.5 nothing more is paid, so boxes stay wide",
@@ -116,63 +116,59 @@ PREDICTED = {
     "3008 samples": "higher: places for nearly all, and boxes still get tighter",
     "10000 samples": "as 3008 samples: nothing is left to find but tighter boxes",
 }
-ROWS = {"base": ""} | {
-    name: options for table in TABLES.values() for name, options in table.items()
-}
-# on the held-out scenes, greedy; kinds are lenient
+ROWS = {"base": ""}  # row -> options
+for table in TABLES.values():
+    ROWS |= table
+
+# scores of the held-out scenes, greedy; those of a kind of question are lenient
 TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "base_gIoU_lenient")
-LAST = (
-    "points",
-    "length",
-    "kl",
-    "clip_low",
-    "clip_high",
-    "zero_variance",
-)  # over the last ten steps of training
-WAYS = (
-    "names",
-    "places",
-)  # ways of thinking: their shares of the sampled answers in the last tenth of training
-COLUMNS = ("row", "seed", "options", *TESTED, *LAST, *WAYS)
-EDGE = (
-    -0.35
-)  # a row that lies further off is written at the figure's edge, so that the others can be told apart
+# columns of the log: means over the last ten steps
+LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")
+# shares of two answer styles in the last tenth of the sampled answers
+STYLES = ("names", "places")
+COLUMNS = ("row", "seed", "options", *TESTED, *LAST, *STYLES)
+EDGE = -0.35  # a row further off is written at the figure's edge, so that the others stay apart
+
+# -------------------------------------------------------------------------------------- runs
 
 
 def name_of(row: str, seed: int) -> str:
-    """A run's name in file names."""
-    return f"{re.sub(r'[^a-z0-9.]+', '-', row.lower())}-seed{seed}"
+    """Return a run's name in file names."""
+    plain = re.sub(r"[^a-z0-9.]+", "-", row.lower())
+    return f"{plain}-seed{seed}"
 
 
-def one_run(row: str, seed: int, keep=None) -> dict:
-    """Train and test once, or go on with such a run that was stopped; the CSV line, and under "scenes" the gIoU of each
-    test scene, in their order. `keep` is called with it before the run's folder goes."""
-    folder = ROOT / "runs" / "ablations" / name_of(row, seed)
-    options = [
-        *FIXED,
-        "--samples",
-        str(SAMPLES),
-        "--seed",
-        str(seed),
-        "--run",
-        str(folder),
-        *ROWS[row].split(),
-    ]
-    halfway = (folder / "state.pt").exists()
-    if (
-        halfway
-    ):  # --resume looks at the options that are named, not at one that its row has no longer
-        begun, now = read_settings(folder / "settings.json"), asdict(
-            parse_settings(options, "ablations.py", "")[0]
+def check_options(folder: Path, options: list[str], run: str) -> None:
+    """Refuse to continue a run that began with other options.
+
+    --resume itself compares only the options that are typed, and a changed row may type fewer.
+    """
+    begun = read_settings(folder / "settings.json")
+    now = asdict(parse_settings(options, "ablations.py", "")[0])
+    other = [name for name, value in now.items() if begun.get(name) != value]
+    if other:
+        raise RuntimeError(
+            f"{run}: it was begun with another {', '.join(other)} (delete {folder} to begin anew)"
         )
-        if other := [name for name, value in now.items() if begun.get(name) != value]:
-            raise RuntimeError(
-                f"{row}, seed {seed}: it was begun with another {', '.join(other)} (delete {folder} to "
-                "begin anew)"
-            )
+
+
+def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
+    """Train and test once, or continue a run that was stopped.
+
+    Returns the CSV line, and under "scenes" the gIoU of each test scene. `keep` is called with them
+    before the run's folder is deleted. Raises RuntimeError if the run fails.
+    """
+    run = f"{row}, seed {seed}"
+    folder = ROOT / "runs" / "ablations" / name_of(row, seed)
+    options = FIXED.split()
+    options += ["--test-samples", str(SCENES), "--samples", str(SAMPLES)]
+    options += ["--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
+    command = [sys.executable, str(ROOT / "train.py"), *options]
+    if (folder / "state.pt").exists():
+        check_options(folder, options, run)
+        command.append("--resume")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "train.py"), *options, *["--resume"] * halfway]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -182,9 +178,7 @@ def one_run(row: str, seed: int, keep=None) -> dict:
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     if done.returncode:
-        raise RuntimeError(
-            f"{row}, seed {seed}: {done.stderr[-1000:]} (delete {folder} to begin anew)"
-        )
+        raise RuntimeError(f"{run}: {done.stderr[-1000:]} (delete {folder} to begin anew)")
     line = {"row": row, "seed": seed, "options": ROWS[row]} | figures_of(folder)
     if keep:
         keep(line)
@@ -192,44 +186,54 @@ def one_run(row: str, seed: int, keep=None) -> dict:
     return line
 
 
+def read_json(file: Path):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Read a file with one JSON object a line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def figures_of(folder: Path) -> dict:
-    """What is kept of a run that is done: figures for the CSV, as text, and "scenes"."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    each = json.loads((folder / "test-trained.json").read_text(encoding="utf-8"))
+    """Return the columns of a finished run, as text, and "scenes". Raises RuntimeError."""
+    summary = read_json(folder / "summary.json")
+    each = read_json(folder / "test-trained.json")
     if [x["id"] for x in each] != Shapes("test", SCENES).ids:
         raise RuntimeError(
-            f"{folder} was not tested on the first {SCENES} test scenes in their order, as the other runs are"
+            f"{folder} was not tested on the first {SCENES} test scenes in their order, as the "
+            "other runs are"
         )
-    steps, answers = (
-        [
-            json.loads(line)
-            for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        for name in ("metrics", "answers")
-    )
-    tested = summary["trained"] | {
-        kind: scores["gIoU_lenient"] for kind, scores in summary["trained"]["by_kind"].items()
-    }
+    tested = dict(summary["trained"])
+    for kind, scores in tested["by_kind"].items():
+        tested[kind] = scores["gIoU_lenient"]
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
-    # without a KL (beta 0) none is measured
-    last = {
-        name: statistics.mean(step.get(name, math.nan) for step in steps[-10:]) for name in LAST
-    }
-    styles = [style_of(answer["text"]) for answer in answers[-max(1, len(answers) // 10) :]]
-    values = (
-        {name: tested[name] for name in TESTED}
-        | last
-        | {way: styles.count(way) / len(styles) for way in WAYS}
-    )
-    return {name: f"{value:.4g}" for name, value in values.items()} | {
-        "scenes": [round(x["iou_strict"], 3) for x in each]
-    }
+    values = {name: tested[name] for name in TESTED}
+    steps = read_lines(folder / "metrics.jsonl")[-10:]
+    for name in LAST:  # with beta 0 there is no KL
+        values[name] = statistics.mean(step.get(name, math.nan) for step in steps)
+    answers = read_lines(folder / "answers.jsonl")
+    last = answers[-max(1, len(answers) // 10) :]
+    styles = [style_of(answer["text"]) for answer in last]
+    for style in STYLES:
+        values[style] = styles.count(style) / len(styles)
+    line = {name: f"{value:.4g}" for name, value in values.items()}
+    line["scenes"] = [round(x["iou_strict"], 3) for x in each]
+    return line
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def scenes_file(line: dict, results: Path) -> Path:
+    """Return the file with the gIoU of each scene of a run."""
+    return results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
 
 
 def write(line: dict, results: Path | None = None) -> None:
-    """Keep what one_run returned. Its scenes come first: a line in the CSV says that all is there."""
+    """Keep the line of one_run. Its scenes come first: then each line in the CSV has its scenes."""
     results = results or FILE
-    file = results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
+    file = scenes_file(line, results)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(line["scenes"], separators=(",", ":")), encoding="utf-8")
     new = not results.exists()
@@ -240,186 +244,232 @@ def write(line: dict, results: Path | None = None) -> None:
         writer.writerow(line)
 
 
+def read_line(line: dict, results: Path) -> dict:
+    """Turn a line of the CSV into numbers, and add its "scenes".
+
+    Exits if the line does not fit TABLES.
+    """
+    row, seed = line["row"], line["seed"]
+    if ROWS.get(row) != line["options"]:
+        sys.exit(
+            f"ablations.py: error: {results} has the row {row!r} with the options "
+            f"{line['options']!r}, TABLES has others: name another row, or another file by "
+            "--results"
+        )
+    scenes = scenes_file(line, results)
+    if not scenes.exists():
+        sys.exit(
+            f"ablations.py: error: {scenes} is missing: delete the line of {row}, seed {seed}, in "
+            f"{results}, and it is run again"
+        )
+    numbers = {"row": row, "seed": int(seed), "options": line["options"]}
+    for name in (*TESTED, *LAST, *STYLES):
+        numbers[name] = float(line[name])
+    numbers["scenes"] = read_json(scenes)
+    return numbers
+
+
 def read(results: Path | None = None) -> list[dict]:
-    """The lines that are there, numbers as numbers, with their "scenes"."""
+    """Return the runs of a CSV file; none if the file does not exist."""
     results = results or FILE
     if not results.exists():
         return []
-    text, lines = ("row", "options"), []
     with results.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             sys.exit(
-                f"ablations.py: error: {results} has other columns than these runs: name another one by --results"
+                f"ablations.py: error: {results} has other columns than these runs: name another "
+                "file by --results"
             )
-        for line in reader:
-            if ROWS.get(line["row"]) != line["options"]:
-                sys.exit(
-                    f"ablations.py: error: {results} has the row {line['row']!r} with the options "
-                    f"{line['options']!r}, TABLES has others: name another row, or another file by --results"
-                )
-            scenes = results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
-            if not scenes.exists():
-                sys.exit(
-                    f"ablations.py: error: {scenes} is missing: delete the line of {line['row']}, "
-                    f"seed {line['seed']}, in {results}, and it is run again"
-                )
-            numbers = {
-                k: v if k in text else int(v) if k == "seed" else float(v) for k, v in line.items()
-            }
-            lines.append(numbers | {"scenes": json.loads(scenes.read_text(encoding="utf-8"))})
-    return lines
+        return [read_line(line, results) for line in reader]
+
+
+# --------------------------------------------------------------------------------- intervals
 
 
 def student(freedom: float) -> float:
-    """How many standard errors to either side hold 95 % of Student's t: its 97.5 % quantile, by summing up its
-    density."""
+    """Return the 97.5 % quantile of Student's t, by summing up its density."""
     x = np.linspace(0, 20, 20_001)
-    height = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(
-        math.pi * freedom
-    )
+    gammas = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    height = math.exp(gammas) / math.sqrt(math.pi * freedom)
     density = height * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    return float(np.interp(0.475, 0.001 * (np.cumsum(density) - (density + density[0]) / 2), x))
+    half = 0.001 * (np.cumsum(density) - (density + density[0]) / 2)  # from 0 to x
+    return float(np.interp(0.475, half, x))
 
 
 def interval(values) -> tuple[float, float]:
-    """Mean of values [seeds, scenes], or of one value a seed [seeds], and half of its 95 % interval.
+    """Return the mean of values [seeds, scenes], or [seeds], and half of its 95 % interval.
 
-    The mean would be another one with other seeds, and with other scenes. All seeds share the scenes, so 5 x 1,000
-    values are not 5,000 independent ones. A value is taken as: mean + what its seed adds + what its scene adds + a rest
-    that belongs to this seed on this scene. The spread of the seeds' means shows the first and a part of the rest, the
-    spread of the scenes' means the second and a part of the rest, so the rest is in both and is taken off once:
+    Other seeds and other scenes would give another mean. All seeds share the scenes, so 5 x 1,000
+    values are not 5,000 independent ones. The model: value = mean + effect of the seed + effect of
+    the scene + rest. The rest is in the variance of the seeds' means and in that of the scenes'
+    means. So it is subtracted once:
 
-        variance of the mean = var(seeds' means) / seeds + var(scenes' means) / scenes - var(rest) / (seeds * scenes)
+        variance of the mean = var(seeds' means) / seeds + var(scenes' means) / scenes
+                               - var(rest) / (seeds * scenes)
 
-    (crossed random effects, see Searle, Casella and McCulloch, Variance Components, 1992). How sure this estimate is
-    depends on which of its parts is large: five seeds tell little of their spread, a thousand scenes much.
-    Satterthwaite (1946) makes one number of degrees of freedom of that, for Student's t. (A bootstrap that draws seeds
-    and scenes takes the spread of five seeds for known, and so is too narrow where seeds matter.) One seed alone says
-    nothing of other seeds: then the interval is over scenes only. With one value a seed it is over seeds only.
+    (crossed random effects, see Searle, Casella and McCulloch, Variance Components, 1992).
+    Satterthwaite (1946) gives the degrees of freedom of this sum for Student's t. A bootstrap over
+    seeds and scenes would take the spread of five seeds for known, and be too narrow. With one seed
+    the interval is over scenes only. With one value a seed it is over seeds only.
     """
-    if not len(values):
+    if len(values) == 0:
         return math.nan, math.nan
     table = np.array(values, float).reshape(len(values), -1)  # [seeds, scenes]
     seeds, scenes = table.shape
-    mean, by_seed, by_scene = (
-        table.mean(),
-        table.mean(1, keepdims=True),
-        table.mean(0, keepdims=True),
-    )
-    rest = table - by_seed - by_scene + mean
-    squares = np.array(
-        [
-            scenes * ((by_seed - mean) ** 2).sum(),
-            seeds * ((by_scene - mean) ** 2).sum(),
-            (rest**2).sum(),
-        ]
-    )
+    mean = table.mean()
+    by_seed = table.mean(1, keepdims=True)  # [seeds, 1]
+    by_scene = table.mean(0, keepdims=True)  # [1, scenes]
+    rest = table - by_seed - by_scene + mean  # [seeds, scenes]
+    of_seeds = scenes * ((by_seed - mean) ** 2).sum()
+    of_scenes = seeds * ((by_scene - mean) ** 2).sum()
+    squares = np.array([of_seeds, of_scenes, (rest**2).sum()])
     freedom = np.array([seeds - 1, scenes - 1, (seeds - 1) * (scenes - 1)])
     known = freedom > 0
     if not known.any():  # one value
         return float(mean), math.nan
-    squares /= np.maximum(
-        freedom, 1
-    )  # mean squares: each is its variance above, times seeds * scenes
+    squares /= np.maximum(freedom, 1)  # mean squares: the variances above, times seeds * scenes
     a, b, c = squares
-    total = max(a + b - c, a, b)  # what seeds or scenes add is not below 0, whatever its estimate
-    if not total:
+    total = max(a + b - c, a, b)  # no effect has a variance below 0, whatever its estimate
+    if total == 0:
         return float(mean), 0.0
-    degrees = max(total**2 / (squares[known] ** 2 / freedom[known]).sum(), freedom[known].min())
+    degrees = total**2 / (squares[known] ** 2 / freedom[known]).sum()
+    degrees = max(degrees, freedom[known].min())
     return float(mean), student(degrees) * math.sqrt(total / (seeds * scenes))
 
 
 def values_of(lines: list[dict], row: str, measure: str) -> dict[int, np.ndarray]:
-    """For each seed of a row: the gIoU of each scene [scenes], or its one value [1] of another measure."""
-    return {
-        line["seed"]: np.array(line["scenes"] if measure == "gIoU" else [line[measure]])
-        for line in lines
-        if line["row"] == row
-    }
+    """Return for each seed of a row the gIoU of each scene [scenes], or another measure [1]."""
+    values = {}
+    for line in lines:
+        if line["row"] == row:
+            of_run = line["scenes"] if measure == "gIoU" else [line[measure]]
+            values[line["seed"]] = np.array(of_run)
+    return values
 
 
 def differences(
     lines: list[dict], row: str, measure: str = "gIoU", base: str = "base"
 ) -> list[np.ndarray]:
-    """A row minus base, scene by scene, for each seed that both have."""
-    ours, theirs = (values_of(lines, name, measure) for name in (row, base))
+    """Return a row minus base, scene by scene, for each seed that both have."""
+    ours = values_of(lines, row, measure)
+    theirs = values_of(lines, base, measure)
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def with_interval(values: list[np.ndarray], sign: str = "") -> str:
-    """Mean and interval of values [seeds, scenes] as text. One seed: a star, its interval is over scenes only. Two:
-    both instead, since an interval with one degree of freedom (t = 12.7) would say nothing."""
-    (mean, half), each = interval(values), ", ".join(f"{np.mean(x):{sign}.3f}" for x in values)
-    spread = f"({each})" if len(values) == 2 else f"± {half:.3f}{'*' * (len(values) == 1)}"
-    return f"{mean:{sign}.3f} {spread}" if len(values) else ""
+    """Write the mean and the interval of values [seeds, scenes].
+
+    With one seed a star marks an interval over scenes only. With two seeds both are written
+    instead: an interval with one degree of freedom (t = 12.7) would say nothing.
+    """
+    if not values:
+        return ""
+    mean, half = interval(values)
+    text = f"{mean:{sign}.3f}"
+    if len(values) == 1:
+        return f"{text} ± {half:.3f}*"
+    if len(values) == 2:
+        each = ", ".join(f"{np.mean(x):{sign}.3f}" for x in values)
+        return f"{text} ({each})"
+    return f"{text} ± {half:.3f}"
 
 
 def side(lines: list[dict], row: str) -> int:
-    """1 or -1 where a row lies above or below base: its interval does, or, of one seed or two, each one's over scenes
-    does; else 0."""
-    each = differences(lines, row)
-    ends = [interval(each)] if len(each) > 2 else [interval([x]) for x in each]
-    return all(mean - half > 0 for mean, half in ends) - all(mean + half < 0 for mean, half in ends)
+    """Return 1 or -1 if the interval of a row lies above or below base, else 0.
+
+    With one seed or two, each seed's own interval over scenes must lie there.
+    """
+    apart = differences(lines, row)
+    intervals = [interval([x]) for x in apart]
+    if len(apart) > 2:
+        intervals = [interval(apart)]
+    if all(mean - half > 0 for mean, half in intervals):
+        return 1
+    if all(mean + half < 0 for mean, half in intervals):
+        return -1
+    return 0
+
+
+# -------------------------------------------------------------------------- table and figure
 
 
 def cells(lines: list[dict], row: str) -> tuple[str, str, str, str, str]:
-    """A row of a table as text: runs, mean gIoU, difference from base, the paper's figure, the prediction."""
+    """Return a row as text: runs, gIoU, difference from base, the paper's result, prediction."""
     runs = list(values_of(lines, row, "gIoU").values())
-    apart = "" if row == "base" else with_interval(differences(lines, row), "+")
+    apart = ""
+    if row != "base":
+        apart = with_interval(differences(lines, row), "+")
     return str(len(runs)), with_interval(runs), apart, PAPER.get(row, ""), PREDICTED.get(row, "")
 
 
 def rows_of(lines: list[dict], title: str) -> list[str]:
-    """The rows of one table that have runs, base first."""
+    """Return the rows of one table that have runs, base first."""
     there = {line["row"] for line in lines}
-    return ["base", *(row for row in TABLES[title] if row in there)]
+    return ["base", *[row for row in TABLES[title] if row in there]]
 
 
 def print_table(lines: list[dict], title: str) -> None:
-    """One of the TABLES on the screen, as far as its rows have runs."""
-    rows = {row: cells(lines, row) for row in rows_of(lines, title)}
+    """Print one of the TABLES, as far as its rows have runs."""
     print(f"\n{title:<26}{'runs':>5}{'gIoU':>22}{'against base':>24}   {'paper':<10}predicted")
-    for row, (runs, mean, apart, paper, predicted) in rows.items():
+    one_seed = False
+    for row in rows_of(lines, title):
+        runs, mean, apart, paper, predicted = cells(lines, row)
         print(f"{row:<26}{runs:>5}{mean:>22}{apart:>24}   {paper:<10}{predicted}")
-    if any("*" in mean + apart for _, mean, apart, *_ in rows.values()):
+        one_seed = one_seed or "*" in mean + apart
+    if one_seed:
         print("* one seed: the interval is over scenes only, and says nothing of other seeds")
 
 
+def draw_row(axes, apart: list[np.ndarray], y: float) -> None:
+    """Draw the differences [seeds, scenes] of one row at height y."""
+    mean, half = interval(apart)
+    if mean < EDGE:
+        axes.annotate(
+            f"← {with_interval(apart)}",
+            (0.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color="#D55E00",
+            fontsize=9,
+        )
+    elif apart:
+        axes.plot(np.mean(apart, 1), [y - 0.35] * len(apart), "o", color="#56B4E9", ms=3.5)
+        if len(apart) == 2:
+            half = None
+        axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
+
+
 def draw(lines: list[dict], titles: list[str]):
-    """A figure: for each row its difference in gIoU from base, the mean with its 95 % interval and, under it, a dot a
-    seed."""
-    height = 0.22 * (sum(len(rows_of(lines, title)) for title in titles)) + 1.1
-    figure, axes = plt.subplots(figsize=(8, height))
+    """Return a figure: the difference of each row from base, with an interval and a dot a seed."""
+    count = sum(len(rows_of(lines, title)) for title in titles)
+    figure, axes = plt.subplots(figsize=(8, 0.22 * count + 1.1))
     axes.axvline(0, color="0.6", lw=1)
-    y, ticks = 0.0, []
+    y = 0.0
+    heights = []
+    names = []
+    alone = ""
     for title in titles:
-        ticks.append((y, title))
+        heights.append(y)
+        names.append(title)
         for row in rows_of(lines, title)[1:]:
             y -= 1
             apart = differences(lines, row)
-            mean, half = interval(apart)
-            if mean < EDGE:
-                axes.annotate(
-                    f"← {with_interval(apart)}",
-                    (0.01, y),
-                    xycoords=("axes fraction", "data"),
-                    va="center",
-                    color="#D55E00",
-                    fontsize=9,
-                )
-            elif apart:
-                axes.plot(np.mean(apart, 1), [y - 0.35] * len(apart), "o", color="#56B4E9", ms=3.5)
-                half = None if len(apart) == 2 else half
-                axes.errorbar(mean, y, xerr=half, fmt="D", color="#D55E00", ms=5, capsize=3)
-            ticks.append((y, row + "*" * (len(apart) == 1)))
+            draw_row(axes, apart, y)
+            if len(apart) == 1:
+                row += "*"
+                alone = "\n* one seed: over scenes only"
+            heights.append(y)
+            names.append(row)
         y -= 1
-    axes.set_yticks(*zip(*ticks))
+    axes.set_yticks(heights, names)
     for label in axes.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() in titles else "normal")
-    axes.set_ylim(y + 0.4, 0.6), axes.tick_params("y", length=0), axes.grid(axis="x", alpha=0.25)
+        if label.get_text() in titles:
+            label.set_fontweight("bold")
+    axes.set_ylim(y + 0.4, 0.6)
+    axes.tick_params("y", length=0)
+    axes.grid(axis="x", alpha=0.25)
     left, right = axes.get_xlim()
-    alone = "\n* one seed: over scenes only" if any("*" in name for _, name in ticks) else ""
     # one scale for every table, so that a small difference looks small
     axes.set_xlim(min(left, EDGE), max(right, -EDGE / 2))
     axes.set_xlabel(
@@ -431,73 +481,78 @@ def draw(lines: list[dict], titles: list[str]):
     return figure
 
 
-def main() -> None:
+# ----------------------------------------------------------------------------------- command
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, help="seeds a row (default 5)")
+    rows = list(ROWS)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of each row (default 5)")
+    parser.add_argument("--rows", nargs="*", default=rows, choices=rows, help="only these rows")
+    cores = os.cpu_count()
     parser.add_argument(
-        "--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="only these rows"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="runs side by side (default: one a core)",
+        "--workers", type=int, default=cores, help="runs at a time (default: one for each core)"
     )
     parser.add_argument(
         "--results",
         type=Path,
         default=FILE,
-        help="CSV file for the lines, with a folder of its name beside it (default: the committed one)",
+        help="CSV file, with a folder of the same name beside it (default: the committed file)",
     )
     parser.add_argument("--figure", help="write a figure of all rows to this file")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
-    args = parser.parse_args()
+    return parser
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read the command line, and refuse options that cannot work."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
     if min(args.seeds, args.workers) < 1:
         parser.error("--seeds and --workers must be at least 1")
     if args.figure and not Path(args.figure).absolute().parent.is_dir():
         parser.error(f"--figure {args.figure}: its folder is not there")
     if args.results.suffix != ".csv" or args.results.is_dir():
         parser.error(f"--results {args.results}: name a file that ends in .csv")
-    if len({name_of(row, 0) for row in ROWS}) < len(
-        ROWS
-    ):  # by capitals or signs alone they would not differ in files
+    if len({name_of(row, 0) for row in ROWS}) < len(ROWS):
         parser.error("two rows have the same name in lower case, without signs: rename one")
+    return parser, args
+
+
+def make_runs(missing: list[tuple[str, int]], results: Path, workers: int) -> None:
+    """Make runs (row, seed), several at a time, and keep their lines."""
+    lock = Lock()
+
+    def keep(line: dict) -> None:
+        with lock:
+            write(line, results)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            futures = [pool.submit(one_run, row, seed, keep) for row, seed in missing]
+            for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
+                future.result()
+        finally:  # else runs in the queue would still be started
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse(argv)
     if not args.table:
-        there, lock = {(line["row"], line["seed"]) for line in read(args.results)}, Lock()
-        # Seed after seed: whenever it is stopped, rows have about as many runs as one another.
-        missing = [
-            (row, seed)
-            for seed in range(args.seeds)
-            for row in args.rows
-            if (row, seed) not in there
-        ]
-
-        def keep(line: dict) -> None:
-            with lock:
-                write(line, args.results)
-
-        with ThreadPoolExecutor(args.workers) as pool:
-            try:
-                for future in tqdm(
-                    as_completed([pool.submit(one_run, *m, keep) for m in missing]),
-                    total=len(missing),
-                    desc="runs",
-                ):
-                    future.result()
-            except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
-                sys.exit("stopping; the same command goes on from here")
-            except (
-                RuntimeError,
-                OSError,
-            ) as error:  # OSError: the results cannot be written; the run's folder stays
-                parser.error(str(error))
-            finally:
-                pool.shutdown(
-                    wait=False, cancel_futures=True
-                )  # else those in the queue would still be started
-    if not (lines := read(args.results)):
+        there = {(line["row"], line["seed"]) for line in read(args.results)}
+        # Seed after seed: all rows have about as many runs, whenever the command is stopped.
+        wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows]
+        missing = [run for run in wanted if run not in there]
+        try:
+            make_runs(missing, args.results, args.workers)
+        except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
+            sys.exit("stopping: the same command continues")
+        except (RuntimeError, OSError) as error:  # the folder of a run that failed stays
+            parser.error(str(error))
+    lines = read(args.results)
+    if not lines:
         parser.error(f"{args.results} holds no runs yet")
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]
     for title in titles:

@@ -7,12 +7,11 @@ from pathlib import Path
 from ..config import UserError
 from .folder import Folder
 from .pictures import open_picture
-from .samples import Data, Mirrored, Sample, plain
+from .samples import Data, Sample, plain
 
 __all__ = [
     "Data",
     "Folder",
-    "Mirrored",
     "Sample",
     "load_data",
     "open_data",

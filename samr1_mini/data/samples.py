@@ -3,10 +3,10 @@
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 LONGEST = 2000  # characters of a question
 
@@ -46,51 +46,6 @@ class Data(Sequence):
 
     def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks before the first step. Raises UserError for the first broken one."""
-
-
-class Mirrored(Sequence):
-    """A data set in a mirror: pictures and true masks flipped, and the words left and right
-    exchanged.
-
-    A policy that uses the positions of objects should score equally on the mirrored set.
-    """
-
-    SIDES = {
-        "left": "right",
-        "right": "left",
-        "Left": "Right",
-        "Right": "Left",
-        "LEFT": "RIGHT",
-        "RIGHT": "LEFT",
-    }
-
-    def __init__(self, data: Data):
-        self.data = data
-
-    def __getattr__(self, name: str):  # ids, missing, fetch, ...: those of the set itself
-        return getattr(self.data, name)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> Sample:
-        sample = self.data[i]
-        words = rf"\b({'|'.join(self.SIDES)})(most|MOST|est|hand|side)?\b"
-        question = re.sub(words, self.other_side, sample.question)
-        image = ImageOps.mirror(sample.image)
-        mask, ignore = flipped(sample.mask), sample.ignore
-        if ignore is not None:
-            ignore = flipped(ignore)
-        return replace(sample, image=image, question=question, mask=mask, ignore=ignore)
-
-    def other_side(self, found: re.Match) -> str:
-        """Exchange the side in a word such as "leftmost"."""
-        return self.SIDES[found[1]] + (found[2] or "")
-
-
-def flipped(mask: np.ndarray) -> np.ndarray:
-    """Mirror a mask [H, W] from left to right."""
-    return np.ascontiguousarray(mask[:, ::-1])
 
 
 def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:

@@ -1,0 +1,64 @@
+"""The columns of metrics.jsonl, which has one line a step.
+
+A reward term of your own logs a column under its own name, between "reward" and "zero_variance". It
+needs no entry here.
+"""
+
+COLUMNS = {
+    "step": "number of the step, from 1",
+    "reward": "weighted sum of the reward terms, mean over the sampled answers",
+    "accuracy": "reward term of eq. (5), 0 to 4, mean over the answers",
+    "iou": "IoU of SAM's mask with the true mask, 0 to 1, mean over the answers; 0 without a box",
+    "reasoning_format": "share of answers <think>...</think><answer>...</answer>; a reward term",
+    "segmentation_format": "share of answers with box and points in the asked JSON; a reward term",
+    "zero_variance": "share of groups whose answers all have the same reward",
+    "truncated": "share of answers cut off at --max-new-tokens",
+    "unique": "share of different texts among the answers of a group, mean over groups",
+    "points": "number of points in an answer, mean",
+    "length": "tokens of an answer, mean",
+    "ratio_min": "smallest ratio pi / pi_old of a token, eq. (4)",
+    "ratio_max": "largest ratio pi / pi_old of a token, eq. (4)",
+    "loss": "loss, which is minus eq. (4), mean over the questions",
+    "sampling_gap": "rounding: nats between sampling and the first update, mean over tokens",
+    "sampling_gap_max": "rounding: nats between sampling and the first update, largest of a token",
+    "kl": "KL to the base model, eq. (3), nats a token",
+    "kl_held": "share of tokens at the bound --kl-bound",
+    "approx_kl": "KL of the policy to the one that sampled, nats a token",
+    "clip_low": "share of tokens clipped at 1 - eps_low",
+    "clip_high": "share of tokens clipped at 1 + eps_high",
+    "entropy": "entropy of the distribution of the next token, nats a token",
+    "grad_norm": "norm of the gradient before it is scaled to --max-grad-norm, mean over updates",
+    "skipped_updates": "number of updates without a finite gradient; only in steps that have some",
+    "lr": "learning rate of the last update",
+    "seconds_update": "seconds of the updates",
+    "seconds_rollout": "seconds of sampling the answers",
+    "seconds_reward": "seconds of SAM and the reward",
+    "peak_memory_gib": "peak memory so far, GiB: of the GPU, or of the process on a CPU",
+    "tokens_per_second": "sampled tokens in a second of the rollout",
+    "validation_gIoU": "mean IoU of the validation questions; 0 outside the format",
+    "validation_gIoU_lenient": "the same, and a box in any shape counts",
+    "validation_cIoU": "sum of intersections over sum of unions of the validation questions",
+    "validation_format": "share of validation answers in the format",
+    "validation_box_accuracy": "share of validation answers whose box has an IoU above 0.5",
+    "validation_truncated": "share of validation answers cut off at --max-new-tokens",
+}
+
+
+def new_terms(line: dict) -> list[str]:
+    """Return the reward terms of your own in a log line."""
+    names = list(line)
+    first = names.index("reward")
+    last = names.index("zero_variance")
+    return [name for name in names[first:last] if name not in COLUMNS]
+
+
+def weight_option(term: str) -> str:
+    """Return the option that sets the weight of a reward term."""
+    return f"--{term.replace('_', '-')}-weight"
+
+
+def explain(name: str) -> str:
+    """Return one line on a column, with its unit."""
+    if name in COLUMNS:
+        return COLUMNS[name]
+    return f"a column of your own; if it is a reward term, {weight_option(name)} is its weight"
