@@ -38,6 +38,7 @@ from test_public import (
 
 import eval as command
 import train
+from conftest import score
 from samr1_mini import evaluation, plots
 from samr1_mini.columns import COLUMNS, explain
 from samr1_mini.config import Settings, UserError, make_settings, resumed_settings
@@ -56,7 +57,6 @@ from samr1_mini.evaluation import (
 from samr1_mini.grpo import train as run_training
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.policy import Completion
-from samr1_mini.reward import score_group
 from samr1_mini import loading
 from samr1_mini.tiny.shapes import Shapes
 
@@ -217,11 +217,11 @@ def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_a
     )
     for x in data:
         [trained], [evaluated] = (
-            score_group(segmenter, x, ["nothing"], 112, "iou", lenient=lenient)
+            score(segmenter, x, ["nothing"], 112, lenient, accuracy="iou")
             for lenient in (False, True)
         )
         assert (
-            trained.iou == evaluated.iou == trained.accuracy == 0 and trained.pair == evaluated.pair
+            trained.iou == evaluated.iou == trained.terms["accuracy"] == 0 and trained.pair == evaluated.pair
         )
 
 
@@ -588,8 +588,11 @@ def test_an_evaluation_that_goes_on_with_another_number_of_processes_answers_eac
         """What `count` processes, one after the other, find in all; each ends before question `until`."""
         rows = []
         for index in range(count):
-            alike = SimpleNamespace(process_index=index, num_processes=count)
-            monkeypatch.setattr(evaluation, "join_processes", lambda device: alike)
+            alike = SimpleNamespace(
+                process_index=index, num_processes=count, is_main_process=index == 0
+            )
+            monkeypatch.setattr(processes, "PartialState", lambda **_: alike)
+            monkeypatch.setattr(processes, "gather_object", lambda mine: mine)
             say(monkeypatch, BOXES)
             some = Stopping(data, until)
             try:
@@ -847,7 +850,7 @@ def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_i
     ]
     panels = []
     for text in texts:
-        [reward] = score_group(segmenter, samples[0], [text], 112, lenient=True)
+        [reward] = score(segmenter, samples[0], [text], 112, lenient=True)
         panels.append(Panel(replace(samples[0], question=text), text, reward))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -876,7 +879,7 @@ def test_a_large_photo_is_drawn_by_every_few_pixels_with_all_in_its_place(segmen
     mask = np.zeros((1600, 2400), bool)
     mask[400:800, 600:1200] = True
     sample = Sample(Image.new("RGB", (2400, 1600), "white"), "?", mask, "x")
-    [reward] = score_group(segmenter, sample, [answer([28, 28, 56, 56])], 112)
+    [reward] = score(segmenter, sample, [answer([28, 28, 56, 56])], 112)
     figure, axes = plt.subplots()
     plots.draw_answer(axes, Panel(sample, "", replace(reward, mask=mask)), 112)
     assert axes.images[0].get_size() == (534, 800)
@@ -1004,7 +1007,7 @@ def test_what_is_set_beside_an_adapter_is_printed_and_another_preset_is_refused(
 
 
 def test_the_rewards_on_a_sheet_are_those_that_the_run_pays(segmenter, samples):
-    s = replace(SETTINGS, accuracy_weight=0.0, segmentation_weight=0.5)
+    s = replace(SETTINGS, accuracy_weight=0.0, segmentation_format_weight=0.5)
     paid = judge(segmenter, samples[0], BOXES[:1], s, 112)[1]
     assert paid.total == paid.answer.reasoning_format + 0.5 * paid.answer.segmentation_format > 0
 
@@ -1015,7 +1018,7 @@ def test_a_picture_of_any_shape_can_be_drawn(size, segmenter, tmp_path):
     mask[: size[1] // 2 + 1, : size[0] // 2 + 1] = True
     mask[-1, -1] = False
     sample = Sample(Image.new("RGB", size, "white"), "which " * 2000, mask, "x")
-    [reward] = score_group(segmenter, sample, [answer([28, 28, 56, 56])], 112)
+    [reward] = score(segmenter, sample, [answer([28, 28, 56, 56])], 112)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.sample_sheet(
