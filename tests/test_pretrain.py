@@ -22,7 +22,7 @@ from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import parse
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
 from samr1_mini.tiny.scenes import KINDS, SPLITS, fair_questions, make_scene
-from tutorials.tiny_world import answers, language, measure, pretrain, sam, training
+from tutorials.tiny_world import answers, ground, language, measure, pretrain, sam, training
 from tutorials.tiny_world.answers import STYLES, answer_parts, style_of, wide_box
 from tutorials.tiny_world.build import build_policy, build_processor
 from tutorials.tiny_world.ground import line_up_numbers, new_policy
@@ -34,6 +34,18 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def processor():
     return build_processor(answers.corpus())
+
+
+@pytest.fixture
+def built_once(processor, monkeypatch):
+    """Give new_policy the processor above: to build it takes seconds."""
+
+    def build(texts):
+        assert texts == ["the corpus"]
+        return processor
+
+    monkeypatch.setattr(ground, "corpus", lambda: ["the corpus"])
+    monkeypatch.setattr(ground, "build_processor", build)
 
 
 # --------------------------------------------------------------------------- what SAM learns
@@ -253,7 +265,7 @@ def test_a_state_of_another_number_of_steps_is_refused(tmp_path):
 
 
 def test_what_is_left_by_another_network_or_damaged_is_one_line_that_names_the_file(
-    tmp_path, capsys
+    tmp_path, capsys, built_once
 ):
     torch.save({"steps": pretrain.STEPS["sam"], "parts": [{}, {}, {}]}, tmp_path / "sam.pt")
     for name in ("vision", "ground"):
@@ -318,7 +330,7 @@ def test_a_question_stands_in_pretraining_as_it_stands_in_use_token_by_token(
 
 
 def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, built_once
 ):
     monkeypatch.setattr(pretrain, "STEPS", dict.fromkeys(pretrain.STEPS, 2))
     monkeypatch.setattr(pretrain, "POLICY_SCENES", 5)
@@ -329,24 +341,21 @@ def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured
     (tmp_path / "tiny" / "sam").mkdir(parents=True)
     (tmp_path / "tiny" / "sam" / "sam.json").write_text((TINY_SAM / "sam.json").read_text())
     pretrain.main(["--work", str(tmp_path / "work")])
-    start, vision, ground = new_policy().base.state_dict(), *(
-        load_file(tmp_path / "work" / f"{name}.safetensors") for name in ("vision", "ground")
-    )
+    start = new_policy().base.state_dict()
+    vision = load_file(tmp_path / "work" / "vision.safetensors")
+    grounded = load_file(tmp_path / "work" / "ground.safetensors")
     end = load_policy(str(tmp_path / "tiny" / "policy"), load_in="fp32").base.state_dict()
-    moved = lambda a, b: all(
-        (a[name] != b[name]).any() for name in a if name.endswith("q_proj.weight")
-    )
-    assert moved({name: start[name] for name in start if "language_model" in name}, ground) and any(
-        (start[f"model.visual.{n}"] != v).any() for n, v in vision.items()
-    )
-    # each stage goes on from the last
-    assert sum(
-        (ground[f"model.visual.{n}"] - v).abs().max() < 0.01 for n, v in vision.items()
-    ) == len(vision)
     end = {name.replace(".base_layer", ""): value for name, value in end.items()}
-    assert all(
-        (ground[name] - end[name]).abs().max() < 0.1 for name in ground if "language_model" in name
-    ) and moved({n: v for n, v in ground.items() if "language_model" in n}, end)
+    language_weights = [name for name in grounded if "language_model" in name]
+    projections = [name for name in language_weights if name.endswith("q_proj.weight")]
+    assert len(projections) == 4
+    for name in projections:  # each stage trains
+        assert (start[name] != grounded[name]).any() and (grounded[name] != end[name]).any(), name
+    assert any((start[f"model.visual.{name}"] != value).any() for name, value in vision.items())
+    for name, value in vision.items():  # each stage continues from the one before
+        assert (grounded[f"model.visual.{name}"] - value).abs().max() < 0.01, name
+    for name in language_weights:
+        assert (grounded[name] - end[name]).abs().max() < 0.1, name
     found = json.loads((tmp_path / "tiny" / "measured.json").read_text())
     assert sum(found["policy"]["styles"].values()) == pytest.approx(1, abs=0.01) and set(
         found["policy"]["hinted"]
@@ -355,7 +364,7 @@ def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured
 
 
 def test_a_stage_that_is_not_there_and_one_that_lacks_what_it_starts_from_are_one_line(
-    tmp_path, capsys
+    tmp_path, capsys, built_once
 ):
     for options, words in (
         (
@@ -526,7 +535,7 @@ def test_boxes_are_exact_in_the_first_half_and_40_percent_too_wide_in_the_second
 
 
 def test_hints_ask_for_a_style_in_six_of_ten_answers_and_seldom_measures_without_a_hint(lessons):
-    rows = [(kind, *taught(row)) for step in range(60) for kind, row, _ in lessons.parts(step)]
+    rows = [(kind, *taught(row)) for step in range(30) for kind, row, _ in lessons.parts(step)]
     hinted = [style for kind, _, style, _ in rows if style and kind != "relation"]
     unhinted = [style_of(answer) for _, _, style, answer in rows if not style]
     assert 0.55 < 1 - len(unhinted) / len(rows) < 0.65
@@ -683,7 +692,7 @@ def answered(monkeypatch):
     The style is None without a hint.
     """
 
-    def measure(say, draw=meant, count=20, group=2):
+    def measured(say, draw=meant, count=20, group=2):
         data, pairs = load_data("shapes", "validation", count), {}
         for i in range(count):
             scene = make_scene(SPLITS["validation"][0] + i)
@@ -710,7 +719,7 @@ def answered(monkeypatch):
         monkeypatch.setattr(measure, "generate", texts)
         return measure.measure_policy(None, drawing(draw), count, group)
 
-    return measure
+    return measured
 
 
 def test_a_base_that_answers_rightly_in_the_style_asked_for_measures_one_everywhere(answered):

@@ -279,7 +279,7 @@ def test_a_mask_lies_where_its_colour_is():
     near = lambda mask, by: np.asarray(
         Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * by + 1))
     )
-    for scene in map(drawn, range(60)):
+    for scene in map(drawn, range(40)):
         for thing in scene.things:
             x1, y1, x2, y2 = thing.box
             assert (
@@ -301,7 +301,7 @@ def test_a_mask_lies_where_its_colour_is():
             off = lambda colour: np.abs(scene.image - colour).sum(-1)
             found = (off(paint) < off(ground)) & (own | around)
             overlap.append((found & own).sum() / (found | own).sum())
-    assert len(nearest) > 250 and np.mean(nearest) >= 0.95
+    assert len(nearest) > 160 and np.mean(nearest) >= 0.95
     assert (
         np.mean(np.array(overlap) > 0.9) >= 0.95
     )  # a mask that lies two pixels beside its thing has about 0.7
@@ -377,13 +377,13 @@ def test_test_scenes_are_the_same_for_every_seed():
 
 
 def test_kinds_come_in_turn_and_where_a_scene_allows_none_of_its_kind_the_next_one_does():
-    kinds = [s.kind for s in load_data("shapes", "test", 300)]
+    kinds = [s.kind for s in load_data("shapes", "test", 150)]
     for i, kind in enumerate(kinds):
         turn = [ASKED[(i + j) % 7] for j in range(7)]
         assert kind == next(k for k in turn if fair_questions(drawn(SPLITS["test"][0] + i), k))
     counts = Counter(kinds)
-    assert counts.pop("part") >= 15 and len(counts) == 4 and min(counts.values()) >= 30
-    assert counts["relation"] + counts["combined"] > 150
+    assert counts.pop("part") >= 7 and len(counts) == 4 and min(counts.values()) >= 15
+    assert counts["relation"] + counts["combined"] > 75
 
 
 def mirrored(thing):
