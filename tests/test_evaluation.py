@@ -57,7 +57,7 @@ from samr1_mini.evaluation import (
 from samr1_mini.grpo import train as run_training
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.policy import Completion
-from samr1_mini import loading
+from samr1_mini import loading, processes
 from samr1_mini.tiny.shapes import Shapes
 
 RESULTS = Path(__file__).parent.parent / "tutorials" / "results"

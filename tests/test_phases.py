@@ -1,5 +1,4 @@
-"""The figure of how ways of thinking follow each other: what it draws is what the runs' answers say, and mistakes are
-told in one line."""
+"""The figure of the answer styles: its curves are right, and errors are one line."""
 
 import json
 
@@ -20,13 +19,13 @@ TEXTS = {
 
 
 def write_run(folder, steps, seed):
-    """A run of 20 answers a step, from sentences to places; returns its answers as (step, style, kind, reward)."""
+    """Write a run with 20 answers a step. Return its answers as (step, style, kind, reward)."""
     rng, rows = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
         late = step / steps
-        chance = np.array([1 - late, 0.3, 0.05, 0.2, late**3])
+        shares = np.array([1 - late, 0.3, 0.05, 0.2, late**3])
         for _ in range(20):
-            style, kind = str(rng.choice(list(TEXTS), p=chance / chance.sum())), str(
+            style, kind = str(rng.choice(list(TEXTS), p=shares / shares.sum())), str(
                 rng.choice(KINDS)
             )
             rows.append((step, style, kind, float(rng.integers(7))))
@@ -49,11 +48,11 @@ def write_run(folder, steps, seed):
 
 
 def near(rows, step, steps):
-    """The answers of the nine steps around one, each step with the same weight: they all have as many answers."""
+    """Return the answers of the nine steps around one."""
     return [row for row in rows if abs(row[0] - step) <= 4 and row[0] <= steps]
 
 
-def test_shares_rewards_and_who_measures_are_those_of_the_answers_of_all_runs_up_to_the_shortests_end(
+def test_the_curves_are_those_of_the_answers_of_all_runs_up_to_the_end_of_the_shortest(
     tmp_path, monkeypatch, capsys
 ):
     rows, figures = write_run(tmp_path / "a", 30, 0) + write_run(tmp_path / "b", 24, 1), []
@@ -118,11 +117,11 @@ def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "spoil, told",
+    "spoil, file",
     [
-        (lambda run: None, "no metrics.jsonl"),
-        (lambda run: run.mkdir(), "no metrics.jsonl"),
-        (lambda run: write_run(run, 3, 0) and (run / "answers.jsonl").unlink(), "no answers.jsonl"),
+        (lambda run: None, "metrics.jsonl"),
+        (lambda run: run.mkdir(), "metrics.jsonl"),
+        (lambda run: write_run(run, 3, 0) and (run / "answers.jsonl").unlink(), "answers.jsonl"),
         (
             lambda run: write_run(run, 3, 0)
             and (run / "answers.jsonl").write_text('{"step": 1, "te'),
@@ -130,7 +129,7 @@ def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkey
         ),
     ],
 )
-def test_a_run_that_cannot_be_drawn_is_told_in_one_line(tmp_path, spoil, told, capsys):
+def test_a_run_that_cannot_be_drawn_gives_one_line(tmp_path, spoil, file, capsys):
     spoil(tmp_path / "run")
     with pytest.raises(SystemExit) as end:
         phases.main([str(tmp_path / "run"), "--out", str(tmp_path / "x.png")])
@@ -138,15 +137,16 @@ def test_a_run_that_cannot_be_drawn_is_told_in_one_line(tmp_path, spoil, told, c
     assert (
         end.value.code == 2
         and said.startswith("phases.py: error: ")
-        and told in said
+        and file in said
         and said.count("\n") == 1
     )
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_picture_that_cannot_be_written_is_told_in_one_line_too(tmp_path, capsys):
+def test_a_picture_that_cannot_be_written_gives_one_line(tmp_path, capsys):
     write_run(tmp_path / "run", 3, 0)
     for out in ("nowhere/x.png", "x.foo"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as end:
             phases.main([str(tmp_path / "run"), "--out", str(tmp_path / out)])
-        assert "must be a .png in a folder that is there" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and f"--out {tmp_path / out}" in error and error.count("\n") == 1

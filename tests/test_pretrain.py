@@ -1,8 +1,12 @@
-"""The command that makes the tiny networks: every stage runs, learns for two steps, and leaves what the next one reads;
-what is taught is what the base shall know, and what is measured is what it says."""
+"""The command that makes the tiny networks: its stages, lessons and measurements.
+
+Every stage runs for two steps and leaves the files that the next stage reads.
+"""
 
 import json
+import re
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,19 +21,34 @@ from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import read_answer
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
-from tutorials.tiny_world import pretrain
+from samr1_mini.tiny.scenes import KINDS, SPLITS, fair_questions, make_scene
+from tutorials.tiny_world import answers, ground, language, measure, pretrain, sam, training
+from tutorials.tiny_world.answers import STYLES, answer_parts, style_of, wide_box
 from tutorials.tiny_world.build import build_policy, build_processor
-from tutorials.tiny_world.answers import STYLES, wide_box
-from tutorials.tiny_world.pretrain import box_around, meant, neighbour, points_on
-from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
+from tutorials.tiny_world.ground import line_up_numbers, new_policy
+from tutorials.tiny_world.sam import box_around, meant, neighbour, points_on
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return build_processor(pretrain.corpus())
+    return build_processor(answers.corpus())
 
 
-# ---------------------------------------------------------------------------------------------------- what SAM learns
+@pytest.fixture
+def built_once(processor, monkeypatch):
+    """Give new_policy the processor above: to build it takes seconds."""
+
+    def build(texts):
+        assert texts == ["the corpus"]
+        return processor
+
+    monkeypatch.setattr(ground, "corpus", lambda: ["the corpus"])
+    monkeypatch.setattr(ground, "build_processor", build)
+
+
+# --------------------------------------------------------------------------- what SAM learns
 
 
 def things_of(count):
@@ -53,7 +72,7 @@ def test_the_exact_box_of_a_thing_or_of_a_dot_means_it_alone():
     assert dots > 30
 
 
-def test_the_box_around_two_things_means_both_and_points_for_one_and_against_the_other_mean_the_one():
+def test_a_box_around_two_things_means_both_and_points_choose_one():
     rng, pairs = np.random.default_rng(0), 0
     for scene in map(make_scene, range(100)):
         for a, b in combinations(scene.things, 2):
@@ -72,7 +91,7 @@ def test_the_box_around_two_things_means_both_and_points_for_one_and_against_the
     assert pairs > 200
 
 
-def test_in_a_box_that_two_things_fill_best_a_point_on_one_leaves_both_and_one_labelled_0_takes_the_other_out():
+def test_in_a_box_of_two_things_a_point_on_one_keeps_both_and_a_point_labelled_0_removes_one():
     both = 0
     for scene, thing in things_of(100):
         other = neighbour(thing, scene)
@@ -104,7 +123,7 @@ def test_points_that_no_thing_agrees_with_say_nothing(slack):
             assert (meant(scene, box, points) == meant(scene, box, [])).all()
 
 
-def test_the_wider_a_box_the_less_it_means_the_thing_and_most_masks_of_boxes_40_percent_too_wide_are_half_right():
+def test_masks_of_wider_boxes_are_less_right_and_most_are_partly_right_at_40_percent():
     rng, found = np.random.default_rng(0), {}
     for slack in (0.0, 0.2, 0.4):
         masks = [
@@ -124,7 +143,7 @@ def test_prompts_in_sams_training_are_about_the_thing_and_their_points_are_label
     rng, wide = np.random.default_rng(0), []
     for scene, thing in things_of(60):
         for count in (0, 3):
-            box, points = pretrain.sam_prompt(thing, scene, rng, count)
+            box, points = sam.sam_prompt(thing, scene, rng, count)
             assert len(points) <= count and all(
                 thing.mask[y, x] == bool(label) for x, y, label in points
             )
@@ -135,25 +154,25 @@ def test_prompts_in_sams_training_are_about_the_thing_and_their_points_are_label
 
 def test_the_sam_stage_trains_and_what_it_writes_is_a_segmenters_folder_that_is_measured(tmp_path):
     (tmp_path / "sam.json").write_text((TINY_SAM / "sam.json").read_text())
-    pretrain.train_sam(2, tmp_path / "model.safetensors", tmp_path, pictures=2)
+    sam.train_sam(2, tmp_path / "model.safetensors", tmp_path, pictures=2)
     torch.manual_seed(0)
     start, trained = (
         random_sam("tiny").state_dict(),
         load_segmenter(str(tmp_path)).predictor.model.state_dict(),
     )
     assert any((trained[name] - value).abs().max() > 1e-3 for name, value in start.items())
-    scene = pretrain.scenes_from(0, 1)[0]
+    scene = training.scenes_from(0, 1)[0]
     assert load_segmenter(str(tmp_path)).masks(scene.image, [scene.things[0].box], [[]]).shape == (
         1,
         112,
         112,
     )
-    assert all(0 <= value < 0.9 for value in pretrain.measure_sam(str(tmp_path), 3).values())
+    assert all(0 <= value < 0.9 for value in measure.measure_sam(str(tmp_path), 3).values())
 
 
 def drawing(draw):
     """A segmenter that draws `draw(scene, box, points)` on the validation scenes."""
-    scenes = {scene.image.tobytes(): scene for scene in pretrain.held_out(20)}
+    scenes = {scene.image.tobytes(): scene for scene in measure.held_out(20)}
 
     def masks(image, boxes, points):
         points = [[[int(x), int(y), label] for x, y, label in labelled] for labelled in points]
@@ -165,8 +184,8 @@ def drawing(draw):
 def test_a_sam_that_draws_what_is_meant_measures_one_for_it_and_less_of_the_thing_the_wider_the_box(
     monkeypatch,
 ):
-    monkeypatch.setattr(pretrain, "load_segmenter", lambda folder: drawing(meant))
-    found = pretrain.measure_sam("tiny", 20)
+    monkeypatch.setattr(measure, "load_segmenter", lambda folder: drawing(meant))
+    found = measure.measure_sam("tiny", 20)
     exact = [name for name in found if "true" in name or "meant" in name or name == "dot"]
     assert len(exact) == 8 and all(found[name] == 1 for name in exact)
     assert (
@@ -175,19 +194,19 @@ def test_a_sam_that_draws_what_is_meant_measures_one_for_it_and_less_of_the_thin
     )
     assert found["box of two, 1 on the thing, 0 on the other"] > found["box of two"] + 0.1
     nothing_for_points = drawing(lambda scene, box, points: meant(scene, box, []) & (not points))
-    monkeypatch.setattr(pretrain, "load_segmenter", lambda folder: nothing_for_points)
+    monkeypatch.setattr(measure, "load_segmenter", lambda folder: nothing_for_points)
     pointed = lambda name: "1 point" in name or "1 on" in name
     assert all(
-        (value == 0) == pointed(name) for name, value in pretrain.measure_sam("tiny", 20).items()
+        (value == 0) == pointed(name) for name, value in measure.measure_sam("tiny", 20).items()
     )
 
 
 def test_the_committed_sam_draws_a_thing_from_its_exact_box_and_what_a_wide_one_means():
-    found = pretrain.measure_sam("tiny", 10)
+    found = measure.measure_sam("tiny", 10)
     assert found["true box"] > 0.8 and found["sides 40 % out: meant"] > found["sides 40 % out"]
 
 
-# ---------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------- stages
 
 
 def test_a_command_that_is_done_begins_anew_the_next_time_and_one_that_was_cut_does_not(
@@ -207,8 +226,10 @@ def test_a_command_that_is_done_begins_anew_the_next_time_and_one_that_was_cut_d
 
 
 def learn_a_line(work, steps=250, cut=None, model_seed=0):
-    """A Linear learns from numbers that depend on the step alone; `cut`: Ctrl-C in that step. Its weights, and the
-    steps it took."""
+    """Train a Linear on numbers that depend on the step alone. Return its weights and its steps.
+
+    `cut` presses Ctrl-C in that step.
+    """
     torch.manual_seed(model_seed)
     model, taken = torch.nn.Linear(3, 1), []
 
@@ -222,7 +243,7 @@ def learn_a_line(work, steps=250, cut=None, model_seed=0):
 
     optimizers = [torch.optim.AdamW([model.bias], lr=0.1), torch.optim.Muon([model.weight], lr=0.1)]
     try:
-        pretrain.learn("line", model, optimizers, steps, work, loss_of)
+        training.learn("line", model, optimizers, steps, work, loss_of)
     except KeyboardInterrupt:
         pass
     return torch.cat([p.detach().flatten() for p in model.parameters()]), taken
@@ -239,14 +260,12 @@ def test_a_stage_that_was_cut_goes_on_from_its_last_hundred_steps_to_the_same_we
 
 def test_a_state_of_another_number_of_steps_is_refused(tmp_path):
     learn_a_line(tmp_path, cut=100)
-    with pytest.raises(
-        UserError, match="line.pt is of a stage of 250 steps, not 300: delete it to begin anew"
-    ):
+    with pytest.raises(UserError, match="line.pt .* 250 steps, not 300: delete"):
         learn_a_line(tmp_path, steps=300)
 
 
 def test_what_is_left_by_another_network_or_damaged_is_one_line_that_names_the_file(
-    tmp_path, capsys
+    tmp_path, capsys, built_once
 ):
     torch.save({"steps": pretrain.STEPS["sam"], "parts": [{}, {}, {}]}, tmp_path / "sam.pt")
     for name in ("vision", "ground"):
@@ -268,7 +287,7 @@ def test_what_the_language_stage_learns_from_one_row_of_answers_is_what_each_is_
     policy = Policy(
         model, processor, torch.zeros(len(processor.tokenizer), dtype=torch.bool), torch.tensor([2])
     )
-    scenes = pretrain.scenes_from(0, 2)
+    scenes = training.scenes_from(0, 2)
     with torch.no_grad():
         prompts = encode(
             policy, [Image.fromarray(scene.image) for scene in scenes], ["the red star", "the ring"]
@@ -290,20 +309,20 @@ def test_a_question_stands_in_pretraining_as_it_stands_in_use_token_by_token(
     processor, tmp_path, monkeypatch
 ):
     caught, stage = {}, {}
-    monkeypatch.setattr(pretrain, "learn", lambda *what: stage.update(loss_of=what[5]))
-    monkeypatch.setattr(pretrain, "align_words", lambda *_: 0)
+    monkeypatch.setattr(language, "learn", lambda *what: stage.update(loss_of=what[5]))
+    monkeypatch.setattr(language, "align_words", lambda *_: 0)
     monkeypatch.setattr(
-        pretrain,
+        language,
         "logprobs",
         lambda policy, prompts, rows: caught.update(prompts=prompts, rows=rows) or 1 / 0,
     )
     policy = Policy(build_policy(processor.tokenizer), processor, torch.zeros(1), torch.tensor([2]))
-    pretrain.train_language(policy, 10, tmp_path, pictures=3)
+    language.train_language(policy, 10, tmp_path, pictures=3)
     with torch.no_grad(), pytest.raises(ZeroDivisionError):
         stage["loss_of"](0)
-    image = Image.fromarray(pretrain.make_scene(0).image)
+    image = Image.fromarray(make_scene(0).image)
     for prompt, rows in zip(caught["prompts"], caught["rows"]):
-        questions = [processor.decode(row).partition(pretrain.TURN)[0].strip() for row in rows]
+        questions = [processor.decode(row).partition(language.TURN)[0].strip() for row in rows]
         used = encode(policy, [image] * len(rows), questions)
         assert len(rows) >= 9 and all(
             torch.cat([prompt.ids, row])[: len(u.ids)].equal(u.ids) for row, u in zip(rows, used)
@@ -311,35 +330,32 @@ def test_a_question_stands_in_pretraining_as_it_stands_in_use_token_by_token(
 
 
 def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, built_once
 ):
     monkeypatch.setattr(pretrain, "STEPS", dict.fromkeys(pretrain.STEPS, 2))
-    monkeypatch.setattr(pretrain, "SCENES", 5)
+    monkeypatch.setattr(pretrain, "POLICY_SCENES", 5)
+    monkeypatch.setattr(pretrain, "SAM_SCENES", 3)
     monkeypatch.setattr(pretrain, "TINY", tmp_path / "tiny" / "policy")
     monkeypatch.setattr(pretrain, "TINY_SAM", tmp_path / "tiny" / "sam")
     monkeypatch.setattr(pretrain, "MEASURED", tmp_path / "tiny" / "measured.json")
-    monkeypatch.setattr(pretrain.measure_sam, "__defaults__", ("tiny", 3))
     (tmp_path / "tiny" / "sam").mkdir(parents=True)
     (tmp_path / "tiny" / "sam" / "sam.json").write_text((TINY_SAM / "sam.json").read_text())
     pretrain.main(["--work", str(tmp_path / "work")])
-    start, vision, ground = pretrain.new_policy().base.state_dict(), *(
-        load_file(tmp_path / "work" / f"{name}.safetensors") for name in ("vision", "ground")
-    )
+    start = new_policy().base.state_dict()
+    vision = load_file(tmp_path / "work" / "vision.safetensors")
+    grounded = load_file(tmp_path / "work" / "ground.safetensors")
     end = load_policy(str(tmp_path / "tiny" / "policy"), load_in="fp32").base.state_dict()
-    moved = lambda a, b: all(
-        (a[name] != b[name]).any() for name in a if name.endswith("q_proj.weight")
-    )
-    assert moved({name: start[name] for name in start if "language_model" in name}, ground) and any(
-        (start[f"model.visual.{n}"] != v).any() for n, v in vision.items()
-    )
-    # each stage goes on from the last
-    assert sum(
-        (ground[f"model.visual.{n}"] - v).abs().max() < 0.01 for n, v in vision.items()
-    ) == len(vision)
     end = {name.replace(".base_layer", ""): value for name, value in end.items()}
-    assert all(
-        (ground[name] - end[name]).abs().max() < 0.1 for name in ground if "language_model" in name
-    ) and moved({n: v for n, v in ground.items() if "language_model" in n}, end)
+    language_weights = [name for name in grounded if "language_model" in name]
+    projections = [name for name in language_weights if name.endswith("q_proj.weight")]
+    assert len(projections) == 4
+    for name in projections:  # each stage trains
+        assert (start[name] != grounded[name]).any() and (grounded[name] != end[name]).any(), name
+    assert any((start[f"model.visual.{name}"] != value).any() for name, value in vision.items())
+    for name, value in vision.items():  # each stage continues from the one before
+        assert (grounded[f"model.visual.{name}"] - value).abs().max() < 0.01, name
+    for name in language_weights:
+        assert (grounded[name] - end[name]).abs().max() < 0.1, name
     found = json.loads((tmp_path / "tiny" / "measured.json").read_text())
     assert sum(found["policy"]["styles"].values()) == pytest.approx(1, abs=0.01) and set(
         found["policy"]["hinted"]
@@ -348,12 +364,12 @@ def test_the_command_runs_every_stage_from_nothing_and_what_it_wrote_is_measured
 
 
 def test_a_stage_that_is_not_there_and_one_that_lacks_what_it_starts_from_are_one_line(
-    tmp_path, capsys
+    tmp_path, capsys, built_once
 ):
     for options, words in (
         (
             ["--stages", "sam,visoin"],
-            "--stages: visoin is none of sam, vision, ground, language, measure",
+            "--stages: visoin",
         ),
         (["--stages", "ground"], "vision.safetensors"),
     ):
@@ -366,7 +382,7 @@ def test_a_stage_that_is_not_there_and_one_that_lacks_what_it_starts_from_are_on
 def test_numbers_start_on_a_line_on_which_neighbours_are_close(processor):
     torch.manual_seed(0)
     model = build_policy(processor.tokenizer)
-    pretrain.line_up_numbers(model, processor.tokenizer)
+    line_up_numbers(model, processor.tokenizer)
     ids = [processor.tokenizer.convert_tokens_to_ids(str(n)) for n in range(113)]
     for table in (model.get_input_embeddings().weight, model.lm_head.weight):
         rows = table[ids].detach()
@@ -380,7 +396,7 @@ def test_numbers_start_on_a_line_on_which_neighbours_are_close(processor):
         )
 
 
-# ------------------------------------------------------------------------------------------------- what the base learns
+# --------------------------------------------------------------------------- what the base learns
 
 
 class Caught(Exception):
@@ -389,15 +405,19 @@ class Caught(Exception):
 
 @pytest.fixture
 def lessons(processor, tmp_path, monkeypatch):
-    """The language stage: `of(step)`, each text that is learnt from a picture, with its scene; `parts(step)`, of each
-    the kind of its question, all that it says and what is learnt of it; `told(step)`, each picture's scene with the one
-    that is told under it; `policy`, `optimizers`. No network runs."""
+    """The language stage without a network, as a namespace.
+
+    of(step)         each row about a picture, with the picture's scene
+    parts(step)      of each such row: the kind of its question, its text, its learnt text
+    described(step)  each picture's scene, with the scene that is described behind it
+    policy, optimizers
+    """
     caught, stage, read, length, write, astray = (
         {},
         {},
         processor.tokenizer.decode,
         1000,
-        pretrain.shown_row,
+        language.shown_row,
         [],
     )
 
@@ -411,50 +431,51 @@ def lessons(processor, tmp_path, monkeypatch):
         caught["rows"] = [[read(row) for row in rows] for rows in groups]
         raise Caught
 
-    def noted(policy, kind, *rest):
-        ids, learnt = write(policy, kind, *rest)
-        caught["parts"].append((kind, read(ids), read(ids[learnt])))
-        return ids, learnt
+    def noted(policy, asked, *rest):
+        row = write(policy, asked, *rest)
+        caught["parts"].append((asked.kind, read(row.ids), read(row.ids[row.learnt])))
+        return row
 
-    monkeypatch.setattr(pretrain, "encode", prompts_of)
-    monkeypatch.setattr(pretrain, "align_words", lambda *_: 0)
+    monkeypatch.setattr(language, "encode", prompts_of)
+    monkeypatch.setattr(language, "align_words", lambda *_: 0)
     monkeypatch.setattr(
-        pretrain, "text_rows", lambda policy, rng, scene, count: caught["told"].append(scene) or []
+        language, "text_rows", lambda policy, rng, scene, count: caught["text"].append(scene) or []
     )
-    monkeypatch.setattr(pretrain, "shown_row", noted)
-    nothing = (torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
+    monkeypatch.setattr(language, "shown_row", noted)
+    nothing = language.Written(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
     monkeypatch.setattr(
-        pretrain,
+        language,
         "astray_row",
         lambda policy, scene, other, rng, slack: astray.append((scene, other)) or nothing,
     )
-    monkeypatch.setattr(pretrain, "logprobs", rows_of)
+    monkeypatch.setattr(language, "logprobs", rows_of)
     monkeypatch.setattr(
-        pretrain, "learn", lambda *what: stage.update(optimizers=what[2], loss_of=what[5])
+        language, "learn", lambda *what: stage.update(optimizers=what[2], loss_of=what[5])
     )
     policy = SimpleNamespace(processor=processor, base=build_policy(processor.tokenizer))
-    pretrain.train_language(policy, 1000, tmp_path)
+    language.train_language(policy, 1000, tmp_path)
 
     def parts(step):
-        caught.update(parts=[], told=[]), astray.clear()
+        caught.update(parts=[], text=[])
+        astray.clear()
         with pytest.raises(Caught):
             stage["loss_of"](step)
         return caught["parts"]
 
     def lesson(step):
         parts(step)
-        scenes = pretrain.scenes_from(2 * 10**7 + step * 8, 8)
+        scenes = training.scenes_from(2 * 10**7 + step * 8, 8)
         assert [scene.image.tobytes() for scene in scenes] == caught["images"]
         return [(scene, row) for scene, rows in zip(scenes, caught["rows"]) for row in rows if row]
 
-    def told(step):
+    def described(step):
         parts(step)
-        return list(zip(pretrain.scenes_from(2 * 10**7 + step * 8, 8), caught["told"], strict=True))
+        return list(zip(training.scenes_from(2 * 10**7 + step * 8, 8), caught["text"], strict=True))
 
     return SimpleNamespace(
         of=lesson,
         parts=parts,
-        told=told,
+        described=described,
         astray=astray,
         policy=policy,
         optimizers=stage["optimizers"],
@@ -463,7 +484,7 @@ def lessons(processor, tmp_path, monkeypatch):
 
 def taught(row):
     """A row's question, the style of which its hint is ("" for none), and its answer."""
-    question, answer = row.removesuffix("<|im_end|>").split(pretrain.TURN)
+    question, answer = row.removesuffix("<|im_end|>").split(language.TURN)
     style = next((style for style, x in STYLES.items() if question.endswith(x.hint)), "")
     return question.removesuffix(STYLES[style].hint if style else "").strip(), style, answer
 
@@ -478,7 +499,7 @@ def test_every_weight_of_the_base_is_learnt_by_exactly_one_optimizer(lessons):
     assert sorted(learnt) == sorted(id(p) for p in lessons.policy.base.parameters())
 
 
-def test_with_a_picture_the_base_meets_questions_that_name_their_object_and_never_an_indirect_or_combined_one(
+def test_questions_about_the_picture_are_never_indirect_or_combined(
     lessons,
 ):
     kinds = []
@@ -492,8 +513,8 @@ def test_with_a_picture_the_base_meets_questions_that_name_their_object_and_neve
             assert any(question in questions for questions in fair.values()), question
             kind = next(kind for kind, questions in fair.items() if question in questions)
             kinds.append(kind)
-            assert pretrain.called(fair[kind][question], scene) in answer
-            assert not style or style == pretrain.style_of(answer)
+            assert answers.called(fair[kind][question], scene) in answer
+            assert not style or style == style_of(answer)
     assert (
         len(kinds) > 200
         and [kinds.count(kind) > 0.03 * len(kinds) for kind in ("attribute", "part", "relation")]
@@ -501,7 +522,7 @@ def test_with_a_picture_the_base_meets_questions_that_name_their_object_and_neve
     )
 
 
-def test_boxes_that_the_base_learns_are_exact_in_the_first_half_and_40_percent_too_wide_in_the_second(
+def test_boxes_are_exact_in_the_first_half_and_40_percent_too_wide_in_the_second(
     lessons,
 ):
     for step, exact in ((0, True), (499, True), (500, False), (999, False)):
@@ -514,16 +535,16 @@ def test_boxes_that_the_base_learns_are_exact_in_the_first_half_and_40_percent_t
 
 
 def test_hints_ask_for_a_style_in_six_of_ten_answers_and_seldom_measures_without_a_hint(lessons):
-    rows = [(kind, *taught(row)) for step in range(60) for kind, row, _ in lessons.parts(step)]
+    rows = [(kind, *taught(row)) for step in range(30) for kind, row, _ in lessons.parts(step)]
     hinted = [style for kind, _, style, _ in rows if style and kind != "relation"]
-    unhinted = [pretrain.style_of(answer) for _, _, style, answer in rows if not style]
+    unhinted = [style_of(answer) for _, _, style, answer in rows if not style]
     assert 0.55 < 1 - len(unhinted) / len(rows) < 0.65
     for style, (share, hinted_share, _, _) in STYLES.items():
         assert hinted.count(style) / len(hinted) == pytest.approx(hinted_share, abs=0.07)
         assert unhinted.count(style) / len(unhinted) == pytest.approx(share, abs=0.07)
 
 
-def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_the_places_that_it_compares(
+def test_comparing_is_learnt_only_in_answers_that_list_coordinates_first(
     lessons,
 ):
     measured, beginnings = 0, []
@@ -538,14 +559,14 @@ def test_comparing_is_learnt_with_a_picture_only_where_the_answer_first_tells_th
             assert learnt == (
                 answer.partition(" It is the")[0] + " It is the"
                 if lists
-                else STYLES[pretrain.style_of(answer)].begins
+                else STYLES[style_of(answer)].begins
             )
             assert answer.startswith(learnt)
             beginnings.append(lists)
     assert measured > 50 and beginnings.count(False) > 50 and beginnings.count(True) > 3
 
 
-def test_an_answer_that_goes_astray_learns_lists_of_its_picture_and_the_box_of_what_it_named_and_no_conclusion(
+def test_an_astray_answer_learns_the_list_of_its_picture_and_the_box_of_the_named_thing_alone(
     processor,
 ):
     policy, rng, kinds, styles = (
@@ -554,8 +575,8 @@ def test_an_answer_that_goes_astray_learns_lists_of_its_picture_and_the_box_of_w
         set(),
         [],
     )
-    for scene, other in zip(pretrain.scenes_from(0, 60), pretrain.scenes_from(100, 60)):
-        ids, learnt = pretrain.astray_row(policy, scene, other, rng, 0.0)
+    for scene, other in zip(training.scenes_from(0, 60), training.scenes_from(100, 60)):
+        ids, learnt = language.astray_row(policy, scene, other, rng, 0.0)
         text, mask = processor.decode(ids), learnt.tolist()
         question, style, answer = taught(text)
         kinds |= {
@@ -578,11 +599,11 @@ def test_an_answer_that_goes_astray_learns_lists_of_its_picture_and_the_box_of_w
             if piece
         ]
         assert pieces[-1] == f"{box}<|im_end|>"
-        styles.append(pretrain.style_of(answer))
+        styles.append(style_of(answer))
         if styles[-1] == "short":
             assert len(pieces) == 1
         else:
-            assert len(pieces) == 2 and f"<think>I see the{pieces[0]}" == pretrain.listed(
+            assert len(pieces) == 2 and f"<think>I see the{pieces[0]}" == answers.listed(
                 scene, styles[-1], question
             )
     assert kinds == {"attribute", "relation", "indirect", "combined"} and {*styles} == {
@@ -600,15 +621,15 @@ def test_pictures_and_the_scenes_that_answers_go_astray_to_are_other_ones(lesson
         )
 
 
-def test_what_is_told_stands_under_the_picture_of_another_scene(lessons):
+def test_a_described_scene_stands_behind_the_picture_of_another_scene(lessons):
     for step in (0, 700):
-        pictures, told = zip(*lessons.told(step))
-        assert len(told) == 8 and not {scene.image.tobytes() for scene in pictures} & {
-            scene.image.tobytes() for scene in told
-        }
+        pictures, described = zip(*lessons.described(step))
+        shown = {scene.image.tobytes() for scene in pictures}
+        assert len(described) == 8
+        assert not shown & {scene.image.tobytes() for scene in described}
 
 
-def test_of_what_is_told_facts_and_conclusions_are_learnt_and_how_a_list_begins_that_a_hint_asks_for(
+def test_of_rows_about_text_facts_conclusions_and_the_first_words_of_a_list_with_a_hint_are_learnt(
     processor,
 ):
     policy, rng, hinted, offhand, count = (
@@ -618,19 +639,19 @@ def test_of_what_is_told_facts_and_conclusions_are_learnt_and_how_a_list_begins_
         [],
         0,
     )
-    for scene in pretrain.scenes_from(0, 12):
+    for scene in training.scenes_from(0, 12):
         rows = [
             (processor.decode(row), processor.decode(row[learnt]))
-            for row, learnt in pretrain.text_rows(policy, rng, scene, 3)
+            for row, learnt in language.text_rows(policy, rng, scene, 3)
         ]
         (fact, known), *rows = rows
-        question, answer = fact.split(pretrain.TURN)
+        question, answer = fact.split(language.TURN)
         assert (
             known == answer
-            and (question.strip(), answer.removesuffix("<|im_end|>")) in pretrain.fact_texts()
+            and (question.strip(), answer.removesuffix("<|im_end|>")) in answers.fact_texts()
         )
         for text, learnt in rows:
-            question, answer = text.split(pretrain.TURN)
+            question, answer = text.split(language.TURN)
             asked = question.endswith(("Measure first.", "Look around first."))
             if answer == learnt:  # a beginning, and nothing else
                 assert not asked and learnt in {style.begins for style in STYLES.values()}
@@ -645,12 +666,12 @@ def test_of_what_is_told_facts_and_conclusions_are_learnt_and_how_a_list_begins_
     assert 5 < hinted < count - 3 and len(offhand) > 3 and len(set(offhand)) > 1
 
 
-# ---------------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------- what is measured
 
 
 def test_an_answer_is_about_the_thing_that_its_box_holds_and_fits_best():
     for scene, thing in things_of(40):
-        about = lambda box, t: pretrain.about(box, t.mask, scene)
+        about = lambda box, t: measure.about(box, t.mask, scene)
         assert (
             about(thing.box, thing)
             and not about(None, thing)
@@ -666,9 +687,12 @@ def test_an_answer_is_about_the_thing_that_its_box_holds_and_fits_best():
 
 @pytest.fixture
 def answered(monkeypatch):
-    """measure_policy with `say(scene, thing, style)` for the policy: the style asked for, or None."""
+    """Return measure_policy with `say(scene, thing, style)` for the policy.
 
-    def measure(say, draw=meant, count=20, group=2):
+    The style is None without a hint.
+    """
+
+    def measured(say, draw=meant, count=20, group=2):
         data, pairs = load_data("shapes", "validation", count), {}
         for i in range(count):
             scene = make_scene(SPLITS["validation"][0] + i)
@@ -691,19 +715,17 @@ def answered(monkeypatch):
         texts = lambda policy, prompts, group, tokens, temperature: [
             [SimpleNamespace(text=say(*p))] * group for p in prompts
         ]
-        monkeypatch.setattr(pretrain, "encode", prompts_of)
-        monkeypatch.setattr(pretrain, "generate", texts)
-        return pretrain.measure_policy(None, drawing(draw), count, group)
+        monkeypatch.setattr(measure, "encode", prompts_of)
+        monkeypatch.setattr(measure, "generate", texts)
+        return measure.measure_policy(None, drawing(draw), count, group)
 
-    return measure
+    return measured
 
 
 def test_a_base_that_answers_rightly_in_the_style_asked_for_measures_one_everywhere(answered):
     rng = np.random.default_rng(0)
     found = answered(
-        lambda scene, thing, style: "".join(
-            pretrain.answer_parts(thing, scene, rng, 0, style or "short")
-        )
+        lambda scene, thing, style: "".join(answer_parts(thing, scene, rng, 0, style or "short"))
     )
     assert found["styles"] == {style: float(style == "short") for style in (*STYLES, "other")}
     assert set(found["sampled"]) == {"attribute", "part", "relation", "indirect", "combined", "all"}
@@ -718,7 +740,7 @@ def test_a_base_that_answers_about_a_neighbour_measures_nothing_about_the_object
 
     def say(scene, thing, style):
         other = neighbour(next((t for t in scene.things if t.dot is thing), thing), scene)
-        return "".join(pretrain.answer_parts(other, scene, rng, 0, "json"))
+        return "".join(answer_parts(other, scene, rng, 0, "json"))
 
     found = answered(say)
     assert (
@@ -747,9 +769,50 @@ def test_a_text_without_a_box_measures_nothing_and_half_of_a_mask_is_graded(answ
 
     rng = np.random.default_rng(0)
     found = answered(
-        lambda scene, thing, style: "".join(pretrain.answer_parts(thing, scene, rng, 0, "short")),
+        lambda scene, thing, style: "".join(answer_parts(thing, scene, rng, 0, "short")),
         half,
     )
     assert found["sampled"]["all"]["graded"] == 1 and found["sampled"]["all"][
         "mask IoU"
     ] == pytest.approx(0.5, abs=0.01)
+
+
+# --------------------------------------------------------------------------- the note
+
+
+def row(*cells):
+    """Return a row of a markdown table, numbers with two digits."""
+    return f"| {' | '.join(c if isinstance(c, str) else f'{c:.2f}' for c in cells)} |"
+
+
+def measured_rows():
+    """Return the rows that measured.json gives in tutorials/notes/tiny_world.md."""
+    found = json.loads(pretrain.MEASURED.read_text())
+    policy = found["policy"]
+    kinds = (*KINDS, "all")
+    rows = [row(name, value) for name, value in found["sam"].items()]
+    for style, shares in policy["hinted"].items():
+        sampled = f"{100 * policy['styles'][style]:.1f} %"
+        rows.append(row(style, sampled, *(shares[kind] for kind in kinds)))
+    for kind in kinds:
+        rows.append(row(kind, *policy["sampled"][kind].values()))
+    return rows
+
+
+def test_the_tables_of_the_note_are_those_of_measured_json_and_of_the_stages():
+    lines = (ROOT / "tutorials/notes/tiny_world.md").read_text().splitlines()
+    rows = measured_rows()
+    assert len(rows) == 26
+    assert [line for line in lines if line in rows] == rows  # all of them, in this order
+    for stage, steps in pretrain.STEPS.items():
+        assert any(line.startswith(f"| {stage} | `{stage}.py` | {steps:,} |") for line in lines)
+
+
+def test_the_note_names_files_and_functions_that_exist():
+    text = (ROOT / "tutorials/notes/tiny_world.md").read_text()
+    for place, names in re.findall(r"\| `([\w/]+\.py)`: (.*) \|", text):
+        file = ROOT / place if "/" in place else ROOT / "samr1_mini/tiny" / place
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(def )?{name}\b", file.read_text(), re.M), (place, name)
+    for file in re.findall(r"\| `(\w+\.py)` \|", text):
+        assert (ROOT / "tutorials/tiny_world" / file).exists(), file

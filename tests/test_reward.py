@@ -36,7 +36,7 @@ from samr1_mini.data import Sample
 from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, vote
 from samr1_mini.reward import Answer, accuracy_term, read_answer, score_group, tight_box, to_picture
 from samr1_mini.segmenter import check_segmenter, load_segmenter, random_sam, sam_bytes, Segmenter
-from tutorials.tiny_world.pretrain import box_around
+from tutorials.tiny_world.sam import box_around
 from samr1_mini.tiny.scenes import make_scene
 
 

@@ -1,4 +1,4 @@
-"""The drawn world: fair questions, true masks, splits that never meet, and the styles in which the base answers."""
+"""The drawn world: fair questions, true masks, disjoint splits, and answer styles."""
 
 import functools
 import itertools
@@ -16,8 +16,8 @@ from samr1_mini.metrics import box_iou
 from samr1_mini.reward import read_answer
 from samr1_mini.tiny import scenes
 from tutorials.tiny_world.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
+from tutorials.tiny_world.language import described_questions
 from tutorials.tiny_world.mirror import Mirrored
-from tutorials.tiny_world.pretrain import told_rows
 from samr1_mini.tiny.shapes import ASKED
 from samr1_mini.tiny.scenes import (
     COLOUR_OF,
@@ -36,9 +36,13 @@ from samr1_mini.tiny.scenes import (
 )
 
 drawn = functools.cache(make_scene)  # tests leave scenes as they are
-middle = (
-    lambda t, axis: t.box[axis] + t.box[axis + 2]
-)  # twice the middle of what is seen, from left (0) or top (1)
+
+
+def middle(thing, axis):
+    """Return twice the middle of the visible part, from the left (axis 0) or the top (1)."""
+    return thing.box[axis] + thing.box[axis + 2]
+
+
 EXTREMES = {
     "leftmost": lambda t: -middle(t, 0),
     "rightmost": lambda t: middle(t, 0),
@@ -84,7 +88,7 @@ def form_of(text):
 
 
 def fits(words, colour, shape):
-    """Whether words such as "the red star" or "the things with corners" hold of a colour and a shape."""
+    """Return True if words such as "the red star" or "the things with corners" are right."""
     if "the colour of " in words:
         return colour == COLOUR_OF[words.split("the colour of ")[1]]
     if words.endswith(" with corners"):
@@ -95,13 +99,18 @@ def fits(words, colour, shape):
 
 
 def read_question(scene, text):
-    """Every object that a text may mean, found again from the words alone: an independent reading of `fair_questions`.
+    """Return every object that a text may mean. It reads the words alone, unlike fair_questions.
 
-    Whoever reads "the red object" or "the circle" may take a dot for it. Among compared things a dot does not compete
-    with the thing that it is on, but the smallest of all it may be.
+    A reader of "the red object" or "the circle" may take a dot for it. Among compared things a dot
+    does not compete with the thing that carries it. But the dot may be the smallest of all.
     """
-    things = lambda words: [t for t in scene.things if fits(words, t.colour, t.shape)]
-    dots = lambda words, on: [t.dot for t in on if t.dot and fits(words, t.dot.colour, "circle")]
+
+    def things(words):
+        return [t for t in scene.things if fits(words, t.colour, t.shape)]
+
+    def dots(words, on):
+        return [t.dot for t in on if t.dot and fits(words, t.dot.colour, "circle")]
+
     if text.startswith("the dot of "):
         return [t.dot for t in things(text.removeprefix("the dot of "))]
     if (word := text.split()[1]) in EXTREMES:
@@ -122,7 +131,7 @@ def read_question(scene, text):
     return things(text) + dots(text, scene.things)
 
 
-# ---------------------------------------------------------------------------------------------------- questions
+# ------------------------------------------------------------------------------------- questions
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,7 +180,7 @@ def test_each_form_of_a_kind_is_asked_with_every_word(kind):
     ],
 )
 def test_both_forms_of_a_kind_are_asked_equally_often(kind, one):
-    """However many questions of each there are: of seven names and two colours, two sides and twenty extremes."""
+    """The number of questions of each form does not matter: two sides and twenty extremes."""
     drawn_forms = []
     for seed in range(300):
         if (
@@ -202,7 +211,7 @@ def test_extreme_questions_leave_room_to_spare():
 
 
 def test_the_largest_object_reaches_farther_and_covers_more_than_any_other():
-    """What is seen decides, not the size it was drawn with: a star drawn larger than a circle may still show less."""
+    """The visible part decides, not the drawn size: a larger star may show less than a circle."""
     asked = 0
     for seed in range(300):
         scene = drawn(seed)
@@ -236,7 +245,7 @@ def test_no_fact_that_the_base_learns_is_an_indirect_or_combined_question():
     assert all("that has" not in q and "object with" not in q for q, _ in fact_texts())
 
 
-# ---------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------- drawing
 
 
 class Whole(Thing):
@@ -267,12 +276,12 @@ def test_nearly_every_scene_holds_four_to_seven_things_and_no_two_of_one_name():
 
 
 def test_a_mask_lies_where_its_colour_is():
-    """Of a thing and six pixels around it, what is closer in colour to the thing than to its background is its mask."""
+    """Pixels in or near a thing belong to its mask if their colour is closer to the thing's."""
     nearest, overlap = [], []
     near = lambda mask, by: np.asarray(
         Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * by + 1))
     )
-    for scene in map(drawn, range(60)):
+    for scene in map(drawn, range(40)):
         for thing in scene.things:
             x1, y1, x2, y2 = thing.box
             assert (
@@ -294,7 +303,7 @@ def test_a_mask_lies_where_its_colour_is():
             off = lambda colour: np.abs(scene.image - colour).sum(-1)
             found = (off(paint) < off(ground)) & (own | around)
             overlap.append((found & own).sum() / (found | own).sum())
-    assert len(nearest) > 250 and np.mean(nearest) >= 0.95
+    assert len(nearest) > 160 and np.mean(nearest) >= 0.95
     assert (
         np.mean(np.array(overlap) > 0.9) >= 0.95
     )  # a mask that lies two pixels beside its thing has about 0.7
@@ -315,7 +324,7 @@ def test_a_dot_lies_wholly_on_its_thing_is_part_of_its_mask_and_has_another_colo
         )  # nothing hides it
 
 
-def test_each_new_thing_hides_at_most_three_tenths_of_what_another_showed_so_that_half_of_each_is_seen(
+def test_a_new_thing_hides_at_most_three_tenths_of_another_and_half_of_each_is_visible(
     whole_scenes,
 ):
     hidden = 0
@@ -341,7 +350,7 @@ def test_two_things_of_one_colour_touch_and_never_hide_each_other(whole_scenes):
     assert len(apart) > 300 and np.mean(np.array(apart) < 1.06) > 0.2
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------- data
 
 
 def test_splits_and_pretraining_scenes_are_disjoint():
@@ -362,9 +371,7 @@ def test_splits_and_pretraining_scenes_are_disjoint():
 
 
 def test_test_scenes_are_the_same_for_every_seed():
-    with pytest.raises(
-        UserError, match="the test split of the drawn scenes has a million questions, not 1000001"
-    ):
+    with pytest.raises(UserError, match="test split .* not 1000001"):
         load_data("shapes", "test", 10**6 + 1)
     assert [s.id for s in load_data("shapes", "test", 5, 0)] == [
         s.id for s in load_data("shapes", "test", 5, 7)
@@ -372,13 +379,13 @@ def test_test_scenes_are_the_same_for_every_seed():
 
 
 def test_kinds_come_in_turn_and_where_a_scene_allows_none_of_its_kind_the_next_one_does():
-    kinds = [s.kind for s in load_data("shapes", "test", 300)]
+    kinds = [s.kind for s in load_data("shapes", "test", 150)]
     for i, kind in enumerate(kinds):
         turn = [ASKED[(i + j) % 7] for j in range(7)]
         assert kind == next(k for k in turn if fair_questions(drawn(SPLITS["test"][0] + i), k))
     counts = Counter(kinds)
-    assert counts.pop("part") >= 15 and len(counts) == 4 and min(counts.values()) >= 30
-    assert counts["relation"] + counts["combined"] > 150
+    assert counts.pop("part") >= 7 and len(counts) == 4 and min(counts.values()) >= 15
+    assert counts["relation"] + counts["combined"] > 75
 
 
 def mirrored(thing):
@@ -490,11 +497,13 @@ def test_the_shares_of_the_styles_sum_to_one_with_hints_and_without():
     )
 
 
-def read_told(text):
-    """What a thought tells: [(colour, shape, x, y)], with the place in the row for x and no y where no places are
-    told."""
-    told = text.partition("I see the ")[2].partition(". It is the")[0].split(", the ")
-    parts = [re.fullmatch(r"(\w+) (\w+)(?: \((\d+), (\d+)\))?", part).groups() for part in told]
+def read_list(text):
+    """Read the list of a thought: [(colour, shape, x, y)].
+
+    A list without coordinates gives each thing's place in the row for x, and None for y.
+    """
+    listed = text.partition("I see the ")[2].partition(". It is the")[0].split(", the ")
+    parts = [re.fullmatch(r"(\w+) (\w+)(?: \((\d+), (\d+)\))?", part).groups() for part in listed]
     return [
         (colour, shape, int(x) if x else 1000 * i, int(y) if y else None)
         for i, (colour, shape, x, y) in enumerate(parts)
@@ -511,33 +520,33 @@ def read_told(text):
         ("the object below the thing that has the colour of grass", 1),
     ],
 )
-def test_all_things_are_told_from_left_to_right_and_who_measures_tells_middles_and_from_above_where_that_is_asked_for(
+def test_a_list_names_all_things_from_left_to_right_and_a_list_of_coordinates_follows_the_question(
     style, question, axis
 ):
     rng, axis = np.random.default_rng(0), axis if style == "places" else 0
     for seed in range(60):
         scene = drawn(seed)
-        told = read_told("".join(answer_parts(scene.things[0], scene, rng, 0.4, style, question)))
+        listed = read_list("".join(answer_parts(scene.things[0], scene, rng, 0.4, style, question)))
         things = [
             next(t for t in scene.things if (t.colour, t.shape) == (colour, shape))
-            for colour, shape, *_ in told
+            for colour, shape, *_ in listed
         ]
-        assert len(told) == len(scene.things) == len(set(things))
+        assert len(listed) == len(scene.things) == len(set(things))
         middles = [(middle(t, 0) / 2, middle(t, 1) / 2) for t in things]
         assert all(b[axis] - a[axis] > -1 for a, b in itertools.pairwise(middles))
         if style == "places":
             assert all(
-                abs(x - mx) < 1 and abs(y - my) < 1 for (*_, x, y), (mx, my) in zip(told, middles)
+                abs(x - mx) < 1 and abs(y - my) < 1 for (*_, x, y), (mx, my) in zip(listed, middles)
             )
 
 
-def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_conclusion_is_the_right_object():
-    """The second reading knows what is told alone: names, places, and for sizes the order in which they are told."""
+def test_a_described_scene_suffices_to_find_the_right_object():
+    """The second reading knows only the description: names, coordinates, the order of sizes."""
     rng, kinds, hinted, places = np.random.default_rng(0), Counter(), [], []
     for seed in range(200):
-        for question, hint, told, conclusion in told_rows(rng, drawn(seed), 6):
+        for question, hint, listed, conclusion in described_questions(rng, drawn(seed), 6):
             objects = []
-            for colour, shape, x, y in read_told(told):
+            for colour, shape, x, y in read_list(listed):
                 objects.append(
                     Thing(shape, colour, x, y, 0, np.ones(1 + len(objects)))
                 )  # each larger than the last
@@ -545,13 +554,13 @@ def test_what_is_told_without_a_picture_is_enough_to_conclude_from_and_the_concl
             for scene in (drawn(seed), Scene(None, objects)):
                 assert [t.name for t in read_question(scene, question)] == [conclusion], (
                     question,
-                    told,
+                    listed,
                 )
-            assert "(" in told or not re.search(
+            assert "(" in listed or not re.search(
                 r"\b(above|below|left|right|\w+most|largest|smallest)\b", question
             )
-            assert hint in ("", STYLES["places" if "(" in told else "names"].hint)
-            hinted.append(bool(hint)), places.append("(" in told)
+            assert hint in ("", STYLES["places" if "(" in listed else "names"].hint)
+            hinted.append(bool(hint)), places.append("(" in listed)
             kinds[next(kind for kind, forms in FORMS.items() if form_of(question) in forms)] += 1
     assert set(kinds) == set(KINDS) - {"part"} and min(kinds.values()) > 50
     assert 0.4 < np.mean(hinted) < 0.6 and 0.6 < np.mean(places) < 0.9
@@ -566,8 +575,6 @@ def test_points_of_base_answers_are_labelled_rightly_where_nothing_strays():
 
 
 def test_training_scenes_of_a_seed_are_a_million_and_seeds_beyond_999_begin_again():
-    with pytest.raises(
-        UserError, match="the train split of the drawn scenes has a million questions, not 1000001"
-    ):
+    with pytest.raises(UserError, match="train split .* not 1000001"):
         load_data("shapes", "train", 10**6 + 1)  # they would be those of the next seed
     assert load_data("shapes", "train", 5, 1007).ids == load_data("shapes", "train", 5, 7).ids

@@ -1,17 +1,21 @@
 """Drawn scenes with questions that have exactly one right answer.
 
-A scene is a 112 x 112 picture with four to seven coloured things on a varied background. They stand in groups: some
-touch a neighbour of their own colour, some hide a corner of one, some carry a dot, some are faint. So a mask can be
-right by degrees, and a box that is too wide takes in a neighbour. Questions come in five kinds:
+A scene is a picture of 112 x 112 pixels with four to seven coloured things on a varied background.
+Some things touch a neighbour of their own colour. Some hide a corner of a neighbour.
+Some carry a dot, and some are faint. So a mask can be partly right.
+A box that is too wide holds a part of a neighbour. Questions come in five kinds:
 
     attribute   "the red star", "the blue object", "the ring"
     part        "the dot of the blue square"
     relation    "the leftmost object", "the largest circle", "the object left of the blue ring"
-    indirect    "the object with three corners", "the thing that has the colour of grass": the answer is never named
-    combined    "the object left of the thing that has the colour of grass", "the largest of the things with corners"
+    indirect    "the object with three corners", "the thing that has the colour of grass":
+                neither its colour nor its shape is named
+    combined    "the object left of the thing that has the colour of grass",
+                "the largest of the things with corners"
 
-`make_scene(seed)` is a pure function of its seed, so the supply is endless, and train, validation and test scenes come
-from disjoint ranges of seeds (`SPLITS`). A question is asked only where `right_objects` clearly finds one object.
+`make_scene(seed)` depends on its seed alone.
+Train, validation and test scenes come from disjoint ranges of seeds (`SPLITS`).
+A question is asked only if `right_object` finds one object for it.
 """
 
 import math
@@ -43,19 +47,12 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
-CORNERED = (
-    "square",
-    "triangle",
-    "star",
-    "cross",
-)  # plainly with corners; of a heart and a moon one could argue
-DOTTED = (
-    "square",
-    "triangle",
-    "heart",
-)  # have room for a dot in their middle; a circle with one looks like a ring
+# Shapes that plainly have corners. For a heart and a moon the answer is open to dispute.
+CORNERED = ("square", "triangle", "star", "cross")
+# Shapes with space for a dot in the middle. A circle with a dot looks like a ring.
+DOTTED = ("square", "triangle", "heart")
 
-# What is never drawn or named, only known: each fact's subject stands for one colour or one shape.
+# World knowledge for indirect questions. Each subject stands for one colour or one shape.
 COLOUR_OF = {
     "grass": "green",
     "a ripe tomato": "red",
@@ -80,16 +77,15 @@ SHAPE_WITH = {
 
 @dataclass(eq=False)
 class Thing:
-    """One drawn object: what it is, the centre and size it was drawn with in pixels, what is seen of it, bool [SIZE,
-    SIZE], and its dot, a part of it, if it has one."""
+    """A drawn object."""
 
     shape: str
     colour: str
-    x: float
+    x: float  # centre and size as drawn, in pixels
     y: float
     size: float
-    mask: np.ndarray
-    dot: "Thing | None" = None
+    mask: np.ndarray  # the visible pixels, bool [SIZE, SIZE]
+    dot: "Thing | None" = None  # a part of this thing
 
     @property
     def name(self) -> str:
@@ -97,323 +93,448 @@ class Thing:
 
     @cached_property
     def box(self) -> tuple[int, int, int, int]:
-        """Tight box (x1, y1, x2, y2) in pixels; x2 and y2 are one past the last pixel."""
+        """Return the tight box (x1, y1, x2, y2) in pixels. x2 and y2 are exclusive."""
         return tight_box(self.mask)
 
     @property
     def extent(self) -> float:
-        """Mean side of the tight box, in pixels: how far the thing reaches."""
+        """Return the geometric mean of the tight box's sides, in pixels."""
         x1, y1, x2, y2 = self.box
         return math.sqrt((x2 - x1) * (y2 - y1))
 
     @cached_property
     def bulk(self) -> float:
-        """Side of a square with the mask's area, in pixels: how much there is. A star reaches far and has little."""
+        """Return the side of a square with the mask's area, in pixels.
+
+        A star has a large extent and a small bulk.
+        """
         return math.sqrt(self.mask.sum())
 
 
 @dataclass
 class Scene:
-    """A picture, and what is drawn on it."""
+    """A picture and the things drawn on it."""
 
     image: np.ndarray  # uint8 [SIZE, SIZE, 3], RGB
     things: list[Thing]
 
 
-# ---------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------- drawing
+
+
+def _on_circle(angles: np.ndarray) -> np.ndarray:
+    """Return the points [N, 2] of the unit circle at `angles` [N] in radians."""
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def _cross() -> np.ndarray:
+    """Return the twelve corners of a cross: the same three corners, turned by 90 degrees."""
+    near, far = 0.32, 0.92
+    corners = np.array([(-far, -near), (-near, -near), (-near, -far)])
+    turned = []
+    for _ in range(4):
+        turned.append(corners)
+        corners = np.stack([-corners[:, 1], corners[:, 0]], 1)
+    return np.concatenate(turned)
+
+
+def _heart() -> np.ndarray:
+    """Return 40 points on a heart curve."""
+    t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x, -y], 1) / 17
 
 
 def _outline(shape: str, angle: float) -> np.ndarray:
-    """Corners [N, 2] of a shape of radius 1 around (0, 0), turned by `angle` (radians)."""
-    turn = lambda t: np.stack([np.cos(t), np.sin(t)], 1)
+    """Return corners [N, 2] of a shape of radius 1 around (0, 0), turned by `angle` (radians)."""
     up = -math.pi / 2
     if shape in ("circle", "ring", "moon"):
-        return turn(np.linspace(0, 2 * math.pi, 48, endpoint=False))
+        return _on_circle(np.linspace(0, 2 * math.pi, 48, endpoint=False))
     if shape == "square":
-        corners = turn(np.arange(4) * math.pi / 2 + math.pi / 4)
+        corners = _on_circle(np.arange(4) * math.pi / 2 + math.pi / 4)
     elif shape == "triangle":
-        corners = turn(up + np.arange(3) * 2 * math.pi / 3)
+        corners = _on_circle(up + np.arange(3) * 2 * math.pi / 3)
     elif shape == "star":
-        corners = (
-            turn(up + np.arange(10) * math.pi / 5) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
-        )
+        radius = np.where(np.arange(10) % 2, 0.42, 1.0)
+        corners = _on_circle(up + np.arange(10) * math.pi / 5) * radius[:, None]
     elif shape == "cross":
-        a, b = 0.32, 0.92
-        corners = np.array(
-            [
-                (-a, -b),
-                (a, -b),
-                (a, -a),
-                (b, -a),
-                (b, a),
-                (a, a),
-                (a, b),
-                (-a, b),
-                (-a, a),
-                (-b, a),
-                (-b, -a),
-                (-a, -a),
-            ]
-        )
-    else:  # heart
-        t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-        corners = (
-            np.stack(
-                [
-                    16 * np.sin(t) ** 3,
-                    -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)),
-                ],
-                1,
-            )
-            / 17
-        )
+        corners = _cross()
+    else:
+        corners = _heart()
     c, s = math.cos(angle), math.sin(angle)
     return corners @ np.array([[c, s], [-s, c]])
 
 
 def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.ndarray:
-    """The share of each pixel that the shape covers, float [SIZE, SIZE], drawn at four times the size and averaged."""
-    scale, radius = 4, size / 2
+    """Return the fraction of each pixel that a shape covers, float [SIZE, SIZE].
+
+    The shape is drawn at four times the size, then averaged.
+    """
+    scale = 4
     canvas = Image.new("L", (SIZE * scale, SIZE * scale))
     draw = ImageDraw.Draw(canvas)
-    place = lambda p: [((x + px * radius) * scale, (y + py * radius) * scale) for px, py in p]
+
+    def polygon(corners: np.ndarray, fill: int) -> None:
+        pixels = (np.array([x, y]) + corners * (size / 2)) * scale
+        draw.polygon([tuple(corner) for corner in pixels], fill=fill)
+
     corners = _outline(shape, angle)
-    draw.polygon(place(corners), fill=255)
+    polygon(corners, 255)
     if shape == "ring":
-        draw.polygon(place(corners * 0.55), fill=0)
+        polygon(corners * 0.55, 0)
     if shape == "moon":
-        draw.polygon(
-            place(corners * 0.85 + np.array([math.cos(angle), math.sin(angle)]) * 0.5), fill=0
-        )
+        to_the_side = np.array([math.cos(angle), math.sin(angle)])
+        polygon(corners * 0.85 + to_the_side * 0.5, 0)
     return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """Muted colours that shift smoothly from left to right and from top to bottom, blotched, float [SIZE, SIZE, 3].
+    """Return muted colours with two slopes and blotches, float [SIZE, SIZE, 3].
 
-    The two slopes are what tells one place from another: the vision tower's own positions are all relative.
+    Red rises or falls from left to right, blue from top to bottom.
+    Only these slopes distinguish one place from another: the vision tower's own positions
+    are all relative.
     """
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     image = np.empty((SIZE, SIZE, 3), np.float32)
     image[..., 0] = 128 + rng.uniform(30, 42) * ramp[None, :]
     image[..., 1] = 128 + rng.uniform(-12, 12)
     image[..., 2] = 128 + rng.uniform(30, 42) * ramp[:, None]
-    blotches = rng.normal(0, rng.uniform(0, 9), (7, 7, 3)).astype(np.float32)
+    strength = rng.uniform(0, 9)
+    blotches = rng.normal(0, strength, (7, 7, 3)).astype(np.float32)
     for channel in range(3):
-        blotch = Image.fromarray(blotches[..., channel]).resize(
-            (SIZE, SIZE), Image.Resampling.BICUBIC
-        )
+        blotch = Image.fromarray(blotches[..., channel])
+        blotch = blotch.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         image[..., channel] += np.asarray(blotch)
     return image
+
+
+def _inside(size: float, *centre: float) -> bool:
+    """Return True if a thing of this size stays a pixel away from the picture's edge."""
+    return all(size / 2 + 1 <= v <= SIZE - size / 2 - 1 for v in centre)
 
 
 def _place(
     rng: np.random.Generator, things: list[Thing], size: float
 ) -> tuple[float, float, str | None] | None:
-    """Where a new thing of this size may stand: free, or close to one that is there. The colour, where it must be that
-    one's: two of a colour touch, they never overlap."""
+    """Return a place (x, y, colour) for a new thing, or None if the place is taken.
+
+    Half of the things stand close to another thing. The colour is None if any colour will do.
+    Otherwise it is the other thing's: two things of one colour touch and do not overlap.
+    """
     x, y = rng.uniform(size / 2 + 1, SIZE - size / 2 - 1, 2)
-    beside, colour = None, None
+    beside = None
+    colour = None
     if things and rng.random() < 0.5:
-        beside, angle = things[rng.integers(len(things))], rng.uniform(0, 2 * math.pi)
-        alike = rng.random() < 0.4
-        colour = beside.colour if alike else None
-        away = (
-            (rng.uniform(0.95, 1.05) if alike else rng.uniform(0.6, 1.0)) * (size + beside.size) / 2
-        )
-        x, y = beside.x + away * math.cos(angle), beside.y + away * math.sin(angle)
-        if not all(size / 2 + 1 <= v <= SIZE - size / 2 - 1 for v in (x, y)):
+        beside = things[rng.integers(len(things))]
+        angle = rng.uniform(0, 2 * math.pi)
+        if rng.random() < 0.4:
+            colour = beside.colour
+            closeness = rng.uniform(0.95, 1.05)
+        else:
+            closeness = rng.uniform(0.6, 1.0)
+        distance = closeness * (size + beside.size) / 2
+        x = beside.x + distance * math.cos(angle)
+        y = beside.y + distance * math.sin(angle)
+        if not _inside(size, x, y):
             return None
-    if any(math.hypot(x - t.x, y - t.y) < 0.5 * (size + t.size) for t in things if t is not beside):
-        return None
-    return x, y, colour
+    for thing in things:
+        distance = math.hypot(x - thing.x, y - thing.y)
+        if thing is not beside and distance < 0.5 * (size + thing.size):
+            return None
+    return float(x), float(y), colour
+
+
+def _still_seen(thing: Thing, solid: np.ndarray) -> bool:
+    """Return True if at least 0.7 of a thing and its whole dot stay visible under `solid`."""
+    kept = (thing.mask & ~solid).sum() >= 0.7 * thing.mask.sum()
+    hides_dot = thing.dot and (thing.dot.mask & solid).any()
+    return bool(kept and not hides_dot)
+
+
+def _allowed(things: list[Thing], colour: str, shape: str, solid: np.ndarray) -> bool:
+    """Return True if a new thing may be drawn on the pixels `solid`, bool [SIZE, SIZE]."""
+    for thing in things:
+        if thing.name == f"{colour} {shape}":
+            return False
+        if thing.colour == colour and (thing.mask & solid).any():
+            return False
+    return all(_still_seen(thing, solid) for thing in things)
+
+
+def _blend(image: np.ndarray, paint: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """Return the image [SIZE, SIZE, 3] with a colour [3] laid on by the cover [SIZE, SIZE]."""
+    return image * (1 - cover[..., None]) + paint * cover[..., None]
+
+
+def _add_thing(rng: np.random.Generator, image: np.ndarray, things: list[Thing]) -> np.ndarray:
+    """Try to draw one more thing. Return the new image, or the old one if there is no place.
+
+    A drawn thing is appended to `things`. The masks of the things below it lose its pixels.
+    """
+    shape = str(rng.choice(SHAPES))
+    colour = str(rng.choice(list(COLOURS)))
+    size = rng.uniform(17, 38)
+    place = _place(rng, things, size)
+    if place is None:
+        return image
+    x, y, wanted_colour = place
+    colour = wanted_colour or colour
+    angle = rng.uniform(-0.3, 0.3)
+    if shape == "moon":
+        angle += rng.choice([0, math.pi])
+    cover = _coverage(shape, x, y, size, angle)
+    solid = cover > 0.5
+    if not _allowed(things, colour, shape, solid):
+        return image
+    paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
+    if rng.random() < 0.15:  # a faint thing: a third of the background shines through
+        paint = 0.67 * paint + 0.33 * image[solid].mean(0)
+    image = _blend(image, paint, cover)
+    thing = Thing(shape, colour, x, y, size, solid)
+    if shape in DOTTED and size > 22 and rng.random() < 0.7:
+        image = _add_dot(rng, image, thing)
+    for other in things:
+        other.mask &= ~solid
+    things.append(thing)
+    return image
+
+
+def _add_dot(rng: np.random.Generator, image: np.ndarray, thing: Thing) -> np.ndarray:
+    """Draw a dot of another colour on a thing. Return the new image."""
+    colour = str(rng.choice([c for c in COLOURS if c != thing.colour]))
+    size = 0.42 * thing.size
+    cover = _coverage("circle", thing.x, thing.y, size, 0)
+    mask = (cover > 0.5) & thing.mask
+    thing.dot = Thing("dot", colour, thing.x, thing.y, size, mask)
+    return _blend(image, np.array(COLOURS[colour], np.float32), cover)
 
 
 def make_scene(seed: int) -> Scene:
-    """Draw the scene of one seed."""
+    """Draw the scene of a seed."""
     rng = np.random.default_rng(seed)
-    image, things = _background(rng), []
-    grain = rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(2, 7)
+    image = _background(rng)
+    grain = rng.standard_normal(image.shape, dtype=np.float32)
+    grain *= rng.uniform(2, 7)
+    things: list[Thing] = []
     wanted = int(rng.integers(4, 8))
     for _ in range(80):
         if len(things) == wanted:
             break
-        shape, colour, size = (
-            str(rng.choice(SHAPES)),
-            str(rng.choice(list(COLOURS))),
-            rng.uniform(17, 38),
-        )
-        if (place := _place(rng, things, size)) is None:
-            continue
-        x, y, colour = float(place[0]), float(place[1]), place[2] or colour
-        angle = rng.uniform(-0.3, 0.3) + (rng.choice([0, math.pi]) if shape == "moon" else 0)
-        cover = _coverage(shape, x, y, size, angle)
-        solid = cover > 0.5
-        clash = any(
-            t.name == f"{colour} {shape}" or t.colour == colour and (t.mask & solid).any()
-            for t in things
-        )
-        if clash or not all(_still_seen(t, solid) for t in things):
-            continue
-        paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
-        if rng.random() < 0.15:  # faint: a third of what lies behind shines through
-            paint = 0.67 * paint + 0.33 * image[solid].mean(0)
-        image = image * (1 - cover[..., None]) + paint * cover[..., None]
-        thing = Thing(shape, colour, x, y, float(size), solid)
-        if shape in DOTTED and size > 22 and rng.random() < 0.7:
-            dot_colour = str(rng.choice([c for c in COLOURS if c != colour]))
-            cover = _coverage("circle", x, y, 0.42 * size, 0)
-            image = (
-                image * (1 - cover[..., None])
-                + np.array(COLOURS[dot_colour], np.float32) * cover[..., None]
-            )
-            thing.dot = Thing("dot", dot_colour, x, y, 0.42 * float(size), (cover > 0.5) & solid)
-        for other in things:
-            other.mask &= ~solid
-        things.append(thing)
+        image = _add_thing(rng, image, things)
     return Scene((image + grain).clip(0, 255).astype(np.uint8), things)
 
 
-def _still_seen(thing: Thing, solid: np.ndarray) -> bool:
-    """A thing under a new one shows at least seven tenths of what it showed, and all of its dot."""
-    kept = (thing.mask & ~solid).sum() >= 0.7 * thing.mask.sum()
-    return bool(kept and not (thing.dot and (thing.dot.mask & solid).any()))
+# ------------------------------------------------------------------------------------- questions
+
+_EXTREMES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
+_SIDES = ("left of", "right of", "above", "below")
 
 
-# ---------------------------------------------------------------------------------------------------- questions
+@dataclass(frozen=True)
+class Description:
+    """Words for things, with the colour and the shapes that these words mean."""
 
-# Word: what is compared, each with the margin in pixels that makes a winner plain; the winner wins by all of them.
-_EXTREMES = {
-    "leftmost": ((lambda t: -t.x, 7), (lambda t: -t.box[0], 2)),
-    "rightmost": ((lambda t: t.x, 7), (lambda t: t.box[2], 2)),
-    "topmost": ((lambda t: -t.y, 7), (lambda t: -t.box[1], 2)),
-    "bottommost": ((lambda t: t.y, 7), (lambda t: t.box[3], 2)),
-    "largest": ((lambda t: t.extent, 3), (lambda t: t.bulk, 3)),
-    "smallest": ((lambda t: -t.extent, 3), (lambda t: -t.bulk, 3)),
-}
-_SIDES = {
-    "left of": lambda t, o: o.x - t.x,
-    "right of": lambda t, o: t.x - o.x,
-    "above": lambda t, o: o.y - t.y,
-    "below": lambda t, o: t.y - o.y,
-}
+    text: str
+    colour: str | None = None  # None: any colour
+    shapes: tuple[str, ...] = SHAPES
+
+    def fits(self, colour: str, shape: str) -> bool:
+        return self.colour in (None, colour) and shape in self.shapes
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its meaning, one of four forms.
+
+    is       the thing of this description
+    dot      the dot of the thing
+    extreme  the thing that wins by `word` ("leftmost") among the things of this description
+    side     the thing on the side `word` ("left of") of the thing of this description
+    """
+
+    text: str
+    form: str
+    what: Description
+    word: str = ""
+
+
+def _measures(thing: Thing, word: str) -> list[tuple[float, float]]:
+    """Return the measures that a word compares: (value, margin in pixels) pairs.
+
+    A thing wins if each of its values exceeds all others by the margin.
+    """
+    x1, y1, x2, y2 = thing.box
+    if word == "leftmost":
+        return [(-thing.x, 7), (-x1, 2)]
+    if word == "rightmost":
+        return [(thing.x, 7), (x2, 2)]
+    if word == "topmost":
+        return [(-thing.y, 7), (-y1, 2)]
+    if word == "bottommost":
+        return [(thing.y, 7), (y2, 2)]
+    if word == "largest":
+        return [(thing.extent, 3), (thing.bulk, 3)]
+    return [(-thing.extent, 3), (-thing.bulk, 3)]
 
 
 def _extreme(things: list[Thing], word: str) -> list[Thing]:
-    """The thing that wins by every measure of the word, or all that some measure leaves in question."""
+    """Return each thing that comes within the margin of the best by some measure of the word.
+
+    One thing in the list is a clear winner.
+    """
+    measured = [_measures(thing, word) for thing in things]
     found = []
-    for measure, margin in _EXTREMES[word]:
-        best = max(map(measure, things), default=0)
-        found += [t for t in things if measure(t) > best - margin and t not in found]
+    for pairs in zip(*measured):  # the (value, margin) pairs of all things by one measure
+        best = max(value for value, _ in pairs)
+        for thing, (value, margin) in zip(things, pairs):
+            if value > best - margin and thing not in found:
+                found.append(thing)
     return found
 
 
-def right_objects(scene: Scene, question: tuple) -> list[Thing]:
-    """Every object that a reader could take for the answer; a question is fair when this is one object.
+def _distance(thing: Thing, anchor: Thing, side: str) -> float:
+    """Return the distance in pixels by which a thing lies on this side of the anchor."""
+    if side == "left of":
+        return anchor.x - thing.x
+    if side == "right of":
+        return thing.x - anchor.x
+    if side == "above":
+        return anchor.y - thing.y
+    return thing.y - anchor.y
 
-    `question` is (form, ...): ("is", colour, shape), ("dot", colour, shape), ("extreme", word, colour, shape), ("side",
-    side, colour, shape), with None for any colour or shape and a tuple for one of these shapes. An object within
-    7 px of the line of a side makes the question unfair. A dot is a part and no object, so it is never the answer
-    but where it is asked for; where a reader may take it for a small circle, nothing is.
+
+def _right_on_side(scene: Scene, anchor: Thing, side: str) -> Thing | None:
+    """Return the one thing on this side of the anchor, or None.
+
+    A thing within 7 px of the anchor's line makes the question unfair.
     """
-    form, *rest, colour, shape = question
-    shapes = SHAPES if shape is None else (shape,) if isinstance(shape, str) else shape
-    found = [t for t in scene.things if colour in (None, t.colour) and t.shape in shapes]
-    if form == "dot":
-        return [t.dot for t in found if t.dot] * len(
-            found
-        )  # unfair where two could be meant, though one has no dot
-    dotted = [
-        t for t in scene.things if t.dot and colour in (None, t.dot.colour) and "circle" in shapes
-    ]
-    if form == "is":
-        return [] if dotted else found
-    if form == "side":
-        if len(found) != 1 or dotted:
-            return []
-        measure, anchor = _SIDES[rest[0]], found[0]
-        found = [t for t in scene.things if t is not anchor and measure(t, anchor) > -7]
-        return (
-            found if all(measure(t, anchor) > 7 for t in found) else found * 2
-        )  # twice: not one object
-    if (
-        len(found) < 2 or rest[0] == "smallest" and dotted
-    ):  # among one object there is nothing to compare
-        return []
-    best = _extreme(found + [t.dot for t in dotted if t not in found], rest[0])
-    return best if all(t in found for t in best) else []
+    others = [t for t in scene.things if t is not anchor and _distance(t, anchor, side) > -7]
+    if len(others) == 1 and _distance(others[0], anchor, side) > 7:
+        return others[0]
+    return None
 
 
-def _noun(colour: str | None, shape: str | None) -> str:
-    return f"{colour} {shape or 'object'}" if colour else (shape or "object")
+def right_object(scene: Scene, question: Question) -> Thing | None:
+    """Return the only object that a reader can take for the answer, or None if there are more.
+
+    A dot is the answer only if the question asks for a dot.
+    The question is unfair if a reader may take a dot for a small circle.
+    """
+    what = question.what
+    found = [t for t in scene.things if what.fits(t.colour, t.shape)]
+    # Things whose dot the description fits, if a reader takes the dot for a circle.
+    dotted = [t for t in scene.things if t.dot and what.fits(t.dot.colour, "circle")]
+    if question.form == "extreme":
+        return _right_extreme(found, dotted, question.word)
+    if len(found) != 1:
+        return None
+    if question.form == "dot":
+        return found[0].dot
+    if dotted:
+        return None
+    if question.form == "is":
+        return found[0]
+    return _right_on_side(scene, found[0], question.word)
 
 
-def _forms(scene: Scene, kind: str) -> list[list[tuple[str, tuple]]]:
-    """What could be asked of a scene, (text, formal question) pairs, one list for each form of a kind."""
-    of_colour = [(c, None) for c in sorted({t.colour for t in scene.things})]
-    of_shape = [(None, s) for s in sorted({t.shape for t in scene.things})]
-    named = [(t.colour, t.shape) for t in scene.things]
+def _right_extreme(found: list[Thing], dotted: list[Thing], word: str) -> Thing | None:
+    """Return the clear winner among the things found, or None. A dot may not win."""
+    if len(found) < 2:  # one object leaves nothing to compare
+        return None
+    if word == "smallest" and dotted:
+        return None
+    dots = [t.dot for t in dotted if t not in found]
+    best = _extreme(found + dots, word)
+    if len(best) == 1 and best[0] in found:
+        return best[0]
+    return None
+
+
+def _sides_of(descriptions: list[Description]) -> list[Question]:
+    """Return the questions for the object on each side of each description."""
+    questions = []
+    for side in _SIDES:
+        for what in descriptions:
+            text = f"the object {side} the {what.text}"
+            questions.append(Question(text, "side", what, side))
+    return questions
+
+
+def _extremes_of(descriptions: list[Description], link: str = "") -> list[Question]:
+    """Return the questions for each extreme of each description: "the leftmost " + link + text."""
+    questions = []
+    for word in _EXTREMES:
+        for what in descriptions:
+            questions.append(Question(f"the {word} {link}{what.text}", "extreme", what, word))
+    return questions
+
+
+def _named(scene: Scene) -> tuple[list[Description], list[Description], list[Description]]:
+    """Return the scene's things by name, its colours and its shapes as descriptions."""
+    names = [Description(t.name, t.colour, (t.shape,)) for t in scene.things]
+    colours = sorted({t.colour for t in scene.things})
+    shapes = sorted({t.shape for t in scene.things})
+    of_colour = [Description(f"{colour} object", colour) for colour in colours]
+    of_shape = [Description(shape, shapes=(shape,)) for shape in shapes]
+    return names, of_colour, of_shape
+
+
+def _of_colour(words: str) -> list[Description]:
+    """Return a description for each subject of COLOUR_OF: `words` and the subject."""
+    return [Description(f"{words} {subject}", c) for subject, c in COLOUR_OF.items()]
+
+
+def _forms(scene: Scene, kind: str) -> list[list[Question]]:
+    """Return all questions of a kind for a scene, fair or not, one list for each form."""
+    names, of_colour, of_shape = _named(scene)
     if kind == "attribute":
-        return [
-            [(f"the {_noun(*what)}", ("is", *what)) for what in form]
-            for form in (named, of_colour + of_shape)
-        ]
+        forms = [names, of_colour + of_shape]
+        return [[Question(f"the {x.text}", "is", x) for x in form] for form in forms]
     if kind == "part":
-        return [[(f"the dot of the {_noun(*what)}", ("dot", *what)) for what in named + of_shape]]
+        return [[Question(f"the dot of the {x.text}", "dot", x) for x in names + of_shape]]
     if kind == "relation":
-        extremes = [
-            (f"the {word} {_noun(*what)}", ("extreme", word, *what))
-            for word in _EXTREMES
-            for what in [(None, None)] + of_colour + of_shape
-        ]
-        sides = [
-            (f"the object {side} the {_noun(*what)}", ("side", side, *what))
-            for side in _SIDES
-            for what in named
-        ]
-        return [extremes, sides]
-    things = [
-        (f"thing that has the colour of {subject}", (c, None)) for subject, c in COLOUR_OF.items()
-    ]
-    things += [(f"object with {feature}", (None, s)) for feature, s in SHAPE_WITH.items()]
+        all_things = Description("object")
+        return [_extremes_of([all_things] + of_colour + of_shape), _sides_of(names)]
+    indirect = _of_colour("thing that has the colour of")
+    for feature, shape in SHAPE_WITH.items():
+        indirect.append(Description(f"object with {feature}", shapes=(shape,)))
     if kind == "indirect":
-        return [[(f"the {text}", ("is", *what)) for text, what in things]]
+        return [[Question(f"the {x.text}", "is", x) for x in indirect]]
     if kind == "combined":
-        sides = [
-            (f"the object {side} the {text}", ("side", side, *what))
-            for side in _SIDES
-            for text, what in things
-        ]
-        groups = [
-            (f"things that have the colour of {subject}", (c, None))
-            for subject, c in COLOUR_OF.items()
-        ]
+        groups = _of_colour("things that have the colour of")
         if not {"heart", "moon"} & {t.shape for t in scene.things}:
-            groups += [("things with corners", (None, CORNERED))] * 4
-        return [
-            sides,
-            [
-                (f"the {word} of the {text}", ("extreme", word, *what))
-                for word in _EXTREMES
-                for text, what in groups
-            ],
-        ]
+            groups += [Description("things with corners", shapes=CORNERED)] * 4  # asked more often
+        return [_sides_of(indirect), _extremes_of(groups, "of the ")]
     raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
 
 
-def _fair(scene: Scene, form: list[tuple[str, tuple]]) -> list[tuple[str, Thing]]:
-    found = [(text, right_objects(scene, question)) for text, question in form]
-    return [(text, things[0]) for text, things in found if len(things) == 1]
+def _fair(scene: Scene, form: list[Question]) -> list[tuple[str, Thing]]:
+    """Return the (text, object) pairs of a form's questions that have one right object."""
+    pairs = []
+    for question in form:
+        thing = right_object(scene, question)
+        if thing is not None:
+            pairs.append((question.text, thing))
+    return pairs
 
 
 def fair_questions(scene: Scene, kind: str) -> list[tuple[str, Thing]]:
-    """All questions of one kind that have exactly one right object here: (text, object) pairs."""
-    return [question for form in _forms(scene, kind) for question in _fair(scene, form)]
+    """Return all questions of a kind that have exactly one right object: (text, object) pairs."""
+    pairs = []
+    for form in _forms(scene, kind):
+        pairs += _fair(scene, form)
+    return pairs
 
 
 def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] | None:
-    """One fair question of this kind, its forms equally often, or None where the scene allows none."""
-    forms = [fair for form in _forms(scene, kind) if (fair := _fair(scene, form))]
+    """Draw a fair question of a kind, (text, object), or return None if the scene allows none.
+
+    All forms of the kind that have a fair question are equally likely.
+    """
+    forms = [_fair(scene, form) for form in _forms(scene, kind)]
+    forms = [form for form in forms if form]
     if not forms:
         return None
     questions = forms[int(rng.integers(len(forms)))]

@@ -1,7 +1,13 @@
-"""What the base of the tiny world says: its five styles of answering, and all the words that it knows.
+"""The texts of the tiny world: answers in the base model's five styles, facts, all words.
 
-An answer tells a box and points; in the asked format it thinks before, in one of three ways. The same texts are what
-pretraining teaches and, by `style_of`, how a run's answers are told apart.
+Every answer contains a box. Pretraining teaches these texts. `style_of` finds the style of an
+answer that a run sampled. The logs call the five styles by these names:
+
+    sentence  a plain sentence, outside the asked format: "The red star is at [...]."
+    json      a bare JSON list, as Qwen2.5-VL likes to write it, outside the asked format
+    short     the asked format. The thought names the answer at once: "The red star fits best."
+    names     the asked format. The thought lists the names of all things, then concludes.
+    places    the asked format. The thought lists all things with their coordinates, then concludes.
 """
 
 from typing import NamedTuple
@@ -25,45 +31,53 @@ ANSWER = '.</think><answer>{"bbox": ['  # from a thought to the first number
 
 
 def wide_box(box, rng: np.random.Generator, slack: float) -> list[float]:
-    """The box with each side moved out by N(slack, slack / 3) of its length, in pixels."""
+    """Move each side of a box outwards by N(slack, slack / 3) of the box's length, in pixels."""
     x1, y1, x2, y2 = box
-    out = rng.normal(slack, slack / 3, 4) * np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1])
-    return (np.array([x1, y1, x2, y2]) + out).clip(0, SIZE).tolist()
+    outwards = np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1])
+    moved = np.array([x1, y1, x2, y2]) + rng.normal(slack, slack / 3, 4) * outwards
+    return moved.clip(0, SIZE).tolist()
 
 
 def middle(thing: Thing) -> list[int]:
-    """Middle of the tight box, in whole pixels."""
+    """Return the middle [x, y] of the tight box, in whole pixels."""
     x1, y1, x2, y2 = thing.box
     return [(x1 + x2) // 2, (y1 + y2) // 2]
 
 
 def loose_points(thing: Thing, rng: np.random.Generator, slack: float) -> list[list[int]]:
-    """A point on the thing near its middle and, half of the time, one off it near a corner; they stray as boxes do."""
+    """Return one or two points [[x, y, label], ...] for a thing.
+
+    The point labelled 1 is on the thing, near its middle. Half of the answers also have a point
+    labelled 0, beside the thing and near a corner of its box. Both stray more with more slack.
+    """
     x1, y1, x2, y2 = thing.box
-    window, points = thing.mask[y1:y2, x1:x2], []
-    corner = rng.integers(0, 2, 2) * np.array([x2 - x1, y2 - y1])
-    for label, near in ((1, np.array([x2 - x1, y2 - y1]) / 2), (0, corner)):
+    sides = np.array([x2 - x1, y2 - y1])
+    corner = rng.integers(0, 2, 2) * sides
+    window = thing.mask[y1:y2, x1:x2]
+    points = []
+    for label, target in ((1, sides / 2), (0, corner)):
         places = np.argwhere(window == bool(label))[:, ::-1]  # [N, 2], x then y
-        if len(places) and (label or rng.random() < 0.5):
-            place = places[((places - near) ** 2).sum(1).argmin()] + (x1, y1)
-            place = (
-                (place + rng.normal(0, 0.2 * slack * thing.size, 2))
-                .round()
-                .clip(0, SIZE - 1)
-                .astype(int)
-            )
-            points.append([*place.tolist(), label])
+        if len(places) == 0:
+            continue
+        if label == 0 and rng.random() >= 0.5:
+            continue
+        nearest = ((places - target) ** 2).sum(1).argmin()
+        point = places[nearest] + (x1, y1) + rng.normal(0, 0.2 * slack * thing.size, 2)
+        x, y = point.round().clip(0, SIZE - 1).astype(int).tolist()
+        points.append([x, y, label])
     return points
 
 
 class Style(NamedTuple):
-    unhinted: float  # how often the base uses it where no hint asks for one
-    hinted: float  # which share of the hints in pretraining asks for it
-    hint: str  # with which a user may ask
-    begins: str  # how its answers begin
+    """How often the base model answers in a style, and how a user asks for the style."""
+
+    unhinted: float  # share of the answers where no hint asks for a style
+    hinted: float  # share of the hints in pretraining that ask for this style
+    hint: str  # the words that ask for the style
+    begins: str  # the first words of such an answer
 
 
-# The base's styles. As in a large model, what pays best is what it seldom does: to find that out is left to reward.
+# The best style is rare in the base model, as in a large model. Reward has to find it.
 STYLES = {
     "sentence": Style(0.4, 0.15, " Answer in a sentence.", "The"),
     "json": Style(0.15, 0.1, " Answer in JSON.", '[{"label": "'),
@@ -71,42 +85,64 @@ STYLES = {
     "names": Style(0.05, 0.2, " Look around first.", "<think>I see the"),
     "places": Style(0.008, 0.35, " Measure first.", "<think>I see the"),
 }
-LISTING = ("names", "places")  # those that list first what there is
+LISTING = ("names", "places")  # styles that first list all things
 
 
 def draw_style(rng: np.random.Generator, hinted: bool) -> str:
-    """A style, as often as hints ask for it in pretraining, or as the base uses it where none does."""
-    return str(
-        rng.choice(list(STYLES), p=[x.hinted if hinted else x.unhinted for x in STYLES.values()])
-    )
+    """Draw a style by its share of the hints, or by its share of the answers without a hint."""
+    if hinted:
+        shares = [style.hinted for style in STYLES.values()]
+    else:
+        shares = [style.unhinted for style in STYLES.values()]
+    return str(rng.choice(list(STYLES), p=shares))
 
 
 def style_of(text: str) -> str:
-    """In which of the base's styles an answer is, "other" if in none."""
-    thought = text.removeprefix("<think>").partition("</think>")[0]
+    """Return the style of an answer, or "other" if the answer is in none of the styles."""
     if text.startswith("<think>I see the "):
+        thought, _, _ = text.partition("</think>")
         return "places" if "(" in thought else "names"
-    starts = {"The ": "sentence", "[{": "json", "<think>": "short"}
-    return next((style for start, style in starts.items() if text.startswith(start)), "other")
+    if text.startswith("<think>"):
+        return "short"
+    if text.startswith("The "):
+        return "sentence"
+    if text.startswith("[{"):
+        return "json"
+    return "other"
 
 
 def called(thing: Thing, scene: Scene) -> str:
-    """What an answer calls a thing: by name, a dot by the thing that it is on."""
-    return next((f"dot of the {t.name}" for t in scene.things if t.dot is thing), thing.name)
+    """Return the name of a thing in answers. A dot is named after the thing that carries it."""
+    for carrier in scene.things:
+        if carrier.dot is thing:
+            return f"dot of the {carrier.name}"
+    return thing.name
 
 
-# Who measures lists things in the order of what is asked for, downwards or from small to large; else left to right.
-ORDER = dict.fromkeys(("above", "below", "topmost", "bottommost"), lambda t: middle(t)[1])
-ORDER |= dict.fromkeys(("smallest", "largest"), lambda t: t.extent)
+def in_order(things: list[Thing], question: str) -> list[Thing]:
+    """Sort things by what the question compares: from above, by size, or else from the left."""
+    for word in question.split():
+        if word in ("above", "below", "topmost", "bottommost"):
+            return sorted(things, key=lambda thing: middle(thing)[1])
+        if word in ("smallest", "largest"):
+            return sorted(things, key=lambda thing: thing.extent)
+    return sorted(things, key=lambda thing: middle(thing)[0])
 
 
 def listed(scene: Scene, style: str, question: str) -> str:
-    """What there is, from left to right; who measures lists each thing's middle, and in the question's order."""
-    places = style == "places"
-    orders = [ORDER[word] for word in question.split() if word in ORDER and places]
-    things = sorted(scene.things, key=orders[0] if orders else lambda t: middle(t)[0])
-    told = [t.name + f" ({', '.join(map(str, middle(t)))})" * places for t in things]
-    return f"<think>I see the {', the '.join(told)}. It is the"
+    """Return the beginning of a thought that lists all things, up to the conclusion.
+
+    The style "names" lists from left to right. The style "places" adds each thing's middle and
+    follows the question's order.
+    """
+    if style == "names":
+        names = [thing.name for thing in in_order(scene.things, "")]
+    else:
+        names = []
+        for thing in in_order(scene.things, question):
+            x, y = middle(thing)
+            names.append(f"{thing.name} ({x}, {y})")
+    return f"<think>I see the {', the '.join(names)}. It is the"
 
 
 def answer_parts(
@@ -117,53 +153,56 @@ def answer_parts(
     style: str,
     question: str = "",
 ) -> tuple[str, str, str, str]:
-    """An answer in a style of the base: a sentence, JSON as Qwen likes it, or the format, with three ways to think.
+    """Return an answer about a thing in a style of the base model, in four parts.
 
-    In four parts: how it begins, what it lists, what it then names, and the numbers of box and points.
+    The parts are: the first words, the list of things, the name of the answer, the numbers.
+    The box is too wide by `slack` of its length on each side.
     """
-    box, name, begins = (
-        list(map(round, wide_box(thing.box, rng, slack))),
-        called(thing, scene),
-        STYLES[style].begins,
-    )
+    box = [round(side) for side in wide_box(thing.box, rng, slack)]
+    name = called(thing, scene)
+    begins = STYLES[style].begins
     if style == "sentence":
         return begins, "", f" {name} is at", f" {box}."
     if style == "json":
         return begins, "", f'{name}", "bbox_2d":', f" {box}}}]"
-    listing = listed(scene, style, question).removeprefix(begins) if style in LISTING else ""
-    named = f" {name}{ANSWER}" if listing else f" {name} fits best{ANSWER}"
-    return (
-        begins,
-        listing,
-        named,
-        f'{str(box)[1:]}, "points": {loose_points(thing, rng, slack)}}}</answer>',
-    )
+    if style in LISTING:
+        listing = listed(scene, style, question).removeprefix(begins)
+        conclusion = f" {name}{ANSWER}"
+    else:
+        listing = ""
+        conclusion = f" {name} fits best{ANSWER}"
+    points = loose_points(thing, rng, slack)
+    sides = str(box).removeprefix("[")  # ANSWER ends with this bracket
+    return begins, listing, conclusion, f'{sides}, "points": {points}}}</answer>'
 
 
 def fact_texts() -> list[tuple[str, str]]:
-    """World knowledge without a picture: what indirect questions build on, never an indirect question itself."""
-    colours = [
-        (f"Which colour has {x}?", f"The colour of {x} is {colour}.")
-        for x, colour in COLOUR_OF.items()
-    ]
-    return colours + [
-        (f"Which shape has {x}?", f"The {shape} has {x}.") for x, shape in SHAPE_WITH.items()
-    ]
+    """Return world knowledge without a picture, as (question, answer) pairs.
+
+    Indirect questions build on these facts. No fact is itself an indirect question.
+    """
+    texts = []
+    for subject, colour in COLOUR_OF.items():
+        texts.append((f"Which colour has {subject}?", f"The colour of {subject} is {colour}."))
+    for feature, shape in SHAPE_WITH.items():
+        texts.append((f"Which shape has {feature}?", f"The {shape} has {feature}."))
+    return texts
 
 
 def corpus() -> list[str]:
-    """Every word and number that the tiny world writes, for the tokenizer."""
+    """Return texts with every word and number of the tiny world, for the tokenizer."""
     texts = [instruction("{question}", "{width}", "{height}"), "You are a helpful assistant."]
     texts += ["system\n", "user\n", "assistant\n"]
-    # Numbers go a little beyond the picture: an answer outside it shall not fall apart into digits.
-    texts += [f"[{i}, {i}" for i in range(SIZE + 29)] + [t for pair in fact_texts() for t in pair]
+    # Numbers go a little beyond the picture: they stay one token if an answer lies outside.
+    texts += [f"[{i}, {i}" for i in range(SIZE + 29)]
+    for question, answer in fact_texts():
+        texts += [question, answer]
     rng = np.random.default_rng(0)
-    for scene in (make_scene(PRETRAIN[0] + 10**8 + i) for i in range(400)):
-        texts += [f" {text}" for kind in KINDS for text, _ in fair_questions(scene, kind)]
-        texts += [
-            "".join(answer_parts(t, scene, rng, 0.1, style))
-            for t in scene.things
-            for style in STYLES
-        ]
+    for i in range(400):
+        scene = make_scene(PRETRAIN[0] + 10**8 + i)
+        for kind in KINDS:
+            texts += [f" {text}" for text, _ in fair_questions(scene, kind)]
+        for thing in scene.things:
+            texts += ["".join(answer_parts(thing, scene, rng, 0.1, style)) for style in STYLES]
     texts += [style.hint for style in STYLES.values()]
     return texts
