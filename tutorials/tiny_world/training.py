@@ -58,9 +58,7 @@ def restore(file: Path, parts: list, steps: int) -> tuple[int, dict]:
 
 def save(file: Path, state: dict) -> None:
     """Write a state. An interrupted write leaves the old file as it was."""
-    part = Path(f"{file}.part")
-    torch.save(state, part)
-    part.replace(file)
+    replace_file(file, lambda part: torch.save(state, part))
 
 
 def save_weights(module: torch.nn.Module, file: Path) -> None:
