@@ -160,7 +160,7 @@ def open_input(settings, options: dict):
     """What is asked about, opened before a model is loaded: the data set, or the one picture."""
     import numpy as np
 
-    from samr1_mini.data import Mirrored, Sample, open_data, open_picture, plain
+    from samr1_mini.data import Mirrored, Sample, clean_question, open_data, open_picture
 
     make_folder(Path(options["out"]), f"--out {options['out']}")
     if options["image"] is None:
@@ -180,7 +180,7 @@ def open_input(settings, options: dict):
     except (OSError, ValueError) as error:  # no picture, cut off, or far too large
         raise UserError(f"--image {options['image']}: {error}") from None
     try:
-        question = plain(options["question"])
+        question = clean_question(options["question"])
     except ValueError as error:
         raise UserError(f"--question: {error}") from None
     unknown = np.ones((image.height, image.width), bool)  # no truth is known, and none is drawn

@@ -12,7 +12,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from .config import Settings, UserError
 from .data import open_data
-from .data.fetch import PICTURES
+from .data.download import PICTURES
 from .policy import Policy, check_policy, load_policy
 from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, SAM_FOLDER, Segmenter
 from .processes import is_first
@@ -137,7 +137,7 @@ def load_parts(
     if is_first():  # what has to be downloaded is downloaded once
         check_room(s, sets)
         for one in sets:
-            one.fetch(missing)
+            one.download(missing)
             one.check_files(s.resume)
             for line in one.warnings:
                 print(line, flush=True)
@@ -146,7 +146,7 @@ def load_parts(
     ]  # so that all hold the same samples
     if not is_first():
         for one, gone in zip(sets, missing):
-            one.fetch(gone)
+            one.download(gone)
     with PartialState().main_process_first():
         segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
         torch.manual_seed(s.seed)  # a new adapter is drawn
