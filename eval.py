@@ -154,14 +154,14 @@ def read_picture(options: Namespace) -> list:
     """Return one sample from --image and --question. Raises UserError."""
     import numpy as np
 
-    from samr1_mini.data import Sample, open_picture, plain
+    from samr1_mini.data import Sample, clean_question, open_picture
 
     try:
         image = open_picture(options.image)
     except (OSError, ValueError) as error:  # no picture, cut off, or far too large
         raise UserError(f"--image {options.image}: {error}") from None
     try:
-        question = plain(options.question)
+        question = clean_question(options.question)
     except ValueError as error:
         raise UserError(f"--question: {error}") from None
     unknown = np.ones((image.height, image.width), bool)  # the true mask, which is not drawn

@@ -8,7 +8,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from .config import CACHE, Settings, UserError
 from .data import open_data
-from .data.fetch import PICTURES
+from .data.download import PICTURES
 from .files import Download, check_disk_space
 from .policy import Policy, check_policy, load_policy
 from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, Segmenter
@@ -105,14 +105,14 @@ def fetch_sets(s: Settings, sets: list, missing: list | None) -> None:
     if is_first():
         check_downloads(s, sets)
         for data, names in zip(sets, missing):
-            data.fetch(names)
+            data.download(names)
             data.check_files(s.resume)
             for line in data.warnings:
                 print(line, flush=True)
     missing = from_first([data.missing for data in sets])
     if not is_first():
         for data, names in zip(sets, missing):
-            data.fetch(names)
+            data.download(names)
 
 
 def load_parts(

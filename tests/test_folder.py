@@ -13,8 +13,8 @@ from pycocotools import mask as coco
 import eval as evaluate
 import train
 from samr1_mini.config import UserError
-from samr1_mini.data import open_data, open_picture, plain
-from samr1_mini.data.masks import read_mask, rle_runs
+from samr1_mini.data import clean_question, open_data, open_picture
+from samr1_mini.data.masks import read_mask, run_lengths
 from samr1_mini.runs import check_questions
 from tutorials.tiny_world.mirror import Mirrored
 
@@ -72,7 +72,7 @@ def test_a_mask_is_what_is_not_black_in_whatever_mode_it_is_saved(save, tmp_path
     saved.save(tmp_path / "m.png")
     inverted = np.asarray(saved.convert("L"))[0, 0] > 0
     assert (
-        read_mask("m.png", tmp_path, 40, 60) == (truth ^ inverted)
+        read_mask("m.png", tmp_path, (60, 40)) == (truth ^ inverted)
     ).all() and 0 < truth.sum() < truth.size
 
 
@@ -101,17 +101,17 @@ def test_a_mask_that_would_be_read_wrong_is_refused_and_one_is_turned_as_its_pic
     square().save(tmp_path / "m.jpg")
     square().save(tmp_path / "m.webp", quality=50)
     for name, kind in (("m.jpg", "JPEG"), ("m.webp", "WEBP")):
-        with pytest.raises(ValueError, match=f"{name}: {kind} may blur"):
-            read_mask(name, tmp_path, 40, 60)
+        with pytest.raises(ValueError, match=f"{name}.*{kind}"):
+            read_mask(name, tmp_path, (60, 40))
     white = Image.new("RGB", (60, 40), "white")
     white.putalpha(square())
     white.save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="a.png: a mask with transparent parts"):
-        read_mask("a.png", tmp_path, 40, 60)
+    with pytest.raises(ValueError, match="a.png.*transparent"):
+        read_mask("a.png", tmp_path, (60, 40))
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     square().save(tmp_path / "t.png", exif=exif)
-    assert (read_mask("t.png", tmp_path, 40, 60) == (np.asarray(square())[::-1, ::-1] > 0)).all()
+    assert (read_mask("t.png", tmp_path, (60, 40)) == (np.asarray(square())[::-1, ::-1] > 0)).all()
 
 
 @pytest.mark.parametrize("shape", [(37, 53), (1, 9), (300, 400)])
@@ -123,7 +123,7 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them(shape):
         changes = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
         expected = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
         counts = coco.encode(mask)["counts"]
-        assert rle_runs({"counts": counts}) == rle_runs({"counts": counts.decode()}) == expected
+        assert run_lengths(counts) == expected
         assert sum(expected) == math.prod(shape)
 
 
@@ -139,9 +139,9 @@ GOOD = coco.encode(np.asfortranarray(np.asarray(square()) > 0).astype(np.uint8))
         ({"size": [40, 60], "counts": ""}, "RLE"),
         ({"size": [40, 60], "counts": GOOD[: len(GOOD) // 2]}, "RLE"),
         ({"size": [40, 60], "counts": GOOD + "o"}, "RLE"),
-        ({"counts": GOOD}, "needs size and counts"),
-        ([[1, 1, 9, 1, 9, float("nan")]], "polygon|rows"),
-        ([[False, True] * 3] * 2, "polygon|rows"),
+        ({"counts": GOOD}, "size.*counts"),
+        ([[1, 1, 9, 1, 9, float("nan")]], "polygon"),
+        ([[False, True] * 3] * 2, "6 x 2"),
         (7, "PNG"),
     ],
 )
@@ -154,9 +154,9 @@ def test_a_mask_that_cannot_be_drawn_is_told_when_the_data_are_opened(mask, word
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"mask": "small.png"}, "the mask is 8 x 9, the picture 60 x 40"),
+        ({"mask": "small.png"}, "8 x 9.*60 x 40"),
         ({"mask": "broken.png"}, "broken.png"),
-        ({"mask": {"size": [9, 8], "counts": [0, 72]}}, "the mask is 8 x 9, the picture 60 x 40"),
+        ({"mask": {"size": [9, 8], "counts": [0, 72]}}, "8 x 9.*60 x 40"),
         ({"image": "broken.png"}, "broken.png"),
         ({"image": "huge.png"}, "megapixels"),
     ],
@@ -183,8 +183,10 @@ def test_undecided_pixels_are_mirrored_too(samples):
 
 def test_all_polygons_of_a_mask_are_drawn(tmp_path):
     left, right = [5, 5, 15, 5, 15, 15, 5, 15], [30, 20, 45, 20, 45, 35, 30, 35]
-    mask = read_mask([left, right], tmp_path, 40, 60)
-    assert (mask == read_mask(left, tmp_path, 40, 60) | read_mask(right, tmp_path, 40, 60)).all()
+    mask = read_mask([left, right], tmp_path, (60, 40))
+    assert (
+        mask == read_mask(left, tmp_path, (60, 40)) | read_mask(right, tmp_path, (60, 40))
+    ).all()
     assert mask[6:14, 6:14].all() and mask[21:34, 31:44].all() and mask.sum() < 400
 
 
@@ -262,6 +264,22 @@ def test_a_split_is_one_of_three_or_left_out(tmp_path):
         open_data(folder_of(tmp_path / "c", [{"split": "held out"}]), "train", 1)
 
 
+def test_a_slice_is_a_list_of_samples_and_numbers_behave_as_a_lists(tmp_path):
+    lines = [{"id": str(i), "split": "test"} for i in range(5)]
+    own = open_data(folder_of(tmp_path / "mine", lines), "test", 5)
+    for data in (own, open_data("shapes", "validation", 5)):
+        ids = list(data.ids)
+        for part in (slice(4), slice(-2, None), slice(None, None, -2), slice(3, 99), slice(9, 12)):
+            assert isinstance(data[part], list)
+            assert [sample.id for sample in data[part]] == ids[part]
+        assert [data[i].id for i in (-1, -5, np.int64(2))] == [ids[-1], ids[0], ids[2]]
+        for i in (5, -6):
+            with pytest.raises(IndexError):
+                data[i]
+        with pytest.raises(TypeError):
+            data["0"]
+
+
 def test_without_a_seed_each_training_question_comes_once(tmp_path):
     folder = folder_of(tmp_path / "mine", [{"id": str(i), "split": "train"} for i in range(7)])
     assert (
@@ -281,9 +299,7 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_test(tmp_path):
     )  # longer, or shorter, is no other run
     check_questions(tmp_path, sets(["a"], ["x", "y"]), s)
     for other in (sets(["c", "a", "b"], ["x", "y"]), sets(["a", "b"], ["y", "x"])):
-        with pytest.raises(
-            UserError, match="--resume: mine asks other questions than when .* its data has changed"
-        ):
+        with pytest.raises(UserError, match="--resume: mine"):
             check_questions(tmp_path, other, s)
 
 
@@ -324,7 +340,7 @@ def test_a_question_that_no_model_can_read_is_told_at_once(question, words, tmp_
             ]
         )
     assert left.value.code == 2 and "--question: " in capsys.readouterr().err
-    assert plain(" a <b> | c ") == "a <b> | c"
+    assert clean_question(" a <b> | c ") == "a <b> | c"
 
 
 def test_a_line_of_a_hundred_thousand_brackets_is_named_too(tmp_path):

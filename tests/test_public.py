@@ -346,9 +346,9 @@ def test_reasonseg_as_lisa_lays_it_out_has_old_letters_and_answers_in_words_besi
 @pytest.mark.parametrize(
     "name, split, part",
     [
-        ("reasonseg", "train", "has no train split, only validation, test$"),
+        ("reasonseg", "train", "--data reasonseg .*validation, test"),
         ("refCOCOg_2k_840", "validation", "--eval-data"),
-        ("no-such-set", "train", "neither 'shapes'"),
+        ("no-such-set", "train", "--data no-such-set"),
     ],
 )
 def test_a_name_or_split_that_is_not_there_is_said(name, split, part):
@@ -442,9 +442,7 @@ def test_before_a_download_columns_and_splits_are_checked_and_its_size_is_printe
     )
     with pytest.raises(UserError, match="columns picture, words"):
         open_data("reasonseg", "validation", 1)
-    with pytest.raises(
-        UserError, match="refcocog_test on the hub has no test split, only testA, testB"
-    ):
+    with pytest.raises(UserError, match="--data refcocog_test: .*testA, testB"):
         open_data("refcocog_test", "test", 1)
     with pytest.raises(UserError, match="--ignore excluded"):
         open_data("reasonseg", "test", 1, ignore="excluded")
@@ -483,7 +481,7 @@ def test_a_disk_that_fills_up_while_rows_are_written_is_said_and_no_table_is_lef
     data = found.folder.with_name(f"{found.folder.name}.77.part") / "data.jsonl"
     data.unlink()
     data.symlink_to("/dev/full")
-    with pytest.raises(UserError, match="sets.*: this disk is full"):
+    with pytest.raises(UserError, match="sets.*: .*disk"):
         load_data("reasonseg", "test", 3)
     assert not list(public.SETS.iterdir())
 
@@ -551,7 +549,7 @@ def test_masks_of_a_whole_evaluation_set_stay_on_the_disk(tmp_path):
 
 def test_a_folder_of_coco_pictures_is_looked_at_before_anything_is_loaded(tmp_path, coco_dir):
     folder = parquet(tmp_path / "set", "train", coco_rows())
-    with pytest.raises(UserError, match="--coco-dir .*nowhere: no such folder"):
+    with pytest.raises(UserError, match="--coco-dir .*nowhere"):
         open_data(folder, "train", 6, coco_dir=str(tmp_path / "nowhere"))
     (coco_dir / coco_info(2)["file_name"]).unlink()
     with pytest.raises(UserError, match=f"--coco-dir .* lacks 1 .*{coco_info(2)['file_name']}"):
@@ -587,7 +585,7 @@ def test_rows_without_an_expression_end_in_one_line_and_not_in_a_search_without_
         row | {"sentences": coco_rows(2)[0]["sentences"][:i]} for i, row in enumerate(coco_rows(2))
     ]
     folder = parquet(tmp_path / "set", "train", rows)
-    with pytest.raises(UserError, match="1 of 2 rows .*row 1: "):
+    with pytest.raises(UserError, match="1 of 2.*row 1: "):
         open_data(folder, "train", 3, sentences=sentences, coco_dir=str(coco_dir))
 
 

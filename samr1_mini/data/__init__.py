@@ -7,16 +7,16 @@ from pathlib import Path
 from ..config import UserError
 from .folder import Folder
 from .pictures import open_picture
-from .samples import Data, Sample, plain
+from .samples import Data, Sample, clean_question
 
 __all__ = [
     "Data",
     "Folder",
     "Sample",
+    "clean_question",
     "load_data",
     "open_data",
     "open_picture",
-    "plain",
 ]
 
 
@@ -37,31 +37,30 @@ def open_data(
     an object. `coco_dir` is a folder with COCO's train2014 pictures. `ignore` counts undecided
     pixels as "foreground", or as "excluded".
 
-    Lines and file headers are checked here. Raises UserError. Pictures are downloaded by `fetch`.
+    Lines and file headers are checked here. Raises UserError. `Data.download` downloads pictures.
     """
     if name == "shapes":
-        from ..tiny.shapes import (
-            Shapes,
-        )  # imported late, here and below: other data do not wait for these imports
+        # Imported late, here and below: other data do not wait for these imports.
+        from ..tiny.shapes import Shapes
 
         return Shapes(split, count, seed or 0)
     if (Path(name) / "data.jsonl").is_file():
         found = Folder(name, split, count, seed)
-        found.check_heads()
+        found.check_headers()
         return found
     from .public import HUB, Source, open_public
 
     if name in HUB or Path(name).is_dir():
         return open_public(Source(name, split, sentences, ignore), count, seed, coco_dir)
     raise UserError(
-        f"--data {name}: neither 'shapes', nor a public data set ({', '.join(HUB)}), nor a folder"
+        f"--data {name} is unknown; write shapes, a public data set ({', '.join(HUB)}), or a folder"
     )
 
 
 def load_data(*arguments, **options) -> Data:
     """Open data as open_data does, download what is missing, and print the warnings."""
     data = open_data(*arguments, **options)
-    data.fetch()
+    data.download()
     for line in data.warnings:
         print(line)
     return data

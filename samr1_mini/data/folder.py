@@ -1,6 +1,4 @@
-"""A folder with data.jsonl: a user's own, or one that public.py made of a public set.
-
-All data are read here.
+"""Read a folder with data.jsonl: a user's own folder, or one that public.py made of a public set.
 
 A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" and "ignore".
 
@@ -26,23 +24,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError
 from ..metrics import filled
-from .fetch import COCO_BYTES, fetch_pictures, is_there
-from .masks import (
-    are_numbers,
-    as_polygons,
-    check_truth,
-    has_box,
-    is_absent,
-    is_rows,
-    read_mask,
-    refuse_lossy,
-)
-from .pictures import Head, inside, open_picture, plain_path, read_head
-from .samples import Data, Sample, in_order, plain
+from .download import COCO_BYTES, download_pictures, is_there
+from .masks import check_truth, has_box, is_absent, read_mask, refuse_lossy
+from .pictures import Header, check_size, inside, normal_path, open_picture, read_header
+from .samples import Data, Sample, clean_question, in_order
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
@@ -72,9 +62,8 @@ class Line:
 class Folder(Data):
     """`count` questions of a split of the folder's data.jsonl.
 
-    `pictures` is the folder of the pictures, if they are not beside data.jsonl. If `fetches` is
-    true, the pictures come from COCO, and missing ones are downloaded. Lines of a `converted` set
-    were checked when the set was converted.
+    `pictures` is the folder of a converted set's pictures. The lines of such a set were checked
+    when the set was converted. If `downloads` is true, missing pictures are downloaded from COCO.
     """
 
     def __init__(
@@ -84,16 +73,16 @@ class Folder(Data):
         count: int,
         seed: int | None = 0,
         pictures: str | Path | None = None,
-        fetches: bool = False,
-        converted: bool = False,
+        downloads: bool = False,
     ):
         self.folder, self.file = Path(folder), Path(folder) / "data.jsonl"
+        self.converted, self.downloads = pictures is not None, downloads
         self.pictures = Path(pictures or folder)
         self.split, self.count, self.seed = split, count, seed
-        self.fetches, self.converted = fetches, converted
-        self.missing, self.warnings, self.replaced = [], [], set()
+        self.repeats = split == "train" and seed is not None
+        self.missing, self.warnings, self.broken = [], [], set()
         lines = [self.parse(number, text) for number, text in self.read_lines()]
-        self.candidates = self.of_split(lines)
+        self.candidates = self.lines_of_split(lines)
         self.box_only = self.candidates[0].box_only
         if any(line.box_only != self.box_only for line in self.candidates):
             raise UserError(
@@ -101,7 +90,7 @@ class Folder(Data):
             )
         self.choose()
 
-    # ------------------------------------------------------------------------------------------------ lines
+    # -------------------------------------------------------------------------------- lines
 
     def read_lines(self) -> list[tuple[int, str]]:
         """Return the lines that are not empty, with their numbers."""
@@ -111,10 +100,10 @@ class Folder(Data):
             raise UserError(f"{self.file} is not in UTF-8; save the file in UTF-8") from None
         except OSError as error:
             raise UserError(f"{self.file}: {error}") from None
-        # Only "\n" ends a line: JSON's strings may hold other signs that Python takes for an end.
+        # Only "\n" ends a line. Python's splitlines would also split at other characters.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not lines:
-            raise UserError(f"{self.file} is empty")
+            raise UserError(f"{self.file} is empty; write one question a line")
         return lines
 
     def parse(self, number: int, text: str) -> Line:
@@ -125,20 +114,19 @@ class Folder(Data):
         with self.named(number):
             row = parse_object(text)
             if not self.converted:
+                row.pop("size", None)
                 check_texts(row)
                 check_truth(row)
-                inside(self.pictures, row["image"])
-                for name in (row.get("mask"), row.get("ignore")):
-                    if isinstance(name, str) and name:
-                        inside(self.folder, name)
+                for name in (row["image"], *mask_files(row)):
+                    inside(self.folder, name)
+                row["image"] = normal_path(row["image"])
             name = row.get("id")
             if is_absent(name):
                 name = f"line-{number}"
-            size = row.get("size") if self.converted else None
-            image = row["image"] if self.converted else plain_path(row["image"])
-            return Line(number, text, str(name), image, split_of(row), size, has_box(row))
+            size = row.get("size")
+            return Line(number, text, str(name), row["image"], split_of(row), size, has_box(row))
 
-    def of_split(self, lines: list[Line]) -> list[Line]:
+    def lines_of_split(self, lines: list[Line]) -> list[Line]:
         """Return the lines of this split.
 
         A folder with one or two pictures has the same lines in all splits.
@@ -147,9 +135,9 @@ class Folder(Data):
         found = [line for line in lines if (line.split or splits[line.image]) == self.split]
         if not found and len(splits) <= FEW_PICTURES:
             found = lines
-            self.warnings.append(
-                f"{self.file} has only {len(splits)} pictures, so the {self.split} split has all "
-                "questions. Its scores do not describe new pictures. Add pictures: separate splits need 3"
+            self.warn(
+                f"the folder has only {len(splits)} pictures, so this split has all questions. Its "
+                "scores do not describe new pictures. Add pictures: separate splits need 3"
             )
         if not found:
             raise UserError(
@@ -162,18 +150,22 @@ class Folder(Data):
 
         A line whose picture is missing is replaced by the next.
         """
-        gone = set(self.missing)
+        missing = set(self.missing)
         order = in_order(self.candidates, self.split, self.count, self.seed)
-        there = (line for line in order if line.image not in gone)
-        if len(gone) and gone.issuperset(line.image for line in self.candidates):
-            there = iter(())  # the order of a training split has no end
-        self.lines = list(islice(there, self.count))
-        self.spare = list(islice(there, 10 + self.allowed))
+        if missing.issuperset(line.image for line in self.candidates):
+            order = iter(())  # the order of a training split has no end
+        present = (line for line in order if line.image not in missing)
+        self.lines = list(islice(present, self.count))
+        self.spare = list(islice(present, 10 + self.most_broken))
 
     @property
-    def allowed(self) -> int:
-        """Return how many questions may lose their picture: 1 % of them, but at least one."""
+    def most_broken(self) -> int:
+        """Return how many questions may be broken: 1 % of them, but at least one."""
         return max(1, min(self.count, len(self.candidates)) // 100)
+
+    def warn(self, text: str) -> None:
+        """Add a warning about this split."""
+        self.warnings.append(f"{self.file}, {self.split} split: {text}")
 
     @contextmanager
     def named(self, number: int):
@@ -183,38 +175,35 @@ class Folder(Data):
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.file} line {number}: {error}") from None
 
-    # ------------------------------------------------------------------------------------------------ files
+    # -------------------------------------------------------------------------------- files
 
-    def check_heads(self) -> None:
+    def check_headers(self) -> None:
         """Check the file headers of all chosen lines, and compare each mask with its picture's
         size.
         """
-        turned, reach = 0, []
+        turned, corners = 0, []
         for line in self.distinct_lines():
             with self.named(line.number):
                 row = json.loads(line.text)
-                head = read_head(inside(self.pictures, line.image))
-                if line.size and tuple(line.size) != head.size:
-                    raise ValueError(
-                        "{} is {} x {}, but the data expect {} x {}; use the original picture".format(
-                            line.image, *head.size, *line.size
-                        )
-                    )
-                reach += reach_of(row, head)
-                turned += check_against_picture(row, head, self.folder, self.converted)
+                header = read_header(inside(self.pictures, line.image))
+                check_size(line.image, header.size, line.size, "; use the original picture")
+                unsure, numbers = check_against_picture(row, header, self.folder, self.converted)
+            turned += unsure
+            if numbers:
+                corners.append((max(numbers[::2]), max(numbers[1::2]), *header.size))
         if turned:
-            self.warnings.append(
-                f"{self.file}: EXIF rotates {turned} pictures of the {self.split} split. Their masks "
-                "must fit the rotated pictures. To be sure, save pictures and masks upright"
+            self.warn(
+                f"EXIF rotates {turned} pictures. Their masks must fit the rotated pictures. To be "
+                "sure, save pictures and masks upright"
             )
-        if is_suspect(reach):
-            self.warnings.append(
-                f"{self.file}: no coordinate of the {self.split} split comes near the right or lower "
-                "side of its picture. Check that coordinates are pixels of these pictures"
+        if are_suspect(corners):
+            self.warn(
+                "no coordinate comes near the right or lower side of its picture. Check that "
+                "coordinates are pixels of these pictures"
             )
 
     def distinct_lines(self) -> list[Line]:
-        """Return the chosen lines, each once: a training split may go through them again."""
+        """Return the chosen lines, each once. A training split may repeat them."""
         return list({line.number: line for line in self.lines}.values())
 
     def check_files(self, resumed: bool = False) -> None:
@@ -223,38 +212,29 @@ class Folder(Data):
         Raises UserError for the first broken one. A resumed run has replaced questions of its
         training split before, so some may be broken there. See CHECK_SECONDS for large sets.
         """
-        lines, begun, full, empty = self.distinct_lines(), time.monotonic(), 0, 0
-        bar = tqdm(
-            lines,
-            f"pictures, {self.split}",
-            leave=False,
-            dynamic_ncols=True,
-            disable=len(lines) < 100,
-        )
+        lines, begun, shares = self.distinct_lines(), time.monotonic(), []
+        title, few = f"pictures, {self.split}", len(lines) < 100
+        bar = tqdm(lines, title, leave=False, dynamic_ncols=True, disable=few)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(self.mask_share, line) for line in lines]
             try:
                 for done, (line, job) in enumerate(zip(bar, jobs)):
                     late = time.monotonic() - begun > CHECK_SECONDS
-                    if self.endless and late and done >= CHECK_COUNT:
+                    if self.repeats and late and done >= CHECK_COUNT:
                         break
-                    if resumed and self.endless and job.exception():
+                    if resumed and self.repeats and job.exception():
                         self.count_broken(line, job.exception())
                         continue
-                    share = job.result()
-                    full += share == 1
-                    empty += share == 0
+                    shares.append(job.result())
             finally:
                 pool.shutdown(cancel_futures=True)
-        if full:
-            self.warnings.append(
-                f"{self.file}: {full} masks of the {self.split} split cover the whole picture. In a "
-                "mask, the background must be black"
+        if 1 in shares:
+            self.warn(
+                f"{shares.count(1)} masks cover the whole picture. In a mask, the background must "
+                "be black"
             )
-        if empty:
-            self.warnings.append(
-                f"{self.file}: {empty} masks of the {self.split} split are empty (see --empty-truth)"
-            )
+        if 0 in shares:
+            self.warn(f"{shares.count(0)} masks are empty (see --empty-truth)")
 
     def mask_share(self, line: Line) -> float:
         """Read a line's picture and mask; return the mask's share of the picture."""
@@ -266,18 +246,11 @@ class Folder(Data):
             )
         return mask.mean()
 
-    @property
-    def endless(self) -> bool:
-        """Return whether the split repeats without end, so that spare questions can replace broken
-        ones.
-        """
-        return self.split == "train" and self.seed is not None
-
-    # ------------------------------------------------------------------------------------------------ fetching
+    # -------------------------------------------------------------------------------- download
 
     def wanted(self) -> dict[str, tuple[int, int]]:
         """Return the names and sizes of the pictures that must be downloaded."""
-        if not self.fetches:
+        if not self.downloads:
             return {}
         return {line.image: tuple(line.size) for line in self.lines}
 
@@ -285,7 +258,7 @@ class Folder(Data):
     def download_bytes(self) -> int:
         return COCO_BYTES * sum(not is_there(self.pictures / name) for name in self.wanted())
 
-    def fetch(self, missing: Sequence[str] = ()) -> None:
+    def download(self, missing: Sequence[str] = ()) -> None:
         """Download the pictures of the chosen lines.
 
         Up to 1 % of the downloads may fail, and one failure is always allowed.
@@ -293,9 +266,9 @@ class Folder(Data):
         self.missing = list(dict.fromkeys([*self.missing, *missing]))
         self.choose()
         failed, total = {}, len(self.wanted())
-        allowed = max(1, total // 100)
+        most_failures = max(1, total // 100)
         while True:  # pictures of the lines that moved up may be missing too
-            new = fetch_pictures(self.wanted(), self.pictures, allowed - len(failed))
+            new = download_pictures(self.wanted(), self.pictures, most_failures - len(failed))
             if not new:
                 break
             failed |= new
@@ -304,13 +277,16 @@ class Folder(Data):
         if failed:
             reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
             print(
-                f"{self.file}: {len(failed)} of {total} pictures were not fetched. Other lines replace "
-                f"them, and {len(self)} questions remain: {reasons}"
+                f"{self.file}: {len(failed)} of {total} pictures were not downloaded. Other lines "
+                f"replace them, and {len(self)} questions remain: {reasons}"
             )
         if not self.lines:
-            raise UserError(f"{self.file}: no question of the {self.split} split has a picture")
+            raise UserError(
+                f"{self.file}: no question of the {self.split} split has a picture; run again to "
+                "download the pictures"
+            )
 
-    # ------------------------------------------------------------------------------------------------ samples
+    # -------------------------------------------------------------------------------- samples
 
     @property
     def ids(self) -> list[str]:
@@ -319,12 +295,12 @@ class Folder(Data):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, i: int) -> Sample:
-        """Read a sample. In training, a spare one replaces a sample that has become unreadable."""
+    def sample_at(self, i: int) -> Sample:
+        """Read sample number `i`. In training, a spare sample replaces an unreadable one."""
         try:
             return self.read_sample(self.lines[i])
         except UserError as error:
-            if not self.endless:
+            if not self.repeats:
                 raise
             return self.read_spare(i, error)
 
@@ -336,7 +312,7 @@ class Folder(Data):
         self.count_broken(self.lines[i], error)
         for k in range(len(self.spare)):
             line = self.spare[(i + k) % len(self.spare)]
-            if line.number in self.replaced:
+            if line.number in self.broken:
                 continue
             try:
                 return self.read_sample(line)
@@ -345,13 +321,13 @@ class Folder(Data):
         raise error
 
     def count_broken(self, line: Line, error: UserError) -> None:
-        """Count a line that has become unreadable. Raises UserError if there are too many."""
-        if line.number not in self.replaced:
+        """Count a line that became unreadable. Raises UserError if there are too many."""
+        if line.number not in self.broken:
             tqdm.write(f"{error}. Another question replaces this one")
-        self.replaced.add(line.number)
-        if len(self.replaced) > self.allowed:
+        self.broken.add(line.number)
+        if len(self.broken) > self.most_broken:
             raise UserError(
-                f"{error}. {len(self.replaced)} broken lines were found so far; repair the files"
+                f"{error}. {len(self.broken)} broken lines were found so far; repair the files"
             )
 
     def read_sample(self, line: Line) -> Sample:
@@ -359,21 +335,19 @@ class Folder(Data):
         with self.named(line.number):
             row = json.loads(line.text)
             image = open_picture(inside(self.pictures, line.image))
-            height, width = image.height, image.width
+            question = clean_question(row["question"])
+            kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
             ignore = None
             if row.get("ignore"):
-                ignore = read_mask(row["ignore"], self.folder, height, width)
+                ignore = read_mask(row["ignore"], self.folder, image.size)
             if line.box_only:
-                mask = filled(row["box"], height, width)
+                mask = filled(row["box"], image.height, image.width)
             else:
-                mask = read_mask(row["mask"], self.folder, height, width)
-            kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
-            return Sample(
-                image, plain(row["question"]), mask, line.id, kind, ignore, line.box_only, picture
-            )
+                mask = read_mask(row["mask"], self.folder, image.size)
+        return Sample(image, question, mask, line.id, kind, ignore, line.box_only, picture)
 
 
-# ---------------------------------------------------------------------------------------------------- one line
+# -------------------------------------------------------------------------------- one line
 
 
 def parse_object(text: str) -> dict:
@@ -395,11 +369,17 @@ def check_texts(row: dict) -> None:
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
     if not isinstance(row["image"], str) or not isinstance(row["question"], str):
-        raise ValueError("image and question must be texts")
+        raise ValueError("image and question must be texts in quotes")
     if row["image"] == row.get("mask"):
-        raise ValueError("image and mask are the same file")
-    if not plain(row["question"]):
-        raise ValueError("question is empty")
+        raise ValueError("image and mask are the same file; name the file of the mask")
+    if not clean_question(row["question"]):
+        raise ValueError("question is empty; write a question, or remove the line")
+
+
+def mask_files(row: dict) -> list[str]:
+    """Return the paths of the files that hold a line's mask and its undecided pixels."""
+    values = (row.get("mask"), row.get("ignore"))
+    return [value for value in values if isinstance(value, str) and value]
 
 
 def split_of(row: dict) -> str | None:
@@ -418,8 +398,9 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
     Validation and test each get about a tenth of the pictures without a named split, at least one
     picture. In a folder with one or two pictures, those without a named split belong to train.
     """
-    splits = {line.image: line.split for line in lines}
-    splits |= {line.image: line.split for line in lines if line.split}
+    splits = {}
+    for line in lines:
+        splits[line.image] = line.split or splits.get(line.image)
     free = {name: hash_number(name) for name, split in splits.items() if split is None}
     order = sorted(free, key=free.get)
     first = max(1, sum(number < 0.1 for number in free.values()))
@@ -437,58 +418,44 @@ def hash_number(name: str) -> float:
     return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
 
 
-def check_against_picture(row: dict, head: Head, folder: Path, may_be_empty: bool = False) -> bool:
-    """Check a line's mask or box against the head of its picture. Raises ValueError.
+def check_against_picture(
+    row: dict, header: Header, folder: Path, may_be_empty: bool = False
+) -> tuple[bool, list[float]]:
+    """Check a line's mask or box against the header of its picture. Raises ValueError.
 
-    Returns True if EXIF rotates only one of picture and mask, and both sizes match even so.
+    Returns True if EXIF rotates only one of picture and mask, and both sizes match even so. Returns
+    also the coordinates of the box or the polygons, as check_truth does.
     """
-    mask, turned = row.get("mask"), head.turned
+    turned = header.turned
     try:
-        for name in (mask, row.get("ignore")):
-            if isinstance(name, str) and name:
-                mask_head = read_head(inside(folder, name))
-                turned = head.turned != mask_head.turned
-                refuse_lossy(mask_head, name)
-                if mask_head.size != head.size:
-                    has = "{} x {}, the picture {} x {}".format(*mask_head.size, *head.size)
-                    raise ValueError(f"{name}: the mask is {has}")
-        check_truth(row, head.size, may_be_empty)
+        for name in mask_files(row):
+            mask = read_header(inside(folder, name))
+            turned = header.turned != mask.turned
+            refuse_lossy(mask, name)
+            check_size(f"{name}: the mask", mask.size, header.size)
+        numbers = check_truth(row, header.size, may_be_empty)
     except ValueError as error:
         if turned:
             raise ValueError(
                 f"{error}. EXIF rotates the picture or the mask, but not both; save both upright"
             ) from None
         raise
-    has_size = isinstance(mask, (str, dict)) or is_rows(mask, head.size)
-    return turned and not (has_size and head.size != head.stored)
+    if not numbers and header.size != header.stored:
+        turned = False  # with the other rotation, the sizes would not match
+    return turned, numbers
 
 
-def reach_of(row: dict, head: Head) -> list[tuple[float, float, int, int]]:
-    """Return [(right, bottom, width, height)]: the extent of a line's polygons or box, and the
-    picture size. The list is empty for other masks.
-    """
-    value = row.get("mask")
-    if has_box(row):
-        value = row["box"]
-    if not isinstance(value, list) or is_rows(value, head.size):
-        return []
-    numbers = value
-    if not are_numbers(value):
-        numbers = [number for polygon in as_polygons(value) for number in polygon]
-    return [(max(numbers[::2]), max(numbers[1::2]), *head.size)]
-
-
-def is_suspect(reach: list[tuple[float, float, int, int]]) -> bool:
+def are_suspect(corners: list[tuple[float, float, int, int]]) -> bool:
     """Return whether coordinates seem to be thousandths, percent, or pixels of a smaller picture.
 
-    Needs ten lines, because one object near the upper left corner also has small coordinates.
+    A corner is (right, bottom, width, height): the largest coordinates of a line and the size of
+    its picture. Needs ten lines, because one object near the upper left corner also has small
+    coordinates.
     """
-    if len(reach) < 10:
+    if len(corners) < 10:
         return False
-    if all(right < 0.5 * width and bottom < 0.5 * height for right, bottom, width, height in reach):
+    right, bottom, width, height = np.array(corners).T
+    if np.all((right < 0.5 * width) & (bottom < 0.5 * height)):
         return True
-    for unit in (1000, 100):
-        beyond = all(max(width, height) > 1.2 * unit for _, _, width, height in reach)
-        if beyond and all(max(right, bottom) <= unit for right, bottom, _, _ in reach):
-            return True
-    return False
+    reach, side = max(right.max(), bottom.max()), np.maximum(width, height).min()
+    return any(reach <= unit < side / 1.2 for unit in (1000, 100))

@@ -10,27 +10,37 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco
 
-from .pictures import Head, inside, opened, read_head, upright
+from .pictures import Header, check_size, inside, opened, read_header, upright
 
 TOLERANCE = 5  # pixels by which annotators' coordinates may leave the picture
-FORMS = "the path of a PNG file, a COCO RLE, polygons, or rows of 0 and 1"
+EMPTY = "the mask is empty; remove the line if the picture has no such object"
 
 
-# ---------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------- check
 
 
-def check_truth(row: dict, size: tuple[int, int] | None = None, may_be_empty: bool = False) -> None:
+def check_truth(
+    row: dict, size: tuple[int, int] | None = None, may_be_empty: bool = False
+) -> list[float]:
     """Check the mask or box of a line, and its undecided pixels. Raises ValueError.
 
     `size` is the picture's width and height. Without a size the range of coordinates is not
-    checked.
+    checked. Returns the coordinates x, y, x, y, ... of the box or the polygons, and [] for other
+    masks. The pixels of a PNG are not read here.
     """
+    if row.get("ignore"):
+        parse_mask(row["ignore"], size)
     if has_box(row):
         check_box(row["box"], size)
-    else:
-        check_mask(row.get("mask"), size, may_be_empty)
-    if row.get("ignore"):
-        check_mask(row["ignore"], size, may_be_empty=True)
+        return row["box"]
+    mask = parse_mask(row.get("mask"), size)
+    if isinstance(mask, str):
+        return []
+    polygons = mask if isinstance(mask, list) else []
+    is_known = size or not polygons  # polygons can be drawn only into a known size
+    if is_known and not may_be_empty and not coco.area(draw_polygons(mask, size)):
+        raise ValueError(EMPTY)
+    return join(polygons)
 
 
 def has_box(row: dict) -> bool:
@@ -48,69 +58,19 @@ def check_box(box, size: tuple[int, int] | None = None) -> None:
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         raise ValueError("the box is not a list of four numbers x1, y1, x2, y2")
     x1, y1, x2, y2 = box
+    written = f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g}"
     if x1 >= x2 or y1 >= y2:
-        raise ValueError(
-            f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} is reversed or empty; write x1, y1, x2, y2"
-        )
+        raise ValueError(f"{written} is reversed or empty; write x1, y1, x2, y2")
     check_range(box, size)
     if round(x1) == round(x2) or round(y1) == round(y2):
-        raise ValueError(
-            f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g} holds no pixel; make the box larger"
-        )
-
-
-def check_mask(value, size: tuple[int, int] | None = None, may_be_empty: bool = False) -> None:
-    """Refuse a mask that cannot be drawn, or that holds no pixel.
-
-    The pixels of a PNG are not read here.
-    """
-    if isinstance(value, str):
-        return
-    if isinstance(value, dict):
-        pixels = check_rle(value, size)
-    elif is_rows(value, size):
-        pixels = int(np.count_nonzero(value))
-        if size and np.shape(value) != size[::-1]:
-            has = f"{len(value[0])} x {len(value)}"
-            raise ValueError(f"the mask's rows are {has}, the picture {size[0]} x {size[1]}")
-    else:
-        pixels = check_polygons(value, size)
-    if not pixels and not may_be_empty:
-        raise ValueError("the mask is empty; remove the line if the picture has no such object")
-
-
-def check_rle(rle: dict, size: tuple[int, int] | None) -> int:
-    """Check a COCO RLE and return its number of pixels."""
-    if not {"size", "counts"} <= set(rle):
-        raise ValueError("the mask's RLE needs size and counts")
-    sides = rle["size"]
-    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(is_whole, sides)):
-        raise ValueError("the size of the mask's RLE is not [height, width]")
-    if size and tuple(sides) != size[::-1]:
-        raise ValueError(
-            f"the mask is {sides[1]} x {sides[0]}, the picture {size[0]} x {size[1]} "
-            "(write an RLE's size as [height, width])"
-        )
-    runs = rle_runs(rle)
-    if not all(is_whole(run) for run in runs) or sum(runs) != math.prod(sides):
-        raise ValueError("the counts of the mask's RLE must add up to height x width")
-    return sum(runs[1::2])
-
-
-def check_polygons(value, size: tuple[int, int] | None) -> int:
-    """Check polygons and return their pixel count. Return 1 if the picture size is unknown."""
-    polygons = as_polygons(value)
-    check_range([number for polygon in polygons for number in polygon], size)
-    if not size:
-        return 1
-    return int(coco.area(coco.frPyObjects(polygons, size[1], size[0])).sum())
+        raise ValueError(f"{written} holds no pixel; make the box larger")
 
 
 def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
     """Refuse normalised coordinates (fractions of width and height) and coordinates outside the
     picture. `numbers` are x, y, x, y, ...
     """
-    if max(numbers) < 2:  # shares, or shares that rounding has lifted above 1
+    if max(numbers) < 2:  # fractions, or fractions that rounding has lifted above 1
         raise ValueError("no coordinate reaches 2; write pixels, not fractions of width and height")
     if not size:
         return
@@ -122,93 +82,51 @@ def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------- forms
+# -------------------------------------------------------------------------------- forms
 
 
-def are_numbers(values: list) -> bool:
-    """Return whether all values of a list are finite numbers. Booleans do not count as numbers."""
-    return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
+def parse_mask(value, size: tuple[int, int] | None = None) -> str | list[list[float]] | dict:
+    """Check a mask in any form, for a picture of this size. Raises ValueError.
 
-
-def is_whole(value) -> bool:
-    """Tell whether a JSON value is a whole number from 0 on."""
-    return type(value) is int and value >= 0
-
-
-def as_polygons(value) -> list[list[float]]:
-    """Return polygons as COCO writes them: lists x1, y1, x2, y2, ...
-
-    A single polygon does not need an outer list.
-
-    Points may be pairs: [[x, y], [x, y], ...]. Parts without three points are dropped if others are
-    left.
+    Returns the path of a file, polygons as flat lists, or a COCO RLE for all other forms.
     """
-    if not isinstance(value, list):
-        raise ValueError(f"the mask is none of these: {FORMS}")
-    if not value:
-        raise ValueError(
-            "the mask is an empty list; remove the line if the picture has no such object"
-        )
-    if not isinstance(value[0], list) or is_point(value[0]):
-        value = [value]
-    polygons = [flat_polygon(polygon) for polygon in value]
-    whole = [polygon for polygon in polygons if len(set(zip(polygon[::2], polygon[1::2]))) > 2]
-    if not whole:
-        raise ValueError("no polygon of the mask has three points or more")
-    return whole
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return parse_rle(value, size)
+    if is_rows(value, size):
+        pixels = np.asarray(value) > 0
+        check_size("the mask", pixels.shape[::-1], size)
+        return to_rle(pixels)
+    polygons = parse_polygons(value)
+    check_range(join(polygons), size)
+    return polygons
 
 
-def is_point(value) -> bool:
-    """Return whether a value is [x, y]."""
-    return isinstance(value, list) and len(value) == 2 and are_numbers(value)
+def parse_rle(rle: dict, size: tuple[int, int] | None) -> dict:
+    """Check a COCO RLE and return it compressed.
 
-
-def flat_polygon(polygon) -> list[float]:
-    """Convert a flat list or a list of pairs to one flat polygon [x1, y1, x2, y2, ...]."""
-    if isinstance(polygon, list) and polygon and all(map(is_point, polygon)):
-        return [number for point in polygon for number in point]
-    if isinstance(polygon, list) and len(polygon) % 2 == 0 and are_numbers(polygon):
-        return polygon
-    raise ValueError("a polygon of the mask is not a list of x, y pairs")
-
-
-def is_rows(value, size: tuple[int, int] | None) -> bool:
-    """Return whether a mask is a list of rows of pixels.
-
-    If the rows do not have the picture's size, they may hold only 0 and one other value.
-
-
+    pycocotools reads and writes outside its memory if the runs do not fit the size.
     """
-    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], list):
-        return False
-    width = len(value[0])
-    if width < 3 or not all(isinstance(row, list) and len(row) == width for row in value):
-        return False
-    if not all(set(map(type, row)) <= {int, float, bool} for row in value):
-        return False
-    if size and (width, len(value)) == size:
-        return True
-    if size and (width, len(value)) == size[::-1]:
-        return True  # the sides are exchanged, as an error will tell
-    numbers = set().union(*value)
-    return numbers <= {0, 1} or (0 in numbers and len(numbers) <= 2 and len(value) > 2)
-
-
-def rle_runs(rle: dict) -> list[int]:
-    """Return the lengths of an RLE's runs of 0 and 1, in turn."""
-    counts = rle["counts"]
-    if isinstance(counts, list):
-        return counts
-    if isinstance(counts, str):
-        counts = counts.encode()
-    return run_lengths(counts)
+    if not {"size", "counts"} <= set(rle):
+        raise ValueError("the mask's RLE needs both keys, size and counts")
+    sides, runs = rle["size"], rle["counts"]
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(is_whole, sides)):
+        raise ValueError("the size of the mask's RLE is not [height, width]")
+    check_size("the mask", sides[::-1], size, "; write an RLE's size as [height, width]")
+    if isinstance(runs, str):
+        runs = run_lengths(runs.encode())
+    if not all(map(is_whole, runs)) or sum(runs) != math.prod(sides):
+        raise ValueError("the counts of the mask's RLE must add up to height x width")
+    return coco.frPyObjects({"size": sides, "counts": runs}, *sides)
 
 
 def run_lengths(counts: bytes) -> list[int]:
-    """Read COCO's compressed runs. A run that is cut off or too long becomes -1.
+    """Read the lengths of the runs of 0 and 1 from COCO's compressed counts.
 
-    Each character holds five bits, and the lowest bits come first. From the fourth run on, each
-    number is the difference from the run two places earlier.
+    A run that is cut off or too long becomes -1. Each character holds five bits, and the lowest
+    bits come first. From the fourth run on, each number is the difference from the run two places
+    earlier.
     """
     runs, value, bits = [], 0, 0
     for sign in counts:
@@ -230,46 +148,115 @@ def run_lengths(counts: bytes) -> list[int]:
     return runs
 
 
+def parse_polygons(value) -> list[list[float]]:
+    """Return polygons as COCO writes them: lists x1, y1, x2, y2, ...
+
+    A single polygon does not need an outer list. Points may be pairs: [[x, y], [x, y], ...].
+    Polygons without three points are dropped if others are left.
+    """
+    if not isinstance(value, list):
+        raise ValueError(
+            "the mask must be the path of a PNG, a COCO RLE, polygons, or rows of 0 and 1"
+        )
+    if not value:
+        raise ValueError(EMPTY)
+    if not isinstance(value[0], list) or is_point(value[0]):
+        value = [value]
+    polygons = [flat_polygon(polygon) for polygon in value]
+    whole = [polygon for polygon in polygons if has_area(polygon)]
+    if not whole:
+        raise ValueError("no polygon of the mask has three points; draw the object again")
+    return whole
+
+
+def has_area(polygon: list[float]) -> bool:
+    """Return whether a flat polygon has three different points."""
+    return len(set(zip(polygon[::2], polygon[1::2]))) > 2
+
+
+def is_point(value) -> bool:
+    """Return whether a value is [x, y]."""
+    return isinstance(value, list) and len(value) == 2 and are_numbers(value)
+
+
+def flat_polygon(polygon) -> list[float]:
+    """Convert a flat list or a list of pairs to one flat polygon [x1, y1, x2, y2, ...]."""
+    if isinstance(polygon, list) and polygon and all(map(is_point, polygon)):
+        return join(polygon)
+    if isinstance(polygon, list) and len(polygon) % 2 == 0 and are_numbers(polygon):
+        return polygon
+    raise ValueError("a polygon is not a list of x, y pairs")
+
+
+def join(lists: list[list]) -> list:
+    """Return one list of the elements of several."""
+    return [element for part in lists for element in part]
+
+
+def are_numbers(values: list) -> bool:
+    """Return whether all values of a list are finite numbers. Booleans do not count as numbers."""
+    return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
+
+
+def is_whole(value) -> bool:
+    """Return whether a JSON value is a whole number from 0 on."""
+    return type(value) is int and value >= 0
+
+
+def is_rows(value, size: tuple[int, int] | None) -> bool:
+    """Return whether a mask is a list of rows of pixels, and not a list of polygons.
+
+    If the rows do not have the picture's sides, they may hold only 0 and one other value.
+    """
+    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], list):
+        return False
+    width = len(value[0])
+    if width < 3 or not all(isinstance(row, list) and len(row) == width for row in value):
+        return False
+    if not all(set(map(type, row)) <= {int, float, bool} for row in value):
+        return False
+    if size and sorted(size) == sorted((width, len(value))):
+        return True  # exchanged sides are refused later
+    numbers = set().union(*value)
+    return numbers <= {0, 1} or (0 in numbers and len(numbers) <= 2 and len(value) > 2)
+
+
+# -------------------------------------------------------------------------------- pixels
+
+
 def to_rle(mask: np.ndarray) -> dict:
     """Return a mask bool [H, W] as a COCO RLE that JSON can hold."""
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
-# ---------------------------------------------------------------------------------------------------- pixels
+def draw_polygons(mask: list | dict, size: tuple[int, int] | None) -> dict:
+    """Return polygons as one RLE of a picture of this size. An RLE is returned as it is."""
+    if isinstance(mask, dict):
+        return mask
+    width, height = size
+    return coco.merge(coco.frPyObjects(mask, height, width))
 
 
-def read_mask(value, folder: Path, height: int, width: int) -> np.ndarray:
-    """Read a mask bool [H, W] from any of the forms above. Raises OSError or ValueError."""
-    if isinstance(value, str):
-        mask = read_mask_file(inside(folder, value))
-    else:
-        check_mask(value, (width, height), may_be_empty=True)
-        mask = draw_mask(value, height, width)
-    if mask.shape != (height, width):
-        has = f"{mask.shape[1]} x {mask.shape[0]}"
-        raise ValueError(f"the mask is {has}, the picture {width} x {height}")
-    return mask
+def read_mask(value, folder: Path, size: tuple[int, int]) -> np.ndarray:
+    """Read a mask bool [H, W] of a picture of this width and height, in any of the forms above.
 
-
-def draw_mask(value, height: int, width: int) -> np.ndarray:
-    """Draw a checked RLE, rows or polygons as bool [H, W]."""
-    if isinstance(value, dict):
-        runs = rle_runs(value)
-        ones = np.arange(len(runs)) % 2 == 1
-        return np.repeat(ones, runs).reshape(width, height).T  # column after column
-    if is_rows(value, (width, height)):
-        return np.asarray(value) > 0
-    polygons = coco.frPyObjects(as_polygons(value), height, width)
-    return coco.decode(coco.merge(polygons)).astype(bool)
+    Raises OSError or ValueError.
+    """
+    mask = parse_mask(value, size)
+    if isinstance(mask, str):
+        pixels = read_mask_file(inside(folder, mask))
+        check_size(f"{mask}: the mask", pixels.shape[::-1], size)
+        return pixels
+    return coco.decode(draw_polygons(mask, size)).astype(bool)
 
 
 def read_mask_file(file: Path) -> np.ndarray:
-    """Read a mask bool [H, W] from a picture: all that is not black.
+    """Read a mask bool [H, W] from a picture: all pixels that are not black.
 
-    0/1, 0/255 and floats are fine.
+    Masks of 0 and 1, of 0 and 255, and of floats can be read.
     """
-    refuse_lossy(read_head(file), file.name)
+    refuse_lossy(read_header(file), file.name)
     with opened(file) as image:
         if image.has_transparency_data:
             alpha = image.convert("RGBA").getchannel("A")
@@ -284,7 +271,7 @@ def read_mask_file(file: Path) -> np.ndarray:
     return pixels > 0
 
 
-def refuse_lossy(head: Head, name: str) -> None:
+def refuse_lossy(header: Header, name: str) -> None:
     """Refuse a mask whose compression changes pixels."""
-    if head.lossy:
-        raise ValueError(f"{name}: {head.format} may blur a mask's border; save it as PNG")
+    if header.lossy:
+        raise ValueError(f"{name}: {header.format} may blur a mask's border; save it as PNG")

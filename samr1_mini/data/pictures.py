@@ -16,10 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 5 to 8 exchange width and height
 
 
-# ---------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------- paths
 
 
-def plain_path(name: str) -> str:
+def normal_path(name: str) -> str:
     """Return a path inside a folder in its shortest form, so that one file has one name.
 
     Raises ValueError for a path that is absolute, or that leads out of the folder by "..".
@@ -36,7 +36,7 @@ def inside(folder: Path, name: str) -> Path:
     Raises ValueError where there is none.
     """
     file = folder
-    for part in Path(plain_path(name)).parts:
+    for part in Path(normal_path(name)).parts:
         file = child(file, part)
     if file.is_file():
         return file
@@ -57,7 +57,16 @@ def child(folder: Path, name: str) -> Path:
     return folder / unicodedata.normalize("NFC", name)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+def check_size(what: str, size, expected, advice: str = "") -> None:
+    """Refuse a size (width, height) that is not the expected one. None expects nothing."""
+    if expected and tuple(size) != tuple(expected):
+        width, height = size
+        raise ValueError(
+            f"{what} is {width} x {height} pixels, but must have {expected[0]} x {expected[1]}{advice}"
+        )
+
+
+# -------------------------------------------------------------------------------- pictures
 
 
 @contextmanager
@@ -71,12 +80,9 @@ def opened(file):
         name = f"{file.name}: "
     try:
         with Image.open(file) as image:
-            if (
-                getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
-            ):  # MPO: photo and preview
-                raise ValueError(
-                    f"this {image.format} has {image.n_frames} pages; save one page alone"
-                )
+            pages = getattr(image, "n_frames", 1)
+            if pages > 1 and image.format != "MPO":  # an MPO is a photo with its preview
+                raise ValueError(f"this {image.format} has {pages} pages; save one page alone")
             yield image
     except UnidentifiedImageError:
         raise ValueError(f"{name}not a readable picture; save it as PNG or JPEG") from None
@@ -98,9 +104,7 @@ def upright(image: Image.Image) -> Image.Image:
     """Turn a picture as its EXIF says. EXIF that cannot be read turns nothing."""
     try:
         return ImageOps.exif_transpose(image)
-    except (
-        Exception
-    ):  # Pillow raises anything for broken EXIF; broken pixels show when they are read
+    except Exception:  # Pillow raises anything for broken EXIF
         return image
 
 
@@ -138,8 +142,8 @@ def from_deep_grey(grey: np.ndarray) -> Image.Image:
 
 
 @dataclass
-class Head:
-    """The header of a picture file: size, orientation and format."""
+class Header:
+    """The size, orientation and format of a picture file."""
 
     size: tuple[int, int]  # width and height as people see the picture
     stored: tuple[int, int]  # width and height before the turn by EXIF
@@ -148,23 +152,20 @@ class Head:
     lossy: bool  # its compression changes pixels
 
 
-LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "jpeg", "tiff_jpeg", "webp")
 
 
-def read_head(file) -> Head:
-    """Read the head of a picture file. Its pixels are not decoded."""
+def read_header(file) -> Header:
+    """Read the header of a picture file. The pixels are not decoded."""
     with opened(file) as image:
         orientation, size, stored = orientation_of(image), image.size, image.size
         if orientation >= 5 and image.format == "TIFF":  # Pillow has exchanged its sides already
             stored = size[::-1]
         elif orientation >= 5:
             size = size[::-1]
-        lossy = image.format in LOSSY or image.info.get("compression") in (
-            "jpeg",
-            "tiff_jpeg",
-            "webp",
-        )
-        return Head(size, stored, orientation > 1, image.format, lossy)
+        compression = image.info.get("compression")  # inside a TIFF
+        lossy = image.format in LOSSY or compression in LOSSY
+        return Header(size, stored, orientation > 1, image.format, lossy)
 
 
 def orientation_of(image: Image.Image) -> int:

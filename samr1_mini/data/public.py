@@ -18,18 +18,17 @@ from pathlib import Path
 
 import fsspec
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
 from ..files import Download, check_disk_space
-from . import fetch
+from . import download
 from .folder import SPLITS, Folder, check_against_picture, check_texts
-from .layouts import convert_row, layout_of, refuse_excluded
+from .layouts import convert_row, layout_of
 from .masks import check_truth
-from .pictures import inside, read_head
+from .pictures import read_header
 
 SETS = CACHE / "sets"  # converted sets; a set of the hub is looked up only once
 VERSION = 1  # of the conversion: sets of another version are converted again
@@ -62,6 +61,10 @@ HUB = {
 }
 
 
+# Errors that a broken row raises.
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
+
 @dataclass
 class Source:
     """What a converted set is made of."""
@@ -73,48 +76,51 @@ class Source:
 
 
 def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> Folder:
-    """Open a public set by its name or from a folder with its files, and convert it if that was not
-    done yet.
-    """
+    """Open a public set by its name, or from a folder with its files. Convert a new set first."""
     name, split = source.name, source.split
     if coco_dir and not Path(coco_dir).is_dir():
-        raise UserError(f"--coco-dir {coco_dir}: no such folder")
+        raise UserError(
+            f"--coco-dir {coco_dir}: no such folder; give the folder of COCO's train2014 pictures"
+        )
     files = find_files(name, split) if Path(name).is_dir() else []
-    known = [
-        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in watched(files)
-    ]
+    known = []
+    for file in watched(files):
+        state = file.stat()
+        known.append((str(file.resolve()), state.st_size, state.st_mtime_ns))
     key = repr([VERSION, known or hub_place(name, split), source.sentences, source.ignore])
     folder = SETS / f"{Path(name).name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         convert(source, files, folder)
     converted = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-    pictures, fetches = converted["pictures"], False
-    if pictures == "coco":
-        pictures, fetches = coco_dir or fetch.PICTURES, not coco_dir
-    found = Folder(folder, split, count, seed, pictures, fetches, converted=True)
-    if converted["left_out"]:
-        broken = converted["left_out"]
+    pictures, broken = converted["pictures"] or folder, converted["left_out"]
+    needs_coco = pictures == "coco"
+    if needs_coco:
+        pictures = coco_dir or download.PICTURES
+    found = Folder(folder, split, count, seed, pictures, downloads=needs_coco and not coco_dir)
+    if broken:
         found.warnings.append(
             f"--data {name}: {len(broken)} broken rows are left out. The first is {broken[0]}"
         )
-    if converted["pictures"] == "coco" and coco_dir:
-        lacking = [
-            line.image
-            for line in found.distinct_lines()
-            if not fetch.is_there(Path(coco_dir) / line.image)
-        ]
-        if lacking:
-            raise UserError(
-                f"--coco-dir {coco_dir} lacks {len(lacking)} pictures, for example "
-                f"{lacking[0]}; add them, or leave --coco-dir out"
-            )
-    if not fetches:
-        found.check_heads()
+    if found.downloads:
+        return found
+    if needs_coco:
+        check_coco_dir(coco_dir, found)
+    found.check_headers()
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- conversion
+def check_coco_dir(coco_dir: str, data: Folder) -> None:
+    """Refuse a folder of COCO's pictures that lacks pictures of the chosen questions."""
+    names = [line.image for line in data.distinct_lines()]
+    lacking = [name for name in names if not download.is_there(Path(coco_dir) / name)]
+    if lacking:
+        raise UserError(
+            f"--coco-dir {coco_dir} lacks {len(lacking)} pictures, for example {lacking[0]}; add "
+            "them, or leave --coco-dir out"
+        )
+
+
+# -------------------------------------------------------------------------------- conversion
 
 
 def convert(source: Source, files: list[Path], folder: Path) -> None:
@@ -126,7 +132,7 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
     name, part = source.name, folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         (part / "pictures").mkdir(parents=True, exist_ok=True)
-        rows = read_rows(files or hub_files(source), source.split)
+        rows = read_rows(files or hub_files(source), source)
         with (part / "data.jsonl").open("w", encoding="utf-8") as out:
             bar = tqdm(rows, f"rows of {name}", leave=False, dynamic_ncols=True)
             found = write_lines(bar, source, out, part)
@@ -137,7 +143,8 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
         broken = found["left_out"]
         if 100 * len(broken) > found["rows"]:
             raise UserError(
-                f"--data {name}: {len(broken)} of {found['rows']} rows are broken. The first is {broken[0]}"
+                f"--data {name}: {len(broken)} of {found['rows']} rows are broken; repair the files. "
+                f"The first is {broken[0]}"
             )
         content = json.dumps(asdict(source) | found, indent=1)
         (part / "source.json").write_text(content, encoding="utf-8")
@@ -162,17 +169,10 @@ def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
         count += 1
         stored = {}
         try:
-            lines = convert_row(row, root, source.sentences, source.ignore)
+            lines = convert_row(row, where, source.sentences, source.ignore)
             for line in lines:
                 place = finish_line(line, root, stored)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-        ) as error:
+        except BROKEN as error:
             left_out.append(f"{where}: {reason_of(error)}")
             continue
         for name, data in stored.items():
@@ -183,7 +183,7 @@ def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
 
 
 def reason_of(error: Exception) -> str:
-    """Describe why a row is broken."""
+    """Return the reason why a row is broken."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     if isinstance(error, (TypeError, AttributeError)):
@@ -194,25 +194,25 @@ def reason_of(error: Exception) -> str:
 def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
     """Check a line, and give it a picture's path and size.
 
-    Returns the picture folder in the form that write_lines returns.
-
-    A picture's bytes are put into `stored` under a name that is their hash: a picture that comes
-    twice is stored once.
+    Returns the picture folder in the form that write_lines returns. A picture's bytes are put into
+    `stored`, and their hash is the name. A picture that comes twice is stored once.
     """
-    image = line["image"]
     if "size" in line:
         check_texts(line)
         check_truth(line, tuple(line["size"]))
         return "coco"
+    image = line["image"]
     if isinstance(image, bytes):
-        place, head = "", read_head(io.BytesIO(image))
-        line["image"] = f"pictures/{hashlib.sha256(image).hexdigest()[:16]}.{head.format.lower()}"
+        place, header = "", read_header(io.BytesIO(image))
+        name = hashlib.sha256(image).hexdigest()[:16]
+        line["image"] = f"pictures/{name}.{header.format.lower()}"
         stored[line["image"]] = image
     else:
-        place, head = str(root.absolute()), read_head(inside(root, image))
+        place, header = str(root.absolute()), read_header(image)
+        line["image"] = image.relative_to(root).as_posix()
     check_texts(line)
-    check_against_picture(line, head, root, may_be_empty=True)
-    line["size"] = head.size
+    check_against_picture(line, header, root, may_be_empty=True)
+    line["size"] = header.size
     return place
 
 
@@ -225,24 +225,24 @@ def publish(part: Path, folder: Path) -> None:
             raise
 
 
-# ---------------------------------------------------------------------------------------------------- rows
+# -------------------------------------------------------------------------------- rows
 
 
-def read_rows(files: list, split: str) -> Iterator[tuple[str, dict]]:
+def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
     """Yield each row of a split with its location, from any of the published file formats."""
-    for file in files:
-        if str(file).endswith(".parquet") or not isinstance(file, Path):
-            yield from parquet_rows(file)
-        elif file.suffix == ".p":
-            yield from refer_rows(file, split)
-        else:
+    for file in map(Path, files):
+        if file.suffix == ".p":
+            yield from refer_rows(file, source.split)
+        elif file.suffix == ".json":
             yield from json_rows(file)
+        else:  # the hub's cache has names without an ending
+            yield from parquet_rows(file, source.ignore)
 
 
-def parquet_rows(file) -> Iterator[tuple[str, dict]]:
+def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
     """Yield the rows of a table.
 
-    A column "mask" comes as bool [H, W]: as Python's lists it would take megabytes.
+    A column "mask" comes as one array for each row of pixels. Python's lists would take megabytes.
     """
     try:
         table = pyarrow.parquet.ParquetFile(file)
@@ -250,42 +250,28 @@ def parquet_rows(file) -> Iterator[tuple[str, dict]]:
         raise UserError(
             f"{file} is not readable as parquet ({first_line(error)}); download the file again"
         ) from None
-    layout_of(table.schema_arrow.names)
-    at_once = 4 if "mask" in table.schema_arrow.names else 256
+    columns = table.schema_arrow.names
+    layout_of(columns, ignore)
+    at_once = 4 if "mask" in columns else 256
     number = 0
     for batch in table.iter_batches(at_once):
         for i in range(batch.num_rows):
-            cells = zip(batch.schema.names, batch.columns)
-            row = {name: cell_value(name, column[i]) for name, column in cells}
+            row = {name: cell_value(name, batch.column(name)[i]) for name in columns}
             number += 1
-            place = f"{Path(file).name} row {number}"
-            yield place, row | {"place": place}
+            yield f"{file.name} row {number}", row
 
 
-def cell_value(name: str, cell):
-    """Return a cell of an arrow table as a Python value, a mask as bool [H, W]."""
-    if name != "mask" or not is_list(cell.type) or not is_list(cell.type.value_type):
-        return cell.as_py()
-    rows = cell.values  # H lists of W booleans
-    if rows is None:
-        return None
-    widths = pyarrow.compute.list_value_length(rows).unique().to_pylist()
-    flat = rows.flatten()
-    if len(widths) != 1 or not widths[0] or flat.null_count:
-        return None
-    return flat.to_numpy(zero_copy_only=False).reshape(len(rows), -1) > 0
-
-
-def is_list(kind: pyarrow.DataType) -> bool:
-    """Tell whether cells of this arrow type are lists."""
-    types = pyarrow.types
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+def cell_value(name: str, cell: pyarrow.Scalar):
+    """Return a cell of an arrow table as a Python value, a mask as arrays [W], one for each row."""
+    if name == "mask" and isinstance(cell, pyarrow.ListScalar) and cell.is_valid:
+        return cell.values.to_numpy(zero_copy_only=False)
+    return cell.as_py()
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads plain values.
+    """Read a pickle of plain values.
 
-    A pickle that asks for a class or a function is refused before anything runs.
+    A pickle that needs a class or a function is refused before any code runs.
     """
 
     def find_class(self, module: str, name: str):
@@ -320,26 +306,31 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
     Pictures are beside the file.
     """
     try:
-        content = json.loads(letters(file))
+        content = json.loads(read_text(file))
     except ValueError as error:
-        raise UserError(f"{file} is no JSON file ({error})") from None
+        raise UserError(f"{file} is not a JSON file ({error}); save the file again") from None
     if isinstance(content, dict) and "shapes" in content:
         yield str(file), content | {"file": file}
-        return
-    rows = content if isinstance(content, list) else []
-    if not rows or not all(
-        isinstance(row, dict) and {"image", "problem", "solution"} <= set(row) for row in rows
-    ):
+    elif is_box_list(content):
+        for number, row in enumerate(content, 1):
+            yield f"{file.name} row {number}", row | {"list": file}
+    else:
         raise UserError(
             f"{file} is not a labelme file, and not a list of boxes like "
             '[{"image": "1.jpg", "problem": "the cup", "solution": [x1, y1, x2, y2]}]. '
             "For your own data, write a folder with data.jsonl"
         )
-    for number, row in enumerate(rows, 1):
-        yield f"{file} row {number}", row | {"list": file, "place": f"{file.name} row {number}"}
 
 
-def letters(file: Path) -> str:
+def is_box_list(content) -> bool:
+    """Return whether JSON holds a list of objects as LISA-Grounding has them."""
+    if not isinstance(content, list) or not content:
+        return False
+    keys = {"image", "problem", "solution"}
+    return all(isinstance(row, dict) and keys <= set(row) for row in content)
+
+
+def read_text(file: Path) -> str:
     """Read a text file as UTF-8, or as Windows-1252, which some ReasonSeg files use."""
     try:
         return file.read_text(encoding="utf-8-sig")
@@ -347,47 +338,43 @@ def letters(file: Path) -> str:
         return file.read_text(encoding="cp1252", errors="replace")
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------- files
 
 
 def find_files(name: str, split: str) -> list[Path]:
     """Return the files of a split of a set in the folder `name`.
 
-    Raises UserError where there are none.
+    Files whose path names no split are for testing. Raises UserError where there are none.
     """
     folder = Path(name)
     refs = sorted(folder.glob("refs(*).p"))
     if refs:
         return refs[-1:]
-    ending = ".json"
-    if files_in(folder, ".parquet"):  # beside parquet files, JSON only describes them
-        ending = ".parquet"
-    files = of_split(folder, ending, split)
-    if files:
-        return files
-    raise UserError(
-        f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split"
-    )
+    files = {}
+    # Beside parquet files, JSON files only describe them.
+    for file in files_in(folder, ".parquet") or files_in(folder, ".json"):
+        files.setdefault(split_in(file.relative_to(folder)), []).append(file)
+    if split == "test":
+        files.setdefault("test", files.get(None, []))
+    if not files.get(split):
+        raise UserError(
+            f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split"
+        )
+    return files[split]
 
 
-def watched(files: list[Path]) -> list[Path]:
-    """Return the files that a converted set depends on: its own, and all in the folders of its JSON
-    files.
-    """
-    if not files or files[0].suffix == ".parquet":
-        return files
-    if files[0].suffix == ".p":
-        return [*files, *files[0].parent.glob("instances.json")]
-    folders = dict.fromkeys(file.parent for file in files)
-    return [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+def split_in(path: Path) -> str | None:
+    """Return the split that the first part of a path names. val/test.parquet is for validation."""
+    for word in re.split("[^a-z]+", path.as_posix().lower()):
+        if word in SPLITS:
+            return SPLITS[word]
+    return None
 
 
 def files_in(folder: Path, ending: str) -> list[Path]:
-    """Return all files with this extension in a folder tree.
+    """Return all files with this ending in a folder tree, except hidden ones.
 
-    Links are followed, and each file comes once.
-
-    Hidden files and folders are left out. Raises UserError for a link that leads nowhere.
+    Links are followed, and each file comes once. Raises UserError for a link that leads nowhere.
     """
     found, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -395,35 +382,28 @@ def files_in(folder: Path, ending: str) -> list[Path]:
             folders.clear()  # a link leads back
             continue
         seen.add(os.path.realpath(place))
-        folders[:] = [one for one in folders if not one.startswith(".")]
+        # LISA's folder "explanatory" holds answers in words.
+        folders[:] = [one for one in folders if one[0] != "." and one != "explanatory"]
         for name in names:
             file = Path(place, name)
-            if name.endswith(ending) and not name.startswith("."):
-                if not file.is_file():
-                    raise UserError(f"{file} is a broken link; copy the file itself")
-                found.setdefault(file.resolve(), file)
+            if not name.endswith(ending) or name.startswith("."):
+                continue
+            if not file.is_file():
+                raise UserError(f"{file} is a broken link; copy the file itself")
+            found.setdefault(file.resolve(), file)
     return sorted(found.values())
 
 
-def of_split(folder: Path, ending: str, split: str) -> list[Path]:
-    """Return the files of a split. The first part of a path that names a split decides.
-
-    Files that name no split are for testing alone. The first part decides: the file
-    val/test.parquet belongs to validation.
-    """
-    named, nameless = [], []
-    for file in files_in(folder, ending):
-        parts = file.relative_to(folder).parts
-        if "explanatory" in parts:  # LISA's answers in words
-            continue
-        words = [word for word in re.split("[^a-z]+", "/".join(parts).lower()) if word in SPLITS]
-        if not words:
-            nameless.append(file)
-        elif SPLITS[words[0]] == split:
-            named.append(file)
-    if split == "test" and not named:
-        return nameless
-    return named
+def watched(files: list[Path]) -> list[Path]:
+    """Return the files that a converted set depends on: its own, and all beside its JSON files."""
+    if not files or files[0].suffix == ".parquet":
+        return files
+    if files[0].suffix == ".p":
+        return [*files, *files[0].parent.glob("instances.json")]
+    found = []
+    for folder in dict.fromkeys(file.parent for file in files):
+        found += [file for file in sorted(folder.iterdir()) if file.is_file()]
+    return found
 
 
 def hub_place(name: str, split: str) -> tuple[str, str]:
@@ -465,8 +445,7 @@ def hub_files(source: Source) -> list[str]:
         raise UserError(
             f"--data {source.name}: {hub_id} on the hub has no {split} split, only {', '.join(splits)}"
         )
-    if layout_of(columns) == "mask":
-        refuse_excluded(source.ignore)
+    layout_of(columns, source.ignore)
     print(f"to download: {hub_id} {size / 1e9:.2f} GB", flush=True)
     converted = Download(f"{hub_id}, converted", size, SETS)
     check_disk_space([Download(hub_id, size, Path(HF_HUB_CACHE)), converted])

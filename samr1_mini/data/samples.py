@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-LONGEST = 2000  # characters of a question
+LONGEST_QUESTION = 2000  # characters of a question
 
 
 @dataclass
@@ -28,24 +28,29 @@ class Sample:
 class Data(Sequence):
     """A sequence of samples, with the facts that are known before pictures are read.
 
-    `ids` holds each sample's id.
+    `ids` holds each sample's id. A subclass defines `sample_at(i)`, which reads sample number `i`.
     """
 
     box_only = False  # boxes and no masks
-    download_bytes = 0  # about how much `fetch` will download
-    missing: Sequence[
-        str
-    ] = ()  # pictures that could not be fetched; the next samples replaced theirs
-    warnings: Sequence[str] = ()  # lines for the user: nothing is wrong for sure
+    download_bytes = 0  # about how much `download` will download
+    missing: Sequence[str] = ()  # pictures without a file; the next samples replaced theirs
+    warnings: Sequence[str] = ()  # lines for the user about possible mistakes
 
-    def fetch(self, missing: Sequence[str] = ()) -> None:
-        """Download what is not here yet.
+    def __getitem__(self, i: int | slice) -> Sample | list[Sample]:
+        """Return a sample, or a list of samples for a slice. Numbers behave as a list's."""
+        found = range(len(self))[i]
+        if isinstance(found, range):
+            return [self.sample_at(number) for number in found]
+        return self.sample_at(found)
+
+    def download(self, missing: Sequence[str] = ()) -> None:
+        """Download the files that are not here yet.
 
         Remove the samples of the pictures in `missing`. Then all processes have the same samples.
         """
 
     def check_files(self, resumed: bool = False) -> None:
-        """Read pictures and masks before the first step. Raises UserError for the first broken one."""
+        """Read pictures and masks before the first step. Raises UserError for a broken one."""
 
 
 def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
@@ -65,7 +70,7 @@ def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
     yield from items
 
 
-def plain(question) -> str:
+def clean_question(question) -> str:
     """Return the text of a question without spaces around it.
 
     Raises ValueError for text that is too long, and for special tokens: the model would read
@@ -75,7 +80,9 @@ def plain(question) -> str:
     token = re.search(r"<\|\w+\|>", text)
     if token:
         raise ValueError(f"the question holds {token[0]}, a special token; remove the token")
-    if len(text) > LONGEST:
-        raise ValueError(f"the question has {len(text)} characters, and {LONGEST} is the limit")
+    if len(text) > LONGEST_QUESTION:
+        raise ValueError(
+            f"the question has {len(text)} characters; write at most {LONGEST_QUESTION}"
+        )
     text.encode()  # half a surrogate pair is a ValueError
     return text

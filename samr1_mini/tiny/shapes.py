@@ -33,9 +33,7 @@ class Shapes(Data):
     def ids(self) -> list[str]:
         return [f"shapes-{self.first + i}" for i in range(self.count)]
 
-    def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < self.count:
-            raise IndexError(i)
+    def sample_at(self, i: int) -> Sample:
         seed = self.first + i
         scene, rng = make_scene(seed), np.random.default_rng([seed, 1])
         for turn in range(

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from samr1_mini.config import UserError, auto_device, first_line
+from samr1_mini.files import replace_file
 from samr1_mini.tiny.scenes import PRETRAIN, Scene, make_scene
 
 DEVICE = auto_device()
