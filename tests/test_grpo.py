@@ -581,16 +581,16 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped_bit_for_bit(tmp_p
 
 def cut_in_the_second_update(monkeypatch, of_step, error):
     """From now on `error()` is called in the second update of that step, its first update done."""
-    calls, real = [], grpo.backward
+    calls, real = [], grpo.one_update
 
-    def cut(policy, rollouts, s):
+    def cut(parts, rollouts):
         calls.append(1)
-        if len(calls) == (of_step - 1) * s.updates + 2:
+        if len(calls) == (of_step - 1) * parts.settings.updates + 2:
             error()
-        return real(policy, rollouts, s)
+        return real(parts, rollouts)
 
-    monkeypatch.setattr(grpo, "backward", cut)
-    return lambda: monkeypatch.setattr(grpo, "backward", real)
+    monkeypatch.setattr(grpo, "one_update", cut)
+    return lambda: monkeypatch.setattr(grpo, "one_update", real)
 
 
 def out_of_memory():
@@ -858,7 +858,7 @@ def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(
     rows = torch.tensor(
         [row[:60] for row in (ids + stop, ids + filler * 60, ids[:-9] + filler + ids[-9:] + stop)]
     )
-    monkeypatch.setattr(policy_module, "draw", lambda *_: rows[:, next(steps)][None])
+    monkeypatch.setattr(policy_module, "choose_tokens", lambda *_: rows[:, next(steps)][None])
     [r], _ = roll_out(Parts(policy, segmenter, None, s), [x])
     ended, cut, marked = r.rewards
     assert [a.truncated for a in r.answers] == [False, True, False] and ended.answer.in_format

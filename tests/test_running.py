@@ -94,7 +94,7 @@ def test_each_set_is_told_the_pictures_that_it_lacked_when_the_run_began(
     asked = []
     sets = [
         SimpleNamespace(
-            fetch=asked.append, check_files=lambda resumed: None, warnings=[], missing=[]
+            download=asked.append, check_files=lambda resumed: None, warnings=[], missing=[]
         )
         for _ in range(3)
     ]
