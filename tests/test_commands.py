@@ -556,7 +556,7 @@ def test_train_and_eval_on_a_folder_of_ones_own_then_on_one_picture(tmp_path):
     assert (
         out.returncode == 2
         and "--samples 4:" in out.stderr
-        and "has gone 2 steps already" in out.stderr
+        and "--samples 8" in out.stderr
     )
     kept = [
         json.loads((tmp_path / f"run/{name}.json").read_text()) for name in ("samples", "settings")
