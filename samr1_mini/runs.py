@@ -355,8 +355,9 @@ def check_texts(data, answers: list[dict], option: str, folder: Path, count: int
 def other_questions(data: str, folder: Path) -> str:
     """Return the message that refuses changed data."""
     return (
-        f"--resume: {data} has other questions than when {folder} began. If the data were moved, "
-        "name their folder with --data or --eval-data. Otherwise start another run"
+        f"--resume: {data} asks other questions than when {folder} began, so its data has changed. "
+        "If the data was moved, name its folder with --data or --eval-data. Otherwise start "
+        "another run"
     )
 
 
