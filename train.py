@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             from samr1_mini.grpo import train
 
-            # The forecast runs the training's own code, in which several processes would wait for each other.
+            # The forecast is for one process.
             if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
                 print_forecast(settings)
             train(settings)

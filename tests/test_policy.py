@@ -16,7 +16,7 @@ from eval import merge
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
 from samr1_mini.grpo import new_optimizer, roll_out, update
-from samr1_mini.rehearse import random_policy, shape_config
+from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.policy import (
     TINY,
     Prompt,

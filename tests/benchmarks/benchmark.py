@@ -40,8 +40,9 @@ from samr1_mini.policy import (
 )
 from samr1_mini.gpu import gpu_is_usable
 from samr1_mini.memory import device_name
-from samr1_mini.forecast import SHAPES, Counter, shape_config
-from samr1_mini.rehearse import random_policy
+from samr1_mini.full_size import SHAPES, random_policy, shape_config
+
+from counter import Counter  # beside this file
 
 SIDES = ((8, 8), (30, 1))  # picture tokens a side, and how many questions
 
