@@ -175,7 +175,7 @@ class Meter:
 
 
 def forecast_sam(s: Settings) -> str:
-    """Return the SAM to build with random weights: a SAM 2 or 3 cannot be built without its files."""
+    """Return the SAM to build with random weights. A SAM 2 or 3 needs its files: it is ViT-H."""
     if small_folder(s.sam) or s.sam in SAM_FILES:
         return s.sam
     return "vit_h"
@@ -284,7 +284,7 @@ def checked_shape(s: Settings) -> str:
 
 
 def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple:
-    """Run `s.rehearse` steps. Return the policy, its optimizer, a prompt and the tokens of a step."""
+    """Run `s.rehearse` steps. Return policy, optimizer, a prompt and the tokens of a step."""
     torch.manual_seed(s.seed)
 
     def load():

@@ -180,7 +180,7 @@ def test_other_qwens_are_counted_by_their_configs(config, vision, queries, featu
     monkeypatch.setattr(forecast_module, "check_policy", lambda name: config)
     s = full_size("7b", policy="a/folder", image_size=896)
     n = policy_sizes(s)
-    assert n.vision == pytest.approx(vision, rel=0.02)
+    assert n.vision == pytest.approx(vision, rel=0.05)
     assert (n.queries, n.features) == (queries, features)
     assert "forecast: peak" in forecast_line(s)
 

@@ -37,6 +37,7 @@ from samr1_mini.data import load_data
 from samr1_mini.evaluation import batch_size, evaluate
 from samr1_mini import forecast as forecast_module
 from samr1_mini.forecast import GAPS, GIB, peaks, policy_sizes
+from samr1_mini.full_size import shape_config
 from samr1_mini import gpu, loading, memory
 from samr1_mini.segmenter import load_segmenter, random_sam
 from samr1_mini.tiny.scenes import make_scene

@@ -161,7 +161,7 @@ class Counter(TorchDispatchMode):
         self.total["operations"] += 1
         for card, (bandwidth, half, single) in CARDS.items():
             rate = half  # the inputs decide: bf16 products may have fp32 sums
-            if tensors_in(args, kwargs)[0].dtype == torch.float32:
+            if (given or made)[0].dtype == torch.float32:
                 rate = single
             compute = flops / (rate * 1e12 * FLOP_SHARE)
             self.total[card] += max(compute, moved / (bandwidth * 1e9 * BYTE_SHARE))
