@@ -33,41 +33,64 @@ def staying_bytes(n: Sizes) -> dict[str, float]:
 
 
 def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
-    """Return the bytes that each phase adds at its peak, by part."""
-    s, tokens = n.s, n.s.questions * n.prompt
-    encoded = {"encoded prompts": tokens * n.features * n.hidden * n.number}
-    cached = n.layers * 2 * n.keys * n.number  # a token's keys and values
-    # An adapter's input in fp32, four states; its output in fp32, also scaled, and gate and up.
-    layer = n.hidden * (FP32 + 4 * n.number) + n.mlp * (2 * FP32 + 2 * n.number)
-    chosen = n.vocabulary * (FP32 + 2 * FP64)  # log-probabilities, probabilities and their sums
-    # In fp32 the inputs of six adapters and two norms, and a gradient; five more states.
-    recomputed = n.hidden * (9 * FP32 + 5 * n.number)
-    recomputed += n.mlp * (2 * FP32 + 3 * n.number)  # as above; gate, its SiLU, and up
-    forward = {"inputs of all layers": (n.layers + 1) * n.row * n.hidden * n.number}
-    if not s.checkpointing:
-        layer_kept = n.hidden * (8 * FP32 + 2 * n.number) + n.mlp * (FP32 + 3 * n.number)
-        forward = {"activations of all layers": n.layers * n.row * layer_kept}
-        recomputed = 0
-    logits = min(2**26, n.at_once * n.answers * n.vocabulary)  # policy.logprobs makes chunks
-    cache = (tokens + s.questions * n.answers) * cached
-    phases = {
-        "load": {},
-        "prefill": {"keys and values": tokens * cached, "activations of a layer": tokens * layer},
-        "decode": {"keys and values": cache, "choice of tokens": s.questions * s.group * chosen},
-        "reward": {"SAM's attention scores, with two position terms": 3 * n.sam_scores * FP32},
-        "logits": forward | {"a chunk of logits, with gradients": 5 * logits * FP32},
-        "layers": forward | {"activations of the recomputed layer": n.row * recomputed},
-    }
-    return {phase: encoded | parts if parts else {} for phase, parts in phases.items()}
+    """Return the bytes that each phase adds at its peak, by part.
+
+    The update has two peaks, "logits" and "layers". The higher one counts.
+    """
+    s = n.s
+    asked = s.questions * n.prompt  # prompt tokens of a batch
+    answered = s.questions * n.answers
+    token = n.layers * 2 * n.keys * n.number  # keys and values of a token
+    chunk = min(2**26, n.at_once * n.answers * n.vocabulary)  # policy.logprobs makes chunks
+    forward = forward_bytes(n)
+    phases = {"load": {}, "prefill": {}, "decode": {}, "reward": {}, "logits": {}, "layers": {}}
+    for name in ("prefill", "decode", "reward", "logits", "layers"):
+        phases[name]["encoded prompts"] = asked * n.features * n.hidden * n.number
+    phases["prefill"]["keys and values"] = asked * token
+    phases["prefill"]["activations of a layer"] = asked * prefill_bytes(n)
+    phases["decode"]["keys and values"] = (asked + answered) * token
+    # Log-probabilities in fp32, probabilities and their running sums in fp64.
+    phases["decode"]["choice of tokens"] = s.questions * s.group * n.vocabulary * (FP32 + 2 * FP64)
+    phases["reward"]["SAM's attention scores, and two position terms"] = 3 * n.sam_scores * FP32
+    phases["logits"]["activations of the forward"] = forward
+    phases["logits"]["a chunk of logits, and gradients"] = 5 * chunk * FP32
+    phases["layers"]["activations of the forward"] = forward
+    if s.checkpointing:
+        phases["layers"]["activations of the recomputed layer"] = n.row * recomputed_bytes(n)
+    return phases
+
+
+def prefill_bytes(n: Sizes) -> int:
+    """Return the bytes of one token in a layer, while an adapter of the MLP runs in the prefill."""
+    inputs = n.hidden * (FP32 + 4 * n.number)  # the adapter's; input, residual, sum, normed
+    return inputs + n.mlp * (2 * FP32 + 2 * n.number)  # its output, the same scaled; gate, up
+
+
+def recomputed_bytes(n: Sizes) -> int:
+    """Return the bytes of one token in the layer that the backward has recomputed."""
+    inputs = n.hidden * 9 * FP32  # of six adapters and two norms, and a gradient
+    states = n.hidden * 5 * n.number  # gradient, query, seen, sum, normed
+    return inputs + states + n.mlp * (2 * FP32 + 3 * n.number)  # as in the prefill, and SiLU
+
+
+def forward_bytes(n: Sizes) -> int:
+    """Return the bytes that a forward of the update keeps for its backward."""
+    if n.s.checkpointing:  # the embeddings, and the input of each layer
+        return (n.layers + 1) * n.row * n.hidden * n.number
+    token = n.hidden * (8 * FP32 + 2 * n.number)  # inputs of adapters and norms; query, seen
+    token += n.mlp * (FP32 + 3 * n.number)  # an adapter's input; gate, SiLU, up
+    return n.layers * n.row * token
 
 
 def peaks(n: Sizes) -> dict[str, float]:
     """Return the GiB of the whole process at the peak of each phase."""
     stay = staying_bytes(n)
-    peak = {name: sum(stay.values()) + sum(x.values()) for name, x in phase_bytes(n).items()}
-    peak["load"] -= stay["gradients"] + stay["moments"]
-    peak["update"] = max(peak.pop("logits"), peak.pop("layers"))
-    return {name: value / GIB for name, value in peak.items()}
+    gib = {}
+    for phase, parts in phase_bytes(n).items():
+        gib[phase] = (sum(stay.values()) + sum(parts.values())) / GIB
+    gib["load"] -= (stay["gradients"] + stay["moments"]) / GIB  # from the first update on
+    gib["update"] = max(gib.pop("logits"), gib.pop("layers"))
+    return gib
 
 
 def usable(card: float) -> float:
@@ -95,7 +118,9 @@ def forecast_line(s: Settings) -> str:
     """
     n = policy_sizes(s)
     gib = peaks(n)
-    name, free, of = "a machine without a GPU", float("inf"), ""
+    name = "a machine without a GPU"
+    free = float("inf")
+    of = ""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         free, whole = card_memory(s.memory_limit)
@@ -111,17 +136,16 @@ def forecast_line(s: Settings) -> str:
         time = f"about {hours(short, card):.1f} hours at answers of 128 tokens"
     line = f"forecast: peak {peak:.1f} GiB{of}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)
-    return f"{line}\n{warning}" if warning else line
+    if warning:
+        return f"{line}\n{warning}"
+    return line
 
 
 def check_weights(s: Settings, weights: float, free: float) -> None:
     """Raise UserError where the weights take more than the free memory of the GPU, both in GiB."""
     if weights <= free:
         return
-    ways = smaller_weights(s)
-    advice = ways[-1]
-    if len(ways) > 1:
-        advice = f"{', '.join(ways[:-1])} or {ways[-1]}"
+    advice = ", or ".join(smaller_weights(s))
     raise UserError(
         f"--preset {s.preset}: the weights take {weights:.1f} GiB and {free:.1f} GiB are free on "
         f"the GPU. You can {advice}"
