@@ -57,7 +57,7 @@ def run(settings: Settings) -> None:
         return
     from samr1_mini.grpo import train
 
-    # The forecast runs the training's code, in which several processes would wait for each other.
+    # The forecast is for one process.
     if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
         print_forecast(settings)
     train(settings)

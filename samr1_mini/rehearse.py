@@ -1,172 +1,253 @@
-"""Will it fit, and how long will it take? `python train.py --preset 7b --rehearse 3` finds out before anything is
-downloaded.
+"""Measure full steps with random weights of a preset's shape, before anything is downloaded.
 
-First the forecast (forecast.py), on any machine. Then the measurement. On a GPU: the true shape with random weights,
-full steps on drawn pictures of the preset's size with the longest allowed answers (rollout, reward, updates, evaluation
-of one picture), with the forecast beside each figure. Without a GPU: a small shape, to see the same table; its memory
-is held against its own forecast, its seconds say nothing about a GPU. What an answer says matters neither for memory
-nor for time, so SAM gets well-formed answers with the most points, and rewards are drawn.
+`python train.py --preset 7b --rehearse 3` first prints the forecast (forecast.py), on any machine.
+Then, on a GPU, it runs steps on drawn pictures of the preset's size. All answers have the longest
+allowed length. Each measured figure is printed beside its forecast.
+Without a GPU a small shape runs, to show the same table. Its figures say nothing about a GPU.
+
+The text of an answer changes neither memory nor time. So SAM gets well-formed answers with the most
+points, and rewards are drawn.
 """
 
 import gc
 import json
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Params4bit
 from segment_anything import SamPredictor
 from tqdm import tqdm
-from transformers import Qwen2_5_VLConfig
 
 from .config import Settings, UserError, check_size
+from .data import Sample
 from .evaluation import evaluate, read_questions
+from .forecast import GAPS, GIB, has_known_shape, peaks, staying_bytes, usable
+from .full_size import SHAPES, random_policy, shape_config
 from .grpo import (
+    Parts,
     Rollout,
     advantages,
-    Parts,
     batch_loss,
     generate_groups,
     new_optimizer,
     update,
 )
-from .data import Sample
-from .policy import Completion, Policy, Prompt, add_adapter, generate
+from .memory import free_memory, peak_memory, questions_per_batch
+from .policy import Completion, Policy, Prompt, generate
 from .replay import DEVICES
 from .reward import read_answer, score_group
-from .memory import compute_dtype, free_memory, peak_memory, questions_per_batch
-from .segmenter import Segmenter, random_sam
+from .segmenter import SAM_FILES, Segmenter, random_sam, small_folder
+from .sizes import Sizes
+from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
-from .forecast import (
-    GIB,
-    GRID,
-    SHAPES,
-    Counter,
-    beside,
-    build,
-    count,
-    empty_base,
-    forecast,
-    forecast_lines,
-    known_card,
-    peaks,
-    sam_kind,
-    shape_config,
-    shape_is_known,
-    shape_processor,
-)
+
+# Gigabytes by which cards are sold: the least GiB that such cards report (A10G: 21.9).
+REPORTED_GIB = {24: 21.9, 16: 15.6, 12: 11.6}
+GRID = [(group, tokens) for group in (4, 8, 16) for tokens in (256, 512, 1024)]
 
 
-def random_policy(
-    config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool
-) -> Policy:
-    """A policy of this shape in the classes of a real load, each weight drawn, and quantised, by itself on `device`."""
-    dtype = compute_dtype(load_in, device)
-    base = empty_base(config, load_in, dtype)
-    for module in list(base.modules()):
-        for name, empty in list(module.named_parameters(recurse=False)):
-            value = torch.ones(empty.shape, dtype=dtype, device=device)
-            if name != "weight" or empty.ndim > 1:  # else it is a norm's
-                value.normal_(std=0.02)
-            if isinstance(empty, Params4bit):
-                drawn = Params4bit(value, requires_grad=False, **empty.__dict__).to(
-                    device
-                )  # this quantises
-            else:
-                drawn = torch.nn.Parameter(value)
-            setattr(module, name, drawn)
-    base.tie_weights()
-    return add_adapter(base.to(device), shape_processor(config), rank, checkpointing=checkpointing)
+# -------------------- the forecast as a table
+
+
+def forecast(config, s: Settings) -> dict:
+    """Return GiB by part, phase and size of an update, and seconds and hours by card.
+
+    Hours are of `s.samples` samples with evaluations, for answers of 128 and of 512 tokens.
+    """
+    n = Sizes(config, s)
+    table = {
+        "prompt_tokens": n.prompt,
+        "staying_gib": {name: size / GIB for name, size in staying_bytes(n).items()},
+        "peak_gib": peaks(n),
+        "update_peak_gib": {},
+        "seconds_per_step": {},
+        "hours": {},
+    }
+    for group, tokens in GRID:
+        other = Sizes(config, replace(s, group=group, max_new_tokens=tokens))
+        table["update_peak_gib"][f"{group} x {tokens}"] = peaks(other)["update"]
+    for card in CARDS:
+        table["seconds_per_step"][card] = {}
+        table["hours"][card] = {}
+        for tokens in sorted({128, 512, s.max_new_tokens}):
+            other = Sizes(config, replace(s, max_new_tokens=tokens))
+            table["seconds_per_step"][card][str(tokens)] = step_seconds(other, card)
+            table["hours"][card][str(tokens)] = hours(other, card)
+    return table
+
+
+def forecast_lines(table: dict, s: Settings) -> list[str]:
+    """Return the lines that --rehearse prints of a forecast. Each says that it is a forecast."""
+    lines = [
+        f"{s.preset} in {s.load_in}, {s.questions} questions x {s.group} answers of "
+        f"{s.max_new_tokens} tokens, prompts of {table['prompt_tokens']} tokens, SAM "
+        f"{forecast_sam(s)}; by arithmetic, nothing is measured",
+        "GiB that stay: " + gib_list(table["staying_gib"], 2),
+        "GiB of the whole process at the peak of a phase: " + gib_list(table["peak_gib"], 1),
+        f"prefill and decode are of all {s.questions} questions at once; where memory is short, "
+        "fewer are taken",
+        f"updates of other sizes, and cards that hold them ({GAPS:.0%} of memory is lost between "
+        "tensors):",
+    ]
+    for size, peak in table["update_peak_gib"].items():
+        largest = max(peak, table["peak_gib"]["reward"])
+        cards = [f"{sold} GB" for sold, gib in REPORTED_GIB.items() if largest < usable(gib)]
+        fits = ", ".join(cards) or "none of 24, 16 and 12 GB"
+        lines.append(f"  {size} tokens: {peak:.1f} GiB, {fits}")
+    lines.append(
+        f"hours for {s.samples:,} samples with all evaluations, by tokens of an answer (seconds of "
+        "a step: rollout + reward + update):"
+    )
+    for card, times in table["hours"].items():
+        parts = []
+        for tokens, value in times.items():
+            step = table["seconds_per_step"][card][tokens].values()
+            step = " + ".join(f"{x:.1f}" for x in step)
+            parts.append(f"{tokens} tokens {value:.1f} ({step})")
+        lines.append(f"  {card}: " + ", ".join(parts))
+    lines.append(
+        f"assumed: {FLOP_SHARE:.0%} of a card's published FLOP/s and {BYTE_SHARE:.0%} of its "
+        "bytes/s; right within a factor of 1.5"
+    )
+    return [f"forecast: {line}" for line in lines]
+
+
+def gib_list(sizes: dict, digits: int) -> str:
+    """Return names and GiB in one line."""
+    return ", ".join(f"{name} {value:.{digits}f}" for name, value in sizes.items())
+
+
+def beside(seconds: dict, gib: dict, forecast_gib: dict, forecast_seconds: dict) -> list[str]:
+    """Return a table of measured seconds and peak GiB by phase, beside each forecast.
+
+    The forecast is of the second step and later ones. In the first step there are no gradients and
+    moments yet while answers are sampled and rewarded.
+    """
+    expected = {name: forecast_gib.get(name) for name in ("load", "reward", "update")}
+    if forecast_gib:
+        expected["rollout"] = max(forecast_gib["prefill"], forecast_gib["decode"])
+    lines = [f"{'phase':<12}{'seconds':>10}{'forecast':>10}{'peak GiB':>12}{'forecast':>10}"]
+    for phase, value in seconds.items():
+        time_cell = cell(forecast_seconds.get(phase), 1)
+        memory_cell = cell(expected.get(phase), 3)
+        lines.append(
+            f"{phase:<12}{value:>10.1f}{time_cell:>10}{gib[phase]:>12.3f}{memory_cell:>10}"
+        )
+    return lines
+
+
+def cell(value: float | None, digits: int) -> str:
+    """Return a number as text, "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}"
+
+
+# -------------------- the measurement
 
 
 class Meter:
-    """Seconds by phase, and peak GiB of tensors in it: as CUDA counts them, else by the counter of the forecast."""
+    """Measure the seconds of phases, and peak GiB: of the GPU's tensors, else of the process."""
 
     def __init__(self, device: str):
-        self.cuda, self.seconds, self.peak, self.phase, self.counter = (
-            device == "cuda",
-            {},
-            {},
-            "",
-            Counter(),
-        )
+        self.device = device
+        self.seconds = {}  # by phase: one value each time
+        self.peak = {}  # by phase: GiB
+        self.phase = ""  # the phase that runs, or ran last
 
     def __call__(self, phase: str, work):
+        """Run `work()` as a part of `phase` and return its result."""
         self.phase = phase
-        if self.cuda:
-            torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
-        self.counter.lap()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with nullcontext() if self.cuda else self.counter:
-            result = work()
-        if self.cuda:
+        result = work()
+        if self.device == "cuda":
             torch.cuda.synchronize()
         self.seconds.setdefault(phase, []).append(time.perf_counter() - start)
-        peak = peak_memory("cuda") if self.cuda else self.counter.lap()["over"] / GIB
-        self.peak[phase] = max(self.peak.get(phase, 0.0), peak)
+        self.peak[phase] = max(self.peak.get(phase, 0.0), peak_memory(self.device))
         return result
+
+    def means(self) -> dict[str, float]:
+        """Return the mean seconds of each phase."""
+        return {phase: sum(values) / len(values) for phase, values in self.seconds.items()}
+
+
+def forecast_sam(s: Settings) -> str:
+    """Return the SAM to build with random weights. A SAM 2 or 3 needs its files: it is ViT-H."""
+    if small_folder(s.sam) or s.sam in SAM_FILES:
+        return s.sam
+    return "vit_h"
+
+
+def full_answer(policy: Policy, s: Settings) -> str:
+    """Return a well-formed answer with the most points."""
+    size = policy.coordinate_range(s.image_size)
+    third, middle = size // 3, size // 2
+    box = [third, third, 2 * third, 2 * third]
+    answer = {"bbox": box, "points": [[middle, middle, 1]] * s.max_points}
+    return f"<think>.</think><answer>{json.dumps(answer)}</answer>"
 
 
 def one_step(
     policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: Settings, meter: Meter
 ) -> tuple[Prompt, int]:
-    """A whole step with answers of full length; returns a prompt and the number of sampled tokens."""
+    """Run a whole step with answers of full length. Return a prompt and the sampled tokens."""
     samples = [data[i] for i in range(s.questions)]
 
     def rollout():
         prompts = read_questions(policy, samples, s.image_size)
-        return prompts, generate_groups(
-            policy, prompts, s, torch.rand(s.questions, s.group, s.max_new_tokens)
-        )
+        uniforms = torch.rand(s.questions, s.group, s.max_new_tokens)
+        return prompts, generate_groups(policy, prompts, s, uniforms)
 
     def reward():
         size = policy.coordinate_range(s.image_size)
-        third, middle = size // 3, size // 2
-        answer = {
-            "bbox": [third, third, 2 * third, 2 * third],
-            "points": [[middle, middle, 1]] * s.max_points,
-        }
-        texts = [f"<think>.</think><answer>{json.dumps(answer)}</answer>"] * s.group
-        return [
-            score_group(segmenter, x, [read_answer(t, size, s.max_points) for t in texts], s)
-            for x in samples
-        ]
+        answer = read_answer(full_answer(policy, s), size, s.max_points)
+        return [score_group(segmenter, sample, [answer] * s.group, s) for sample in samples]
 
     prompts, groups = meter("rollout", rollout)
     rewards = meter("reward", reward)
     drawn = advantages(torch.rand(len(samples), s.group))
     rollouts = [Rollout(*parts) for parts in zip(samples, prompts, groups, rewards, drawn)]
-    meter("update", lambda: update(Parts(policy, segmenter, optimizer, s), rollouts, 0))
+    parts = Parts(policy, segmenter, optimizer, s)
+    meter("update", lambda: update(parts, rollouts, 0))
     meter("evaluation", lambda: evaluate(policy, segmenter, samples[:1], s))
-    return prompts[0], sum(len(a.ids) for g in groups for a in g)
+    tokens = sum(len(answer.ids) for group in groups for answer in group)
+    return prompts[0], tokens
 
 
 def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
-    """Milliseconds of a decoded token of all these questions, replayed as a CUDA graph and, for comparison, as it is.
+    """Return the milliseconds of a decoded token, as a CUDA graph and operation by operation.
 
-    From answers of 8 and of 24 tokens: what both take (the prompts, the first tokens, the recording) cancels out.
+    The difference of answers of 24 and of 8 tokens leaves out what both do once: prompts, first
+    tokens and the recording.
     """
-    taken, graphs = {}, set(DEVICES)
-    for way, devices in dict(graph=graphs, eager=set()).items():
+    taken = {}
+    graphs = set(DEVICES)
+    for name, devices in dict(graph=graphs, eager=set()).items():
         seconds = {}
-        DEVICES.clear(), DEVICES.update(devices)
+        DEVICES.clear()
+        DEVICES.update(devices)
         for tokens in (8, 8, 24):  # the first one warms up
             start = time.perf_counter()
-            generate(policy, prompts, group, tokens)[0][
-                0
-            ].ids.tolist()  # to ask for numbers is to wait for the GPU
+            answers = generate(policy, prompts, group, tokens)
+            answers[0][0].ids.tolist()  # waits for the GPU
             seconds[tokens] = time.perf_counter() - start
-        taken[way] = 1000 * (seconds[24] - seconds[8]) / 16
-    DEVICES.clear(), DEVICES.update(graphs)
+        taken[name] = 1000 * (seconds[24] - seconds[8]) / 16
+    DEVICES.clear()
+    DEVICES.update(graphs)
     return taken
 
 
 def update_peak(
     policy: Policy, optimizer, prompt: Prompt, s: Settings, group: int, length: int
 ) -> float | None:
-    """Peak GiB of an update of one question with `group` answers of `length` tokens; None where memory runs out."""
+    """Return the peak GiB of an update of one question with `group` answers of `length` tokens.
+
+    Returns None where memory runs out.
+    """
     one = replace(s, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
     try:
         torch.cuda.reset_peak_memory_stats()
@@ -176,46 +257,39 @@ def update_peak(
         return None
     finally:
         optimizer.zero_grad(set_to_none=True)
-        gc.collect(), torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def rehearse(s: Settings) -> dict:
-    """Run `s.rehearse` full steps, print the table, write it to the run's folder if one was named, and return it."""
-    cuda = s.device == "cuda"
-    shape = s.preset if s.preset in SHAPES else "small"
-    if cuda and shape == "small":
+# -------------------- the rehearsal
+
+
+def checked_shape(s: Settings) -> str:
+    """Return the shape of these settings. Raises UserError where none is known."""
+    if s.preset not in SHAPES:
+        if s.device == "cuda":
+            raise UserError(
+                f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes"
+            )
+        return "small"
+    if not has_known_shape(s):
         raise UserError(
-            f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes"
+            f"--rehearse knows the shape of --preset {s.preset}'s own policy, not of --policy "
+            f"{s.policy}: leave that out"
         )
-    if shape != "small" and not shape_is_known(s):
-        raise UserError(
-            f"--rehearse knows the shape of --preset {shape}'s own policy, not of --policy {s.policy}: "
-            "leave that out"
-        )
-    check_size(shape_config(shape), s.image_size)
-    expected, times = {}, {}
-    if shape != "small":
-        expected = forecast(shape_config(shape), s)
-        print(*forecast_lines(expected, s), sep="\n", flush=True)
-    if cuda:
-        card = known_card(torch.cuda.get_device_name())
-        times = expected["seconds_per_step"][card][str(s.max_new_tokens)] if card else {}
-    else:
-        shape, s = "small", replace(
-            s, questions=2, updates=2, max_new_tokens=min(s.max_new_tokens, 32), sam="tiny"
-        )
-        print(
-            "no GPU, so nothing above is measured. Measured below: a small policy, the tiny SAM, 2 questions, "
-            f"{s.max_new_tokens} tokens. These figures say nothing about a GPU"
-        )
+    return s.preset
+
+
+def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple:
+    """Run `s.rehearse` steps. Return policy, optimizer, a prompt and the tokens of a step."""
     torch.manual_seed(s.seed)
-    meter, data = Meter(s.device), Shapes("train", s.questions)
 
     def load():
-        sam = random_sam(sam_kind(s)).to(s.device).requires_grad_(False)
+        sam = random_sam(forecast_sam(s)).to(s.device).requires_grad_(False)
         policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
         return policy, Segmenter(SamPredictor(sam))
 
+    data = Shapes("train", s.questions)
     try:
         policy, segmenter = meter("load", load)
         policy.banned[policy.stop] = True  # every answer gets the full length
@@ -224,68 +298,102 @@ def rehearse(s: Settings) -> dict:
             prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"memory ran out in the phase {meter.phase}; lower --group, --max-new-tokens or --image-size, "
-            f"or take --load-in nf4 ({error})"
+            f"memory ran out in the phase {meter.phase}; lower --group, --max-new-tokens or "
+            f"--image-size, or take --load-in nf4 ({error})"
         ) from None
-    mean = {phase: sum(values) / len(values) for phase, values in meter.seconds.items()}
-    step = mean["rollout"] + mean["reward"] + mean["update"]
-    table = {
-        "forecast": expected,
-        "shape": shape,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    return policy, optimizer, prompt, tokens
+
+
+def measure_gpu(policy: Policy, optimizer, prompt: Prompt, s: Settings) -> dict:
+    """Return and print what only a GPU tells: the time of a token, and peaks of other updates."""
+    free = free_memory(s)
+    at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free)
+    milliseconds = token_ms(policy, [prompt] * at_once, s.group)
+    print(
+        f"a token of {at_once} x {s.group} answers: {milliseconds['graph']:.1f} ms as a CUDA "
+        f"graph, {milliseconds['eager']:.1f} ms operation by operation"
+    )
+    updates = {}
+    for group, tokens in GRID:
+        size = f"{group} x {tokens}"
+        updates[size] = update_peak(policy, optimizer, prompt, s, group, tokens)
+        fits = "does not fit" if updates[size] is None else f"{updates[size]:.1f} GiB"
+        print(f"update with {size} tokens: {fits}")
+    return {"questions_at_a_time": at_once, "token_ms": milliseconds, "update_peak_gib": updates}
+
+
+def rehearse(s: Settings) -> dict:
+    """Run full steps, print the table, and return it. If a run is named, write it to its folder."""
+    shape = checked_shape(s)
+    check_size(shape_config(shape), s.image_size)
+    expected, times = {}, {}
+    if shape != "small":
+        known = replace(s, sam=forecast_sam(s))
+        expected = forecast(shape_config(shape), known)
+        print(*forecast_lines(expected, known), sep="\n", flush=True)
+    if s.device == "cuda":
+        device = torch.cuda.get_device_name()
+        if known_card(device):
+            times = expected["seconds_per_step"][known_card(device)][str(s.max_new_tokens)]
+    else:
+        device, shape = "cpu", "small"
+        tokens = min(s.max_new_tokens, 32)
+        s = replace(s, questions=2, updates=2, max_new_tokens=tokens, sam="tiny")
+        print(
+            "no GPU, so nothing above is measured. Measured below: a small policy, the tiny SAM, "
+            f"2 questions, {tokens} tokens, and the memory of the whole process. These figures say "
+            "nothing about a GPU"
+        )
+    meter = Meter(s.device)
+    policy, optimizer, prompt, tokens = measure_steps(shape, s, meter)
+    table = step_table(s, policy, meter, len(prompt.ids), tokens)
+    table |= {"forecast": expected, "shape": shape, "device": device}
+    print(
+        f"\n{device}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of "
+        f"{s.max_new_tokens} tokens, prompts of {len(prompt.ids)} tokens"
+    )
+    compared = expected.get("peak_gib", {}) if s.device == "cuda" else {}
+    print(*beside(table["seconds"], meter.peak, compared, times), sep="\n")
+    print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
+    if s.device == "cuda":
+        table |= measure_gpu(policy, optimizer, prompt, s)
+        total = table["seconds_per_step"] * (3000 // s.questions) / 3600
+        table["hours_for_3000_samples"] = total
+        print(f"training on 3,000 samples: about {total:.1f} hours with answers of this length")
+    if s.run:
+        Path(s.run).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(table, indent=1)
+        (Path(s.run) / "rehearsal.json").write_text(text, encoding="utf-8")
+    return table
+
+
+REPORTED = (
+    "load_in",
+    "questions",
+    "group",
+    "max_new_tokens",
+    "image_size",
+    "sam",
+    "memory_limit",
+    "rehearse",
+)
+
+
+def step_table(s: Settings, policy: Policy, meter: Meter, prompt_tokens: int, tokens: int) -> dict:
+    """Return the settings and what was measured of the steps. `tokens`: sampled in one step."""
+    mean = meter.means()
+    return {
         "parameters": sum(p.numel() for p in policy.base.parameters()),
-        **{
-            k: getattr(s, k)
-            for k in (
-                "load_in",
-                "questions",
-                "group",
-                "max_new_tokens",
-                "image_size",
-                "sam",
-                "memory_limit",
-                "rehearse",
-            )
-        },
-        "prompt_tokens": len(prompt.ids),
+        **{name: getattr(s, name) for name in REPORTED},
+        "prompt_tokens": prompt_tokens,
         "seconds": mean,
         "peak_gib": meter.peak,
         "tokens_per_second": tokens / mean["rollout"],
-        "seconds_per_step": step,
+        "seconds_per_step": mean["rollout"] + mean["reward"] + mean["update"],
     }
-    if not cuda:  # the same phases of the same small model, counted as above
-        table["forecast_of_small"] = peaks(count(*build(shape_config(shape), s, torch.float32), s))
-    print(
-        f"\n{table['device']}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of "
-        f"{s.max_new_tokens} tokens, prompts of {len(prompt.ids)} tokens"
-    )
-    print(
-        *beside(mean, meter.peak, table["forecast" if cuda else "forecast_of_small"], times),
-        sep="\n",
-    )
-    print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
-    if cuda:
-        at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free_memory(s))
-        table["questions_at_a_time"], table["token_ms"] = at_once, token_ms(
-            policy, [prompt] * at_once, s.group
-        )
-        print(
-            "a token of {} x {} answers: {graph:.1f} ms as a CUDA graph, {eager:.1f} ms operation by operation".format(
-                at_once, s.group, **table["token_ms"]
-            )
-        )
-        hours = table["hours_for_3000_samples"] = step * (3000 // s.questions) / 3600
-        table["update_peak_gib"] = {
-            f"{g} x {n}": update_peak(policy, optimizer, prompt, s, g, n) for g, n in GRID
-        }
-        print(f"training on 3,000 samples: about {hours:.1f} hours with answers of this length")
-        for what, peak in table["update_peak_gib"].items():
-            print(f"update with {what} tokens: " + (f"{peak:.1f} GiB" if peak else "does not fit"))
-    if s.run:
-        Path(s.run).mkdir(parents=True, exist_ok=True)
-        file = Path(s.run) / "rehearsal.json"
-        file.write_text(json.dumps(table, indent=1), encoding="utf-8")
-    return table
+
+
+# -------------------- before a training
 
 
 def full_rollouts(policy: Policy, prompts: list[Prompt], s: Settings) -> list[Rollout]:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from samr1_mini.attention import Cache, PackedRow
 from benchmark import compare_decoding, masked_rows
-from samr1_mini.rehearse import random_policy, shape_config
+from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.policy import encode, logprobs, prompt_text, generate
 from samr1_mini.replay import FixedCache
 from samr1_mini.memory import bytes_a_question, questions_per_batch

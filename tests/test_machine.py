@@ -37,7 +37,8 @@ from samr1_mini.config import (
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import batch_size, evaluate
 from samr1_mini import forecast as forecast_module
-from samr1_mini.forecast import GIB, counts, shape_config
+from samr1_mini.forecast import GAPS, GIB, peaks, policy_sizes
+from samr1_mini.full_size import shape_config
 from samr1_mini import files, gpu, loading, memory
 from samr1_mini.segmenter import load_segmenter, random_sam
 from samr1_mini.tiny.scenes import make_scene
@@ -87,34 +88,11 @@ def put_in(monkeypatch, tmp_path):
     return put
 
 
-@pytest.fixture(scope="module")
-def counted():
-    """A forecast as quick as that of a small shape, with the memory of the 3B and of the 7B policy."""
-    s, _ = make_settings(
-        preset="tiny", device="cpu", questions=2, group=8, updates=2, max_new_tokens=16
-    )
-    small = counts(shape_config("small"), s, ((8, 128),), whole=False)
-    bytes_of = {}
-    for preset, weights in (("3b", 3.4), ("7b", 6.7)):
-        found = small | {
-            "weights": int(weights * GIB),
-            "sam": int(2.4 * GIB),
-            "optimizer": int(0.8 * GIB),
-        }
-        found["load"] = found["weights"] + found["sam"]
-        for phase, over in dict(encode=0.2, prefill=5.5, last=4.9, reward=3.2, update=2.9).items():
-            found[phase] = small[phase] | {"over": int(over * GIB)}
-        bytes_of[preset] = found
-    return bytes_of
-
-
 @pytest.fixture
-def trained(monkeypatch, counted):
+def trained(monkeypatch):
     """The settings with which training would begin, if it does."""
     begun = []
     monkeypatch.setattr(grpo, "train", begun.append)
-    monkeypatch.setattr(forecast_module, "shape_config", lambda preset: preset)
-    monkeypatch.setattr(forecast_module, "counts", lambda preset, *a, **k: counted[preset])
     return begun
 
 
@@ -162,7 +140,7 @@ OLD_DRIVER = dict(driver=CLOSED.format("535.183.01"))
             ["--preset", "7b"],
             "7b",
             "cuda",
-            ["10.0", "13.1", "--preset 3b"],
+            ["10.0", "13.2", "--preset 3b"],
         ),
         (RTX_3090 | {"free": 10.0}, ["--device", "cpu"], "tiny", "cpu", []),
         (RTX_3060, [], "3b", "cuda", ["10.8 GiB"]),
@@ -295,8 +273,6 @@ def test_evaluation_is_refused_before_anything_is_fetched_where_the_weights_do_n
     put_in, monkeypatch, capsys
 ):
     put_in(**RTX_3090 | {"free": 9.0})
-    loaded = dict(weights=6.7 * GIB, sam=2.4 * GIB)
-    monkeypatch.setattr(forecast_module, "build", lambda *_: (None, None, None, loaded))
     monkeypatch.setattr(evaluate_command, "open_input", lambda *_: pytest.fail("data were opened"))
     with pytest.raises(SystemExit) as left:
         evaluate_command.main(["--preset", "7b"])
@@ -312,7 +288,7 @@ def test_a_forecast_that_fails_does_not_stop_the_training(
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(forecast_module, "counts", fails)
+    monkeypatch.setattr(forecast_module, "peaks", fails)
     for free, warned in ((23.0, 0), (12.0, 1)):  # the preset's own memory is compared all the same
         put_in(**RTX_3090 | {"free": free})
         assert run_train(["--preset", "7b"]) == 0
@@ -328,17 +304,17 @@ def test_an_evaluation_whose_memory_cannot_be_forecast_goes_on(put_in, monkeypat
         raise RuntimeError("no such operation")
 
     put_in(**RTX_3090)
-    monkeypatch.setattr(forecast_module, "build", fails)
+    monkeypatch.setattr(forecast_module, "policy_sizes", fails)
     evaluate_command.refuse_too_little_memory(make_settings(preset="7b")[0])
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 @pytest.mark.parametrize("preset", MEMORY)
-def test_the_memory_that_a_preset_needs_is_what_the_forecast_counts(preset):
+def test_the_memory_that_a_preset_needs_is_the_forecast_with_gaps(preset):
     s, _ = make_settings(preset=preset, device="cpu")
-    found = forecast_module.peaks(counts(shape_config(preset), s, ((s.group, 128),), whole=False))
-    peak = max(found[f"{phase}_peak_gib"] for phase in ("load", "encode", "reward", "update"))
-    assert peak < MEMORY[preset][1] < 1.05 * peak
+    gib = peaks(policy_sizes(s))
+    needed = max(gib["load"], gib["reward"], gib["update"]) / (1 - GAPS)
+    assert MEMORY[preset][1] == pytest.approx(needed, abs=0.06)
 
 
 @pytest.mark.parametrize(

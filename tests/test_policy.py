@@ -15,8 +15,8 @@ from transformers.integrations.accelerate import check_and_set_device_map
 from eval import merge
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
+from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.grpo import Parts, new_optimizer, roll_out, update
-from samr1_mini.rehearse import random_policy, shape_config
 from samr1_mini.policy import (
     TINY,
     Prompt,

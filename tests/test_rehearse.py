@@ -14,8 +14,9 @@ import train
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError, make_settings
 import benchmark
+from samr1_mini import full_size
 from samr1_mini import rehearse as rehearse_module
-from samr1_mini.rehearse import random_policy, shape_config
+from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.policy import TINY, load_policy
 from samr1_mini.memory import cap_memory
 
@@ -49,7 +50,7 @@ def test_a_random_policy_is_made_of_the_classes_and_dtypes_of_a_real_load(
     load_in, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(policy_module, "compute_dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr(rehearse_module, "compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(full_size, "compute_dtype", lambda *_: torch.bfloat16)
     config = shape_config("small")
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(TINY).save_pretrained(tmp_path)

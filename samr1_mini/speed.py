@@ -1,0 +1,130 @@
+"""Forecast the hours of a training by arithmetic. Nothing is loaded, run or measured.
+
+Operations and bytes are divided by the part of a card's published speed that code reaches. Hours
+are right within a factor of 1.5.
+"""
+
+import re
+
+from .sizes import FP32, Sizes
+
+CARDS = {  # published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32
+    "RTX 3090": (936, 71, 35.6),
+    "RTX 4090": (1008, 165, 82.6),
+    "RTX 5090": (1792, 209, 104.8),
+    "A10G": (600, 70, 35),
+    "L4": (300, 121, 30.3),
+    "A100": (2039, 312, 19.5),
+    "H100": (3350, 989, 67),
+}
+BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the part of these peaks that code reaches
+LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: by Python, in a CUDA graph (H100)
+OPERATIONS = 100  # of a layer in a forward
+
+
+def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.0) -> float:
+    """Return the seconds of FLOPs of the base model, FLOPs in fp32, and bytes that are moved.
+
+    The GPU reads `weights`, bytes, while it multiplies. So the longer of both counts.
+    """
+    bandwidth, half_peak, single_peak = CARDS[card]
+    bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
+    half_speed = half_peak * 1e12 * FLOP_SHARE
+    single_speed = single_peak * 1e12 * FLOP_SHARE
+    if n.number == FP32:
+        half_speed = single_speed
+    longer = max(products / half_speed, weights / bytes_a_second)
+    return longer + single / single_speed + moved / bytes_a_second
+
+
+def moved_bytes(n: Sizes) -> float:
+    """Return the bytes that the small operations of a forward move for one token."""
+    layer = 2 * 36 * n.hidden  # two norms: to fp32, square, mean, scale, to bf16, weight
+    layer += 2 * 6 * n.hidden  # two sums with the residual
+    layer += 20 * (n.queries + n.keys)  # rotation by position
+    layer += 10 * n.mlp  # SiLU of the gate, times up
+    layer += 10 * n.inputs  # adapters: to fp32, read by the product
+    layer += 28 * n.outputs  # adapters: scale, add in fp32, back to bf16
+    return n.layers * layer
+
+
+def prefill_seconds(n: Sizes, card: str) -> float:
+    """Return the seconds in which one question is read: its picture, then its prompt."""
+    vision = seconds(n, card, products=2 * n.vision * n.patches)
+    vision = max(vision, n.vision_layers * OPERATIONS * LAUNCH)
+    products = 2 * n.linear * n.prompt + 2 * n.layers * n.queries * n.prompt**2
+    adapter = 2 * n.adapter * n.prompt
+    return vision + seconds(n, card, products, adapter, n.prompt * moved_bytes(n))
+
+
+def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
+    """Return the seconds of all tokens. The mean token stands in the middle of its answer."""
+    rows = questions * group
+    middle = n.s.max_new_tokens / 2
+    weights = n.linear * n.weight + n.head * n.number
+    if n.s.load_in == "nf4" and rows > 64:  # bitsandbytes then writes a copy in bf16 and reads it
+        weights += 2 * n.linear * n.number
+    moved = questions * (n.prompt + group * middle) * n.layers * 2 * n.keys * n.number  # the cache
+    moved += rows * n.layers * n.heads * (n.prompt + middle) * 30  # attention scores
+    moved += rows * n.vocabulary * 68  # logits, softmax, sums in fp64
+    moved += rows * moved_bytes(n)
+    products = 2 * rows * (n.linear + n.head)
+    token = seconds(n, card, products, 2 * rows * n.adapter, moved, weights)
+    start = REPLAYED + LAUNCH * 2 / 64  # of 64 tokens one is started by Python, one is recorded
+    return n.s.max_new_tokens * (token + n.layers * OPERATIONS * start)
+
+
+def update_seconds(n: Sizes, card: str) -> float:
+    """Return the seconds of one question: reference, forward, recomputed forward, backward."""
+    reference = int(n.s.beta > 0)
+    forwards = 1 + int(n.s.checkpointing)
+    passes = reference + forwards
+    row = n.row / n.at_once
+    pairs = n.prompt**2 / 2 + n.answers * (n.prompt + n.s.max_new_tokens / 2)
+    products = 2 * n.linear * row * (passes + 1)  # frozen weights have no gradients
+    products += 2 * n.head * n.answers * (reference + 3)  # logits are always recomputed
+    products += 4 * n.layers * n.queries * pairs * (passes + 2.5)  # attention
+    adapter = 2 * n.adapter * row * (forwards + 2)  # the reference has no adapter
+    moved = row * moved_bytes(n) * (0.2 * reference + forwards + 1.4)
+    moved += n.answers * n.vocabulary * FP32 * (11 * (reference + 2) + 18)  # logits
+    operations = OPERATIONS * (passes + 2) / n.at_once + 28 * n.s.group  # of attention: 28
+    return max(seconds(n, card, products, adapter, moved), n.layers * operations * LAUNCH)
+
+
+def sam_seconds(n: Sizes, card: str) -> float:
+    """Return the seconds of SAM on one picture."""
+    work = n.sam * n.sam_tokens
+    return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
+
+
+def step_seconds(n: Sizes, card: str) -> dict[str, float]:
+    """Return the seconds of one step by phase."""
+    s = n.s
+    rollout = s.questions * prefill_seconds(n, card)
+    rollout += decode_seconds(n, card, s.questions, s.group)
+    reward = s.questions * sam_seconds(n, card)
+    update = s.passes * s.questions * update_seconds(n, card)
+    return {"rollout": rollout, "reward": reward, "update": update}
+
+
+def hours(n: Sizes, card: str) -> float:
+    """Return the hours of all steps and all evaluations."""
+    s = n.s
+    steps = s.samples // s.questions
+    evaluated = 2 * s.test_samples  # questions, before and after training
+    if s.eval_every:
+        evaluated += (1 + steps // s.eval_every) * s.eval_samples
+    batch = max(1, 16384 // n.prompt)  # questions that an evaluation answers at a time
+    question = prefill_seconds(n, card) + sam_seconds(n, card)
+    question += decode_seconds(n, card, batch, 1) / batch
+    training = steps * sum(step_seconds(n, card).values())
+    return (training + evaluated * question) / 3600
+
+
+def known_card(name: str) -> str | None:
+    """Return the row of CARDS for a name such as "NVIDIA A100-SXM4-80GB"; None for others."""
+    words = set(re.split("[ -]", name))
+    for card in CARDS:
+        if set(card.split()) <= words and "Laptop" not in words:
+            return card
+    return None
