@@ -1,7 +1,9 @@
-"""Draw the diagram of the README: `python tutorials/diagram.py`.
+"""Draw the diagram and the curve of the README: `python tutorials/diagram.py`.
 
-It shows one group of answers, from the question to the update. The answers, masks, rewards and
-advantages are those of results/loop.json: the base model of the tiny preset sampled them.
+loop.png shows one group of answers, from the question to the update. The answers, masks, rewards
+and advantages are those of results/loop.json. The base model of the tiny preset sampled them.
+
+iou.png shows the mean IoU of the sampled answers in the committed runs.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pycocotools import mask as coco
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Python searches only the folder of the script
 
+from samr1_mini.plots import smooth
 from samr1_mini.tiny.shapes import Shapes
 
 RESULTS = ROOT / "tutorials" / "results"
@@ -143,7 +146,7 @@ def draw_question(axes, sample, image: np.ndarray) -> None:
     write(axes, 1.15, 1.0, "policy.py: logprobs", family="monospace", fontsize=7.6, color=BLUE)
 
 
-def draw(path: Path) -> None:
+def draw_loop(path: Path) -> None:
     """Write the diagram as a PNG file."""
     sample, group = read_group()
     image = np.asarray(sample.image)
@@ -171,16 +174,45 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def read_iou(run: str) -> np.ndarray:
+    """Return the mean IoU of the sampled answers of each step of a committed run."""
+    lines = (RESULTS / run / "metrics.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["iou"] for line in lines])
+
+
+def draw_curve(path: Path) -> None:
+    """Write the curve of the committed runs as a PNG file."""
+    figure = Figure(figsize=(8, 3.4), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    runs = np.array([read_iou(f"seed{seed}") for seed in range(5)])  # [seeds, steps]
+    steps = np.arange(1, runs.shape[1] + 1)
+    for run in runs:
+        axes.plot(steps, smooth(run), color=BLUE, alpha=0.35, linewidth=1)
+    axes.plot(steps, smooth(runs.mean(0)), color=BLUE, linewidth=2.4)
+    control = smooth(read_iou("seed0-no-accuracy"))
+    axes.plot(steps, control, color=RED, linewidth=2.4)
+    style = {"fontsize": 10, "fontweight": "bold", "ha": "right"}
+    axes.text(steps[-1], 0.78, "reward with SAM's IoU: mean of five seeds", color=BLUE, **style)
+    axes.text(steps[-1], 0.24, "reward for the format alone: one seed", color=RED, **style)
+    axes.set_xlabel("step (16 questions, 8 answers each)")
+    axes.set_ylabel("mean IoU of sampled answers")
+    axes.set_ylim(0, 0.9)
+    axes.set_xlim(0, steps[-1] + 2)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = RESULTS / "loop.png"
-    parser.add_argument("--out", type=Path, default=default, help=f"file to write ({default.name})")
-    path = parser.parse_args().out
-    draw(path)
-    print(path)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: results)")
+    folder = parser.parse_args().out
+    draw_loop(folder / "loop.png")
+    draw_curve(folder / "iou.png")
+    print(f"loop.png and iou.png are in {folder}")
 
 
 if __name__ == "__main__":
