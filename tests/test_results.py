@@ -123,8 +123,8 @@ def comparison_rows():
     values = load("by-question.json")
     labels = {
         "side": ("by a side", "the object left of the blue ring"),
-        "of all": ("largest of all", "the largest of the things with corners"),
-        "of its kind": ("largest of its kind", "the same words, another scene"),
+        "of all": ("extreme of all", "the largest of the things with corners"),
+        "of its kind": ("extreme of its kind", "the same words, another scene"),
     }
     for form, (name, example) in labels.items():
         numbers = [
