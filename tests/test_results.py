@@ -4,6 +4,7 @@ Each table row of figures is generated from a committed file. A missing row is p
 """
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -317,6 +318,12 @@ def test_the_findings_quote_the_differences_of_their_ablations():
 def test_the_first_table_quotes_speedups_over_trl_on_a_gpu():
     for ours, trl in whole_steps("benchmark-step-gpu.json"):
         assert f"{trl['seconds'] / ours['seconds']:.1f} times" in PAGES["README.md"]
+
+
+def test_the_readme_quotes_the_minutes_of_each_notebook():
+    for name, seconds in load("notebook-seconds.json")["seconds"].items():
+        cells = f"(tutorials/{name}.ipynb) | {math.ceil(seconds / 60)} |"
+        assert cells in PAGES["README.md"]
 
 
 def test_the_diagram_shows_rewards_and_advantages_that_follow_from_the_ious():
