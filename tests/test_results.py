@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from samr1_mini.grpo import advantages
 from samr1_mini.reward import accuracy_term
 from samr1_mini.tiny import scenes
 from samr1_mini.tiny.shapes import Shapes
-from tutorials import ablations
+from tutorials import ablations, diagram
 from tutorials.tiny_world import phases
 
 ROOT = Path(__file__).parent.parent
@@ -338,6 +339,14 @@ def test_the_diagram_shows_rewards_and_advantages_that_follow_from_the_ious():
         assert accuracy_term("tiered", answer["iou"]) == answer["accuracy"]
     shown = torch.tensor([answer["advantage"] for answer in answers])
     torch.testing.assert_close(advantages(rewards)[0], shown, atol=1e-3, rtol=0)
+
+
+def test_the_diagram_and_the_curve_of_the_readme_are_drawn(tmp_path):
+    diagram.draw_loop(tmp_path / "loop.png")
+    diagram.draw_curve(tmp_path / "iou.png")
+    for name in ("loop.png", "iou.png"):
+        with Image.open(tmp_path / name) as drawn, Image.open(RESULTS / name) as committed:
+            assert drawn.size == committed.size
 
 
 def test_the_pages_quote_minutes_and_memory_of_the_first_command():
