@@ -1,21 +1,36 @@
-"""README and notes: links, commands, functions and file names are right."""
+"""README and notes: links, commands, functions, file names and lengths are right."""
 
 import ast
 import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from samr1_mini import config
 from samr1_mini.config import MEMORY
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("tutorials/notes/*.md"))]
+NAMES = [page.name for page in PAGES]
+TEXT = README.read_text()
 
 
-def test_links_and_pictures_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXT):
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (page.parent / target).exists(), target
+
+
+def test_each_note_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((tutorials/notes/[^)#]+)\)", TEXT))
+    assert linked == {str(page.relative_to(ROOT)) for page in PAGES[1:]}
+
+
+def test_the_readme_is_short():
+    assert TEXT.count("\n") <= 240 and len(TEXT.split()) <= 2600
 
 
 def test_the_three_method_files_have_at_most_400_lines_and_no_line_is_longer_than_120():
@@ -34,13 +49,16 @@ def test_the_three_method_files_have_at_most_400_lines_and_no_line_is_longer_tha
 
 
 def test_the_memory_of_each_preset_is_what_the_program_asks_for():
+    text = (ROOT / "tutorials/notes/gpu.md").read_text()
     for preset, (card, free) in MEMORY.items():
-        assert f"| `{preset}` | above {card:g} | above {free:g} |" in TEXT
+        assert f"| `{preset}` | above {card:g} | above {free:g} |" in text
 
 
 def test_the_method_knows_nothing_of_the_drawn_world():
-    for name in ("policy", "reward", "grpo", "attention", "replay", "tokens", "segmenter"):
-        tree = ast.parse((ROOT / f"samr1_mini/{name}.py").read_text())
+    files = {file.stem: file for file in (ROOT / "samr1_mini").glob("*.py")}
+    method = ("policy", "reward", "grpo", "attention", "replay", "decoding", "tokens", "segmenter")
+    for name in files.keys() & set(method):
+        tree = ast.parse(files[name].read_text())
         imported = [
             node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
         ]
@@ -60,25 +78,47 @@ def test_every_function_in_the_equation_table_exists_in_its_file():
         assert set(re.findall(r"`(\w+)`", names)) <= defined, (file, names)
 
 
-def commands():
-    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S):
+def files_of_the_tree():
+    """The paths of all .py files in the README's tree, which is indented by four spaces a folder."""
+    block = re.search(r"```text\n(train\.py .*?)```", TEXT, re.S)[1]
+    folders, found = [], []
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 4
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        elif name.endswith(".py"):
+            found.append("".join(folders) + name)
+    return found
+
+
+def test_the_file_tree_lists_each_file_of_the_package_once():
+    listed = files_of_the_tree()
+    files = ["train.py", "eval.py"]
+    for file in (ROOT / "samr1_mini").rglob("*.py"):
+        if file.name != "__init__.py":
+            files.append(file.relative_to(ROOT).as_posix())
+    assert sorted(listed) == sorted(files)
+
+
+def commands(page):
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith(("python ", "accelerate ")):
                 yield shlex.split(line.split(" #")[0])[1:]
 
 
-def test_every_command_parses(monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_command_parses(page, monkeypatch):
     import eval as eval_command
     from samr1_mini.config import parse_settings
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        config, "check_machine", lambda *_: None
-    )  # full-size commands are for a GPU
+    # full-size commands are for a GPU
+    monkeypatch.setattr(config, "check_machine", lambda *_: None)
     monkeypatch.setattr(eval_command, "check_machine", lambda *_: None)
-    seen = list(commands())
-    assert len(seen) >= 6
-    for argv in seen:
+    for argv in commands(page):
         if argv[0] == "launch":
             argv = argv[argv.index("train.py") :]
         if argv[0] == "train.py" and "--resume" not in argv:
@@ -88,8 +128,15 @@ def test_every_command_parses(monkeypatch):
             eval_command.parse(
                 [re.sub("runs/tiny-seed0", "tutorials/results/seed0", a) for a in argv[1:]]
             )
-        elif argv[0] == "-m" and argv[1] != "pytest":
+        elif argv[0] == "-m" and argv[1] not in ("pytest", "venv"):
             assert (ROOT / (argv[1].replace(".", "/") + ".py")).exists(), argv
+        elif argv[0].endswith(".py"):
+            assert (ROOT / argv[0]).exists(), argv
+
+
+def test_the_pages_hold_enough_commands_for_these_tests():
+    assert len(list(commands(README))) >= 6
+    assert sum(len(list(commands(page))) for page in PAGES) >= 15
 
 
 def test_the_test_command_is_the_one_that_ci_runs():

@@ -1,19 +1,31 @@
-"""Figures of the committed runs and networks: the claims of README and notes that rest on them."""
+"""Figures of the committed runs and networks, and the tables of README and notes made from them.
+
+Each table row of figures is generated from a committed file. A missing row is printed by its test.
+"""
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from samr1_mini.grpo import advantages
+from samr1_mini.reward import accuracy_term
 from samr1_mini.tiny import scenes
 from samr1_mini.tiny.shapes import Shapes
+from tutorials import ablations, diagram
 from tutorials.tiny_world import phases
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tutorials" / "results"
 SEEDS = range(5)  # of the committed runs of the first command
+PAGES = {
+    page.name: page.read_text() for page in [ROOT / "README.md", *ROOT.glob("tutorials/notes/*.md")]
+}
 
 
 def load(name):
@@ -44,6 +56,304 @@ def whole_steps(file="benchmark-step.json"):
         for trl in rows:
             if (ours["way"], trl["way"]) == ("ours", "trl") and sizes(ours) == sizes(trl):
                 yield ours, trl
+
+
+def row(*cells):
+    """Write a table row of a page."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def with_interval(values, digits=2):
+    """Write the mean of one value a seed with its 95 % interval (Student's t)."""
+    mean, half = ablations.interval(np.array(values))
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def summary(run):
+    return load(f"{run}/summary.json")
+
+
+def three_runs(name, read):
+    """Write a row: base model, trained (five seeds), control."""
+    trained = [read(summary(f"seed{seed}")["trained"]) for seed in SEEDS]
+    base = read(summary("seed0")["base"])
+    control = read(summary("seed0-no-accuracy")["trained"])
+    return row(name, f"{base:.2f}", with_interval(trained), f"{control:.2f}")
+
+
+def result_rows():
+    """README: the result."""
+    for name, key in (
+        ("gIoU", "gIoU"),
+        ("cIoU", "cIoU"),
+        ("boxes with IoU above 0.5", "box_accuracy"),
+    ):
+        yield three_runs(name, lambda scores, key=key: scores[key])
+    for kind, example in (
+        ("attribute", "the red star"),
+        ("relation", "the object left of the blue ring"),
+    ):
+        name = f'gIoU, "{example}"'
+        yield three_runs(name, lambda scores, kind=kind: scores["by_kind"][kind]["gIoU"])
+
+
+def seed_rows():
+    """results.md: each run."""
+    for folder in (*(f"seed{seed}" for seed in SEEDS), "seed0-no-accuracy"):
+        run = summary(folder)
+        label = f"seed {run['seed']}"
+        if folder.endswith("no-accuracy"):
+            label += ", `--accuracy-weight 0`"
+        keys = ("gIoU", "cIoU", "box_accuracy")
+        changes = [f"{run['base'][key]:.2f} → {run['trained'][key]:.2f}" for key in keys]
+        yield row(label, *changes, f"{run['seconds'] / 60:.1f}")
+
+
+def kind_rows():
+    """results.md: gIoU by kind of question."""
+    trained = [summary(f"seed{seed}")["trained"]["by_kind"] for seed in SEEDS]
+    base = summary("seed0")["base"]["by_kind"]
+    control = summary("seed0-no-accuracy")["trained"]["by_kind"]
+    yield row("base model", *(f"{base[kind]['gIoU']:.2f}" for kind in scenes.KINDS))
+    means = [with_interval([run[kind]["gIoU"] for run in trained]) for kind in scenes.KINDS]
+    yield row("trained, five seeds", *means)
+    yield row("control", *(f"{control[kind]['gIoU']:.2f}" for kind in scenes.KINDS))
+
+
+def comparison_rows():
+    """results.md: three ways to compare."""
+    values = load("by-question.json")
+    labels = {
+        "side": ("by a side", "the object left of the blue ring"),
+        "of all": ("extreme of all", "the largest of the things with corners"),
+        "of its kind": ("extreme of its kind", "the same words, another scene"),
+    }
+    for form, (name, example) in labels.items():
+        numbers = [
+            int(sample.id.split("-")[1]) % 10**6 for sample, found in comparing() if found == form
+        ]
+        base = np.mean([values["base"][i] for i in numbers])
+        trained = [np.mean([values[f"seed {seed}"][i] for i in numbers]) for seed in SEEDS]
+        yield row(name, example, str(len(numbers)), f"{base:.2f}", with_interval(trained))
+
+
+def input_rows():
+    """results.md: the grey picture and the mirror."""
+    yield row("trained", f"{summary('seed0')['trained']['gIoU']:.2f}")
+    yield row("trained, grey picture", f"{load('seed0/blank.json')['gIoU']:.2f}")
+    yield row("trained, mirrored picture and question", f"{load('seed0/mirror.json')['gIoU']:.2f}")
+
+
+def style_rows():
+    """results.md: answer styles during the runs, and their rewards."""
+    runs = list(answers_by_run())
+    answers = [answer for run in runs for answer in run]
+    early = [answer["style"] for answer in answers if answer["part"] <= 0.05]
+    late = [answer["style"] for answer in answers if answer["part"] > 0.9]
+    meanings = {
+        "sentence": "plain words, outside the format",
+        "json": "JSON without thoughts",
+        "short": "names one object in the thoughts",
+        "names": "names all objects",
+        "places": "lists all objects with coordinates",
+    }
+    for style, meaning in meanings.items():
+        shares = [f"{found.count(style) / len(found):.2f}" for found in (early, late)]
+        yield row(style, meaning, *shares)
+    compared = ("relation", "combined")
+    for name, comparing_kind in (
+        ("relation and combined questions", True),
+        ("other questions", False),
+    ):
+        means = []
+        for style in ("short", "places"):
+            rewards = [
+                answer["reward"]
+                for answer in answers
+                if answer["part"] > 0.2
+                and answer["style"] == style
+                and (answer["kind"] in compared) == comparing_kind
+            ]
+            means.append(f"{np.mean(rewards):.2f}")
+        yield row(name, *means)
+    shares = []
+    for run in runs:
+        late = [answer["style"] for answer in run if answer["part"] > 0.9]
+        shares.append(f"{late.count('places') / len(late):.2f}")
+    yield row("share of *places*", *shares)
+
+
+def ablation_rows():
+    """results.md: the rows that repeat tables of the paper."""
+    lines = ablations.read()
+    names = ["base"]
+    for title in ("table 3: accuracy reward", "table 4: objective"):
+        names += ablations.TABLES[title]
+    for name in names:
+        _, mean, apart, paper, _ = ablations.cells(lines, name)
+        yield row(name, mean, apart, paper)
+
+
+def memory_rows():
+    """README: memory and hours of the forecast and of the rehearsals."""
+    forecast = load("forecast-7b.json")["forecast"]
+    peak = max(value for name, value in forecast.items() if name.endswith("_peak_gib"))
+    for card in ("RTX 3090", "RTX 4090"):
+        hours = [f"{forecast['hours'][card][tokens]:.1f}" for tokens in ("128", "512")]
+        yield row("7B, NF4", card, "forecast", f"{peak:.1f}", *hours)
+    for name, measured in rehearsals():
+        peak = max(measured["peak_gib"][phase] for phase in ("rollout", "reward", "update"))
+        hours = {str(measured["max_new_tokens"]): f"{measured['hours_for_3000_samples']:.1f}"}
+        cells = [hours.get(tokens, "") for tokens in ("128", "512")]
+        card = f"H100, {measured['memory_limit']:.0f} GiB"
+        yield row(name, card, "measured", f"{peak:.1f}", *cells).replace("|  |", "| |")
+
+
+def rehearsals():
+    """The names and measurements of the three rehearsals on a GPU."""
+    for file, name in (("7b", "7B, NF4"), ("3b", "3B, NF4"), ("3b-bf16", "3B, bf16")):
+        yield name, load(f"rehearsal-{file}.json")["measured"]
+
+
+def rehearsal_rows():
+    """gpu.md: seconds, peaks and decoded tokens of the rehearsals; parts of the forecast."""
+    phases_of_a_step = ("rollout", "reward", "update")
+    for name, measured in rehearsals():
+        seconds = [f"{measured['seconds'][phase]:.1f}" for phase in phases_of_a_step]
+        peaks = [f"{measured['peak_gib'][phase]:.1f}" for phase in phases_of_a_step]
+        token = [f"{measured['token_ms'][way]:.1f}" for way in ("graph", "eager")]
+        yield row(name, str(measured["max_new_tokens"]), *seconds, *peaks, *token)
+    forecast = load("forecast-7b.json")["forecast"]
+    parts = (
+        "weights",
+        "optimizer",
+        "sam",
+        "prefill_peak",
+        "decode_peak",
+        "reward_peak",
+        "update_peak",
+    )
+    yield row("7B, GiB", *(f"{forecast[part + '_gib']:.2f}" for part in parts))
+
+
+def step_rows():
+    """speed.md: a whole step against TRL."""
+    for file, device in (("benchmark-step-gpu.json", "H100"), ("benchmark-step.json", "CPU")):
+        for ours, trl in whole_steps(file):
+            if (ours["group"], ours["max_new_tokens"]) not in ((8, 48), (16, 48), (8, 192)):
+                continue
+            yield row(
+                device,
+                f"{ours['image_size']} px",
+                f"{ours['questions']} x {ours['group']}",
+                str(ours["max_new_tokens"]),
+                f"{ours['seconds']:.2f}",
+                f"{trl['seconds']:.2f}",
+                f"{trl['seconds'] / ours['seconds']:.1f}",
+                f"{ours['peak_gib']:.1f}",
+                f"{trl['peak_gib']:.1f}",
+            )
+
+
+def sharing_rows():
+    """speed.md: what sharing the prompt saves."""
+    for file, device in (("benchmark-3b.json", "H100, 3B"), ("benchmark.json", "CPU, tiny")):
+        for sizes in load(file)["results"][1:]:  # the long prompt
+            for phase, ways in (
+                ("rollout", ("shared prompt", "generate", "generate, prompt repeated")),
+                ("update", ("packed", "padded, features at hand", "padded")),
+            ):
+                seconds = [f"{sizes[phase][way]:.2f}" for way in ways]
+                yield row(device, str(sizes["prompt_tokens"]), phase, *seconds)
+
+
+def update_rows():
+    """speed.md: attention in parts against one masked row."""
+    for file, device in (("benchmark-3b.json", "H100, 3B"), ("benchmark.json", "CPU, tiny")):
+        first, *_, last = load(file)["updates"]
+        for sizes in (first, last):
+            ours, masked = sizes["update"].values()
+            questions = f"{sizes['questions']} x {sizes['group']}"
+            size = f"{sizes['size']} px"
+            numbers = (f"{ours:.2f}", f"{masked:.2f}", f"{masked / ours:.2f}")
+            yield row(device, size, questions, str(sizes["answer_tokens"]), *numbers)
+
+
+def weights_rows():
+    """speed.md: the format of the frozen weights."""
+    for file, device in (("benchmark-3b.json", "H100, 3B"), ("benchmark.json", "CPU, tiny")):
+        weights = load(file)["weights"]
+        for kind in ("nf4", "bf16", "fp32"):
+            if f"{kind}, rollout" in weights:
+                seconds = [f"{weights[f'{kind}, {phase}']:.2f}" for phase in ("rollout", "update")]
+                yield row(device, f"`--load-in {kind}`", *seconds)
+
+
+TABLES = [
+    ("README.md", result_rows),
+    ("README.md", memory_rows),
+    ("results.md", seed_rows),
+    ("results.md", kind_rows),
+    ("results.md", comparison_rows),
+    ("results.md", input_rows),
+    ("results.md", style_rows),
+    ("results.md", ablation_rows),
+    ("gpu.md", rehearsal_rows),
+    ("speed.md", step_rows),
+    ("speed.md", sharing_rows),
+    ("speed.md", update_rows),
+    ("speed.md", weights_rows),
+]
+
+
+@pytest.mark.parametrize("page, rows", TABLES, ids=[rows.__name__ for _, rows in TABLES])
+def test_each_table_row_of_figures_comes_from_a_committed_file(page, rows):
+    missing = [line for line in rows() if line not in PAGES[page]]
+    assert not missing, f"{page} should have:\n" + "\n".join(missing)
+
+
+def test_the_findings_quote_the_differences_of_their_ablations():
+    lines = ablations.read()
+    for name in ("GRPO", "G = 2", "threshold 0.8", "threshold 0.5"):
+        difference = ablations.with_interval(ablations.differences(lines, name))
+        assert difference in PAGES["README.md"] or difference.lstrip("-") in PAGES["README.md"]
+
+
+def test_the_first_table_quotes_speedups_over_trl_on_a_gpu():
+    for ours, trl in whole_steps("benchmark-step-gpu.json"):
+        assert f"{trl['seconds'] / ours['seconds']:.1f} times" in PAGES["README.md"]
+
+
+def test_the_readme_quotes_the_minutes_of_each_notebook():
+    for name, seconds in load("notebook-seconds.json")["seconds"].items():
+        cells = f"(tutorials/{name}.ipynb) | {math.ceil(seconds / 60)} |"
+        assert cells in PAGES["README.md"]
+
+
+def test_the_diagram_shows_rewards_and_advantages_that_follow_from_the_ious():
+    answers = load("loop.json")["answers"]
+    names = ("accuracy", "reasoning_format", "segmentation_format")
+    rewards = torch.tensor([[sum(answer[name] for name in names) for answer in answers]])
+    assert rewards[0].tolist() == [answer["reward"] for answer in answers]
+    for answer in answers:
+        assert accuracy_term("tiered", answer["iou"]) == answer["accuracy"]
+    shown = torch.tensor([answer["advantage"] for answer in answers])
+    torch.testing.assert_close(advantages(rewards)[0], shown, atol=1e-3, rtol=0)
+
+
+def test_the_diagram_and_the_curve_of_the_readme_are_drawn(tmp_path):
+    diagram.draw_loop(tmp_path / "loop.png")
+    diagram.draw_curve(tmp_path / "iou.png")
+    for name in ("loop.png", "iou.png"):
+        with Image.open(tmp_path / name) as drawn, Image.open(RESULTS / name) as committed:
+            assert drawn.size == committed.size
+
+
+def test_the_pages_quote_minutes_and_memory_of_the_first_command():
+    memory = max(step["peak_memory_gib"] for step in log(0))
+    minutes = summary("seed0")["seconds"] / 60
+    assert f"{minutes:.0f} minutes" in PAGES["README.md"]
+    assert f"{memory:.1f} GiB" in PAGES["README.md"]
 
 
 def test_a_whole_step_is_faster_than_trl_and_grows_slowly_with_the_group():
