@@ -19,7 +19,8 @@ from tqdm import tqdm
 from .config import Settings, UserError, cell_size
 from .data import Sample
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
-from .policy import Policy, encode, generate
+from .decoding import generate
+from .policy import Policy, encode
 from .reward import Reward, score_group
 from .memory import free_memory, questions_per_batch
 from .processes import is_first, join_processes, together

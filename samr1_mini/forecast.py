@@ -13,7 +13,9 @@ import copy
 import math
 import re
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Params4bit
 from PIL import Image
 from segment_anything import SamPredictor
+from torch.nn.attention.bias import causal_lower_right
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import (
@@ -34,14 +37,15 @@ from transformers import (
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from .attention import IMPLEMENTATION, Cache
+from . import attention, tokens
+from .attention import BLOCK, IMPLEMENTATION
 from .config import PRESETS, Settings, UserError, cell_size
 from .grpo import full_rollouts, new_optimizer, update
-from .policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text, generate
+from .decoding import generate
+from .policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text
 from .gpu import card_memory
 from .memory import memory_warning, smaller_weights
 from .segmenter import SAM_FILES, Segmenter, random_sam, small_folder
-from .tokens import FP32_SUMS
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores run.
 SHAPES = {
@@ -146,7 +150,7 @@ CARDS = {
 }
 # Assumed: large products reach 50 to 80 % of a card's FLOP/s, thin ones far less; plain kernels 70 to 85 % of bytes/s.
 FLOP_SHARE, BYTE_SHARE = 0.4, 0.7
-# Seconds that an operation takes however small it is: started by Python, or within a CUDA graph (decoding; replay.py).
+# Seconds that an operation takes however small it is: started by Python, or within a CUDA graph (decoding.py).
 # Measured on one server with an H100; on other cards and processors assumed to be the same.
 LAUNCH, REPLAYED = 30e-6, 2.2e-6
 FUSED_ROWS = 64  # to so many rows (by card: 16 to 256) bitsandbytes multiplies from the 4 bits, beyond from a bf16 copy
@@ -173,6 +177,12 @@ def attention_flops(query, key, products: int, causal: bool) -> int:
     return 2 * products * query.numel() * key.shape[2] // (2 if causal else 1)
 
 
+def unwatched_mask(*size):
+    """causal_lower_right outside of any mode: its mask is two numbers and no tensor, on which modes fail."""
+    with _disable_current_modes():
+        return causal_lower_right(*size)
+
+
 class Counter(TorchDispatchMode):
     """While entered, counts bytes held and moved, floating-point operations, and the seconds that each card would need.
 
@@ -186,12 +196,15 @@ class Counter(TorchDispatchMode):
         self.before = dict(self.total)
 
     def __enter__(self):
-        if self.fake:
-            FP32_SUMS.add("cpu")  # tensors without numbers stand for a GPU's
+        self.patches = ExitStack()
+        self.patches.enter_context(patch.object(attention, "causal_lower_right", unwatched_mask))
+        if self.fake:  # tensors without numbers stand for a GPU's
+            gpu = patch.object(tokens, "has_fp32_sums", lambda device: True)
+            self.patches.enter_context(gpu)
         return super().__enter__()
 
     def __exit__(self, *error):
-        FP32_SUMS.discard("cpu")
+        self.patches.close()
         return super().__exit__(*error)
 
     def hold(self, tensor: torch.Tensor) -> None:
@@ -321,7 +334,7 @@ def fake_policy(
     """
     base = empty_base(config, s.load_in, dtype)
     with init_empty_weights():
-        policy = add_adapter(base, shape_processor(config), s.rank, checkpointing=s.checkpointing)
+        policy = add_adapter(base, shape_processor(config), s.rank, s.checkpointing)
     with counter:
         for module in policy.model.modules():
             for name, old in list(module.named_parameters(recurse=False)):
@@ -533,7 +546,7 @@ def step_seconds(found: dict, s: Settings, card: str, length: int) -> dict:
     )  # a token costs more the more stand before it: on average as the middle one
     token = {k: v + middle * (found["last"][k] - v) for k, v in found["first"].items()}
     recorded = 2 * math.ceil(
-        length / Cache.BLOCK
+        length / BLOCK
     )  # tokens that Python starts: one as it is and one to record, a size
     sampling = length * (token[card] + again) + rounds * token["operations"] * (
         length * REPLAYED + recorded * LAUNCH

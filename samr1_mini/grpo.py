@@ -23,7 +23,8 @@ from tqdm import tqdm
 from .config import Settings, UserError
 from .data import Sample
 from .evaluation import policy_image
-from .policy import Completion, Policy, Prompt, encode, logprobs, generate
+from .decoding import Completion, generate
+from .policy import Policy, Prompt, encode, logprobs
 from .reward import Reward, score_group
 from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from .attention import Cache
+from .attention import BLOCK
 from .config import Settings, emulates_bf16
 from .gpu import GIB, gpu_is_usable, windows_lends_memory
 
@@ -122,7 +122,7 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
     text, size = model.config.text_config, model.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_key_value_heads * head * size  # keys and values of one token in one layer
-    room = s.group * math.ceil(s.max_new_tokens / Cache.BLOCK) * Cache.BLOCK
+    room = s.group * math.ceil(s.max_new_tokens / BLOCK) * BLOCK
     states = (
         4 * text.intermediate_size + 5 * text.hidden_size
     ) * size  # of a prompt token in a layer, with adapter

@@ -32,8 +32,8 @@ from .grpo import (
     sample_in_turn,
     update,
 )
-from .policy import Policy, Prompt, add_adapter, generate
-from .replay import DEVICES
+from .decoding import generate
+from .policy import Policy, Prompt, add_adapter
 from .reward import score_group
 from .memory import compute_dtype, free_memory, peak_memory, questions_per_batch
 from .segmenter import Segmenter, random_sam
@@ -77,7 +77,7 @@ def random_policy(
                 drawn = torch.nn.Parameter(value)
             setattr(module, name, drawn)
     base.tie_weights()
-    return add_adapter(base.to(device), shape_processor(config), rank, checkpointing=checkpointing)
+    return add_adapter(base.to(device), shape_processor(config), rank, checkpointing)
 
 
 class Meter:
@@ -147,10 +147,10 @@ def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
 
     From answers of 8 and of 24 tokens: what both take (the prompts, the first tokens, the recording) cancels out.
     """
-    taken, graphs = {}, set(DEVICES)
-    for way, devices in dict(graph=graphs, eager=set()).items():
+    taken, kept = {}, policy.cuda_graphs
+    for way, graphs in (("graph", kept), ("eager", False)):
         seconds = {}
-        DEVICES.clear(), DEVICES.update(devices)
+        policy.cuda_graphs = graphs
         for tokens in (8, 8, 24):  # the first one warms up
             start = time.perf_counter()
             generate(policy, prompts, group, tokens)[0][
@@ -158,7 +158,7 @@ def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
             ].ids.tolist()  # to ask for numbers is to wait for the GPU
             seconds[tokens] = time.perf_counter() - start
         taken[way] = 1000 * (seconds[24] - seconds[8]) / 16
-    DEVICES.clear(), DEVICES.update(graphs)
+    policy.cuda_graphs = kept
     return taken
 
 

@@ -51,7 +51,7 @@ from samr1_mini.evaluation import (
     true_box_iou,
 )
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
-from samr1_mini.policy import Completion
+from samr1_mini.decoding import Completion
 from samr1_mini.reward import score_group
 from samr1_mini import loading
 from samr1_mini.tiny.shapes import Shapes
@@ -318,7 +318,8 @@ from accelerate import PartialState
 from samr1_mini import evaluation
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
-from samr1_mini.policy import Completion, load_policy
+from samr1_mini.decoding import Completion
+from samr1_mini.policy import load_policy
 from samr1_mini import loading
 from samr1_mini.segmenter import load_segmenter
 

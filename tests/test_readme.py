@@ -39,7 +39,7 @@ def test_the_memory_of_each_preset_is_what_the_program_asks_for():
 
 
 def test_the_method_knows_nothing_of_the_drawn_world():
-    for name in ("policy", "reward", "grpo", "attention", "replay", "tokens", "segmenter"):
+    for name in ("policy", "reward", "grpo", "attention", "decoding", "tokens", "segmenter"):
         tree = ast.parse((ROOT / f"samr1_mini/{name}.py").read_text())
         imported = [
             node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)

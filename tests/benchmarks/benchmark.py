@@ -1,7 +1,7 @@
 """What sharing the prompt saves, and what 4-bit weights cost, in one run: `python tests/benchmarks/benchmark.py`;
 on a GPU, `--shape 3b` or `7b` takes a policy of that true shape with random weights.
 
-Rollouts, from pictures and questions: `policy.generate` against transformers' generate with num_return_sequences=G, which
+Rollouts, from pictures and questions: `decoding.generate` against transformers' generate with num_return_sequences=G, which
 encodes a picture once and reads the prompt G times, and with the prompt given G times, as trainers do that treat every
 answer as a row. Updates: `policy.logprobs` on packed rows against a padded batch in which every answer has its own copy
 of the prompt, pictures and all, or their features at hand as ours are. Attention: updates against each question in a
@@ -24,9 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
 
-from samr1_mini.attention import Cache
 from samr1_mini.config import auto_device, cell_size
 from samr1_mini.data import load_data
+from samr1_mini.decoding import Cache, generate
 from samr1_mini.evaluation import policy_image
 from samr1_mini.policy import (
     Policy,
@@ -36,7 +36,6 @@ from samr1_mini.policy import (
     logprobs,
     pack,
     prompt_text,
-    generate,
 )
 from samr1_mini.gpu import gpu_is_usable
 from samr1_mini.memory import device_name
@@ -96,7 +95,7 @@ def compare(
     def encoded():
         return encode(policy, images, texts)
 
-    def generate(copies: int):
+    def library(copies: int):
         policy.base.model.rope_deltas = None
         plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         policy.base.generate(
@@ -111,8 +110,8 @@ def compare(
         {
             "shared prompt": lambda: generate(policy, encoded(), group, tokens),
             "  of it, encoding the picture": encoded,
-            "generate": lambda: generate(1),
-            "generate, prompt repeated": lambda: generate(group),
+            "generate": lambda: library(1),
+            "generate, prompt repeated": lambda: library(group),
         },
         rounds,
     )

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from samr1_mini.config import Parser, UserError, auto_device, exit_with, first_line
 from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
-from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs, generate
+from samr1_mini.decoding import generate
+from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import parse, score_group
 from samr1_mini.segmenter import TINY_SAM, decode, load_segmenter, random_sam
-from samr1_mini.tokens import banned_ids, stop_ids
 from .answers import (
     ANSWER,
     LISTING,
@@ -503,8 +503,7 @@ def new_policy() -> Policy:
     processor = build_processor(corpus())
     model = build_policy(processor.tokenizer).to(DEVICE)
     line_up_numbers(model, processor.tokenizer)
-    stop = stop_ids(model, processor.tokenizer)
-    return Policy(model, processor, banned_ids(model, processor.tokenizer, stop), stop)
+    return Policy(model, processor)
 
 
 def policy_optimizers(model) -> list:
