@@ -1,8 +1,8 @@
-"""Sample answers token by token: the cache, the CUDA graph of one token, the choice of a token.
+"""Sample answers token by token, with a cache of keys and values, and with CUDA graphs.
 
 The model first reads the prompts (prefill). Then it reads one token of every answer at a time
-(decoding). The keys and values of all earlier tokens wait in a cache.
-Each token is drawn from the distribution that is trained (tokens.token_logits).
+(decoding). A cache holds the keys and values of all earlier tokens. Each token is drawn from the
+distribution that is trained (tokens.token_logits).
 
 A token of a 3B policy takes about 3,600 operations. Python starts most of them more slowly than a
 GPU executes them. Therefore a GPU records the operations of one token as a CUDA graph. It replays
@@ -86,12 +86,12 @@ class Cache:
         return place
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """Attend from the prompts before the first `grow()`, and from the answers after it."""
+        """Attend in one layer: prefill before the first `grow()`, decoding after it."""
         if self.tokens == 0:
-            return self.read_prompts(query, key, value, scale)
-        return self.read_answers(layer, query, key, value, scale)
+            return self.attend_prefill(query, key, value, scale)
+        return self.attend_decoding(layer, query, key, value, scale)
 
-    def read_prompts(self, query, key, value, scale: float) -> torch.Tensor:
+    def attend_prefill(self, query, key, value, scale: float) -> torch.Tensor:
         """Keep the prompts' keys and values of the next layer, and attend.
 
         query [b, H, P, d], key and value [b, KV, P, d] -> [b, P, H, d].
@@ -102,7 +102,7 @@ class Cache:
         self.answers.append(key.new_empty(2, b, heads, self.group, 0, d))
         return attend_prompt(query, key, value, scale).transpose(1, 2)
 
-    def read_answers(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+    def attend_decoding(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Keep the keys and values of the answers' next tokens, and attend.
 
         query [b, H, G, d], key and value [b, KV, G, d] -> [b, G, H, d].
@@ -183,7 +183,7 @@ class TokenReader:
         self.cache = cache
         self.size = None  # the cache's sizes at the last token
         self.replay = None  # runs the graph of a token at these sizes
-        self.failed = False  # a token could not be recorded
+        self.failed = False  # True after a recording has failed
 
     def read(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Read without a graph: embeds [b, G, D], positions [3, b, G] -> hidden [b, G, D]."""
@@ -215,13 +215,14 @@ class TokenReader:
 
         When memory runs out here, it may still be enough for reading without a graph.
         """
-        self.embeds = embeds.clone()
-        self.positions = positions.clone()
         try:
+            self.embeds = embeds.clone()
+            self.positions = positions.clone()
             self.hidden, self.replay = recorded(lambda: self.read(self.embeds, self.positions))
         except Exception as error:
             self.failed = True
-            self.embeds = self.positions = None
+            self.embeds = None  # frees the memory of the inputs
+            self.positions = None
             tqdm.write(
                 "CUDA graphs are not used, so answers take longer: recording failed "
                 f"({first_line(error)})"
@@ -243,8 +244,9 @@ class TokenReader:
 def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Choose tokens [...] from log-probabilities [..., V] by uniform numbers in [0, 1), [...].
 
-    Token i owns the interval between the probability of all earlier tokens and that with its own.
-    A banned token owns nothing. The sum of all replaces 1, so rounding never leads past the end.
+    The probabilities of all tokens are laid end to end. Each uniform number lies in the interval of
+    one token, and this token is chosen. A banned token has an empty interval. The numbers are
+    scaled by the sum of all probabilities. So rounding never leads past the last token.
     """
     cumulative = logp.double().exp().cumsum(-1)
     target = uniforms.double()[..., None] * cumulative[..., -1:]
@@ -290,6 +292,7 @@ def generate(
     shape = (len(prompts), group, max_new_tokens)
     if temperature == 0:
         uniforms = None
+        temperature = 1.0
     else:
         if uniforms is None:
             uniforms = torch.rand(shape)
@@ -307,7 +310,7 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample tokens of a `shape` (B, G, L) -> ids and their log-probabilities, both [B, G, L].
 
-    What follows an answer's first stop id is arbitrary. Without `uniforms` sampling is greedy.
+    After its first stop id an answer is arbitrary. Without `uniforms` sampling is greedy.
     """
     questions, group, length = shape
     device = policy.device
@@ -322,7 +325,7 @@ def sample_tokens(
     logps = torch.zeros(shape, device=device)
     unfinished = torch.arange(questions, device=device)  # [b] questions still in the batch
     for t in range(length):
-        logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
+        logp = token_logits(policy, hidden, temperature).log_softmax(-1)  # [b, G, V]
         if uniforms is None:
             token = logp.argmax(-1)  # [b, G]
         else:
@@ -332,7 +335,8 @@ def sample_tokens(
         if t + 1 == length:
             break
         if (t + 1) % CHECK_EVERY == 0:
-            ended = torch.isin(ids[unfinished, :, : t + 1], policy.stop).any(-1).all(-1)  # [b]
+            stops = torch.isin(ids[unfinished, :, : t + 1], policy.stop)  # [b, G, t + 1]
+            ended = stops.any(-1).all(-1)  # [b] all G answers have ended
             if ended.all():
                 break
             stay = reader.drop(ended)

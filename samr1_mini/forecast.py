@@ -45,7 +45,7 @@ from .decoding import generate
 from .policy import TINY, Policy, Prompt, add_adapter, encode, four_bits, prompt_text
 from .gpu import card_memory
 from .memory import memory_warning, smaller_weights
-from .segmenter import SAM_FILES, Segmenter, random_sam, small_folder
+from .segmenter import SAM_FILES, SamSegmenter, Segmenter, random_sam, sam_logits, small_folder
 
 # The published shapes (config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct), and one that two CPU cores run.
 SHAPES = {
@@ -366,7 +366,7 @@ def build(
     policy = fake_policy(config, s, dtype, counter)
     weights = counter.live
     with counter:
-        segmenter = Segmenter(SamPredictor(random_sam(sam_kind(s)).requires_grad_(False)))
+        segmenter = SamSegmenter(SamPredictor(random_sam(sam_kind(s)).requires_grad_(False)))
     return (
         counter,
         policy,
@@ -436,7 +436,8 @@ def count_reward(segmenter: Segmenter, s: Settings, counter: Counter) -> dict:
     counter.lap()
     predictor.set_image(np.zeros((480, 640, 3), np.uint8))  # as large as COCO's
     boxes = torch.tensor([[50.0, 50.0, 200.0, 200.0]] * s.group)
-    logits, _ = segmenter.decode(points[..., :2], points[..., 2], boxes)  # [G, 3, h, w]
+    sam, features = predictor.model, predictor.features
+    logits, _ = sam_logits(sam, features, points[..., :2], points[..., 2], boxes)  # [G, 3, h, w]
     for logit in logits[:, :1]:  # [1, h, w] the best of three, one answer after the other
         predictor.model.postprocess_masks(
             logit[None], predictor.input_size, predictor.original_size

@@ -106,7 +106,7 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Return the answer's first position. It is below P: a picture has fewer positions."""
+        """Return the answer's first position. It is below P, as pictures have few positions."""
         return int(self.positions.max()) + 1
 
 
@@ -114,7 +114,7 @@ class Prompt:
 
 
 def model_source(name: str | Path) -> str:
-    """Return the folder or hub id of a policy; "tiny" is the folder in the package."""
+    """Return the folder or hub id of a policy. The folder of "tiny" is in the package."""
     if name == "tiny":
         return str(TINY)
     return str(name)
@@ -123,8 +123,8 @@ def model_source(name: str | Path) -> str:
 def check_policy(name: str, image_size: int | None = None):
     """Return the configuration of a policy's folder or hub id. No weights are loaded.
 
-    Raises UserError if there is no such model, if it is of another kind, or if a file is damaged or
-    missing; also if pictures of `image_size` pixels a side do not divide into the model's cells.
+    Raises UserError if there is no such model, if it is of another kind, if a file is damaged or
+    missing, or if `image_size` (pixels a side) does not divide into the model's cells.
     """
     folder = Path(model_source(name))
     why = "no model folder of that name, nor does the hub give one"
@@ -148,7 +148,7 @@ def check_policy(name: str, image_size: int | None = None):
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return settings for NF4; in 4 bits the vision tower or the head would break a Qwen-VL."""
+    """Return settings for NF4. In 4 bits vision tower or head would break a Qwen-VL."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -314,7 +314,7 @@ def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """Return Qwen3-VL's further arguments, else none; picture: bool [B, T], True for its tokens."""
+    """Return more arguments for Qwen3-VL, else none. picture [B, T] is True at picture tokens."""
     if not prompts[0].deep:
         return {}
     layers = zip(*(p.deep for p in prompts))

@@ -36,7 +36,7 @@ from .decoding import generate
 from .policy import Policy, Prompt, add_adapter
 from .reward import score_group
 from .memory import compute_dtype, free_memory, peak_memory, questions_per_batch
-from .segmenter import Segmenter, random_sam
+from .segmenter import SamSegmenter, Segmenter, random_sam
 from .tiny.shapes import Shapes
 from .forecast import (
     GIB,
@@ -213,7 +213,7 @@ def rehearse(s: Settings) -> dict:
     def load():
         sam = random_sam(sam_kind(s)).to(s.device).requires_grad_(False)
         policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
-        return policy, Segmenter(SamPredictor(sam))
+        return policy, SamSegmenter(SamPredictor(sam))
 
     try:
         policy, segmenter = meter("load", load)

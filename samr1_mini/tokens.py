@@ -101,7 +101,8 @@ def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """
     if q.dtype == torch.float32 or not has_fp32_sums(q.device):
         return q.float() @ k.float().mT
-    out = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32)
+    left, right = q.flatten(0, -3), k.flatten(0, -3)  # bmm takes one batch dimension
+    out = torch.bmm(left, right.mT, out_dtype=torch.float32)
     return out.unflatten(0, q.shape[:-2])
 
 

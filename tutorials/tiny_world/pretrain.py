@@ -29,7 +29,7 @@ from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
 from samr1_mini.decoding import generate
 from samr1_mini.policy import TINY, Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import parse, score_group
-from samr1_mini.segmenter import TINY_SAM, decode, load_segmenter, random_sam
+from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam, sam_logits
 from .answers import (
     ANSWER,
     LISTING,
@@ -232,7 +232,7 @@ def train_sam(steps: int, out: Path, work: Path, pictures: int = 12) -> None:
                     padded[..., :2],
                     padded[..., 2],
                 )  # the encoder moves points to their pixel's middle
-            low, q = decode(sam, embedding[None], points, labels, boxes)  # [N, 3, h, w], [N, 3]
+            low, q = sam_logits(sam, embedding[None], points, labels, boxes)  # [N, 3, h, w], [N, 3]
             logits.append(sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE))), quality.append(q)
         logits, quality = torch.cat(logits), torch.cat(quality)  # [N, 3, H, W], [N, 3]
         truth = torch.stack(truth).to(DEVICE).float()[:, None].expand_as(logits)
