@@ -1,36 +1,40 @@
-"""One idea, one attention: an answer sees its prompt and itself, so a prompt is read once for all of its G answers.
+"""One idea: an answer sees its prompt and itself. The prompt is read once for all of its G answers.
 
                   keys
             prompt  a1  a2
-     prompt    ◣               the prompt on itself: causal (is_causal)
-    answer 1   ■    ◣          an answer on [prompt, answer]: causal at the lower right (causal_lower_right)
-    answer 2   ■        ◣      the rest, which a mask would compute and throw away, is not computed
+     prompt    ◣               the prompt sees itself: causal attention
+    answer 1   ■    ◣          an answer sees the whole prompt and its own earlier tokens
+    answer 2   ■        ◣      the empty parts are never computed
 
-PyTorch has fused kernels for both. A prompt lends its keys and values to its answers, and query heads share a key head
-(enable_gqa). A layout knows what stands where: `PackedRow`, whole answers in one row (scoring), or `Cache`, answers that grow
-(sampling). The model passes it on to each layer; without `layout=...` it is an ordinary model.
-Shapes: B questions, G answers, P prompt, L answer tokens (t so far); H query heads, R to each of KV key heads; width d.
+There are two layouts. `PackedRow` holds finished answers in one row. It is used
+for log-probabilities. `Cache` (decoding.py) holds growing answers. It is used for sampling.
+The model passes its layout to each attention layer. Without a layout it is an ordinary model.
+PyTorch has fused kernels for the causal parts. Query heads share a key head (enable_gqa).
+
+Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, t answer tokens so far,
+T tokens of a row, H query heads, KV key heads, R query heads a key head, d width of a head.
 """
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .tokens import products
 
-IMPLEMENTATION = {
-    "": "sdpa",
-    "text_config": "shared_prompt",
-    "vision_config": "sdpa",
-}  # by part of the model
+# The attention of each part of the model.
+IMPLEMENTATION = {"": "sdpa", "text_config": "shared_prompt", "vision_config": "sdpa"}
+
+BLOCK = 64  # a cache gets memory for this number of tokens at a time
 
 
 def shared_prompt(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """One layer, as transformers calls it: query [b, H, T, d], key and value [b, KV, T, d] -> [b, T, H, d]."""
+    """Compute the attention of one layer; transformers calls this function.
+
+    query [b, H, T, d], key and value [b, KV, T, d] -> [b, T, H, d].
+    """
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -39,120 +43,72 @@ def shared_prompt(module, query, key, value, attention_mask, scaling=None, layou
 
 
 AttentionInterface.register("shared_prompt", shared_prompt)
-AttentionMaskInterface.register(
-    "shared_prompt", sdpa_mask
-)  # for calls without a layout: others need no mask
+# Calls without a layout need the library's mask. A layout ignores it.
+AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 
 
 class PackedRow:
-    """Scoring: B questions in one row without padding, [prompt 1, its answers, prompt 2, its answers, ...]."""
+    """Lay B questions in one row without padding: [prompt 1, its answers, prompt 2, ...]."""
 
     def __init__(self, prompts: list[int], answers: list[list[int]]):
-        """Lengths of the B prompts, and of what is read of the answers to each."""
-        self.sizes, self.masks = [], []  # of each part of the row; a prompt has no mask
+        """Take the lengths of the B prompts, and the number of tokens to read of each answer."""
+        self.sizes = []  # tokens of each part of the row
+        self.masks = []  # the mask of each answer, None for a prompt
         for prompt, group in zip(prompts, answers):
-            self.sizes += [prompt, *group]
-            with _disable_current_modes():  # these masks are two numbers and no tensor: modes that watch tensors trip
-                self.masks += [None, *(causal_lower_right(n, prompt + n) for n in group)]
+            self.sizes.append(prompt)
+            self.masks.append(None)
+            for length in group:
+                self.sizes.append(length)
+                self.masks.append(causal_lower_right(length, prompt + length))
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """Query [1, H, T, d], key and value [1, KV, T, d] -> [1, T, H, d]."""
+        """Attend in one layer: query [1, H, T, d], key and value [1, KV, T, d] -> [1, T, H, d]."""
         out = []
-        parts = (x.split(self.sizes, 2) for x in (query, key, value))
-        for q, k, v, mask in zip(*parts, self.masks):  # [1, heads, P or L - 1, d]
+        queries = query.split(self.sizes, 2)
+        keys = key.split(self.sizes, 2)
+        values = value.split(self.sizes, 2)
+        for q, k, v, mask in zip(queries, keys, values, self.masks):  # [1, heads, part, d]
             if mask is None:
-                lent = k, v
-                out.append(sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
-            elif q.shape[2]:  # of an answer of one token nothing is read
-                k, v = torch.cat([lent[0], k], 2), torch.cat(
-                    [lent[1], v], 2
-                )  # [1, KV, P + L - 1, d]
+                prompt_k, prompt_v = k, v
+                out.append(attend_prompt(q, k, v, scale))
+            elif q.shape[2]:  # an answer of one token has no token to read
+                k = torch.cat([prompt_k, k], 2)  # [1, KV, P + L - 1, d]
+                v = torch.cat([prompt_v, v], 2)
                 out.append(sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
         return torch.cat(out, 2).transpose(1, 2)
 
 
-class Cache:
-    """Sampling: keys and values of b questions, a prompt's once and each answer's own, written in place.
+def attend_prompt(query, key, value, scale: float) -> torch.Tensor:
+    """Attend from prompts to themselves: [b, H, P, d] and [b, KV, P, d] -> [b, H, P, d]."""
+    return sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
-    The model first reads the prompts, [b, P], padded on the right, where causal attention never looks; then, each time
-    after `grow()`, [b, G] tokens: the next of every answer.
+
+def attend_answers(
+    query, prompt: torch.Tensor, answers: torch.Tensor, padding, empty, scale: float
+) -> torch.Tensor:
+    """Attend from the next token of each answer to its prompt and its tokens so far.
+
+    query [b, H, G, d] -> [b, G, H, d].
+    prompt [2, b, KV, P, d]: keys and values of the prompts.
+    answers [2, b, KV, G, t, d]: keys and values of the answers, with those of the next token.
+    padding: bool [b, p], True where the last p columns of the prompts are padding.
+    empty: bool [t], True where a column of the answers is empty; None if all are full.
     """
-
-    BLOCK = 64  # tokens that room is made for at a time
-
-    def __init__(self, prompts: list[int], group: int, device):
-        """Lengths of the b prompts, and G."""
-        self.group, self.tokens, self.shortest = (
-            group,
-            0,
-            min(prompts),
-        )  # before column `shortest` nothing is padding
-        self.padding = (
-            torch.arange(self.shortest, max(prompts)) >= torch.tensor(prompts)[:, None]
-        ).to(device)
-        self.prompt, self.answers = (
-            [],
-            [],
-        )  # keys and values of each layer: [2, b, KV, P, d] and [2, b, KV, G, room, d]
-
-    def grow(self) -> None:
-        """Make room for one more token of each answer."""
-        if self.tokens % self.BLOCK == 0:
-            for i, x in enumerate(self.answers):
-                self.answers[i] = torch.cat(
-                    [x, x.new_zeros(*x.shape[:4], self.BLOCK, x.shape[5])], 4
-                )
-        self.tokens += 1
-
-    def drop(self, ended: torch.Tensor) -> torch.Tensor:
-        """Forget questions, ended [b] -> where those that stay stood [n]. Only the last move, into the gaps."""
-        place = (~ended).nonzero()[:, 0]  # [n]
-        gaps = ended[: len(place)].nonzero()[:, 0]
-        place = torch.arange(len(place), device=ended.device).index_copy(
-            0, gaps, place[len(place) - len(gaps) :]
-        )
-        for x in self.prompt + self.answers:
-            x[:, gaps] = x[:, place[gaps]]
-        self.prompt, self.answers = (
-            [x[:, : len(place)] for x in kind] for kind in (self.prompt, self.answers)
-        )
-        self.padding = self.padding[place]
-        return place
-
-    def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Next keys and values [2, b, KV, G, d] -> all so far [2, b, KV, G, t, d], and which of t are empty (None)."""
-        answers = self.answers[layer][..., : self.tokens, :]
-        answers[..., -1, :] = new
-        return answers, None
-
-    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """Of prompts [b, heads, P, d] -> [b, P, H, d]; then of next tokens [b, heads, G, d] -> [b, G, H, d]."""
-        if layer == len(self.prompt):
-            self.prompt.append(torch.stack([key, value]))
-            self.answers.append(key.new_empty(2, *key.shape[:2], self.group, 0, key.shape[3]))
-            return sdpa(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(
-                1, 2
-            )
-        k, v = self.prompt[layer]  # [b, KV, P, d]
-        (answer_k, answer_v), empty = self.write(
-            layer, torch.stack([key, value])
-        )  # [b, KV, G, t, d]
-        size, q = (
-            k.shape[2],
-            query.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous(),
-        )  # P, [b, KV, G, R, d]
-        score = q.new_empty(
-            *q.shape[:4], size + answer_k.shape[3], dtype=torch.float32
-        )  # [b, KV, G, R, P + t]
-        torch.mul(
-            products(q.flatten(2, 3), k).view(*q.shape[:4], size), scale, out=score[..., :size]
-        )
-        torch.mul(products(q, answer_k), scale, out=score[..., size:])
-        score[..., self.shortest : size].masked_fill_(self.padding[:, None, None, None], -torch.inf)
-        if empty is not None:
-            score[..., size:].masked_fill_(empty, -torch.inf)
-        weight = score.softmax(-1).to(v.dtype)  # over prompt and answer in one
-        seen = (weight[..., :size].flatten(2, 3) @ v).view_as(q) + weight[
-            ..., size:
-        ] @ answer_v  # [b, KV, G, R, d]
-        return seen.transpose(1, 2).flatten(2, 3)
+    prompt_k, prompt_v = prompt  # [b, KV, P, d]
+    answer_k, answer_v = answers  # [b, KV, G, t, d]
+    size = prompt_k.shape[2]  # P
+    start = size - padding.shape[1]  # before this column no prompt has padding
+    # Query heads of one key head lie together, so the keys are not repeated for each of them.
+    q = query.unflatten(1, (prompt_k.shape[1], -1)).transpose(2, 3).contiguous()  # [b, KV, G, R, d]
+    shape = q.shape[:4]  # b, KV, G, R
+    score = q.new_empty(*shape, size + answer_k.shape[3], dtype=torch.float32)  # [.., P + t]
+    # Written in place, without a copy: attention of one token is bound by the bytes that it moves.
+    torch.mul(products(q.flatten(2, 3), prompt_k).view(*shape, size), scale, out=score[..., :size])
+    torch.mul(products(q, answer_k), scale, out=score[..., size:])
+    score[..., start:size].masked_fill_(padding[:, None, None, None], -torch.inf)
+    if empty is not None:
+        score[..., size:].masked_fill_(empty, -torch.inf)
+    weight = score.softmax(-1).to(prompt_v.dtype)  # one softmax over prompt and answer
+    seen = (weight[..., :size].flatten(2, 3) @ prompt_v).view_as(q)  # [b, KV, G, R, d]
+    seen = seen + weight[..., size:] @ answer_v
+    return seen.transpose(1, 2).flatten(2, 3)

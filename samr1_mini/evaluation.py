@@ -20,7 +20,8 @@ from .data import Sample
 from .memory import free_memory, questions_per_batch
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
 from .plots import sample_sheet
-from .policy import Completion, Policy, Prompt, encode, generate
+from .decoding import Completion, generate
+from .policy import Policy, Prompt, encode
 from .processes import gather, is_first, join_processes, share
 from .reward import Reward, read_answer, read_leniently, score_group
 from .segmenter import Segmenter

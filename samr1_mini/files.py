@@ -6,11 +6,14 @@ Each error is one line that names the file and says what to do.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 from .config import UserError, first_line
@@ -239,3 +242,23 @@ def check_adapter_files(folder: Path) -> None:
     if kind != "LORA":
         raise UserError(f"{config}: peft_type must be LORA, not {kind}")
     check_weights(weights)
+
+
+def read_adapter(base, adapter: str | Path) -> PeftModel:
+    """Return the base model with the adapter of a folder. Raises UserError if it does not fit."""
+    misfit = f"adapter {adapter} does not fit this policy"
+    try:
+        with warnings.catch_warnings():  # for weights that the file lacks PEFT only warns
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    except torch.OutOfMemoryError:
+        raise
+    except UserWarning:
+        raise UserError(f"{misfit} (it is of other layers)") from None
+    except Exception as error:  # for a damaged configuration PEFT raises anything
+        raise UserError(f"{misfit} ({cause(error)})") from None
+    places = sum("lora_" in name for name, _ in model.named_parameters())
+    with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+        if len(file.keys()) != places:  # PEFT ignores weights that have no place
+            raise UserError(f"{misfit} (it is of other layers)")
+    return model

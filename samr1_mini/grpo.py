@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from .config import Settings, UserError
 from .data import Sample
+from .decoding import Completion, generate
 from .evaluation import read_questions
 from .loading import load_parts, open_sets
 from .memory import free_memory, peak_memory, questions_per_batch
-from .policy import Completion, Policy, Prompt, generate, logprobs
+from .policy import Policy, Prompt, logprobs
 from .processes import add_up_gradients, average, fail_together, from_first, is_first
 from .processes import join_processes, process_count, share
 from .reports import base_summary, describe, first_answers, sampling_gap, score_base

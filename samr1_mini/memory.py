@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from .attention import Cache
+from .attention import BLOCK
 from .config import Settings, emulates_bf16
 from .gpu import GIB, gpu_is_usable, windows_lends_memory
 
@@ -129,7 +129,7 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
     # Keys and values of one token in all layers, and the states of a prompt token in one layer.
     token = 2 * text.num_key_value_heads * head * size * text.num_hidden_layers
     states = (4 * text.intermediate_size + 5 * text.hidden_size) * size
-    answer_tokens = s.group * math.ceil(s.max_new_tokens / Cache.BLOCK) * Cache.BLOCK
+    answer_tokens = s.group * math.ceil(s.max_new_tokens / BLOCK) * BLOCK
     # Log-probabilities take 20 bytes: they are fp32, and their sums fp64.
     choosing = s.group * text.vocab_size * 20
     at_prompt = prompt_tokens * (token + states)

@@ -1,69 +1,76 @@
-"""The policy: a Qwen-VL that thinks in text and answers with a box and points. Load it, prompt it, sample it, score it.
+"""The policy: a Qwen-VL that thinks in text and answers with a box and points.
 
-The prompt (about 150 tokens of text and up to 900 of the picture) is long and the same for all G answers of a group,
-so it is encoded once: `encode` runs the vision tower once a question; in `sample` and `logprobs` the language model
-reads the prompt once, and every answer sees the prompt and itself (attention.py).
+This file loads it, encodes its prompts, and computes the log-probabilities of its answers.
+decoding.py samples the answers. A prompt has about 150 tokens of text and up to 900 of the picture.
+All G answers share it, so the vision tower and the language model read it once (attention.py).
 
-Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T packed tokens, D width, V vocabulary.
+Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T tokens of a row,
+S all answer tokens of a row, D width of the model, V vocabulary.
 """
 
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors import safe_open
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from .attention import IMPLEMENTATION, Cache, PackedRow
+from .attention import IMPLEMENTATION, PackedRow
 from .config import UserError, check_size, first_line
-from .replay import DEVICES, FixedCache, TokenReader
-from .files import cause, check_adapter_files, check_policy_files, check_policy_is_whole
+from .files import cause, read_adapter
+from .files import check_adapter_files, check_policy_files, check_policy_is_whole
 from .memory import compute_dtype
-from .tokens import answer_text, banned_ids, choose_tokens, opened_answer, stop_ids, token_logits
+from .tokens import banned_ids, opened_answer, stop_ids, token_logits
 
-TINY = (
-    Path(__file__).parent / "tiny" / "policy"
-)  # an ordinary model folder: from_pretrained reads it
+TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for from_pretrained
 
-PROMPT = """Compare the objects in the picture and find the one that the question means. Think inside \
-<think> </think>, then give the final answer inside <answer> </answer> as JSON: one box that tightly holds the object, \
-and points in the box, each labelled 1 on the object and 0 off it, all in {unit}. Example:
+PROMPT = """Compare the objects in the picture and find the one that the question means. \
+Think inside <think> </think>, then give the final answer inside <answer> </answer> as JSON: \
+one box that tightly holds the object, and points in the box, each labelled 1 on the object \
+and 0 off it, all in {unit}. Example:
 <think>The left cup is nearer to the plate.</think>\
 <answer>{{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}}</answer>
 Question: {question}"""
 
-# The model types that can be the policy, and what their own grounding counts in.
+# The model types that can be the policy. They count pixels of the square picture, or thousandths.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
-# The language model's projections of attention and MLP; the vision tower's, of the same names, stay as they are.
+# The adapter sits on the language model alone. The vision tower has projections of the same names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+TOWER_PIXELS = 4096 * 14 * 14  # pixels in one call of the vision tower: 4,096 patches of 14 x 14
+CHUNK_LOGITS = 2**26  # logits in one chunk: 256 MB in fp32
 
 
 @dataclass
 class Policy:
-    model: PeftModel
-    processor: object  # chat template, tokenizer and image processor
-    banned: torch.Tensor  # bool [V]: ids that must never be sampled
-    stop: torch.Tensor  # [k] ids that end an answer
-    coordinates: str = (
-        "pixels"  # what its answers count in: pixels of the square picture, or thousandths of its sides
-    )
+    """Hold a Qwen-VL with its adapter, and the ids that its answers use."""
 
-    def __post_init__(
-        self,
-    ):  # any other attention would let answers see each other, and say nothing
-        assert self.base.config.text_config._attn_implementation == IMPLEMENTATION["text_config"]
+    model: PeftModel  # or the transformers model alone, while it is pretrained
+    processor: object  # chat template, tokenizer and image processor
+    coordinates: str = "auto"  # unit of its answers: pixels, thousandths, or the model's own
+    cuda_graphs: bool = True  # False after a recording has failed, see decoding.py
+    stop: torch.Tensor = field(init=False)  # [k] ids that end an answer
+    banned: torch.Tensor = field(init=False)  # bool [V], True for ids that are never sampled
+
+    def __post_init__(self):
+        config, tokenizer = self.base.config, self.processor.tokenizer
+        # Any other attention would let answers see each other, without an error.
+        assert config.text_config._attn_implementation == IMPLEMENTATION["text_config"]
+        if self.coordinates == "auto":
+            self.coordinates = COORDINATES[config.model_type]
+        self.stop = stop_ids(self.base, tokenizer)
+        self.banned = banned_ids(self.base, tokenizer, self.stop)
 
     @property
     def base(self):
-        """The transformers model under the adapter, such as a Qwen2_5_VLForConditionalGeneration."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        """Return the transformers model under the adapter."""
+        if isinstance(self.model, PeftModel):
+            return self.model.get_base_model()
+        return self.model
 
     @property
     def device(self) -> torch.device:
@@ -71,68 +78,67 @@ class Policy:
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
-        """The adapter's weights; all others are frozen."""
+        """Return the adapter's weights. All other weights are frozen."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def coordinate_range(self, size: int) -> int:
-        """The side of a size x size picture as the answers count it."""
-        return 1000 if self.coordinates == "thousandths" else size
+        """Return the side of a size x size picture in the unit of the answers."""
+        if self.coordinates == "thousandths":
+            return 1000
+        return size
 
     def reference(self):
-        """The frozen reference policy: within, this one with its adapter switched off, so no second model is held."""
+        """Switch the adapter off in a `with` block: then this is the frozen reference policy."""
         return self.model.disable_adapter()
 
 
 @dataclass
 class Prompt:
-    """One question about one picture, encoded."""
+    """Hold one encoded question about one picture."""
 
     ids: torch.Tensor  # [P]
-    embeds: torch.Tensor  # [P, D] token embeddings, the picture's features in their places
+    embeds: torch.Tensor  # [P, D] embeddings; at picture tokens the picture's features
     positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
-    picture: torch.Tensor  # bool [P]: which tokens are the picture's
-    deep: tuple[
-        torch.Tensor, ...
-    ] = ()  # Qwen3-VL's deepstack: [picture tokens, D] to add after the first layers
+    picture: torch.Tensor  # bool [P], True for picture tokens
+    # Qwen3-VL: features [picture tokens, D] to add after each of the first layers
+    deep: tuple[torch.Tensor, ...] = ()
     opened: str = ""  # start of the answer that the chat template writes, such as "<think>\n"
 
     @property
     def next_position(self) -> int:
-        """Where the answer's positions start: a picture takes fewer positions than tokens, so this is not P."""
+        """Return the answer's first position. It is below P, as pictures have few positions."""
         return int(self.positions.max()) + 1
 
 
-@dataclass
-class Completion:
-    """One sampled answer. `ids` ends with a stop id unless it was cut off; `logps` are of what it was drawn from."""
-
-    ids: torch.Tensor  # [L]
-    logps: torch.Tensor  # [L] fp32
-    truncated: bool
-    text: str  # the answer as it is parsed, logged and shown: with Prompt.opened, which `ids` lack
+# -------------------- load
 
 
-# ---------------------------------------------------------------------------------------------------- load
+def model_source(name: str | Path) -> str:
+    """Return the folder or hub id of a policy. The folder of "tiny" is in the package."""
+    if name == "tiny":
+        return str(TINY)
+    return str(name)
 
 
 def check_policy(name: str, image_size: int | None = None):
-    """The configuration of a policy's folder or hub id; no weights are loaded.
+    """Return the configuration of a policy's folder or hub id. No weights are loaded.
 
-    Raises UserError where there is none, for another kind of model, for a damaged or missing file of
-    a folder, and where pictures of `image_size` pixels a side do not divide into the model's cells.
+    Raises UserError if there is no such model, if it is of another kind, if a file is damaged or
+    missing, or if `image_size` (pixels a side) does not divide into the model's cells.
     """
-    folder = TINY if name == "tiny" else Path(name)
+    folder = Path(model_source(name))
     why = "no model folder of that name, nor does the hub give one"
     if folder.is_dir():
         why = "its config.json cannot be used"
         check_policy_files(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+        config = AutoConfig.from_pretrained(model_source(name))
     except Exception as error:  # for wrong values the library raises anything, such as TypeError
         raise UserError(f"--policy {name}: {why} ({first_line(error)})") from None
     if config.model_type not in COORDINATES:
+        known = ", ".join(COORDINATES)
         raise UserError(
-            f"--policy {name} is a {config.model_type} model; it must be one of {', '.join(COORDINATES)}"
+            f"--policy {name} is a {config.model_type} model; it must be one of {known}"
         )
     if folder.is_dir():
         check_policy_is_whole(folder)
@@ -142,7 +148,7 @@ def check_policy(name: str, image_size: int | None = None):
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation for the language model's layers; a 4-bit vision tower or head breaks a Qwen-VL."""
+    """Return settings for NF4. In 4 bits vision tower or head would break a Qwen-VL."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -161,28 +167,41 @@ def load_policy(
     checkpointing: bool = False,
     coordinates: str = "auto",
 ) -> Policy:
-    """Load a Qwen2.5-VL (or Qwen2-VL, Qwen3-VL) folder or hub id, its base frozen in `load_in` (nf4, bf16 or fp32),
-    with a trainable LoRA adapter.
+    """Load a Qwen2.5-VL, Qwen2-VL or Qwen3-VL with a trainable LoRA adapter.
 
-    `adapter` is a folder written by `save_pretrained`; without it a new adapter of rank `rank` starts as the identity.
-    "tiny" is the folder in the package. Raises UserError as check_policy does.
+    name: a model folder, a hub id, or "tiny" for the folder in the package.
+    load_in: format of the frozen weights: nf4, bf16 or fp32.
+    rank: rank of a new adapter. A new adapter changes nothing yet.
+    adapter: folder of a saved adapter to take instead of a new one.
+    checkpointing: recompute each layer in the backward, which saves memory.
+    coordinates: pixels, thousandths, or auto for the model's own unit.
+    Raises UserError for a model or an adapter that cannot be used.
     """
     check_policy(str(name))
     if adapter is not None:
         check_adapter_files(Path(adapter))
-    folder = str(TINY) if name == "tiny" else str(name)
+    base, processor = load_base(name, load_in, device)
+    check_template(processor, name)
+    return add_adapter(base, processor, rank, checkpointing, adapter, coordinates)
+
+
+def load_base(name: str | Path, load_in: str, device: str):
+    """Return the model and the processor of a policy. Raises UserError if they cannot be loaded."""
+    source = model_source(name)
     dtype = compute_dtype(load_in, device)
-    quantization = four_bits(dtype) if load_in == "nf4" else None
+    quantization = None
+    if load_in == "nf4":
+        quantization = four_bits(dtype)
     try:
         base, found = AutoModelForImageTextToText.from_pretrained(
-            folder,
+            source,
             dtype=dtype,
             quantization_config=quantization,
             device_map=device,
             attn_implementation=IMPLEMENTATION,
             output_loading_info=True,
         )
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(source)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # for files that do not fit the libraries raise anything
@@ -191,62 +210,34 @@ def load_policy(
     if found["missing_keys"]:  # the library draws these weights, and only prints a warning
         first = min(found["missing_keys"])
         raise UserError(f"--policy {name}: its files lack weights, such as {first}")
-    check_template(processor, name)
-    return add_adapter(base, processor, rank, adapter, checkpointing, coordinates)
+    return base, processor
 
 
 def add_adapter(
-    base,
-    processor,
-    rank: int,
-    adapter: str | Path | None = None,
-    checkpointing: bool = False,
-    coordinates: str = "auto",
+    base, processor, rank: int, checkpointing: bool, adapter=None, coordinates: str = "auto"
 ) -> Policy:
-    """Freeze a loaded base and give it a trainable LoRA adapter, a new one or the one in the folder `adapter`."""
+    """Freeze a base model and add a LoRA adapter: a new one, or the one in the folder `adapter`."""
     base.requires_grad_(False)
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes 0.50 swaps in a bf16 inference kernel after the first evaluation.
-            # It has no backward, so gradients through the base would silently vanish, and sampling would differ from
-            # training.
+            # On CPUs with AVX512-BF16 bitsandbytes 0.50 swaps in a kernel without backward after
+            # the first evaluation. Gradients would vanish without an error.
             module.support_avx512bf16_for_cpu = False
-    if checkpointing:  # keep only each layer's input and recompute the rest in the backward
+    if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
-    if adapter is not None:
-        misfit = f"adapter {adapter} does not fit this policy"
-        try:
-            with warnings.catch_warnings():  # where the file lacks weights PEFT only warns
-                warnings.filterwarnings("error", "Found missing adapter keys")
-                model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        except torch.OutOfMemoryError:
-            raise
-        except UserWarning:
-            raise UserError(f"{misfit} (it is of other layers)") from None
-        except Exception as error:  # for a damaged configuration PEFT raises anything
-            raise UserError(f"{misfit} ({cause(error)})") from None
-        with safe_open(
-            Path(adapter) / "adapter_model.safetensors", "pt"
-        ) as file:  # PEFT loads what has a place
-            if len(file.keys()) != sum("lora_" in name for name, _ in model.named_parameters()):
-                raise UserError(f"{misfit} (it is of other layers)")
+    if adapter is None:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
+        model = get_peft_model(base, config)
     else:
-        lora = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS
-        )
-        model = get_peft_model(base, lora)
-    coordinates = COORDINATES[base.config.model_type] if coordinates == "auto" else coordinates
-    stop = stop_ids(base, processor.tokenizer)
-    return Policy(
-        model.eval(), processor, banned_ids(base, processor.tokenizer, stop), stop, coordinates
-    )
+        model = read_adapter(base, adapter)
+    return Policy(model.eval(), processor, coordinates)
 
 
-# ---------------------------------------------------------------------------------------------------- prompt
+# -------------------- prompt
 
 
 def instruction(question: str, width: int, height: int, coordinates: str = "pixels") -> str:
-    """What the policy is told about one question."""
+    """Return the user's text of one question about a width x height picture."""
     unit = "thousandths of the picture's width and height"
     if coordinates == "pixels":
         unit = f"pixels of the {width} x {height} picture"
@@ -256,14 +247,14 @@ def instruction(question: str, width: int, height: int, coordinates: str = "pixe
 def prompt_text(
     processor, question: str, width: int, height: int, coordinates: str = "pixels"
 ) -> str:
-    """The chat text of one question, with one picture placeholder."""
+    """Return the whole text of one prompt, with one placeholder for the picture."""
     text = instruction(question, width, height, coordinates)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
 def check_template(processor, name: str | Path) -> None:
-    """Raise UserError where the chat template fails, or leaves out the picture or the question."""
+    """Raise UserError if the chat template fails, or leaves out the picture or the question."""
     try:
         text = prompt_text(processor, "the red star", 28, 28)
     except Exception as error:  # a template is a program, and may raise anything
@@ -275,195 +266,110 @@ def check_template(processor, name: str | Path) -> None:
 
 
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
-    """Encode B questions: the vision tower sees each picture once, here, and never again.
+    """Encode B questions about B pictures. The vision tower sees each picture once, here.
 
-    All pictures have the same size, a multiple of the model's cell (28 pixels, Qwen3-VL 32, tiny 14) a side.
+    All pictures have one size, a multiple of the model's cell (28 pixels, Qwen3-VL 32, tiny 14).
     """
-    base, prompts = policy.base, []
-    step = max(
-        1, 4096 * 14 * 14 // (images[0].width * images[0].height)
-    )  # pictures a call: 4,096 patches of 14 pixels
-    for i in range(0, len(images), step):
-        batch = images[i : i + step]
-        pairs = zip(questions[i : i + step], batch)
-        told = [(q, x.width, x.height, policy.coordinates) for q, x in pairs]
-        texts = [prompt_text(policy.processor, *one) for one in told]
-        opened = [opened_answer(text, instruction(*one)) for text, one in zip(texts, told)]
-        inputs = policy.processor(text=texts, images=batch, padding=True, return_tensors="pt").to(
-            policy.device
+    prompts = []
+    count = max(1, TOWER_PIXELS // (images[0].width * images[0].height))  # pictures in one call
+    for i in range(0, len(images), count):
+        prompts += encode_batch(policy, images[i : i + count], questions[i : i + count])
+    return prompts
+
+
+def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
+    """Encode b questions in one call of the vision tower."""
+    base = policy.base
+    texts, opened = [], []
+    for question, image in zip(questions, images):
+        asked = (question, image.width, image.height, policy.coordinates)
+        texts.append(prompt_text(policy.processor, *asked))
+        opened.append(opened_answer(texts[-1], instruction(*asked)))
+    inputs = policy.processor(text=texts, images=images, padding=True, return_tensors="pt")
+    inputs = inputs.to(policy.device)
+    positions, _ = base.model.get_rope_index(
+        inputs.input_ids,
+        inputs.mm_token_type_ids,
+        image_grid_thw=inputs.image_grid_thw,
+        attention_mask=inputs.attention_mask,
+    )  # [3, b, P]
+    seen = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
+    features = torch.cat(seen.pooler_output)  # [picture tokens of all, D]
+    deep = getattr(seen, "deepstack_features", ())  # a layer: b x [picture tokens, D]
+    embeds = base.get_input_embeddings()(inputs.input_ids)  # [b, P, D]
+    picture = inputs.input_ids == base.config.image_token_id  # [b, P]
+    embeds = embeds.masked_scatter(picture[..., None], features.to(embeds.dtype))
+    prompts = []
+    for b, real in enumerate(inputs.attention_mask.bool()):  # [P], False for padding
+        prompt = Prompt(
+            ids=inputs.input_ids[b, real],
+            embeds=embeds[b, real],
+            positions=positions[:, b, real],
+            picture=picture[b, real],
+            deep=tuple(layer[b] for layer in deep),
+            opened=opened[b],
         )
-        positions, _ = base.model.get_rope_index(
-            inputs.input_ids,
-            inputs.mm_token_type_ids,
-            image_grid_thw=inputs.image_grid_thw,
-            attention_mask=inputs.attention_mask,
-        )  # [3, b, P]
-        # pooler_output: b x [picture tokens, D]
-        seen = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
-        embeds = base.get_input_embeddings()(inputs.input_ids)  # [b, P, D]
-        picture = inputs.input_ids == base.config.image_token_id  # [b, P]
-        embeds = embeds.masked_scatter(
-            picture[..., None], torch.cat(seen.pooler_output).to(embeds.dtype)
-        )
-        for b, real in enumerate(inputs.attention_mask.bool()):  # [P]
-            deep = tuple(layer[b] for layer in getattr(seen, "deepstack_features", ()))
-            ids = inputs.input_ids[b, real]
-            place = positions[:, b, real]  # [3, P]
-            prompts.append(Prompt(ids, embeds[b, real], place, picture[b, real], deep, opened[b]))
+        prompts.append(prompt)
     return prompts
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """What Qwen3-VL's language model takes beside its embeddings; `picture`, bool [B, T]: the picture's tokens."""
+    """Return more arguments for Qwen3-VL, else none. picture [B, T] is True at picture tokens."""
     if not prompts[0].deep:
         return {}
-    deep = [torch.cat(layer) for layer in zip(*(p.deep for p in prompts))]
+    layers = zip(*(p.deep for p in prompts))
+    deep = [torch.cat(layer) for layer in layers]
     return {"visual_pos_masks": picture, "deepstack_visual_embeds": deep}
 
 
-# ---------------------------------------------------------------------------------------------------- sample
-
-
-@torch.no_grad()
-def generate(
-    policy: Policy,
-    prompts: list[Prompt],
-    group: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    uniforms: torch.Tensor | None = None,
-) -> list[list[Completion]]:
-    """Draw `group` answers to each of B prompts -> B lists of `group` completions; temperature 0 is greedy.
-
-    No top-k, no top-p, no repetition penalty, nothing from the model's generation_config: GRPO's ratio needs the
-    distribution that was sampled to be the one that is trained. `uniforms` [B, G, L] holds a uniform number for every
-    token, so that an answer is, up to rounding, the same whatever is sampled beside it; without it they come from
-    torch's global random state.
-    """
-    language, embed, device = (
-        policy.base.model.language_model,
-        policy.base.get_input_embeddings(),
-        policy.device,
-    )
-    tokenizer, stop = policy.processor.tokenizer, policy.stop
-    if temperature:
-        uniforms = (
-            torch.rand(len(prompts), group, max_new_tokens) if uniforms is None else uniforms
-        ).to(device)
-    sizes = [len(p.ids) for p in prompts]
-    cache = (FixedCache if device.type in DEVICES else Cache)(sizes, group, device)
-    reader = TokenReader(
-        language, cache
-    )  # on a GPU it records a token as a CUDA graph and replays it
-    hidden = language(
-        inputs_embeds=pad_sequence([p.embeds for p in prompts], True),
-        layout=cache,
-        use_cache=False,  # [B, P, D]
-        position_ids=pad_sequence([p.positions.T for p in prompts], True).permute(
-            2, 0, 1
-        ),  # [3, B, P]
-        **deepstack(prompts, pad_sequence([p.picture for p in prompts], True)),
-    ).last_hidden_state  # [B, P, D]
-    hidden = torch.stack([h[n - 1] for h, n in zip(hidden, sizes)])[:, None].expand(
-        -1, group, -1
-    )  # [B, G, D]
-    position = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(
-        -1, group
-    )  # [B, G]
-    ids = torch.zeros(
-        len(prompts), group, max_new_tokens, dtype=torch.long, device=device
-    )  # [B, G, L]
-    logps = torch.zeros(ids.shape, device=device)  # [B, G, L]
-    unfinished = torch.arange(
-        len(prompts), device=device
-    )  # [b] questions that are still in the batch
-    for t in range(max_new_tokens):
-        logp = token_logits(policy, hidden, temperature or 1.0).log_softmax(-1)  # [b, G, V]
-        token = (
-            choose_tokens(logp, uniforms[unfinished, :, t]) if temperature else logp.argmax(-1)
-        )  # [b, G]
-        ids[unfinished, :, t], logps[unfinished, :, t] = (
-            token,
-            logp.gather(-1, token[..., None])[..., 0],
-        )
-        if t + 1 == max_new_tokens:
-            break
-        if t % 8 == 7:  # not at every token: to ask a GPU for a number is to wait for it
-            ended = torch.isin(ids[unfinished, :, : t + 1], stop).any(-1).all(-1)  # [b]
-            if ended.all():
-                break
-            if (stay := reader.drop(ended)) is not None:
-                unfinished, token = unfinished[stay], token[stay]
-        cache.grow()
-        hidden = reader(embed(token), (position[unfinished] + t).expand(3, -1, -1))  # [b, G, D]
-    if reader.failed:
-        DEVICES.discard(device.type)  # the answers after these are not recorded either
-    # An answer ends with its first stop token; what was drawn after it, while others went on, is left out.
-    stopped = torch.isin(ids, stop)  # [B, G, L]
-    truncated = ~stopped.any(-1)  # [B, G]
-    lengths = torch.where(truncated, max_new_tokens, stopped.int().argmax(-1) + 1)  # [B, G]
-    answers = []
-    for i, (n, cut) in enumerate(zip(lengths.flatten().tolist(), truncated.flatten().tolist())):
-        answer, logp = ids.flatten(0, 1)[i, :n], logps.flatten(0, 1)[i, :n]
-        text = tokenizer.decode(
-            answer if cut else answer[:-1]
-        )  # other special tokens stay, and break the format
-        text = answer_text(prompts[i // group].opened, text, cut)
-        answers.append(Completion(answer, logp, cut, text))
-    return [answers[i : i + group] for i in range(0, len(answers), group)]
-
-
-# ---------------------------------------------------------------------------------------------------- log-probabilities
+# -------------------- log-probabilities
 
 
 def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]):
-    """Lay prompts and answers in one row without padding: [prompt 1, its answers, prompt 2, its answers, ...].
+    """Lay prompts and answers in one row: [prompt 1, its answers, prompt 2, its answers, ...].
 
-    Returns what the language model is called with (embeds [1, T, D], positions [3, 1, T], the layout), and for every
-    answer token, in order, the index of the hidden state that predicts it, and the token itself: LongTensors [S].
+    groups: B lists of G answers, each the ids [L].
+    Returns the arguments of the language model, and two tensors [S] over all answer tokens in
+    order: the index of the hidden state that predicts the token, and the token.
     """
     device = policy.device
-    read = [
-        [len(ids) - 1 for ids in group] for group in groups
-    ]  # the last token of an answer is predicted, never read
-    embeds = policy.base.get_input_embeddings()(
-        torch.cat([ids[:-1] for group in groups for ids in group])
-    )
-    parts, positions, picture, index, start = [], [], [], [], 0
-    for prompt, lengths, answers in zip(
-        prompts, read, embeds.split([sum(lengths) for lengths in read])
-    ):
-        parts += [prompt.embeds, answers]
-        after = [
-            prompt.next_position + torch.arange(n) for n in lengths
-        ]  # every answer starts where the prompt ends
+    # The last token of an answer is predicted and never read.
+    lengths = [[len(ids) - 1 for ids in group] for group in groups]
+    answers = [ids for group in groups for ids in group]
+    read = torch.cat([ids[:-1] for ids in answers])
+    embeds = policy.base.get_input_embeddings()(read)  # [tokens to read, D]
+    embeds = embeds.split([sum(group) for group in lengths])
+    parts, positions, picture, index = [], [], [], []
+    start = 0  # of the current prompt or answer in the row
+    for prompt, group, answer_embeds in zip(prompts, lengths, embeds):
+        parts += [prompt.embeds, answer_embeds]
+        # Each answer starts at the same position, where the prompt ends.
+        after = [prompt.next_position + torch.arange(n) for n in group]
         positions += [prompt.positions, torch.cat(after).expand(3, -1).to(device)]
-        picture += [prompt.picture, prompt.picture.new_zeros(len(answers))]
-        last = (
-            start + len(prompt.ids) - 1
-        )  # the prompt's last token predicts the first of each answer
+        picture += [prompt.picture, prompt.picture.new_zeros(len(answer_embeds))]
+        last = start + len(prompt.ids) - 1  # predicts the first token of each answer
         start = last + 1
-        for n in lengths:
+        for n in group:
             index += [last, *range(start, start + n)]
             start += n
-    inputs = dict(
-        inputs_embeds=torch.cat(parts)[None],
-        position_ids=torch.cat(positions, 1)[:, None],
-        layout=PackedRow([len(p.ids) for p in prompts], read),
+    inputs = {
+        "inputs_embeds": torch.cat(parts)[None],  # [1, T, D]
+        "position_ids": torch.cat(positions, 1)[:, None],  # [3, 1, T]
+        "layout": PackedRow([len(p.ids) for p in prompts], lengths),
         **deepstack(prompts, torch.cat(picture)[None]),
-    )
-    return (
-        inputs,
-        torch.tensor(index, device=device),
-        torch.cat([ids for group in groups for ids in group]),
-    )
+    }
+    return inputs, torch.tensor(index, device=device), torch.cat(answers)
 
 
 def chosen_logprobs(policy: Policy, hidden: torch.Tensor, target: torch.Tensor, temperature: float):
-    """Hidden states [n, D] -> log-probabilities [n] of the tokens `target` [n] and the entropy [n] there, in fp32."""
+    """Return the log-probabilities [n] of the tokens `target` [n] and the entropy [n], in fp32.
+
+    hidden [n, D]: the hidden states that predict these tokens.
+    """
     logits = token_logits(policy, hidden, temperature)  # [n, V]
     normaliser = logits.logsumexp(-1)  # [n]
-    entropy = normaliser.detach() - (logits.detach().softmax(-1) * logits.detach()).sum(-1)
+    fixed = logits.detach()
+    entropy = normaliser.detach() - (fixed.softmax(-1) * fixed).sum(-1)
     return logits.gather(1, target[:, None])[:, 0] - normaliser, entropy
 
 
@@ -473,22 +379,22 @@ def logprobs(
     groups: list[list[torch.Tensor]],
     temperature: float = 1.0,
 ):
-    """Log-probabilities of B groups of answers (B lists of ids [L]) -> (logps, entropy), both fp32 [sum of all L],
-    answer after answer.
+    """Return the log-probabilities of B groups of answers and the entropy, both fp32 [S].
 
-    Logits [tokens, V] are made a chunk at a time, for answer tokens alone, and made again in the backward: 8 answers
-    of 512 tokens over 151,936 words would be 2.5 GB whole, and twice that with their gradient.
+    groups: B lists of G answers, each the ids [L]. S counts all tokens, answer after answer.
+    Logits [tokens, V] are computed for answer tokens alone, one chunk at a time. The backward
+    computes each chunk again. Whole logits of 8 answers of 512 tokens over 151,936 words would take
+    2.5 GB, and their gradient as much again.
     """
     inputs, index, target = pack(policy, prompts, groups)
-    hidden = policy.base.model.language_model(
-        **inputs, use_cache=False
-    ).last_hidden_state  # [1, T, D]
-    # index_select, because the backward of plain indexing adds in whatever order its threads come: same seed, other
-    # last digits
-    hidden = hidden[0].index_select(0, index)  # [sum of L, D]
-    step = max(1, 2**26 // policy.banned.numel())  # at most 256 MB of fp32 logits at a time
-    parts = [
+    language = policy.base.model.language_model
+    hidden = language(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
+    # The backward of plain indexing adds in a changing order. Then last digits would change too.
+    hidden = hidden[0].index_select(0, index)  # [S, D]
+    count = max(1, CHUNK_LOGITS // policy.banned.numel())  # tokens in a chunk
+    chunks = [
         checkpoint(chosen_logprobs, policy, h, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(step), target.split(step))
+        for h, t in zip(hidden.split(count), target.split(count))
     ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    logps, entropies = zip(*chunks)
+    return torch.cat(logps), torch.cat(entropies)

@@ -34,10 +34,10 @@ from .grpo import (
     update,
 )
 from .memory import free_memory, peak_memory, questions_per_batch
-from .policy import Completion, Policy, Prompt, generate
-from .replay import DEVICES
+from .decoding import Completion, generate
+from .policy import Policy, Prompt
 from .reward import read_answer, score_group
-from .segmenter import SAM_FILES, Segmenter, random_sam, small_folder
+from .segmenter import SAM_FILES, SamSegmenter, Segmenter, random_sam, small_folder
 from .sizes import Sizes
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
@@ -225,19 +225,16 @@ def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
     tokens and the recording.
     """
     taken = {}
-    graphs = set(DEVICES)
-    for name, devices in dict(graph=graphs, eager=set()).items():
+    for name in ("graph", "eager"):
+        policy.cuda_graphs = name == "graph"
         seconds = {}
-        DEVICES.clear()
-        DEVICES.update(devices)
         for tokens in (8, 8, 24):  # the first one warms up
             start = time.perf_counter()
             answers = generate(policy, prompts, group, tokens)
             answers[0][0].ids.tolist()  # waits for the GPU
             seconds[tokens] = time.perf_counter() - start
         taken[name] = 1000 * (seconds[24] - seconds[8]) / 16
-    DEVICES.clear()
-    DEVICES.update(graphs)
+    policy.cuda_graphs = True
     return taken
 
 
@@ -287,7 +284,7 @@ def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple:
     def load():
         sam = random_sam(forecast_sam(s)).to(s.device).requires_grad_(False)
         policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
-        return policy, Segmenter(SamPredictor(sam))
+        return policy, SamSegmenter(SamPredictor(sam))
 
     data = Shapes("train", s.questions)
     try:

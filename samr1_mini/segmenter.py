@@ -1,4 +1,6 @@
-"""The segmenter: a frozen Segment Anything (SAM, SAM 2, SAM 3), which draws the mask that the policy is paid for.
+"""The segmenter: a frozen Segment Anything (SAM, SAM 2 or SAM 3) turns boxes and points into masks.
+
+The policy is rewarded for these masks. Any object with a method `masks` can be the segmenter.
 
 Shapes: n prompts to one picture of H x W pixels, h x w low-resolution logits.
 """
@@ -8,6 +10,7 @@ import zipfile
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,84 +24,166 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
+from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
 from .config import CACHE, UserError, first_line
 
 
-class Segmenter:
-    """A frozen SAM: pictures and prompts in, masks out. The last picture is not encoded again."""
+class Segmenter(Protocol):
+    """Describe an object that can be the segmenter: it needs this one method."""
 
-    def __init__(self, predictor):
-        self.predictor, self.seen = predictor, b""
+    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
+        """Return masks, bool [n, H, W], for n prompts to one picture.
+
+        image: uint8 RGB [H, W, 3].
+        boxes: n boxes (x1, y1, x2, y2) in pixels of the picture.
+        points: n lists of points (x, y, label). Label 1 is on the object, 0 off it. A list may be
+        empty.
+        """
+
+
+class SamSegmenter:
+    """Segment with SAM, the model of the segment_anything library."""
+
+    def __init__(self, predictor: SamPredictor):
+        self.predictor = predictor
+        self.seen = b""  # key of the picture that is encoded
+
+    @torch.no_grad()
+    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
+        """Return masks as described in Segmenter. The last picture is not encoded again."""
+        self.look_at(image)
+        return best_masks(self, image.shape[:2], boxes, points)
 
     def look_at(self, image: np.ndarray) -> None:
         """Encode a picture, uint8 RGB [H, W, 3], unless it is the last one."""
-        key = (
-            blake2b(np.ascontiguousarray(image), digest_size=16).digest()
-            + str(image.shape).encode()
+        key = picture_key(image)
+        if key == self.seen:
+            return
+        self.seen = b""  # stays so if the encoder fails
+        self.predictor.set_image(image)
+        self.seen = key
+
+    def predict(self, boxes: list, points: list):
+        """Return three masks a prompt as logits [n, 3, h, w], and their predicted IoU [n, 3].
+
+        All prompts have the same number of points.
+        """
+        device, size = self.predictor.device, self.predictor.original_size
+        to_pixels = self.predictor.transform.apply_coords_torch  # pixels of the encoded picture
+        corners = torch.tensor(boxes, dtype=torch.float32, device=device).view(-1, 2, 2)
+        box = to_pixels(corners, size).flatten(1)  # [n, 4]
+        place = label = None
+        if points[0]:
+            labelled = torch.tensor(points, dtype=torch.float32, device=device)  # [n, count, 3]
+            place = to_pixels(labelled[..., :2], size)  # [n, count, 2]
+            label = labelled[..., 2]  # [n, count]
+        return sam_logits(self.predictor.model, self.predictor.features, place, label, box)
+
+    def to_mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """Bring the logits of one mask [h, w] to the picture's size -> bool [H, W]."""
+        model, predictor = self.predictor.model, self.predictor
+        logits = model.postprocess_masks(
+            logits[None, None], predictor.input_size, predictor.original_size
         )
-        if key != self.seen:
-            self.seen = b""  # where the encoder fails, nothing was seen
-            self.predictor.set_image(image, image_format="RGB")
-            self.seen = key
+        return logits[0, 0] > model.mask_threshold
+
+
+class Sam2Segmenter:
+    """Segment with SAM 2, SAM 2.1 or the tracker of SAM 3, models of transformers."""
+
+    def __init__(self, name: str, device: str = "cpu"):
+        """Load the folder or hub id `name`."""
+        model = AutoModelForMaskGeneration.from_pretrained(name)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.processor = AutoImageProcessor.from_pretrained(name)
+        self.device = device
+        self.seen = b""  # key of the picture that is encoded
 
     @torch.no_grad()
-    def masks(self, image: np.ndarray, boxes: list[tuple], points: list[list[tuple]]) -> np.ndarray:
-        """Masks bool [n, H, W] for n prompts in the picture's own pixels: a box (x1, y1, x2, y2) and points [(x, y,
-        label), ...].
-
-        Of SAM's three masks the one with the highest predicted score counts, in training and in evaluation alike. All
-        prompts with the same number of points share one decoder pass: padding shorter ones would make a mask depend on
-        its neighbours. Only the chosen masks are brought to the picture's size, one at a time: all of 8 prompts would
-        be 1.1 GB for 12 megapixels.
-        """
+    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
+        """Return masks as described in Segmenter. The last picture is not encoded again."""
         self.look_at(image)
-        predictor, found = self.predictor, np.zeros((len(boxes), *image.shape[:2]), bool)
-        place = lambda xy: predictor.transform.apply_coords_torch(
-            xy, predictor.original_size
-        )  # in SAM's own pixels
-        for count in sorted({len(p) for p in points}):
-            rows = [i for i, p in enumerate(points) if len(p) == count]
-            box = torch.tensor(
-                [boxes[i] for i in rows], dtype=torch.float32, device=predictor.device
-            )  # [n, 4]
-            box = place(box.view(-1, 2, 2)).flatten(1)
-            xy = label = None
-            if count:
-                labelled = torch.tensor(
-                    [points[i] for i in rows], dtype=torch.float32, device=predictor.device
-                )
-                xy, label = place(labelled[..., :2]), labelled[..., 2]  # [n, count, 2], [n, count]
-            logits, scores = self.decode(xy, label, box)  # [n, 3, h, w], [n, 3]
-            for row, three, best in zip(rows, logits, scores.argmax(1)):
-                logit = three[None, best, None]  # [1, 1, h, w]
-                logit = predictor.model.postprocess_masks(
-                    logit, predictor.input_size, predictor.original_size
-                )
-                found[row] = (logit[0, 0] > predictor.model.mask_threshold).cpu().numpy()  # [H, W]
-        return found
+        return best_masks(self, image.shape[:2], boxes, points)
 
-    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
-        """predict_torch, not upscaled: n prompts in SAM's own pixels -> logits [n, 3, h, w], predicted IoU [n, 3]."""
-        if isinstance(self.predictor, Sam2Predictor):
-            return self.predictor.decode(points, labels, boxes)
-        return decode(self.predictor.model, self.predictor.features, points, labels, boxes)
+    def look_at(self, image: np.ndarray) -> None:
+        """Encode a picture, uint8 RGB [H, W, 3], unless it is the last one."""
+        key = picture_key(image)
+        if key == self.seen:
+            return
+        self.seen = b""  # stays so if the encoder fails
+        pixels = self.processor(images=image, return_tensors="pt").pixel_values.to(self.device)
+        self.features = self.model.get_image_embeddings(pixels)
+        self.size = image.shape[:2]  # H, W
+        # The encoder sees a square [1, 3, S, S]. These factors turn (x, y) into its pixels.
+        height, width = self.size
+        factors = [pixels.shape[3] / width, pixels.shape[2] / height]
+        self.factors = torch.tensor(factors, device=self.device)
+        self.seen = key
+
+    def predict(self, boxes: list, points: list):
+        """Return three masks a prompt as logits [n, 3, h, w], and their predicted IoU [n, 3].
+
+        All prompts have the same number of points.
+        """
+        corners = torch.tensor(boxes, dtype=torch.float32, device=self.device).view(-1, 2, 2)
+        prompts = {"input_boxes": (corners * self.factors).flatten(1)[None]}  # [1, n, 4]
+        if points[0]:
+            labelled = torch.tensor(points, dtype=torch.float32, device=self.device)
+            prompts["input_points"] = (labelled[..., :2] * self.factors)[None]  # [1, n, count, 2]
+            prompts["input_labels"] = labelled[None, ..., 2].long()  # [1, n, count]
+        out = self.model(image_embeddings=self.features, multimask_output=True, **prompts)
+        return out.pred_masks[0], out.iou_scores[0]
+
+    def to_mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """Bring the logits of one mask [h, w] to the picture's size -> bool [H, W]."""
+        logits = logits[None, None].float()
+        logits = interpolate(logits, self.size, mode="bilinear", align_corners=False)
+        return logits[0, 0] > 0
 
 
-def decode(
-    sam,
-    embedding: torch.Tensor,
+def picture_key(image: np.ndarray) -> bytes:
+    """Return a short key that differs from picture to picture."""
+    digest = blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+    return digest + str(image.shape).encode()
+
+
+def best_masks(segmenter, size: tuple, boxes: list, points: list) -> np.ndarray:
+    """Return of each prompt the mask with the highest predicted IoU, bool [n, H, W].
+
+    Training and evaluation use the same rule. Prompts with the same number of points share one
+    decoder pass. Padding shorter ones would make a mask depend on the other prompts. Only the best
+    mask is brought to the picture's size, one prompt at a time: all masks of 8 prompts would take
+    1.1 GB for 12 megapixels.
+    """
+    found = np.zeros((len(boxes), *size), bool)
+    for count in sorted({len(labelled) for labelled in points}):
+        rows = [i for i, labelled in enumerate(points) if len(labelled) == count]
+        logits, scores = segmenter.predict([boxes[i] for i in rows], [points[i] for i in rows])
+        for row, three, best in zip(rows, logits, scores.argmax(1)):
+            found[row] = segmenter.to_mask(three[best]).cpu().numpy()
+    return found
+
+
+def sam_logits(
+    sam: Sam,
+    features: torch.Tensor,
     points: torch.Tensor | None,
     labels: torch.Tensor | None,
     boxes: torch.Tensor,
 ):
-    """Segmenter.decode on one encoded picture [1, C, h, w], with gradients where there are any."""
-    sparse, dense = sam.prompt_encoder(
-        points=None if points is None else (points, labels), boxes=boxes, masks=None
-    )
+    """Run SAM's decoder on one encoded picture [1, C, h, w]; gradients pass.
+
+    points [n, count, 2] or None, labels [n, count] and boxes [n, 4] are in pixels of the encoded
+    picture. Returns logits [n, 3, h, w] and the predicted IoU [n, 3].
+    """
+    labelled = None
+    if points is not None:
+        labelled = (points, labels)
+    sparse, dense = sam.prompt_encoder(points=labelled, boxes=boxes, masks=None)
     return sam.mask_decoder(
-        image_embeddings=embedding,
+        image_embeddings=features,
         image_pe=sam.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
@@ -106,56 +191,13 @@ def decode(
     )
 
 
-class Sam2Predictor:
-    """transformers' SAM 2, 2.1 or SAM 3 tracker behind what Segmenter uses of SamPredictor and its model."""
-
-    mask_threshold = 0.0
-
-    def __init__(self, name: str, device: str = "cpu"):
-        self.sam = (
-            AutoModelForMaskGeneration.from_pretrained(name).to(device).eval().requires_grad_(False)
-        )
-        self.read, self.device = AutoImageProcessor.from_pretrained(name), device
-        self.transform = self.model = self  # what SamPredictor has in parts
-
-    @torch.no_grad()
-    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
-        pixels = self.read(images=image, return_tensors="pt").pixel_values.to(
-            self.device
-        )  # [1, 3, S, S], squeezed
-        self.features = self.sam.get_image_embeddings(pixels)
-        self.original_size, self.input_size = image.shape[:2], pixels.shape[-2:]
-
-    def apply_coords_torch(
-        self, coords: torch.Tensor, original_size: tuple[int, int]
-    ) -> torch.Tensor:
-        """Pixels [..., 2] of the picture -> pixels of the square that the encoder saw."""
-        (h, w), (height, width) = self.input_size, original_size
-        return coords * torch.tensor([w / width, h / height], device=coords.device)
-
-    def decode(self, points: torch.Tensor | None, labels: torch.Tensor | None, boxes: torch.Tensor):
-        """See Segmenter.decode."""
-        prompts = {"input_boxes": boxes[None]}
-        if points is not None:
-            prompts |= {"input_points": points[None], "input_labels": labels[None].long()}
-        out = self.sam(image_embeddings=self.features, multimask_output=True, **prompts)
-        return out.pred_masks[0], out.iou_scores[0]
-
-    def postprocess_masks(
-        self, masks: torch.Tensor, input_size: tuple, original_size: tuple
-    ) -> torch.Tensor:
-        """Logits [n, c, h, w] -> logits [n, c, H, W] of the picture's size."""
-        return torch.nn.functional.interpolate(
-            masks.float(), original_size, mode="bilinear", align_corners=False
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- load
+# -------------------- load
 
 SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
 TINY_SAM = Path(__file__).parent / "tiny" / "sam"
+PIXEL_MEAN, PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of ImageNet, in RGB
 
-# segment_anything's files: bytes and SHA-256, checked before they are read.
+# segment_anything's files: name, bytes and SHA-256, checked before they are read.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {
     "vit_b": (
@@ -177,70 +219,83 @@ SAM_FILES = {
 
 
 def sam_bytes(kind: str, checkpoint: str = "") -> int:
-    """Bytes of segment_anything's file for `kind` that are still to be downloaded."""
+    """Return the bytes of segment_anything's file for `kind` that are still to be downloaded."""
     if checkpoint or kind not in SAM_FILES:
         return 0
     name, size, _ = SAM_FILES[kind]
-    return 0 if (CACHE / name).exists() and (CACHE / name).stat().st_size == size else size
+    path = CACHE / name
+    if path.exists() and path.stat().st_size == size:
+        return 0
+    return size
 
 
 def small_folder(kind: str) -> Path | None:
-    """Where a small Segment Anything lies, with its dimensions in sam.json beside its weights; None for others."""
-    folder = TINY_SAM if kind == "tiny" else Path(kind)
-    return folder if (folder / "sam.json").is_file() else None
+    """Return the folder of a small SAM, which holds a file sam.json; None for other kinds."""
+    folder = Path(kind)
+    if kind == "tiny":
+        folder = TINY_SAM
+    if (folder / "sam.json").is_file():
+        return folder
+    return None
 
 
 def random_sam(kind: str) -> Sam:
-    """segment_anything's Sam of this kind, a small one's folder or "vit_b", "vit_l", "vit_h", with random weights."""
-    if not (folder := small_folder(kind)):
+    """Return segment_anything's Sam with random weights.
+
+    kind: "vit_b", "vit_l", "vit_h", "tiny", or the folder of a small one. The file sam.json in this
+    folder gives its dimensions.
+    """
+    folder = small_folder(kind)
+    if folder is None:
         return sam_model_registry[kind]()
     size = json.loads((folder / "sam.json").read_text(encoding="utf-8"))
     side, width = size["image_size"], size["decoder_width"]
-    return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=side,
-            patch_size=size["patch_size"],
-            embed_dim=size["encoder_width"],
-            depth=size["encoder_depth"],
-            num_heads=size["encoder_heads"],
-            mlp_ratio=4,
-            out_chans=width,
-            qkv_bias=True,
-            use_rel_pos=True,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-            window_size=0,
-            global_attn_indexes=(),
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=width,
-            image_embedding_size=(side // size["patch_size"],) * 2,
-            input_image_size=(side, side),
-            mask_in_chans=16,
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=width,
-            num_multimask_outputs=3,
-            iou_head_depth=3,
-            iou_head_hidden_dim=width,
-            transformer=TwoWayTransformer(
-                depth=size["decoder_depth"],
-                embedding_dim=width,
-                mlp_dim=4 * width,
-                num_heads=size["decoder_heads"],
-            ),
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-    ).eval()
+    cells = side // size["patch_size"]
+    image_encoder = ImageEncoderViT(
+        img_size=side,
+        patch_size=size["patch_size"],
+        embed_dim=size["encoder_width"],
+        depth=size["encoder_depth"],
+        num_heads=size["encoder_heads"],
+        mlp_ratio=4,
+        out_chans=width,
+        qkv_bias=True,
+        use_rel_pos=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        window_size=0,
+        global_attn_indexes=(),
+    )
+    prompt_encoder = PromptEncoder(
+        embed_dim=width,
+        image_embedding_size=(cells, cells),
+        input_image_size=(side, side),
+        mask_in_chans=16,
+    )
+    transformer = TwoWayTransformer(
+        depth=size["decoder_depth"],
+        embedding_dim=width,
+        mlp_dim=4 * width,
+        num_heads=size["decoder_heads"],
+    )
+    mask_decoder = MaskDecoder(
+        transformer_dim=width,
+        num_multimask_outputs=3,
+        iou_head_depth=3,
+        iou_head_hidden_dim=width,
+        transformer=transformer,
+    )
+    sam = Sam(image_encoder, prompt_encoder, mask_decoder, PIXEL_MEAN, PIXEL_STD)
+    return sam.eval()
 
 
 def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
-    """Raises UserError where `kind` is no Segment Anything, or none that is read from the file `checkpoint`. Nothing
-    large is loaded."""
+    """Check a segmenter's name and file before anything large is loaded.
+
+    Raises UserError if `kind` is no Segment Anything, or none that is read from a `checkpoint`.
+    """
     if checkpoint and kind not in SAM_FILES:
-        raise UserError(
-            f"--sam-checkpoint goes with --sam {', '.join(SAM_FILES)}, not with {kind}: leave one out"
-        )
+        known = ", ".join(SAM_FILES)
+        raise UserError(f"--sam-checkpoint goes with --sam {known}, not with {kind}: leave one out")
     if small_folder(kind) or kind in SAM_FILES:
         return
     try:
@@ -253,29 +308,34 @@ def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
 
 
 def sam_file(kind: str) -> Path:
-    """The weights of "vit_b", "vit_l" or "vit_h", downloaded once into the cache and checked against their hash."""
+    """Return the file of "vit_b", "vit_l" or "vit_h".
+
+    It is downloaded into the cache once, and checked against its hash. Raises UserError if it
+    cannot be fetched.
+    """
     name, size, digest = SAM_FILES[kind]
     path = CACHE / name
-    if sam_bytes(kind):  # a file gets its name only after its hash was checked
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")
-        try:
-            torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            why = f"{SAM_URL}{name} could not be fetched ({first_line(error)})"
-            raise UserError(
-                f"--sam {kind}: {why}; fetch it yourself and name it as --sam-checkpoint"
-            ) from None
+    if not sam_bytes(kind):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")
+    try:  # the file gets its name only after its hash was checked
+        torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
+        why = f"{SAM_URL}{name} could not be fetched ({first_line(error)})"
+        advice = "fetch it yourself and name it as --sam-checkpoint"
+        raise UserError(f"--sam {kind}: {why}; {advice}") from None
     return path
 
 
 def read_sam(kind: str, path: str | Path) -> Sam:
-    """Return segment_anything's Sam of `kind`, "vit_b", "vit_l" or "vit_h", in fp32 with the weights of a file.
+    """Return segment_anything's Sam of `kind`, "vit_b", "vit_l" or "vit_h", with a file's weights.
 
-    The model is built without numbers and takes the tensors that lie in the file, which is mapped into memory: no
-    random weights are drawn, and no second copy is made. Whatever is wrong with the file raises an exception.
+    The model is built without numbers and takes the tensors of the file in fp32. The file is mapped
+    into memory. So no random weights are drawn, and no second copy is made. A bad file raises any
+    exception.
     """
-    with init_empty_weights():  # of the parameters alone: buffers that the file lacks keep their numbers
+    with init_empty_weights():  # parameters alone; buffers that the file lacks keep their numbers
         sam = random_sam(kind)
     mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are none, and cannot be mapped
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -284,23 +344,37 @@ def read_sam(kind: str, path: str | Path) -> Sam:
     return sam.eval()
 
 
+def read_small_sam(folder: Path) -> Sam:
+    """Return the small Sam of a folder with its weights. A bad file raises any exception."""
+    sam = random_sam(str(folder))
+    sam.load_state_dict(load_file(folder / "model.safetensors"))
+    return sam
+
+
 def load_segmenter(
     kind: str, checkpoint: str | Path | None = None, device: str = "cpu"
 ) -> Segmenter:
-    """A frozen Segment Anything: "vit_b", "vit_l", "vit_h" (from the file `checkpoint`, else downloaded), a SAM 2 or 3
-    by its hub id or folder, or a small one, such as the package's "tiny". UserError where there are no such weights.
+    """Load a frozen Segment Anything.
+
+    kind: "vit_b", "vit_l", "vit_h", the hub id or folder of a SAM 2 or 3, "tiny", or the folder of
+    a small SAM.
+    checkpoint: file of "vit_b", "vit_l" or "vit_h". Without it the file is downloaded.
+    Raises UserError if there are no such weights.
     """
     check_segmenter(kind, checkpoint)
-    if not (small := small_folder(kind)) and kind not in SAM_FILES:
-        return Segmenter(Sam2Predictor(kind, device))
-    path = small / "model.safetensors" if small else checkpoint or sam_file(kind)
+    small = small_folder(kind)
+    if small is None and kind not in SAM_FILES:
+        return Sam2Segmenter(kind, device)
+    if small is not None:
+        name = small / "model.safetensors"
+    else:
+        path = checkpoint or sam_file(kind)
+        name = f"--sam-checkpoint {path}"
     try:
-        if small:
-            sam = random_sam(kind)
-            sam.load_state_dict(load_file(path))
+        if small is not None:
+            sam = read_small_sam(small)
         else:
             sam = read_sam(kind, path)
     except Exception as error:  # a broken file can raise nearly any
-        name = path if small else f"--sam-checkpoint {path}"
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
-    return Segmenter(SamPredictor(sam.to(device).requires_grad_(False)))
+    return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))

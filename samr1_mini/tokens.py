@@ -1,64 +1,75 @@
-"""From hidden states to tokens: the one distribution that is sampled from and trained on.
+"""The distribution of the next token, and the ids that begin, end and may not stand in an answer.
 
-Which ids it may give, and where answers begin and end.
+Answers are sampled from this distribution, and the same distribution is trained.
 
-Shapes: D width, V vocabulary, and any number of dimensions before them.
+Shapes: D width of the model, V vocabulary; "..." is any number of dimensions before them.
 """
 
 import re
 
 import torch
 
-CUT = "[cut]"  # ends the text of an answer that did not end by itself, so that the reasoning format is lost
+# The end of the text of an answer that was cut off. It breaks the reasoning format.
+CUT = "[cut]"
+
+
+# -------------------- ids
 
 
 def stop_ids(model, tokenizer) -> torch.Tensor:
-    """[k] the ids at which the model's generation_config stops (Qwen's: <|im_end|>, <|endoftext|>),
-    and eos.
+    """Return the ids [k] that end an answer.
+
+    These are the ids of the model's generation_config (Qwen's: <|im_end|> and <|endoftext|>), and
+    the tokenizer's end of sequence.
     """
-    eos = model.generation_config.eos_token_id
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    return torch.tensor(sorted({*eos, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = []
+    if isinstance(ends, int):
+        ends = [ends]
+    return torch.tensor(sorted({*ends, tokenizer.eos_token_id}), device=model.lm_head.weight.device)
 
 
 def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
-    """Bool [V]: what no answer may hold.
+    """Return bool [V]: True for the ids that no answer may contain.
 
-    Placeholders of pictures and videos (a sampled one would ask the next forward for a picture),
-    ids without a token, and the padding where it does not end an answer.
+    These are placeholders of pictures and videos, ids without a token, and padding that is no stop
+    id. A sampled placeholder would ask the next forward for a picture.
     """
     config = model.config
-    banned = torch.zeros(
-        model.lm_head.weight.shape[0], dtype=torch.bool, device=model.lm_head.weight.device
-    )
+    weight = model.lm_head.weight  # [V, D]
+    banned = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
     banned[len(tokenizer) :] = True
-    vision = (
+    special = [
         config.image_token_id,
         config.video_token_id,
         config.vision_start_token_id,
         config.vision_end_token_id,
-    )
-    for token in (
-        *vision,
         tokenizer.convert_tokens_to_ids("<|vision_pad|>"),
         tokenizer.pad_token_id,
-    ):
+    ]
+    for token in special:
         if token is not None and token < len(banned):
             banned[token] = True
     banned[stop] = False
     return banned
 
 
-def opened_answer(text: str, told: str) -> str:
+# -------------------- text
+
+
+def opened_answer(text: str, instruction: str) -> str:
     """Return the start of the answer that a chat template has written at the end of `text`.
 
-    Templates of reasoning models write "<think>\\n". Where thinking is switched off, they write
-    "<think>\\n\\n</think>\\n\\n". Others write nothing. The user's turn, `told`, may contain the
-    same words. They are not counted.
+    Templates of reasoning models write "<think>\\n". If thinking is switched off, they write
+    "<think>\\n\\n</think>\\n\\n". Other templates write nothing. The user's `instruction` may
+    contain the same words. They are not counted.
     """
-    after = text.rpartition(told)[2]
+    after = text.rpartition(instruction)[2]
     found = re.search(r"<think>[^<]*(?:</think>\s*)?\Z", after)
-    return found[0] if found else ""
+    if found is None:
+        return ""
+    return found[0]
 
 
 def answer_text(opened: str, generated: str, cut: bool) -> str:
@@ -75,32 +86,37 @@ def answer_text(opened: str, generated: str, cut: bool) -> str:
     return text
 
 
-FP32_SUMS = {
-    "cuda"
-}  # kinds of device whose product of bf16 matrices can give its fp32 sums as they are
+# -------------------- logits
+
+
+def has_fp32_sums(device: torch.device) -> bool:
+    """Return True for a kind of device that can multiply bf16 matrices into fp32 sums."""
+    return device.type == "cuda"
 
 
 def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[..., n, d] x [..., m, d] -> fp32 [..., n, m]: in bf16 large scores would be rounded, as in
-    no fused kernel.
+    """Multiply q [..., n, d] by k [..., m, d] -> fp32 [..., n, m].
+
+    In bf16 large attention scores would be rounded. PyTorch's fused kernels keep them in fp32 too.
     """
-    if q.dtype == torch.float32 or q.device.type not in FP32_SUMS:
+    if q.dtype == torch.float32 or not has_fp32_sums(q.device):
         return q.float() @ k.float().mT
-    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(
-        0, q.shape[:-2]
-    )
+    left, right = q.flatten(0, -3), k.flatten(0, -3)  # bmm takes one batch dimension
+    out = torch.bmm(left, right.mT, out_dtype=torch.float32)
+    return out.unflatten(0, q.shape[:-2])
 
 
 class Fp32Head(torch.autograd.Function):
-    """hidden [n, D] @ weight [V, D] -> logits [n, V] that are never rounded to bf16, as the head's
-    own forward would do: at values of 16 to 32 a bf16 step is 0.125, and that alone would move
-    every ratio away from 1. The products are bf16's, their sums fp32.
+    """Multiply hidden [n, D] by the head's weight [V, D] -> fp32 logits [n, V].
+
+    The head's own forward would round them to bf16. Between 16 and 32 a step of bf16 is 0.125. This
+    alone would move every ratio away from 1. Here the products are bf16 and their sums are fp32.
     """
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        if hidden.device.type in FP32_SUMS:
+        if has_fp32_sums(hidden.device):
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         return hidden.float() @ weight.float().T
 
@@ -111,26 +127,12 @@ class Fp32Head(torch.autograd.Function):
 
 
 def token_logits(policy, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Hidden states [..., D] -> fp32 logits [..., V] of the one distribution that is sampled from
-    and trained on.
-    """
+    """Return fp32 logits [..., V] of the next token for hidden states [..., D]."""
     head = policy.base.lm_head
     if head.weight.dtype == torch.float32:
         logits = head(hidden)
     else:
-        logits = Fp32Head.apply(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
-    return (logits / temperature).masked_fill(
-        policy.banned, -1e30
-    )  # finite, so that 0 * logit stays 0 in the entropy
-
-
-def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [..., V] and a uniform number in [0, 1) each [...] -> the tokens that they
-    stand for [...].
-    """
-    cumulative = (
-        logp.double().exp().cumsum(-1)
-    )  # token i owns the stretch up to cumulative[i], a banned one nothing
-    return torch.searchsorted(
-        cumulative, uniforms.double()[..., None] * cumulative[..., -1:], right=True
-    )[..., 0]
+        logits = Fp32Head.apply(hidden.flatten(0, -2), head.weight)
+        logits = logits.unflatten(0, hidden.shape[:-1])
+    # Not -inf: 0 * -1e30 is 0 in the entropy, 0 * -inf is not a number.
+    return (logits / temperature).masked_fill(policy.banned, -1e30)

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "benchmarks"))
 sys.path.insert(0, str(TESTS.parent))  # train.py and eval.py stand there
 
+from samr1_mini import attention
 from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.data import public
@@ -68,6 +71,17 @@ def policy():
 @pytest.fixture(scope="session")
 def nf4_policy():
     return with_live_adapter(load_policy("tiny", "nf4", rank=8))
+
+
+@pytest.fixture
+def unwatched_masks(monkeypatch):
+    """Create causal masks outside of dispatch modes: a mode that watches tensors fails on them."""
+
+    def mask(*size):
+        with _disable_current_modes():
+            return causal_lower_right(*size)
+
+    monkeypatch.setattr(attention, "causal_lower_right", mask)
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,9 @@ from samr1_mini import policy as policy_module
 from samr1_mini import reward
 from samr1_mini.config import UserError, make_settings, option
 from samr1_mini.evaluation import evaluate
+from samr1_mini.decoding import generate
 from samr1_mini.grpo import Parts, new_optimizer, roll_out
-from samr1_mini.policy import TINY, encode, load_policy, logprobs, generate
+from samr1_mini.policy import TINY, encode, load_policy, logprobs
 from samr1_mini.reward import read_answer
 from samr1_mini.reports import first_answers, base_summary
 from samr1_mini.runs import load_state, save_state, take_state

@@ -9,11 +9,12 @@ from test_policy import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from samr1_mini.attention import Cache, PackedRow
+from samr1_mini import decoding
+from samr1_mini.attention import PackedRow
 from benchmark import compare_decoding, masked_rows
+from samr1_mini.decoding import Cache, FixedCache, generate
 from samr1_mini.full_size import random_policy, shape_config
-from samr1_mini.policy import encode, logprobs, prompt_text, generate
-from samr1_mini.replay import FixedCache
+from samr1_mini.policy import encode, logprobs, prompt_text
 from samr1_mini.memory import bytes_a_question, questions_per_batch
 from samr1_mini.tokens import products
 
@@ -75,7 +76,7 @@ def test_in_the_cache_each_new_token_sees_its_prompt_and_its_own_answer_while_qu
 ):
     """Prompts of different lengths, more tokens than a block holds, two layers, and questions that end one after
     another."""
-    monkeypatch.setattr(Cache, "BLOCK", 4)
+    monkeypatch.setattr(decoding, "BLOCK", 4)
     torch.manual_seed(0)
     lengths, group = [5, 3, 7, 4], 2
     cache, read = kind(lengths, group, "cpu"), {}
@@ -135,7 +136,7 @@ def test_a_question_that_leaves_is_replaced_in_place_by_the_last_one():
     }  # the whole, the whole without its end, and the one question that moved
 
 
-def test_no_mask_over_a_row_and_none_over_a_growing_cache_exists(policy, samples):
+def test_no_mask_over_a_row_and_none_over_a_growing_cache_exists(policy, samples, unwatched_masks):
     torch.manual_seed(0)
     with torch.no_grad():
         prompts = encode(policy, [x.image for x in samples[:2]], [x.question for x in samples[:2]])

@@ -56,7 +56,7 @@ from samr1_mini.evaluation import (
 )
 from samr1_mini.grpo import train as run_training
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
-from samr1_mini.policy import Completion
+from samr1_mini.decoding import Completion
 from samr1_mini import loading, processes
 from samr1_mini.tiny.shapes import Shapes
 
@@ -324,7 +324,8 @@ from accelerate import PartialState
 from samr1_mini import evaluation
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
-from samr1_mini.policy import Completion, load_policy
+from samr1_mini.decoding import Completion
+from samr1_mini.policy import load_policy
 from samr1_mini import loading
 from samr1_mini.segmenter import load_segmenter
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import score, with_live_adapter
 from PIL import Image
-from test_replay import record_a_token
+from test_decoding import record_a_token
 from transformers import (
     AutoProcessor,
     Qwen2VLConfig,
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from samr1_mini.config import UserError, make_settings
+from samr1_mini.decoding import generate
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import Parts, roll_out
 from samr1_mini.metrics import tight_box
@@ -27,7 +28,6 @@ from samr1_mini.policy import (
     load_policy,
     logprobs,
     prompt_text,
-    generate,
 )
 
 TEXT = dict(

@@ -39,7 +39,8 @@ from samr1_mini.grpo import (
     update,
 )
 from samr1_mini.metrics import tight_box
-from samr1_mini.policy import TINY, Completion, load_policy, logprobs
+from samr1_mini.decoding import Completion
+from samr1_mini.policy import TINY, load_policy, logprobs
 from samr1_mini.reward import Answer, Reward
 from samr1_mini import files, loading, runs
 from samr1_mini.memory import questions_per_batch

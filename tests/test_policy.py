@@ -13,8 +13,10 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.accelerate import check_and_set_device_map
 
 from eval import merge
+from samr1_mini import decoding
 from samr1_mini import policy as policy_module
 from samr1_mini.config import UserError
+from samr1_mini.decoding import choose_tokens, generate
 from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.grpo import Parts, new_optimizer, roll_out, update
 from samr1_mini.policy import (
@@ -25,10 +27,8 @@ from samr1_mini.policy import (
     load_policy,
     logprobs,
     prompt_text,
-    generate,
-    token_logits,
 )
-from samr1_mini.tokens import stop_ids
+from samr1_mini.tokens import stop_ids, token_logits
 
 
 def draw(policy, samples, group=3, tokens=40, temperature=1.0, seed=0):
@@ -156,7 +156,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_at_this_temperature_says(
     flat = torch.full((len(policy.banned),), -1e30)
     flat[300:340] = torch.linspace(-1.5, 1.5, 40)
     monkeypatch.setattr(
-        policy_module,
+        decoding,
         "token_logits",
         lambda _, hidden, t: (flat / t).expand(*hidden.shape[:-1], len(flat)),
     )
@@ -182,7 +182,7 @@ def test_a_drawn_token_is_the_one_whose_stretch_holds_the_number():
     uniforms = torch.tensor(
         [0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-24]
     )  # the largest number that torch.rand gives
-    assert policy_module.draw(logp.expand(6, -1), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
+    assert choose_tokens(logp.expand(6, -1), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_an_answer_is_the_same_whatever_is_sampled_beside_it(policy, samples):
@@ -260,7 +260,9 @@ def test_an_answer_stops_where_the_models_own_generation_config_does_and_padding
     for end in real.stop:
         wanted = iter([3, 4, int(end), 5])
         monkeypatch.setattr(
-            policy_module, "draw", lambda logp, uniforms: torch.full(logp.shape[:-1], next(wanted))
+            decoding,
+            "choose_tokens",
+            lambda logp, uniforms: torch.full(logp.shape[:-1], next(wanted)),
         )
         [[answer]] = generate(real, prompts, 1, 4)
         assert answer.ids.tolist() == [3, 4, end] and not answer.truncated
@@ -328,7 +330,9 @@ class LargestLogits(TorchDispatchMode):
         return out
 
 
-def test_logits_are_never_held_whole_and_chunks_change_nothing(policy, samples, monkeypatch):
+def test_logits_are_never_held_whole_and_chunks_change_nothing(
+    policy, samples, monkeypatch, unwatched_masks
+):
     prompts, groups = draw(policy, samples[:4], group=8)
     ids, vocabulary = [[a.ids for a in g] for g in groups], len(policy.banned)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
@@ -358,7 +362,7 @@ def test_logits_are_never_held_whole_and_chunks_change_nothing(policy, samples, 
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_over_qwens_whole_vocabulary_no_chunk_of_logits_is_larger_than_256_mb():
+def test_over_qwens_whole_vocabulary_no_chunk_of_logits_is_larger_than_256_mb(unwatched_masks):
     config = shape_config("small")
     (
         config.text_config.vocab_size,
@@ -706,4 +710,4 @@ def test_blanks_around_a_question_change_nothing():
 def test_a_token_is_drawn_even_where_rounding_leaves_the_probabilities_short_of_one():
     """Without it the largest numbers that torch.rand gives would stand for an id that the vocabulary lacks."""
     logp = torch.tensor([0.5, 0.4999, 0.0]).log().clamp(min=-1e30)
-    assert policy_module.draw(logp[None], torch.tensor([1 - 2**-24])).tolist() == [1]
+    assert choose_tokens(logp[None], torch.tensor([1 - 2**-24])).tolist() == [1]

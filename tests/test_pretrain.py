@@ -284,9 +284,7 @@ def test_what_is_left_by_another_network_or_damaged_is_one_line_that_names_the_f
 def test_what_the_language_stage_learns_from_one_row_of_answers_is_what_each_is_alone(processor):
     torch.manual_seed(0)
     model = build_policy(processor.tokenizer)
-    policy = Policy(
-        model, processor, torch.zeros(len(processor.tokenizer), dtype=torch.bool), torch.tensor([2])
-    )
+    policy = Policy(model, processor)
     scenes = training.scenes_from(0, 2)
     with torch.no_grad():
         prompts = encode(
@@ -302,7 +300,7 @@ def test_what_the_language_stage_learns_from_one_row_of_answers_is_what_each_is_
         other = type(model)._from_config(
             model.config, attn_implementation="sdpa"
         )  # answers would see each other
-        Policy(other, processor, policy.banned, policy.stop)
+        Policy(other, processor)
 
 
 def test_a_question_stands_in_pretraining_as_it_stands_in_use_token_by_token(
@@ -316,7 +314,7 @@ def test_a_question_stands_in_pretraining_as_it_stands_in_use_token_by_token(
         "logprobs",
         lambda policy, prompts, rows: caught.update(prompts=prompts, rows=rows) or 1 / 0,
     )
-    policy = Policy(build_policy(processor.tokenizer), processor, torch.zeros(1), torch.tensor([2]))
+    policy = Policy(build_policy(processor.tokenizer), processor)
     language.train_language(policy, 10, tmp_path, pictures=3)
     with torch.no_grad(), pytest.raises(ZeroDivisionError):
         stage["loss_of"](0)

@@ -35,7 +35,13 @@ from samr1_mini.config import Settings, UserError
 from samr1_mini.data import Sample
 from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, vote
 from samr1_mini.reward import Answer, accuracy_term, read_answer, score_group, tight_box, to_picture
-from samr1_mini.segmenter import check_segmenter, load_segmenter, random_sam, sam_bytes, Segmenter
+from samr1_mini.segmenter import (
+    SamSegmenter,
+    check_segmenter,
+    load_segmenter,
+    random_sam,
+    sam_bytes,
+)
 from tutorials.tiny_world.sam import box_around
 from samr1_mini.tiny.scenes import make_scene
 
@@ -346,7 +352,7 @@ def test_the_mask_is_the_best_of_the_three_that_sam_itself_brings_to_the_picture
     masks, scores, _ = predictor.predict_torch(None, None, prompts)
     best = scores.argmax(1)
     assert masks.shape == (40, 3, 187, 301) and set(best.tolist()) == {0, 1, 2}
-    found = Segmenter(predictor).masks(image, boxes, [[]] * 40)
+    found = SamSegmenter(predictor).masks(image, boxes, [[]] * 40)
     assert (found == masks[torch.arange(40), best].numpy()).all() and found.any()
 
 
@@ -410,7 +416,7 @@ def test_a_lone_text_is_refused(segmenter, samples):
 
 
 def test_the_encoder_runs_once_a_picture(monkeypatch):
-    fresh = Segmenter(load_segmenter("tiny").predictor)
+    fresh = SamSegmenter(load_segmenter("tiny").predictor)
     calls, encode = [], fresh.predictor.model.image_encoder.forward
     monkeypatch.setattr(
         fresh.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x)
@@ -448,7 +454,8 @@ def test_remembered_pictures_are_told_apart(segmenter):
     segmenter.masks(b.image, [b.things[0].box], [[]])
     assert (segmenter.masks(a.image, [a.things[0].box], [[]]) == first).all()
     assert (
-        Segmenter(load_segmenter("tiny").predictor).masks(a.image, [a.things[0].box], [[]]) == first
+        SamSegmenter(load_segmenter("tiny").predictor).masks(a.image, [a.things[0].box], [[]])
+        == first
     ).all()
 
 
@@ -566,9 +573,9 @@ def test_sam_2_and_3_give_the_masks_of_their_own_processors(version, sam2_folder
 
 def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):
     segmenter, calls = load_segmenter(str(sam2_folder)), []
-    encode = segmenter.predictor.sam.vision_encoder.forward
+    encode = segmenter.model.vision_encoder.forward
     monkeypatch.setattr(
-        segmenter.predictor.sam.vision_encoder,
+        segmenter.model.vision_encoder,
         "forward",
         lambda *a, **k: calls.append(1) or encode(*a, **k),
     )

@@ -25,12 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train as command
-from samr1_mini import grpo, replay
+from samr1_mini import decoding, grpo
 from samr1_mini import policy as policy_module
-from samr1_mini.attention import Cache
 from samr1_mini.config import Settings, Terminated, UserError, resumed_settings
 from samr1_mini.grpo import train
-from samr1_mini.policy import encode, generate
+from samr1_mini.decoding import TokenReader, generate
+from samr1_mini.policy import encode
 from samr1_mini import processes, runs, stops
 from samr1_mini.tiny.scenes import make_scene
 
@@ -357,9 +357,10 @@ def test_where_no_graph_can_be_recorded_answers_are_the_same_and_one_line_says_s
         tried.append(read() if written else None)
         raise error
 
-    monkeypatch.setattr(replay, "recorded", fails)
-    monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
-    monkeypatch.setattr(Cache, "BLOCK", 25)
+    monkeypatch.setattr(decoding, "recorded", fails)
+    monkeypatch.setattr(decoding, "has_graphs", lambda device: True)
+    monkeypatch.setattr(policy, "cuda_graphs", True)  # a failed recording switches it off
+    monkeypatch.setattr(decoding, "BLOCK", 25)
     capsys.readouterr()
     for _ in range(2):
         for ours, theirs in zip(answers_of(policy, samples), expected, strict=True):
@@ -374,11 +375,11 @@ def test_memory_that_runs_out_without_a_graph_too_is_raised(policy, samples, mon
         raise torch.OutOfMemoryError("2 GiB")
 
     def fails(read):
-        monkeypatch.setattr(replay.TokenReader, "read", full)
+        monkeypatch.setattr(TokenReader, "read", full)
         read()
 
-    monkeypatch.setattr(replay, "recorded", fails)
-    monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
+    monkeypatch.setattr(decoding, "recorded", fails)
+    monkeypatch.setattr(decoding, "has_graphs", lambda device: True)
     with pytest.raises(torch.OutOfMemoryError):
         answers_of(policy, samples)
 
@@ -399,25 +400,24 @@ def test_a_recording_that_fails_gives_the_stream_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
     with pytest.raises(ZeroDivisionError):
-        replay.recorded(lambda: 1 / 0)
+        decoding.recorded(lambda: 1 / 0)
     assert current == ["before"]
 
 
 @pytest.mark.gpu
 def test_a_gpu_that_cannot_record_a_token_reads_it_as_it_is(samples, monkeypatch, capsys):
     policy = policy_module.load_policy("tiny", "fp32", device="cuda")
-    with monkeypatch.context() as without:
-        without.setattr(policy_module, "DEVICES", set())
-        expected = answers_of(policy, samples)
-    real = replay.TokenReader.read
+    policy.cuda_graphs = False
+    expected = answers_of(policy, samples)
+    policy.cuda_graphs = True
+    real = TokenReader.read
 
     def asks(reader, embeds, positions):
         if torch.cuda.is_current_stream_capturing():
             embeds.sum().item()  # no graph can hold this
         return real(reader, embeds, positions)
 
-    monkeypatch.setattr(replay.TokenReader, "read", asks)
-    monkeypatch.setattr(policy_module, "DEVICES", {"cuda"})
+    monkeypatch.setattr(TokenReader, "read", asks)
     for _ in range(2):
         for ours, theirs in zip(answers_of(policy, samples), expected, strict=True):
             assert ours.text == theirs.text

@@ -29,9 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
 
-from samr1_mini.attention import Cache
 from samr1_mini.config import auto_device, cell_size
 from samr1_mini.data import load_data
+from samr1_mini.decoding import Cache, generate
 from samr1_mini.evaluation import policy_image
 from samr1_mini.policy import (
     Policy,
@@ -41,7 +41,6 @@ from samr1_mini.policy import (
     logprobs,
     pack,
     prompt_text,
-    generate,
 )
 from samr1_mini.gpu import gpu_is_usable
 from samr1_mini.memory import device_name

@@ -34,7 +34,8 @@ from samr1_mini.config import Settings, make_settings
 from samr1_mini.full_size import SHAPES, empty_base, shape_config, shape_processor
 from samr1_mini.grpo import Parts, new_optimizer, update
 from samr1_mini.rehearse import full_rollouts
-from samr1_mini.policy import Policy, Prompt, add_adapter, generate
+from samr1_mini.decoding import generate
+from samr1_mini.policy import Policy, Prompt, add_adapter
 from samr1_mini.speed import BYTE_SHARE, CARDS, FLOP_SHARE
 
 FUSED_ROWS = 64  # to so many rows bitsandbytes multiplies from the 4 bits, beyond from a bf16 copy
@@ -202,7 +203,7 @@ def counting(counter: Counter):
     with ExitStack() as stack:
         stack.enter_context(patch.object(attention, "causal_lower_right", mask_outside_modes))
         if counter.fake:
-            stack.enter_context(patch.object(tokens, "FP32_SUMS", {"cpu"}))
+            stack.enter_context(patch.object(tokens, "has_fp32_sums", lambda device: True))
         stack.enter_context(counter)
         yield
 

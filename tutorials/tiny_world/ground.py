@@ -48,7 +48,7 @@ def new_policy() -> Policy:
     model = build_policy(processor.tokenizer).to(DEVICE)
     line_up_numbers(model, processor.tokenizer)
     stop = stop_ids(model, processor.tokenizer)
-    return Policy(model, processor, banned_ids(model, processor.tokenizer, stop), stop)
+    return Policy(model, processor)
 
 
 def policy_optimizers(model) -> list:

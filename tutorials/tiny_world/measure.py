@@ -7,7 +7,8 @@ import torch
 
 from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
-from samr1_mini.policy import Policy, encode, generate
+from samr1_mini.decoding import generate
+from samr1_mini.policy import Policy, encode
 from samr1_mini.reward import read_answer, read_leniently, score_group
 from samr1_mini.segmenter import load_segmenter
 from samr1_mini.tiny.scenes import SIZE, SPLITS, Scene, make_scene

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from samr1_mini.metrics import box_iou
-from samr1_mini.segmenter import decode, random_sam
+from samr1_mini.segmenter import random_sam, sam_logits
 from samr1_mini.tiny.scenes import SIZE, Scene, Thing
 from .answers import wide_box
 from .training import DEVICE, learn, save_weights, scenes_from
@@ -141,7 +141,7 @@ def predict(sam, embedding: torch.Tensor, scene: Scene, rng: np.random.Generator
     truth = np.stack([meant(scene, box, points) for box, points in prompts])
     boxes = torch.tensor([box for box, _ in prompts], dtype=torch.float32, device=DEVICE)
     points, labels = point_tensors([points for _, points in prompts], count)
-    low, quality = decode(sam, embedding[None], points, labels, boxes)  # [N, 3, h, w], [N, 3]
+    low, quality = sam_logits(sam, embedding[None], points, labels, boxes)  # [N, 3, h, w], [N, 3]
     logits = sam.postprocess_masks(low, (SIZE, SIZE), (SIZE, SIZE))
     return logits, quality, torch.from_numpy(truth)
 

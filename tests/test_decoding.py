@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samr1_mini import policy as policy_module
-from samr1_mini import replay
-from samr1_mini.attention import Cache
+from samr1_mini import decoding
 from samr1_mini import rehearse
-from samr1_mini.policy import encode, load_policy, generate
+from samr1_mini.decoding import Cache, FixedCache, TokenReader, generate
+from samr1_mini.policy import encode, load_policy
 
 
 @pytest.fixture
@@ -35,9 +34,9 @@ def imitated(monkeypatch):
 
         return out, again
 
-    monkeypatch.setattr(replay, "recorded", recorded)
-    monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
-    monkeypatch.setattr(Cache, "BLOCK", 25)  # questions leave at multiples of 8
+    monkeypatch.setattr(decoding, "recorded", recorded)
+    monkeypatch.setattr(decoding, "has_graphs", lambda device: True)
+    monkeypatch.setattr(decoding, "BLOCK", 25)  # questions leave at multiples of 8
     return sizes, replays
 
 
@@ -73,8 +72,8 @@ def record_a_token(policy, prompts, monkeypatch):
         seen.append(out)
         return out, lambda: out.copy_(read())
 
-    monkeypatch.setattr(replay, "recorded", recorded)
-    monkeypatch.setattr(policy_module, "DEVICES", {"cpu"})
+    monkeypatch.setattr(decoding, "recorded", recorded)
+    monkeypatch.setattr(decoding, "has_graphs", lambda device: True)
     generate(policy, prompts, 3, 8)
     assert seen
 
@@ -111,7 +110,7 @@ def test_with_graphs_answers_are_what_they_are_without_while_room_grows_and_ques
     sizes, replays = imitated
     replayed = drawn(policy, samples, tokens=72)
     with monkeypatch.context() as without:
-        without.setattr(policy_module, "DEVICES", set())
+        without.setattr(policy, "cuda_graphs", False)
         compare(replayed, drawn(policy, samples, tokens=72), 1e-4)
     # One is recorded when room grows (25 tokens here) and when half of the questions have ended, not with each of them
     assert 3 <= len(sizes) <= 6 and len(replays) > 5 * len(sizes)
@@ -133,36 +132,25 @@ def test_a_graph_is_recorded_once_a_size_after_a_token_that_is_read_as_it_is(
 
 
 def test_few_questions_that_ended_stay_where_leaving_means_another_graph():
-    for kind, left in ((Cache, 3), (replay.Fixed, None)):
-        cache = kind([4] * 4, 2, "cpu")
-        place = replay.Reader(None, cache).drop(torch.tensor([True, False, False, False]))
-        assert (place if place is None else len(place)) == left
-    assert (
-        len(
-            replay.Reader(None, replay.Fixed([4] * 4, 2, "cpu")).drop(
-                torch.tensor([True, False, True, False])
-            )
-        )
-        == 2
-    )
+    one, two = torch.tensor([True, False, False, False]), torch.tensor([True, False, True, False])
+    assert len(TokenReader(None, Cache([4] * 4, 2, "cpu")).drop(one)) == 3
+    assert TokenReader(None, FixedCache([4] * 4, 2, "cpu")).drop(one) is None
+    assert len(TokenReader(None, FixedCache([4] * 4, 2, "cpu")).drop(two)) == 2
 
 
 @pytest.mark.gpu
 def test_a_gpu_replays_what_it_would_have_read(samples, monkeypatch):
     policy = load_policy("tiny", "fp32", device="cuda")
     replayed = drawn(policy, samples, tokens=80)
-    monkeypatch.setattr(policy_module, "DEVICES", set())
+    policy.cuda_graphs = False
     compare(replayed, drawn(policy, samples, tokens=80), 1e-3)
 
 
 def test_the_rehearsal_times_a_token_both_ways_and_leaves_graphs_as_they_were(
-    endless, samples, imitated, monkeypatch
+    endless, samples, imitated
 ):
-    monkeypatch.setattr(rehearse, "DEVICES", policy_module.DEVICES)
     with torch.no_grad():
         prompts = encode(endless, [samples[0].image], [samples[0].question])
     taken = rehearse.token_ms(endless, prompts * 2, 2)
     assert set(taken) == {"graph", "eager"} and all(ms > 0 for ms in taken.values())
-    assert len(imitated[0]) == 3 and policy_module.DEVICES == {
-        "cpu"
-    }  # answers of 8, 8 and 24 tokens
+    assert len(imitated[0]) == 3 and endless.cuda_graphs  # answers of 8, 8 and 24 tokens

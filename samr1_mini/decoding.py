@@ -1,0 +1,377 @@
+"""Sample answers token by token, with a cache of keys and values, and with CUDA graphs.
+
+The model first reads the prompts (prefill). Then it reads one token of every answer at a time
+(decoding). A cache holds the keys and values of all earlier tokens. Each token is drawn from the
+distribution that is trained (tokens.token_logits).
+
+A token of a 3B policy takes about 3,600 operations. Python starts most of them more slowly than a
+GPU executes them. Therefore a GPU records the operations of one token as a CUDA graph. It replays
+this graph for the next tokens. A graph needs constant sizes, so `FixedCache` always reads its whole
+memory and masks the empty columns. When the sizes change, one token is read without a graph as a
+warm-up. The next token is recorded. If recording fails, all tokens are read without graphs. This
+is slower and gives the same numbers.
+
+Shapes: B questions, b of them still unfinished, G answers a question, P prompt tokens, L answer
+tokens, t answer tokens so far, D width of the model, V vocabulary, KV key heads, d width of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from .attention import BLOCK, attend_answers, attend_prompt
+from .config import first_line
+from .policy import Policy, Prompt, deepstack
+from .tokens import answer_text, token_logits
+
+CHECK_EVERY = 8  # tokens between two checks for ended answers; each check waits for the GPU
+
+
+@dataclass
+class Completion:
+    """One sampled answer."""
+
+    ids: torch.Tensor  # [L] ends with a stop id, unless the answer was cut off
+    logps: torch.Tensor  # [L] fp32, log-probabilities of the tokens when they were drawn
+    truncated: bool  # the answer was cut off at max_new_tokens
+    text: str  # the text to parse, log and show; it includes Prompt.opened, which `ids` lack
+
+
+# -------------------- the cache
+
+
+class Cache:
+    """Hold keys and values of b questions: each prompt's once, and each answer's own.
+
+    First the model reads the prompts [b, P], padded on the right. Then `grow()` is called before
+    each reading of [b, G] tokens: the next token of every answer.
+    """
+
+    def __init__(self, prompts: list[int], group: int, device):
+        """Take the lengths of the b prompts and G."""
+        self.group = group
+        self.tokens = 0  # columns of the answers in use; 0 while the prompts are read
+        self.prompt = []  # of each layer: keys and values [2, b, KV, P, d]
+        self.answers = []  # of each layer: keys and values [2, b, KV, G, capacity, d]
+        columns = torch.arange(min(prompts), max(prompts))
+        # bool [b, longest - shortest]: True where a prompt is padded
+        self.padding = (columns >= torch.tensor(prompts)[:, None]).to(device)
+
+    def grow(self) -> None:
+        """Begin the next token of each answer; allocate a block if the memory is full."""
+        if self.tokens % BLOCK == 0:
+            for i, x in enumerate(self.answers):
+                block = x.new_zeros(*x.shape[:4], BLOCK, x.shape[5])
+                self.answers[i] = torch.cat([x, block], 4)
+        self.tokens += 1
+
+    def drop(self, ended: torch.Tensor) -> torch.Tensor:
+        """Remove the questions where `ended`, bool [b], is True.
+
+        Returns the old places of the n remaining questions, [n]. Only the last questions move, into
+        the gaps.
+        """
+        remaining = (~ended).nonzero()[:, 0]  # [n]
+        count = len(remaining)
+        gaps = ended[:count].nonzero()[:, 0]
+        moved = remaining[count - len(gaps) :]
+        place = torch.arange(count, device=ended.device).index_copy(0, gaps, moved)
+        for x in self.prompt + self.answers:
+            x[:, gaps] = x[:, place[gaps]]
+        self.prompt = [x[:, :count] for x in self.prompt]
+        self.answers = [x[:, :count] for x in self.answers]
+        self.padding = self.padding[place]
+        return place
+
+    def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """Attend in one layer: prefill before the first `grow()`, decoding after it."""
+        if self.tokens == 0:
+            return self.attend_prefill(query, key, value, scale)
+        return self.attend_decoding(layer, query, key, value, scale)
+
+    def attend_prefill(self, query, key, value, scale: float) -> torch.Tensor:
+        """Keep the prompts' keys and values of the next layer, and attend.
+
+        query [b, H, P, d], key and value [b, KV, P, d] -> [b, P, H, d].
+        Right padding does not matter, because causal attention never looks to the right.
+        """
+        self.prompt.append(torch.stack([key, value]))
+        b, heads, _, d = key.shape
+        self.answers.append(key.new_empty(2, b, heads, self.group, 0, d))
+        return attend_prompt(query, key, value, scale).transpose(1, 2)
+
+    def attend_decoding(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
+        """Keep the keys and values of the answers' next tokens, and attend.
+
+        query [b, H, G, d], key and value [b, KV, G, d] -> [b, G, H, d].
+        """
+        answers, empty = self.write(layer, torch.stack([key, value]))
+        return attend_answers(query, self.prompt[layer], answers, self.padding, empty, scale)
+
+    def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Write the next keys and values [2, b, KV, G, d].
+
+        Returns all so far [2, b, KV, G, t, d], and None: no column is empty.
+        """
+        answers = self.answers[layer][..., : self.tokens, :]
+        answers[..., -1, :] = new
+        return answers, None
+
+
+class FixedCache(Cache):
+    """Hold keys and values in tensors of constant size, as a CUDA graph needs them."""
+
+    def __init__(self, prompts: list[int], group: int, device):
+        super().__init__(prompts, group, device)
+        # The last token's column is a tensor [1], because a replayed graph must find a new number.
+        self.last = torch.full((1,), -1, device=device)
+
+    def grow(self) -> None:
+        super().grow()
+        self.last += 1
+
+    def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the next keys and values [2, b, KV, G, d].
+
+        Returns the whole memory [2, b, KV, G, capacity, d], and bool [capacity]: True if empty.
+        """
+        answers = self.answers[layer].index_copy_(4, self.last, new[..., None, :])
+        columns = torch.arange(answers.shape[4], device=new.device)
+        return answers, columns > self.last
+
+
+# -------------------- one token
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Return True for a kind of device that can record CUDA graphs."""
+    return device.type == "cuda"
+
+
+def new_cache(policy: Policy, prompts: list[Prompt], group: int) -> Cache:
+    """Return an empty cache: of constant size if tokens can be recorded as CUDA graphs."""
+    lengths = [len(p.ids) for p in prompts]
+    if policy.cuda_graphs and has_graphs(policy.device):
+        return FixedCache(lengths, group, policy.device)
+    return Cache(lengths, group, policy.device)
+
+
+def recorded(read):
+    """Record the GPU operations of `read()` as a CUDA graph.
+
+    Returns its output, and a function that computes this output again, in place, from the current
+    contents of the inputs.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):  # records, and computes nothing
+            out = read()
+    except Exception:
+        torch.cuda.set_stream(stream)  # a failed recording leaves its own stream as the current one
+        raise
+    return out, graph.replay
+
+
+class TokenReader:
+    """Read the next token of every answer with the language model."""
+
+    def __init__(self, language, cache: Cache):
+        self.language = language
+        self.cache = cache
+        self.size = None  # the cache's sizes at the last token
+        self.replay = None  # runs the graph of a token at these sizes
+        self.failed = False  # True after a recording has failed
+
+    def read(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read without a graph: embeds [b, G, D], positions [3, b, G] -> hidden [b, G, D]."""
+        return self.language(
+            inputs_embeds=embeds, position_ids=positions, layout=self.cache, use_cache=False
+        ).last_hidden_state
+
+    def __call__(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read as `read` does, with a graph if possible. The next call may overwrite the result."""
+        if self.failed or not isinstance(self.cache, FixedCache):
+            return self.read(embeds, positions)
+        size = self.cache.answers[0].shape  # changes with the number of questions and the capacity
+        if size != self.size:
+            self.size = size
+            self.replay = None  # frees the old graph's memory before a new one is recorded
+            self.hidden = None
+            return self.read(embeds, positions)
+        if self.replay is None:
+            self.record(embeds, positions)
+        if self.failed:  # a second reading is safe: it writes the same column again
+            return self.read(embeds, positions)
+        self.embeds.copy_(embeds)
+        self.positions.copy_(positions)
+        self.replay()
+        return self.hidden
+
+    def record(self, embeds: torch.Tensor, positions: torch.Tensor) -> None:
+        """Record a token, or print the reason why it cannot be recorded.
+
+        When memory runs out here, it may still be enough for reading without a graph.
+        """
+        try:
+            self.embeds = embeds.clone()
+            self.positions = positions.clone()
+            self.hidden, self.replay = recorded(lambda: self.read(self.embeds, self.positions))
+        except Exception as error:
+            self.failed = True
+            self.embeds = None  # frees the memory of the inputs
+            self.positions = None
+            tqdm.write(
+                "CUDA graphs are not used, so answers take longer: recording failed "
+                f"({first_line(error)})"
+            )
+
+    def drop(self, ended: torch.Tensor) -> torch.Tensor | None:
+        """Remove ended questions, bool [b], as Cache.drop does. Returns None if they stay.
+
+        With graphs they stay until half of the questions ended: each new size needs a new graph.
+        """
+        few = 1
+        if isinstance(self.cache, FixedCache):
+            few = max(1, len(ended) // 2)
+        if ended.sum() < few:
+            return None
+        return self.cache.drop(ended)
+
+
+def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Choose tokens [...] from log-probabilities [..., V] by uniform numbers in [0, 1), [...].
+
+    The probabilities of all tokens are laid end to end. Each uniform number lies in the interval of
+    one token, and this token is chosen. A banned token has an empty interval. The numbers are
+    scaled by the sum of all probabilities. So rounding never leads past the last token.
+    """
+    cumulative = logp.double().exp().cumsum(-1)
+    target = uniforms.double()[..., None] * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True)[..., 0]
+
+
+# -------------------- whole answers
+
+
+def read_prompts(policy: Policy, prompts: list[Prompt], cache: Cache) -> torch.Tensor:
+    """Read B prompts into the cache -> the hidden state of each prompt's last token [B, D]."""
+    embeds = pad_sequence([p.embeds for p in prompts], True)  # [B, P, D]
+    positions = pad_sequence([p.positions.T for p in prompts], True)  # [B, P, 3]
+    picture = pad_sequence([p.picture for p in prompts], True)  # [B, P]
+    hidden = policy.base.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions.permute(2, 0, 1),  # [3, B, P]
+        layout=cache,
+        use_cache=False,
+        **deepstack(prompts, picture),
+    ).last_hidden_state  # [B, P, D]
+    return torch.stack([row[len(p.ids) - 1] for row, p in zip(hidden, prompts)])
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: list[Prompt],
+    group: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    uniforms: torch.Tensor | None = None,
+) -> list[list[Completion]]:
+    """Sample G = `group` answers to each of B prompts -> B lists of G completions.
+
+    Temperature 0 takes the likeliest token (greedy). There is no top-k, no top-p and no repetition
+    penalty. The model's generation_config is ignored. So the sampled distribution is the trained
+    one, as GRPO's ratio requires.
+    uniforms [B, G, L] holds a uniform random number for every token. With it an answer does not
+    depend on the other answers of the batch, up to rounding. Without it torch's global generator
+    draws the numbers.
+    """
+    shape = (len(prompts), group, max_new_tokens)
+    if temperature == 0:
+        uniforms = None
+        temperature = 1.0
+    else:
+        if uniforms is None:
+            uniforms = torch.rand(shape)
+        uniforms = uniforms.to(policy.device)
+    ids, logps = sample_tokens(policy, prompts, shape, temperature, uniforms)
+    return completions(policy, prompts, ids, logps)
+
+
+def sample_tokens(
+    policy: Policy,
+    prompts: list[Prompt],
+    shape: tuple[int, int, int],
+    temperature: float,
+    uniforms: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample tokens of a `shape` (B, G, L) -> ids and their log-probabilities, both [B, G, L].
+
+    After its first stop id an answer is arbitrary. Without `uniforms` sampling is greedy.
+    """
+    questions, group, length = shape
+    device = policy.device
+    embed = policy.base.get_input_embeddings()
+    cache = new_cache(policy, prompts, group)
+    reader = TokenReader(policy.base.model.language_model, cache)
+    hidden = read_prompts(policy, prompts, cache)  # [B, D]
+    hidden = hidden[:, None].expand(-1, group, -1)  # [B, G, D]
+    position = torch.tensor([p.next_position for p in prompts], device=device)
+    position = position[:, None].expand(-1, group)  # [B, G]
+    ids = torch.zeros(shape, dtype=torch.long, device=device)
+    logps = torch.zeros(shape, device=device)
+    unfinished = torch.arange(questions, device=device)  # [b] questions still in the batch
+    for t in range(length):
+        logp = token_logits(policy, hidden, temperature).log_softmax(-1)  # [b, G, V]
+        if uniforms is None:
+            token = logp.argmax(-1)  # [b, G]
+        else:
+            token = choose_tokens(logp, uniforms[unfinished, :, t])  # [b, G]
+        ids[unfinished, :, t] = token
+        logps[unfinished, :, t] = logp.gather(-1, token[..., None])[..., 0]
+        if t + 1 == length:
+            break
+        if (t + 1) % CHECK_EVERY == 0:
+            stops = torch.isin(ids[unfinished, :, : t + 1], policy.stop)  # [b, G, t + 1]
+            ended = stops.any(-1).all(-1)  # [b] all G answers have ended
+            if ended.all():
+                break
+            stay = reader.drop(ended)
+            if stay is not None:
+                unfinished, token = unfinished[stay], token[stay]
+        cache.grow()
+        hidden = reader(embed(token), (position[unfinished] + t).expand(3, -1, -1))  # [b, G, D]
+    if reader.failed:
+        policy.cuda_graphs = False  # later answers do not try again
+    return ids, logps
+
+
+def completions(
+    policy: Policy, prompts: list[Prompt], ids: torch.Tensor, logps: torch.Tensor
+) -> list[list[Completion]]:
+    """Cut tokens [B, G, L] and their log-probabilities [B, G, L] into B lists of G completions.
+
+    An answer ends with its first stop token. While other answers continue, it gets more tokens.
+    These are left out.
+    """
+    length = ids.shape[2]
+    stopped = torch.isin(ids, policy.stop)  # [B, G, L]
+    truncated = ~stopped.any(-1)  # [B, G]
+    lengths = torch.where(truncated, length, stopped.int().argmax(-1) + 1)  # [B, G]
+    lengths, truncated = lengths.tolist(), truncated.tolist()
+    groups = []
+    for b, prompt in enumerate(prompts):
+        groups.append([])
+        for g, (n, cut) in enumerate(zip(lengths[b], truncated[b])):
+            answer = ids[b, g, :n]
+            written = answer
+            if not cut:
+                written = answer[:-1]  # without the stop token
+            # Other special tokens stay in the text, where they break the format.
+            text = policy.processor.tokenizer.decode(written)
+            text = answer_text(prompt.opened, text, cut)
+            groups[-1].append(Completion(answer, logps[b, g, :n], cut, text))
+    return groups
