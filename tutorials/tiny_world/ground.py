@@ -12,7 +12,6 @@ from PIL import Image
 
 from samr1_mini.policy import Policy, Prompt, encode, logprobs
 from samr1_mini.tiny.scenes import COLOURS, SHAPES, SIZE, Scene, Thing
-from samr1_mini.tokens import banned_ids, stop_ids
 from .answers import called, corpus, in_order, middle
 from .build import build_policy, build_processor
 from .sam import things_and_dots
@@ -47,7 +46,6 @@ def new_policy() -> Policy:
     processor = build_processor(corpus())
     model = build_policy(processor.tokenizer).to(DEVICE)
     line_up_numbers(model, processor.tokenizer)
-    stop = stop_ids(model, processor.tokenizer)
     return Policy(model, processor)
 
 
