@@ -1,9 +1,10 @@
-"""A whole GRPO step against TRL's GRPOTrainer, and how a step grows: `python tests/benchmarks/benchmark_step.py`
-(`pip install trl` for its rows).
+"""Measure a whole GRPO step against TRL's GRPOTrainer, and how a step grows.
 
-Same policy, pictures, questions, reward (SAM included), G, number of updates and answer length (nobody may stop
-early). Each row is a process of its own, so that its peak memory is its own too; seconds are the median of the steps
-after the first.
+    python tests/benchmarks/benchmark_step.py     # for TRL's rows: pip install trl
+
+Policy, pictures, questions, reward (with SAM), G, number of updates and answer length are the same.
+No answer may stop early. Each row is a process of its own, so its peak memory is its own too.
+Seconds are the median of the steps after the first.
 """
 
 import argparse
@@ -46,7 +47,7 @@ PHASES = ("seconds_rollout", "seconds_reward", "seconds_update")
 
 
 def ours(s: Settings, steps: int) -> list[dict]:
-    """Seconds of each step, and of its phases."""
+    """Return the seconds of each step, and of its phases."""
     policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
     segmenter = load_segmenter(s.sam, device=s.device)
     policy.banned[policy.stop] = True
@@ -65,11 +66,42 @@ def ours(s: Settings, steps: int) -> list[dict]:
     return taken
 
 
+def trl_config(s: Settings, steps: int, folder: str):
+    """Return TRL's settings for the same training. It writes to `folder`."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=s.device == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        max_steps=steps * s.updates,
+        learning_rate=s.lr,
+        max_grad_norm=s.max_grad_norm,
+        per_device_train_batch_size=s.questions * s.group // s.updates,
+        gradient_accumulation_steps=1,
+        steps_per_generation=s.updates,
+        num_generations=s.group,
+        max_completion_length=s.max_new_tokens,
+        generation_kwargs={"min_new_tokens": s.max_new_tokens},
+        temperature=s.temperature,
+        top_k=0,
+        beta=s.beta,
+        epsilon=s.eps_low,
+        epsilon_high=s.eps_high,
+    )
+
+
 def trl(s: Settings, steps: int) -> list[dict]:
-    """The same in TRL: as many updates a generation, each on as many answers."""
+    """Return the seconds of each step in TRL, with as many updates, each on as many answers."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
     segmenter = load_segmenter(s.sam, device=s.device)
@@ -99,42 +131,40 @@ def trl(s: Settings, steps: int) -> list[dict]:
         for i, (p, image) in enumerate(zip(asked, images))
     ]
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            use_cpu=s.device == "cpu",
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            shuffle_dataset=False,
-            max_steps=steps * s.updates,
-            learning_rate=s.lr,
-            max_grad_norm=s.max_grad_norm,
-            per_device_train_batch_size=s.questions * s.group // s.updates,
-            gradient_accumulation_steps=1,
-            steps_per_generation=s.updates,
-            num_generations=s.group,
-            max_completion_length=s.max_new_tokens,
-            generation_kwargs={"min_new_tokens": s.max_new_tokens},
-            temperature=s.temperature,
-            top_k=0,
-            beta=s.beta,
-            epsilon=s.eps_low,
-            epsilon_high=s.eps_high,
-        )
         GRPOTrainer(
             model=policy.model,
             processing_class=policy.processor,
             reward_funcs=reward,
-            args=config,
+            args=trl_config(s, steps, folder),
             train_dataset=Dataset.from_list(rows),
             callbacks=[Clock()],
         ).train()
     return [
         {"seconds": times[i + s.updates] - times[i]} for i in range(0, len(times) - 1, s.updates)
     ]
+
+
+def measure(name: str, sizes: dict, steps: int) -> None:
+    """Measure one row in this process, and print its figures as JSON."""
+    s, _ = make_settings(preset="tiny", **sizes)
+    if name == "ours":
+        taken = ours(s, steps)
+    else:
+        taken = trl(s, steps)
+    figures = {}
+    for column in taken[0]:
+        figures[column] = statistics.median(one[column] for one in taken[1:])
+    print(json.dumps(figures | {"peak_gib": peak_memory(s.device)}))
+
+
+def measured_row(name: str, sizes: dict, steps: int) -> dict:
+    """Measure one row in another process."""
+    row = json.dumps([name, sizes])
+    command = [sys.executable, __file__, "--steps", str(steps), "--row", row]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        sys.exit(f"{name} {sizes}: {done.stderr[-2000:]}")
+    return {"way": name, **sizes, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def main() -> None:
@@ -145,43 +175,26 @@ def main() -> None:
         "--steps", type=int, default=4, help="steps a row, the first of which warms up (default 4)"
     )
     parser.add_argument("--out", help="write the figures to this JSON file too")
-    parser.add_argument(
-        "--row", type=json.loads, help=argparse.SUPPRESS
-    )  # the one that this process measures
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # see measured_row
     args = parser.parse_args()
     if args.row:
-        way, sizes = args.row
-        settings, _ = make_settings(preset="tiny", **sizes)
-        taken = {"ours": ours, "trl": trl}[way](settings, args.steps)
-        medians = {name: statistics.median(one[name] for one in taken[1:]) for name in taken[0]}
-        print(json.dumps(medians | {"peak_gib": peak_memory(settings.device)}))
+        measure(*args.row, args.steps)
         return
-    ways = ["ours"] + ["trl"] * bool(importlib.util.find_spec("trl"))
-    installed = [
-        name for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)
-    ]
-    result = {
-        "versions": {name: version(name) for name in installed},
-        "device": device_name(),
-        "rows": [],
-    }
+    versions = {}
+    for name in ("torch", "transformers", "trl"):
+        if importlib.util.find_spec(name):
+            versions[name] = version(name)
+    names = ["ours"]
+    if "trl" in versions:
+        names.append("trl")
+    result = {"versions": versions, "device": device_name(), "rows": []}
     print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*TINY, "seconds", "peak GiB"]))
     for sizes in ROWS:
-        for way in ways:
-            command = [
-                sys.executable,
-                __file__,
-                "--steps",
-                str(args.steps),
-            ]
-            command += ["--row", json.dumps([way, sizes])]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                sys.exit(f"{way} {sizes}: {done.stderr[-2000:]}")
-            row = {"way": way, **sizes, **json.loads(done.stdout.splitlines()[-1])}
+        for name in names:
+            row = measured_row(name, sizes, args.steps)
             result["rows"].append(row)
-            cells = "".join(f"{row[name]:>16}" for name in TINY)
-            print(f"{way:<8}{cells}{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True)
+            cells = "".join(f"{row[column]:>16}" for column in TINY)
+            print(f"{name:<8}{cells}{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
