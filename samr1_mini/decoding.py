@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .attention import BLOCK, attend_answers, attend_prompt
-from .config import first_line
+from .config import Settings, first_line
+from .memory import free_memory, questions_per_batch
 from .policy import Policy, Prompt, deepstack
 from .tokens import answer_text, token_logits
 
@@ -374,4 +375,18 @@ def completions(
             text = policy.processor.tokenizer.decode(written)
             text = answer_text(prompt.opened, text, cut)
             groups[-1].append(Completion(answer, logps[b, g, :n], cut, text))
+    return groups
+
+
+def generate_groups(
+    policy: Policy, prompts: list[Prompt], s: Settings, uniforms: torch.Tensor
+) -> list[list[Completion]]:
+    """Sample G answers to each prompt, with as many prompts in one batch as memory holds."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    count = questions_per_batch(policy.base, len(prompts), longest, s, free_memory(s))
+    groups = []
+    for i in range(0, len(prompts), count):
+        batch = prompts[i : i + count]
+        numbers = uniforms[i : i + count]
+        groups += generate(policy, batch, s.group, s.max_new_tokens, s.temperature, numbers)
     return groups

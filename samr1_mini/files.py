@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 from .config import UserError, first_line
@@ -244,8 +243,10 @@ def check_adapter_files(folder: Path) -> None:
     check_weights(weights)
 
 
-def read_adapter(base, adapter: str | Path) -> PeftModel:
+def read_adapter(base, adapter: str | Path):
     """Return the base model with the adapter of a folder. Raises UserError if it does not fit."""
+    from peft import PeftModel  # imported late: eval.py --help answers at once
+
     misfit = f"adapter {adapter} does not fit this policy"
     try:
         with warnings.catch_warnings():  # for weights that the file lacks PEFT only warns

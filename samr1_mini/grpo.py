@@ -1,8 +1,7 @@
 """GRPO as SAM-R1 trains with it: rollout, reward, advantage, update, log, save.
 
 Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO, eq. (2). The
-clip is asymmetric. One normaliser serves all tokens of a group, eq. (4). The KL stays, because the
-paper saw training collapse without a KL.
+clip is asymmetric. One normaliser serves all tokens of a group, eq. (4).
 
 From `train` to the gradient:
 
@@ -25,14 +24,14 @@ from tqdm import tqdm
 
 from .config import Settings, UserError
 from .data import Sample
-from .decoding import Completion, generate
+from .decoding import Completion, generate_groups
 from .evaluation import read_questions
 from .loading import load_parts, open_sets
-from .memory import free_memory, peak_memory, questions_per_batch
+from .memory import peak_memory
 from .policy import Policy, Prompt, logprobs
 from .processes import add_up_gradients, average, fail_together, from_first, is_first
 from .processes import join_processes, process_count, share
-from .reports import base_summary, describe, first_answers, sampling_gap, score_base
+from .reports import describe, first_answers, sampling_gap, score_base
 from .reports import summarise, token_means, validate
 from .reward import Reward, read_answer, reward_terms, score_group
 from .runs import Run, known_missing, open_run
@@ -174,20 +173,6 @@ class Rollout:
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
-
-
-def generate_groups(
-    policy: Policy, prompts: list[Prompt], s: Settings, uniforms: torch.Tensor
-) -> list[list[Completion]]:
-    """Sample G answers to each prompt, with as many prompts in one batch as memory holds."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    count = questions_per_batch(policy.base, len(prompts), longest, s, free_memory(s))
-    groups = []
-    for i in range(0, len(prompts), count):
-        batch = prompts[i : i + count]
-        numbers = uniforms[i : i + count]
-        groups += generate(policy, batch, s.group, s.max_new_tokens, s.temperature, numbers)
-    return groups
 
 
 def roll_out(
@@ -369,23 +354,6 @@ def one_step(parts: Parts, data, step: int) -> tuple[dict, list[dict]]:
     return {"step": step + 1} | line, first_answers(rollouts)
 
 
-def before_training(parts: Parts, data, resumed: bool) -> None:
-    """Try the largest update on a GPU. Print one line on sampled answers of the base model."""
-    from .rehearse import try_largest_update  # rehearse.py imports this file
-
-    s = parts.settings
-    if s.device == "cuda":
-        try_largest_update(parts, [data[i] for i in range(min(s.micro, len(data)))])
-    if resumed:
-        return
-    samples = [data[i] for i in range(min(4, len(data)))]
-    generator = torch.Generator().manual_seed(s.seed)
-    sizes = (len(samples), s.group, s.max_new_tokens)
-    rollouts, _ = roll_out(parts, samples, torch.rand(sizes, generator=generator))
-    if is_first():
-        print(base_summary(rollouts, s), flush=True)
-
-
 @fail_together()
 def train(
     s: Settings,
@@ -402,6 +370,8 @@ def train(
     tutorials/notes/extend.md shows each of them. In several processes (torchrun, accelerate) each
     takes its share of the questions, and the first one writes.
     """
+    from .rehearse import before_training  # rehearse.py imports this file
+
     begun = time.perf_counter()
     join_processes(s.device)
     if process_count() > 1 and s.questions % (s.updates * process_count()):

@@ -29,13 +29,15 @@ from .grpo import (
     Rollout,
     advantages,
     batch_loss,
-    generate_groups,
     new_optimizer,
+    roll_out,
     update,
 )
 from .memory import free_memory, peak_memory, questions_per_batch
-from .decoding import Completion, generate
+from .decoding import Completion, generate, generate_groups
 from .policy import Policy, Prompt
+from .processes import is_first
+from .reports import base_summary
 from .reward import read_answer, score_group
 from .segmenter import SAM_FILES, SamSegmenter, Segmenter, random_sam, small_folder
 from .sizes import Sizes
@@ -417,3 +419,18 @@ def try_largest_update(parts: Parts, samples: list[Sample]) -> None:
     del moments
     policy.model.zero_grad()
     policy.model.eval()
+
+
+def before_training(parts: Parts, data, resumed: bool) -> None:
+    """Try the largest update on a GPU. Print one line on sampled answers of the base model."""
+    s = parts.settings
+    if s.device == "cuda":
+        try_largest_update(parts, [data[i] for i in range(min(s.micro, len(data)))])
+    if resumed:
+        return
+    samples = [data[i] for i in range(min(4, len(data)))]
+    generator = torch.Generator().manual_seed(s.seed)
+    sizes = (len(samples), s.group, s.max_new_tokens)
+    rollouts, _ = roll_out(parts, samples, torch.rand(sizes, generator=generator))
+    if is_first():
+        print(base_summary(rollouts, s), flush=True)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_public import coco_info, coco_rows, parquet, picture, png
 
-from samr1_mini import grpo
+from samr1_mini import decoding
 from samr1_mini.config import UserError
 from samr1_mini.data import download
 from samr1_mini.data import load_data, open_data
@@ -303,7 +303,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
     real."""
     import train
 
-    real = grpo.generate
+    real = decoding.generate
 
     def one_in_the_format(*arguments):
         groups = real(*arguments)
@@ -313,7 +313,7 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
             )
         return groups
 
-    monkeypatch.setattr(grpo, "generate", one_in_the_format)
+    monkeypatch.setattr(decoding, "generate", one_in_the_format)
 
     monkeypatch.setattr(download, "SILENCE", 2.0)
     folder, start = str(tmp_path / "set"), 0

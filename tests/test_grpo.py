@@ -22,8 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from samr1_mini import grpo
-from samr1_mini import policy as policy_module
+from samr1_mini import decoding, grpo
 from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import Settings, Terminated, UserError, make_settings, parse_settings
 from samr1_mini.grpo import (
@@ -716,7 +715,7 @@ def test_the_first_look_is_printed_once_and_changes_no_draw(
 ):
     train(settings)
     with monkeypatch.context() as without:
-        without.setattr(grpo, "before_training", lambda *_, **__: None)
+        without.setattr(rehearse, "before_training", lambda *_, **__: None)
         train(replace(settings, run=str(tmp_path / "without")))
     answers = [(tmp_path / name / "answers.jsonl").read_text() for name in ("run", "without")]
     assert answers[0] == answers[1]
@@ -817,7 +816,7 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
         good % "[30, 40, 1]",
         good % "[30, 40, 1], [31, 41, 1]",
         "It is there.",
-    ], grpo.generate
+    ], decoding.generate
 
     def told(*given):
         groups = real(*given)
@@ -826,7 +825,7 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
                 answer.text = text
         return groups
 
-    monkeypatch.setattr(grpo, "generate", told)
+    monkeypatch.setattr(decoding, "generate", told)
     [r], _ = roll_out(Parts(policy, segmenter, None, s), [Shapes("train", 1, 5)[0]])
     totals = torch.tensor([reward.total for reward in r.rewards])
     assert (
@@ -859,7 +858,7 @@ def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(
     rows = torch.tensor(
         [row[:60] for row in (ids + stop, ids + filler * 60, ids[:-9] + filler + ids[-9:] + stop)]
     )
-    monkeypatch.setattr(policy_module, "choose_tokens", lambda *_: rows[:, next(steps)][None])
+    monkeypatch.setattr(decoding, "choose_tokens", lambda *_: rows[:, next(steps)][None])
     [r], _ = roll_out(Parts(policy, segmenter, None, s), [x])
     ended, cut, marked = r.rewards
     assert [a.truncated for a in r.answers] == [False, True, False] and ended.answer.in_format
@@ -935,7 +934,7 @@ def test_rewards_in_training_read_answers_in_what_the_policy_counts_in(
     x1, y1, x2, y2 = (round(1000 * v / 112) for v in tight_box(samples[0].mask))
     text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [[{x1}, {y1}, 1]]}}</answer>'
     monkeypatch.setattr(
-        grpo,
+        decoding,
         "generate",
         lambda _, prompts, group, *rest: [
             [Completion(torch.ones(1), torch.zeros(1), False, text)] * group for _ in prompts
@@ -1050,7 +1049,6 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
         load_parts=lambda *_, **__: (None, None),
         new_optimizer=lambda *_: None,
         Run=lambda *_: run,
-        before_training=lambda *_, **__: None,
         score_base=lambda *_, **__: {},
         summarise=lambda *_: {},
         one_step=lambda *args: ({"step": args[-1] + 1}, []),
@@ -1058,6 +1056,7 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
         or {"seen": 1},
     ).items():
         monkeypatch.setattr(grpo, name, stand_in)
+    monkeypatch.setattr(rehearse, "before_training", lambda *_: None)
     train(replace(settings, eval_every=every))
     assert seen == [("validation", step) for step in looks]
     assert kept == [(step, step in looks, step in looks) for step in range(1, 6)]
@@ -1084,7 +1083,7 @@ def test_the_longest_prompt_says_how_many_questions_are_sampled_side_by_side(
 ):
     told = []
     monkeypatch.setattr(
-        grpo,
+        decoding,
         "questions_per_batch",
         lambda base, count, longest, *_: told.append((count, longest)) or 4,
     )
@@ -1103,7 +1102,7 @@ def test_on_a_gpu_an_update_of_as_many_questions_as_one_forward_takes_is_tried_f
         rehearse, "try_largest_update", lambda parts, samples: sizes.append(len(samples))
     )
     parts = Parts(None, None, None, replace(settings, device=device, micro=3))
-    grpo.before_training(parts, range(count), resumed=True)
+    rehearse.before_training(parts, range(count), resumed=True)
     assert sizes == tried
 
 
@@ -1198,7 +1197,7 @@ def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settin
 def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_answers_stay_the_same(
     policy, segmenter, settings, monkeypatch
 ):
-    whole, sizes, real = rollouts_of(policy, segmenter, settings), [], grpo.generate
+    whole, sizes, real = rollouts_of(policy, segmenter, settings), [], decoding.generate
     assert questions_per_batch(policy.base, 4, 220, settings, float("inf")) == 4
     assert questions_per_batch(policy.base, 4, 220, settings, 0) == 1
     enough = next(
@@ -1216,7 +1215,9 @@ def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_ans
         == 1
     )
     monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
-    monkeypatch.setattr(grpo, "generate", lambda *args: sizes.append(len(args[1])) or real(*args))
+    monkeypatch.setattr(
+        decoding, "generate", lambda *args: sizes.append(len(args[1])) or real(*args)
+    )
     parts = rollouts_of(policy, segmenter, settings)
     assert sizes == [2, 2] and [[a.text for a in r.answers] for r in whole] == [
         [a.text for a in r.answers] for r in parts

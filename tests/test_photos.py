@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import eval as eval_command
-from samr1_mini import evaluation, grpo
+from samr1_mini import decoding, evaluation
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
 from samr1_mini.evaluation import evaluate, policy_image, shown
@@ -132,7 +132,7 @@ def test_evaluation_of_photographs_from_the_command_line(
 
 def test_training_on_photographs(settings, monkeypatch, tmp_path):
     """A random policy never finds the format, so every second answer is given one; all else is real."""
-    real, asked = grpo.generate, []
+    real, asked = decoding.generate, []
 
     def half_right(policy, prompts, *rest):
         groups = real(policy, prompts, *rest)
@@ -143,7 +143,7 @@ def test_training_on_photographs(settings, monkeypatch, tmp_path):
             )
         return groups
 
-    monkeypatch.setattr(grpo, "generate", half_right)
+    monkeypatch.setattr(decoding, "generate", half_right)
     summary = train(replace(settings, beta=0.0))
     assert summary["samples"] == 4 and summary["trained"]["count"] == 2 and min(asked) > 1000
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
