@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# One thread here and in every process that a test starts. Threads of OpenMP wait for each other by
+# spinning, so beside other work two of them are far slower than one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right
