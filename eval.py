@@ -44,6 +44,7 @@ USED = {  # the settings that an evaluation uses
     "max_new_tokens",
     "max_points",
     "points",
+    "prompt_file",
     "eval_batch",
 }
 
@@ -101,6 +102,8 @@ def settings_of_run(options: Namespace, typed: dict) -> dict:
     saved = read_settings(settings_file(options.adapter))
     if saved.get("eval_data") and options.split != "train":
         saved["data"] = saved["eval_data"]
+    if saved.get("prompt_file"):
+        saved["prompt_file"] = str(settings_file(options.adapter).with_name("prompt.txt"))
     if "preset" in typed and typed["preset"] != saved.get("preset"):
         raise UserError("--preset is for a base model: this adapter has the settings of its run")
     return {name: saved[name] for name in USED - {"device"} if name in saved}

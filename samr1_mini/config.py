@@ -526,6 +526,8 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
                 f"--resume: this run was started with {typed} {saved[name]}, not {value}"
             )
     changed.pop("preset", None)
+    if saved["prompt_file"]:  # the file may have changed since
+        changed["prompt_file"] = str(file.parent / "prompt.txt")
     settings = Settings(**saved | changed)
     if settings.device == "auto":  # no run writes this value, but a person may
         settings = replace(settings, device=auto_device())

@@ -230,17 +230,22 @@ def check_policy_is_whole(folder: Path) -> None:
             raise UserError(f"{folder / 'config.json'} lacks {key}: {AGAIN}")
 
 
-def check_adapter_files(folder: Path) -> None:
-    """Raise UserError if an adapter lacks a file, has a damaged file, or is no LoRA adapter."""
+def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
+    """Return the configuration of an adapter's folder, which the user named with `option`.
+
+    Raises UserError if a file is missing or damaged, or if the adapter is no LoRA adapter.
+    """
     config = folder / "adapter_config.json"
     weights = folder / "adapter_model.safetensors"
     for file in (config, weights):
         if not file.is_file():
-            raise UserError(f"--adapter {folder} has no {file.name}: {AGAIN}")
-    kind = read_json(config).get("peft_type")
+            raise UserError(f"{option} {folder} has no {file.name}: {AGAIN}")
+    content = read_json(config)
+    kind = content.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{config}: peft_type must be LORA, not {kind}")
     check_weights(weights)
+    return content
 
 
 def read_adapter(base, adapter: str | Path):

@@ -9,8 +9,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from .config import CACHE, Settings, UserError
 from .data import open_data
 from .data.download import PICTURES
-from .files import Download, check_disk_space
+from .files import Download, check_adapter_files, check_disk_space
 from .policy import Policy, check_policy, load_policy
+from .prompt import read_prompt
 from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, Segmenter
 from .processes import first_before_others, from_first, is_first
 
@@ -19,6 +20,18 @@ def check_models(s: Settings) -> None:
     """Raise UserError if the policy or the segmenter cannot be used. No weights are loaded."""
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam, s.sam_checkpoint)
+    if s.prompt_file:
+        read_prompt(s.prompt_file)
+    if s.start_from and not s.resume:
+        check_start(s)
+
+
+def check_start(s: Settings) -> None:
+    """Raise UserError if --start-from is no adapter of the rank --rank."""
+    config = check_adapter_files(Path(s.start_from), "--start-from")
+    rank = config.get("r")
+    if rank != s.rank:
+        raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
 
 
 def open_sets(s: Settings) -> list:
@@ -129,6 +142,8 @@ def load_parts(
     check_models. A `segmenter` that is given replaces that of the settings.
     """
     fetch_sets(s, sets, missing)
+    if s.start_from and not s.resume:  # a resumed run loads its own adapter
+        adapter = s.start_from
     with first_before_others():
         if segmenter is None:
             segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
@@ -136,4 +151,6 @@ def load_parts(
         policy = load_policy(
             s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates
         )
+    if s.prompt_file:
+        policy.prompt = read_prompt(s.prompt_file)
     return policy, segmenter

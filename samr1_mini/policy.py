@@ -23,17 +23,10 @@ from .config import UserError, check_size, first_line
 from .files import cause, read_adapter
 from .files import check_adapter_files, check_policy_files, check_policy_is_whole
 from .memory import compute_dtype
+from .prompt import PROMPT, instruction
 from .tokens import banned_ids, opened_answer, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for from_pretrained
-
-PROMPT = """Compare the objects in the picture and find the one that the question means. \
-Think inside <think> </think>, then give the final answer inside <answer> </answer> as JSON: \
-one box that tightly holds the object, and points in the box, each labelled 1 on the object \
-and 0 off it, all in {unit}. Example:
-<think>The left cup is nearer to the plate.</think>\
-<answer>{{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}}</answer>
-Question: {question}"""
 
 # The model types that can be the policy. They count pixels of the square picture, or thousandths.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
@@ -52,6 +45,7 @@ class Policy:
     model: PeftModel  # or the transformers model alone, while it is pretrained
     processor: object  # chat template, tokenizer and image processor
     coordinates: str = "auto"  # unit of its answers: pixels, thousandths, or the model's own
+    prompt: str = PROMPT  # with {question} and {unit}, see prompt.py
     cuda_graphs: bool = True  # False after a recording has failed, see decoding.py
     stop: torch.Tensor = field(init=False)  # [k] ids that end an answer
     banned: torch.Tensor = field(init=False)  # bool [V], True for ids that are never sampled
@@ -236,19 +230,11 @@ def add_adapter(
 # -------------------- prompt
 
 
-def instruction(question: str, width: int, height: int, coordinates: str = "pixels") -> str:
-    """Return the user's text of one question about a width x height picture."""
-    unit = "thousandths of the picture's width and height"
-    if coordinates == "pixels":
-        unit = f"pixels of the {width} x {height} picture"
-    return PROMPT.format(question=question.strip(), unit=unit)
-
-
 def prompt_text(
-    processor, question: str, width: int, height: int, coordinates: str = "pixels"
+    processor, question: str, width: int, height: int, coordinates="pixels", prompt=PROMPT
 ) -> str:
     """Return the whole text of one prompt, with one placeholder for the picture."""
-    text = instruction(question, width, height, coordinates)
+    text = instruction(question, width, height, coordinates, prompt)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
@@ -282,7 +268,7 @@ def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]
     base = policy.base
     texts, opened = [], []
     for question, image in zip(questions, images):
-        asked = (question, image.width, image.height, policy.coordinates)
+        asked = (question, image.width, image.height, policy.coordinates, policy.prompt)
         texts.append(prompt_text(policy.processor, *asked))
         opened.append(opened_answer(texts[-1], instruction(*asked)))
     inputs = policy.processor(text=texts, images=images, padding=True, return_tensors="pt")

@@ -137,6 +137,7 @@ def score_base(
         base = read_base(folder)
         if base is not None:
             return base
+    if resumed or s.start_from:
         adapter_off = policy.reference()
     with adapter_off:
         report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)

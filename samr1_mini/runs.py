@@ -407,6 +407,8 @@ class Run:
     def prepare_folder(self, sets: list) -> None:
         """Write settings and questions, and remove the log lines after the saved state."""
         write_settings(self.folder, self.s)
+        if self.s.prompt_file:
+            (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")
         self.cut_log("metrics", self.start)
         self.cut_log("answers", self.start * self.s.questions)
         write_json(self.folder / "samples.json", sets[0].ids)

@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import eval as eval_command
 import train as command
 from samr1_mini import grpo
-from samr1_mini.config import Terminated, UserError
+from samr1_mini.config import Terminated, UserError, parse_settings
+from samr1_mini import policy as policy_module
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import train
 from samr1_mini import files, loading, memory, reports, runs
@@ -323,3 +326,62 @@ def test_a_machine_without_a_home_folder_still_has_a_cache(tmp_path):
         run_cache_code(code, SAMR1_CACHE="", TMPDIR=str(tmp_path))
         == tmp_path / ".cache" / "samr1_mini"
     )
+
+
+# ------------------------------------------------------------------ another prompt, another start
+
+
+def test_a_run_keeps_its_prompt_and_a_resumed_run_and_an_evaluation_use_it(
+    settings, tmp_path, monkeypatch
+):
+    file = tmp_path / "other.txt"
+    file.write_text("Find this: {question}\nAnswer in {unit}, with {braces}.\n")
+    seen = []
+    real = policy_module.prompt_text
+
+    def watched(processor, *asked):
+        seen.append(real(processor, *asked))
+        return seen[-1]
+
+    monkeypatch.setattr(policy_module, "prompt_text", watched)
+    train(replace(settings, prompt_file=str(file), samples=4))
+    asked = [text for text in seen if "Find this:" in text]
+    assert len(asked) > 8 and "pixels of the 112 x 112 picture, with {braces}." in asked[0]
+    assert (tmp_path / "run/prompt.txt").read_text() == file.read_text().strip()
+    file.write_text("Changed: {question}")
+    resumed, _ = parse_settings(["--resume", "--run", settings.run, "--samples", "8"], "", "")
+    seen.clear()
+    train(resumed)
+    assert [text for text in seen if "Find this:" in text]
+    assert not [text for text in seen if "Changed:" in text]
+    chosen, _, _ = eval_command.parse(["--adapter", str(tmp_path / "run/adapter")])
+    assert chosen.prompt_file == str(tmp_path / "run/prompt.txt")
+
+
+@pytest.mark.parametrize("text", [None, "no place for it", "\x00"])
+def test_a_prompt_file_without_a_question_is_refused_in_one_line(text, settings, tmp_path):
+    file = tmp_path / "other.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=f"--prompt-file {file}") as refused:
+        train(replace(settings, prompt_file=str(file)))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_starts_from_an_adapter_of_the_same_rank_and_its_base_is_the_base_model(
+    settings, tmp_path
+):
+    first = train(replace(settings, lr=5e-3))
+    start = str(tmp_path / "run/adapter")
+    second = replace(settings, start_from=start, lr=1e-12, run=str(tmp_path / "second"))
+    summary = train(second)
+    assert summary["base"]["gIoU"] == pytest.approx(first["base"]["gIoU"])
+    before = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    after = load_file(tmp_path / "second/adapter/adapter_model.safetensors")
+    for name, weights in before.items():
+        assert torch.allclose(weights, after[name], atol=1e-6), name
+    (tmp_path / "run").rename(tmp_path / "moved")  # a resumed run needs its own state alone
+    train(replace(second, resume=True))
+    with pytest.raises(UserError, match="--rank 32"):
+        gone = dict(start_from=str(tmp_path / "moved/adapter"), rank=4)
+        train(replace(settings, run=str(tmp_path / "third"), **gone))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from samr1_mini.policy import instruction
+from samr1_mini.prompt import instruction
 from samr1_mini.tiny.scenes import (
     COLOUR_OF,
     KINDS,

@@ -1,0 +1,40 @@
+"""The prompt: the text that the policy reads beside the picture."""
+
+from pathlib import Path
+
+from .config import UserError, first_line
+
+PROMPT = """Compare the objects in the picture and find the one that the question means. \
+Think inside <think> </think>, then give the final answer inside <answer> </answer> as JSON: \
+one box that tightly holds the object, and points in the box, each labelled 1 on the object \
+and 0 off it, all in {unit}. Example:
+<think>The left cup is nearer to the plate.</think>\
+<answer>{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}</answer>
+Question: {question}"""
+
+
+def read_prompt(name: str) -> str:
+    """Return the text of a file for --prompt-file.
+
+    Raises UserError if the file cannot be read, or does not contain {question}.
+    """
+    try:
+        text = Path(name).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompt-file {name}: {first_line(error)}") from None
+    if "{question}" not in text:
+        raise UserError(f"--prompt-file {name}: write {{question}} where the question must stand")
+    return text
+
+
+def instruction(
+    question: str, width: int, height: int, coordinates: str = "pixels", prompt: str = PROMPT
+) -> str:
+    """Return the user's text of one question about a width x height picture.
+
+    `coordinates` is the unit of the answer: pixels, or thousandths of the picture's sides.
+    """
+    unit = "thousandths of the picture's width and height"
+    if coordinates == "pixels":
+        unit = f"pixels of the {width} x {height} picture"
+    return prompt.replace("{unit}", unit).replace("{question}", question.strip())
