@@ -133,7 +133,6 @@ def parse(argv: list[str] | None) -> tuple[Settings, Namespace, str]:
         settings, line = make_settings(**settings_of_run(options, typed) | typed)
         if options.merge is None:  # the CPU is enough to merge
             check_machine(settings, typed.get("device"))
-        check(settings)
     except UserError as error:
         parser.error(str(error))
     if options.adapter is not None:
@@ -323,8 +322,11 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
 
     from samr1_mini.evaluation import evaluate, shown
     from samr1_mini.plots import sample_sheet
+    from samr1_mini.processes import is_first
 
     report = evaluate(policy, segmenter, data, settings, blank=options.blank, votes=options.votes)
+    if not is_first():
+        return
     size = policy.coordinate_range(settings.image_size)
     [panel] = shown(segmenter, data, report.rows, settings, size)
     mask = panel.reward.mask
@@ -390,7 +392,8 @@ def main(argv: list[str] | None = None) -> None:
         advice = "lower --eval-batch or --max-new-tokens, or take --load-in nf4"
         exit_with(UserError(f"GPU memory ran out: {advice} ({error})"), "eval.py")
     except KeyboardInterrupt:
-        print("stopped: the same command continues the evaluation", file=sys.stderr)
+        if options.image is None and options.merge is None:
+            print("stopped: the same command continues the evaluation", file=sys.stderr)
         sys.exit(130)
 
 

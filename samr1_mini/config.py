@@ -565,8 +565,12 @@ def check_number(name: str, kind: type, value: float) -> None:
 def check(s: Settings) -> None:
     """Raise UserError, with one line that names the option, for settings that cannot work."""
     for f in fields(s):
+        value = getattr(s, f.name)
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{option(f.name)} must be one of {', '.join(choices)}, not {value}")
         if f.type in (int, float):
-            check_number(f.name, f.type, getattr(s, f.name))
+            check_number(f.name, f.type, value)
     if s.seed > 10**12:  # the seed of each step is computed from it
         raise UserError(f"--seed must be at most 10**12, not {s.seed}")
     if s.group < 2:

@@ -341,7 +341,7 @@ def batches(indices: range, size: int, name: str) -> Iterator[range]:
     """Yield indices batch by batch. With a name, the first process shows a progress bar."""
     quiet = not (name and is_first())
     starts = range(0, len(indices), size)
-    for start in tqdm(starts, f"test {name}", disable=quiet, leave=False, dynamic_ncols=True):
+    for start in tqdm(starts, name, disable=quiet, leave=False, dynamic_ncols=True):
         yield indices[start : start + size]
 
 
@@ -359,7 +359,7 @@ def evaluate(
     """Answer every question of `data` and score the answers; several processes share the questions.
 
     Answers are greedy. `votes` above 1 samples so many at temperature 1, the same ones every time.
-    `name` labels the progress bar. `blank` shows the policy (not SAM) a grey picture: the score
+    `name` is the label of the progress bar. `blank` shows the policy (not SAM) a grey picture: the score
     that is left is guessing. `with_ceiling` also scores SAM's masks from the true boxes.
     `keep` is a path and a line on what is evaluated. Rows are kept in a file at this path, with the
     number of the process added. A later call with the same line continues there.

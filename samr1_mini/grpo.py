@@ -7,6 +7,7 @@ From `train` to the gradient:
 
     train -> one_step -> update -> one_update -> batch_loss -> logprobs   the forward (policy.py)
                                                             -> grpo_loss  eq. (4)
+    train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
 "The loss stays near 0, is it broken?" No. The advantages of a group sum to 0, and in the first
 update of a batch the ratio is 1. The gradient is not 0. From the second update on the ratio moves.
@@ -53,6 +54,8 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     flat = std <= 1e-6  # [B, 1]
     if kind == "mean":
         return centred.masked_fill(flat, 0.0)
+    if kind != "std":
+        raise ValueError(f"advantage {kind!r} is neither std nor mean")
     # (1)  A_i = (r_i - mean(r)) / std(r)
     scaled = centred / std.clamp(min=1e-6)
     return scaled.masked_fill(flat, 0.0)
@@ -151,7 +154,7 @@ class Rollout:
     answers: list[Completion]  # G
     rewards: list[Reward]  # G
     advantage: torch.Tensor | None = None  # [G]
-    reference: torch.Tensor | None = None  # [tokens] log-probabilities under the base model
+    reference: torch.Tensor | None = None  # [S] log-probabilities under the base model
 
     @property
     def ids(self) -> list[torch.Tensor]:
@@ -165,7 +168,7 @@ class Rollout:
 
     @property
     def old(self) -> torch.Tensor:
-        """Log-probabilities [tokens] of all answers under the policy that sampled them."""
+        """Log-probabilities [S] of all answers under the policy that sampled them."""
         return torch.cat([answer.logps for answer in self.answers])
 
     def takes_part(self, s: Settings) -> bool:
@@ -253,7 +256,7 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     """
     s, policy = parts.settings, parts.policy
     questions = len(rollouts) * process_count()  # of this update, in all processes
-    used = [rollout for rollout in rollouts if rollout.takes_part(s)]  # the others' loss is 0
+    used = [rollout for rollout in rollouts if rollout.takes_part(s)]  # see takes_part
     total, forwards = 0.0, []
     parts.optimizer.zero_grad()
     for i in range(0, len(used), s.micro):
@@ -275,7 +278,7 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
     in the first `warmup` steps, and then stays. Returns the columns to log.
     """
     s, policy = parts.settings, parts.policy
-    start = time.perf_counter()
+    begun = time.perf_counter()
     policy.model.train()
     if s.beta:
         add_reference(policy, [rollout for rollout in rollouts if rollout.takes_part(s)], s)
@@ -284,7 +287,9 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
     forwards = []
     for k in range(steps):
         set_learning_rate(parts.optimizer, s, done + k)
-        total, norm, tokens = one_update(parts, nth_part(rollouts, k % s.updates, s.updates))
+        part = k % s.updates
+        start, end = part * len(rollouts) // s.updates, (part + 1) * len(rollouts) // s.updates
+        total, norm, tokens = one_update(parts, rollouts[start:end])
         log["loss"] += total / len(rollouts) / s.passes
         if math.isfinite(norm):
             log["grad_norm"] += norm / steps
@@ -298,15 +303,8 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
     policy.model.eval()
     log |= token_means(forwards)
     log["lr"] = parts.optimizer.param_groups[0]["lr"]
-    log["seconds_update"] = time.perf_counter() - start
+    log["seconds_update"] = time.perf_counter() - begun
     return log
-
-
-def nth_part(items: list, n: int, parts: int) -> list:
-    """Return part `n` (from 0) of a list that is cut into equal parts."""
-    start = n * len(items) // parts
-    end = (n + 1) * len(items) // parts
-    return items[start:end]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, s: Settings, done: int) -> None:
@@ -377,7 +375,7 @@ def train(
     if process_count() > 1 and s.questions % (s.updates * process_count()):
         need = f"{process_count()} processes x --updates {s.updates}"
         raise UserError(f"--questions {s.questions} is no multiple of {need}")
-    sets = sets or open_sets(s)
+    sets = open_sets(s, sets)
     data, validation, test = sets
     folder = from_first(open_run(s) if is_first() else None)
     missing = known_missing(folder) if s.resume else None

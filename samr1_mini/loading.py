@@ -34,13 +34,16 @@ def check_start(s: Settings) -> None:
         raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
 
 
-def open_sets(s: Settings) -> list:
+def open_sets(s: Settings, sets: list | None = None) -> list:
     """Check the models, then open and check the data sets for training, validation and test.
 
+    `sets` that are given are returned as they are.
     COCO's pictures are not fetched yet. The first process converts a public set, and the others
     find it in the cache.
     """
     check_models(s)
+    if sets:
+        return sets
     with first_before_others():
         return open_three(s)
 

@@ -121,9 +121,11 @@ def caption(panel, truth: bool) -> str:
     reward = panel.reward
     verdict = ""
     if truth:
-        verdict = f"IoU {reward.iou:.2f}   reward {reward.total:.3g}   "
-    if not reward.answer.in_format:
+        verdict = f"IoU {reward.iou:.2f}   "
+    if not reward.answer.in_format:  # training gives such an answer less than its mask shows
         verdict += "outside the format"
+    elif truth:
+        verdict += f"reward {reward.total:.3g}"
     return f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
 
 

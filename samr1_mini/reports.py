@@ -140,7 +140,7 @@ def score_base(
     if resumed or s.start_from:
         adapter_off = policy.reference()
     with adapter_off:
-        report = evaluate(policy, segmenter, test, s, "base", with_ceiling=True)
+        report = evaluate(policy, segmenter, test, s, "test base", with_ceiling=True)
         base = report.summary() | {"ceiling": report.ceiling}
         if is_first():
             write_json(folder / "test-base.json", report.each())
@@ -176,7 +176,7 @@ def summarise(
 
     Returns the content of summary.json.
     """
-    report = evaluate(policy, segmenter, test, s, "trained")
+    report = evaluate(policy, segmenter, test, s, "test trained")
     summary = {
         "samples": run.total * s.questions,
         "seed": s.seed,

@@ -198,7 +198,7 @@ def read_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
         raise ValueError("not exactly one <answer>...</answer>")
     inside, closed, _ = text.partition("<answer>")[2].partition("</answer>")
     if not closed:
-        raise ValueError("not exactly one <answer>...</answer>")
+        raise ValueError("</answer> stands before <answer>")
     inside = re.sub("^```(json)?", "", inside.strip(), flags=re.I).removesuffix("```")
     # parse_constant gets NaN and Infinity, which Python would accept as numbers
     content = json.loads(inside, object_pairs_hook=_object, parse_constant=_number)
@@ -315,16 +315,19 @@ def to_picture(answer: Answer, sample: Sample) -> tuple[Box, list[Point]]:
 
 
 def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> None:
-    """Set the mask of each reward from its box and points, with one pass of SAM's encoder."""
+    """Set the mask of each reward from its box and points, with one pass of SAM's encoder.
+
+    A data set without true masks has boxes alone. There a filled box is the mask.
+    """
     if not rewards:
         return
-    if sample.box_only:  # the data set has no true masks, so filled boxes stand for masks
+    if sample.box_only:
         for reward in rewards:
             reward.mask = filled(reward.box, *sample.mask.shape)
         return
     boxes = [reward.box for reward in rewards]
     points = [reward.points for reward in rewards]
-    masks = segmenter.masks(np.asarray(sample.image), boxes, points)  # [G, H, W]
+    masks = segmenter.masks(np.asarray(sample.image), boxes, points)  # [readable, H, W]
     for reward, mask in zip(rewards, masks):
         reward.mask = mask
 

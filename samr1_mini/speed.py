@@ -75,8 +75,11 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
 
 
 def update_seconds(n: Sizes, card: str) -> float:
-    """Return the seconds of one question: reference, forward, recomputed forward, backward."""
-    reference = int(n.s.beta > 0)
+    """Return the seconds of one question: reference, forward, recomputed forward, backward.
+
+    With several passes the reference is computed in the first one alone.
+    """
+    reference = int(n.s.beta > 0) / n.s.passes
     forwards = 1 + int(n.s.checkpointing)
     passes = reference + forwards
     row = n.row / n.at_once
