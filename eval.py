@@ -18,7 +18,6 @@ from samr1_mini.config import (
     Settings,
     UserError,
     add_options,
-    check,
     check_machine,
     exit_with,
     first_line,
