@@ -8,11 +8,11 @@
 
 There are two layouts. `PackedRow` holds finished answers in one row. It is used
 for log-probabilities. `Cache` (decoding.py) holds growing answers. It is used for sampling.
-The model passes its layout to each attention layer. Without a layout it is an ordinary model.
-PyTorch has fused kernels for the causal parts. Query heads share a key head (enable_gqa).
+The model passes its layout to each attention layer. Without a layout, attention is the usual one.
+PyTorch has fused kernels for the causal parts. Several query heads share a key head (enable_gqa).
 
-Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, t answer tokens so far,
-T tokens of a row, H query heads, KV key heads, R query heads a key head, d width of a head.
+Shapes: B questions, G answers to each, P prompt tokens, L answer tokens, t answer tokens so far,
+T tokens of a row, H query heads, KV key heads, R query heads for each key head, d head width.
 """
 
 import torch
@@ -71,7 +71,7 @@ class PackedRow:
             if mask is None:
                 prompt_k, prompt_v = k, v
                 out.append(attend_prompt(q, k, v, scale))
-            elif q.shape[2]:  # an answer of one token has no token to read
+            elif q.shape[2]:  # no query if the answer has one token: its last token is never read
                 k = torch.cat([prompt_k, k], 2)  # [1, KV, P + L - 1, d]
                 v = torch.cat([prompt_v, v], 2)
                 out.append(sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
@@ -90,7 +90,7 @@ def attend_answers(
 
     query [b, H, G, d] -> [b, G, H, d].
     prompt [2, b, KV, P, d]: keys and values of the prompts.
-    answers [2, b, KV, G, t, d]: keys and values of the answers, with those of the next token.
+    answers [2, b, KV, G, t, d]: keys and values of the answers, including the next token.
     padding: bool [b, p], True where the last p columns of the prompts are padding.
     empty: bool [t], True where a column of the answers is empty; None if all are full.
     """
@@ -98,11 +98,11 @@ def attend_answers(
     answer_k, answer_v = answers  # [b, KV, G, t, d]
     size = prompt_k.shape[2]  # P
     start = size - padding.shape[1]  # before this column no prompt has padding
-    # Query heads of one key head lie together, so the keys are not repeated for each of them.
+    # The query heads of a key head lie together, so the keys need no copies.
     q = query.unflatten(1, (prompt_k.shape[1], -1)).transpose(2, 3).contiguous()  # [b, KV, G, R, d]
     shape = q.shape[:4]  # b, KV, G, R
     score = q.new_empty(*shape, size + answer_k.shape[3], dtype=torch.float32)  # [.., P + t]
-    # Written in place, without a copy: attention of one token is bound by the bytes that it moves.
+    # Writing in place saves a copy. Here, moving bytes takes most of the time.
     torch.mul(products(q.flatten(2, 3), prompt_k).view(*shape, size), scale, out=score[..., :size])
     torch.mul(products(q, answer_k), scale, out=score[..., size:])
     score[..., start:size].masked_fill_(padding[:, None, None, None], -torch.inf)

@@ -44,7 +44,7 @@ class UserError(Exception):
 class Terminated(BaseException):
     """SIGTERM or the signal of a closed terminal: the run saves its last whole step and ends.
 
-    Like KeyboardInterrupt, this is no Exception. So no `except Exception` takes it for a failure.
+    Like KeyboardInterrupt, this is no Exception. So `except Exception` does not catch it.
     """
 
     def __init__(self, number: int = signal.SIGTERM):
@@ -64,7 +64,7 @@ class Settings:
     preset: str = setting(
         "run",
         "auto",
-        "size of policy, pictures and answers; auto looks at the machine",
+        "size of policy, pictures and answers. auto takes the size that fits this machine",
         ("auto", "tiny", "3b", "7b"),
     )
     samples: int = setting(
@@ -77,8 +77,8 @@ class Settings:
     seed: int = setting(
         "run",
         0,
-        "seed of all random numbers. The same seed gives the same numbers on one kind of CPU with "
-        "the same number of threads. On a GPU the random numbers are the same, but rounding differs",
+        "seed of all random numbers. On the same type of CPU with the same number of threads, the "
+        "same seed gives the same run. On a GPU, rounding differs from run to run",
     )
     rehearse: int = setting(
         "run",
@@ -88,12 +88,12 @@ class Settings:
     )
     device: str = setting("run", "auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     save_minutes: float = setting(
-        "run", 10.0, "minutes between saved states. Evaluations and the end are saved too"
+        "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
     )
     memory_limit: float = setting(
         "run",
         0.0,
-        "GiB of GPU memory that this process may use (0: all). A large card can stand in for a "
+        "GiB of GPU memory that this process may use (0: all). A limit lets a large card imitate a "
         "smaller one",
     )
 
@@ -103,7 +103,7 @@ class Settings:
         "folder or hub id of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; tiny is in the package",
     )
     start_from: str = setting(
-        "model", "", "folder of an adapter to start from; the KL stays to the base model"
+        "model", "", "folder of an adapter to start from. The KL still compares with the base model"
     )
     prompt_file: str = setting(
         "model",
@@ -113,8 +113,8 @@ class Settings:
     sam: str = setting(
         "model",
         "tiny",
-        "segmenter: tiny, vit_b, vit_l, vit_h, or hub id or folder of a SAM 2 or SAM 3 "
-        "(facebook/sam2-hiera-large)",
+        "segmenter: tiny, vit_b, vit_l, vit_h, or the hub id or folder of a SAM 2 or SAM 3, such "
+        "as facebook/sam2-hiera-large",
     )
     sam_checkpoint: str = setting(
         "model", "", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)"
@@ -126,14 +126,14 @@ class Settings:
     image_size: int = setting(
         "model",
         112,
-        "side of the square picture for the policy in pixels, a multiple of 28 (Qwen3-VL: 32, "
-        "tiny: 14)",
+        "side in pixels of the square picture that the policy sees, a multiple of 28 (Qwen3-VL: "
+        "32, tiny: 14)",
     )
     coordinates: str = setting(
         "model",
         "auto",
-        "unit of the answers: pixels, thousandths of the picture's sides, or auto for the unit of "
-        "the model type",
+        "unit of coordinates in answers: pixels, thousandths of the picture's sides, or auto for "
+        "the model's own unit",
         ("auto", "pixels", "thousandths"),
     )
 
@@ -149,32 +149,32 @@ class Settings:
     coco_dir: str = setting(
         "data",
         "",
-        "folder with COCO's train2014 pictures, for RefCOCO's sets (default: the pictures that are "
-        "needed are downloaded)",
+        "folder with COCO's train2014 pictures, for RefCOCO's sets (default: download the needed "
+        "pictures)",
     )
     sentences: str = setting(
         "data",
         "first",
-        "RefCOCO's sets: the first expression of each object, or all",
+        "in RefCOCO's sets, use the first expression of each object, or all",
         ("first", "all"),
     )
     ignore: str = setting(
         "data",
         "foreground",
-        "ReasonSeg's undecided pixels: foreground as in the hub's copies, or excluded",
+        "ReasonSeg's undecided pixels (label ignore): foreground, as on the hub, or excluded",
         ("foreground", "excluded"),
     )
     empty_truth: str = setting(
         "data",
         "correct",
-        "test questions with an empty true mask: correct (an empty mask is right, as in LISA), or "
-        "excluded",
+        "test questions with an empty true mask. correct: an empty mask is right, as in LISA's "
+        "evaluation. excluded: leave these questions out",
         ("correct", "excluded"),
     )
 
     questions: int = setting("rollout", 16, "questions in a rollout batch")
-    group: int = setting("rollout", 8, "answers to each question, G (elsewhere num_generations)")
-    max_new_tokens: int = setting("rollout", 112, "tokens of the longest answer")
+    group: int = setting("rollout", 8, "answers to each question, G (in TRL: num_generations)")
+    max_new_tokens: int = setting("rollout", 112, "maximum number of tokens in an answer")
     temperature: float = setting(
         "rollout", 1.0, "sampling temperature; the loss uses the same temperature"
     )
@@ -182,7 +182,7 @@ class Settings:
     accuracy: str = setting(
         "reward",
         "tiered",
-        "accuracy term: tiers of eq. (5), one threshold, the IoU, or the tiers for the box's IoU",
+        "accuracy term: tiers of eq. (5), one threshold, 4 x IoU, or tiers of the box's IoU",
         ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"),
     )
     accuracy_weight: float = setting("reward", 1.0, "weight of the accuracy term (0 to 4)")
@@ -203,8 +203,8 @@ class Settings:
     beta: float = setting(
         "optimisation",
         0.005,
-        "weight of the KL to the base model. With 0 the KL is not computed. With 1e-9 it is only "
-        "logged",
+        "weight of the KL to the base model. With 0 the KL is not computed. A tiny weight such as "
+        "1e-9 logs the KL, with almost no effect",
     )
     kl_bound: float = setting(
         "optimisation", 5.0, "upper bound of log(pi_ref / pi) in the KL of one token"
@@ -212,7 +212,7 @@ class Settings:
     skip_flat: bool = setting(
         "optimisation",
         False,
-        "leave groups without reward variance out of the updates. Only their KL is lost",
+        "leave groups with equal rewards out of the updates. This leaves out only their KL",
     )
     eps_low: float = setting("optimisation", 0.2, "the ratio is clipped at 1 - eps_low")
     eps_high: float = setting(
@@ -221,26 +221,26 @@ class Settings:
     normalise: str = setting(
         "optimisation",
         "token",
-        "normaliser of the loss. token: one for all tokens of a group, eq. (4); sequence: one for "
-        "each answer, eq. (2)",
+        "mean in the loss. token: over all tokens of a group, eq. (4). sequence: within each "
+        "answer, then over answers, eq. (2)",
         ("token", "sequence"),
     )
     advantage: str = setting(
         "optimisation",
         "std",
-        "std: eq. (1); mean: without division by the standard deviation",
+        "std: eq. (1). mean: eq. (1) without the division by the standard deviation",
         ("std", "mean"),
     )
     updates: int = setting(
         "optimisation",
         4,
-        "optimizer updates for each rollout batch, each with its part of the questions. With 1 the "
-        "ratio is always 1",
+        "optimizer updates for each rollout batch. Each takes an equal part of the questions. With "
+        "--updates 1 --passes 1, the ratio is always 1",
     )
     passes: int = setting(
         "optimisation",
         1,
-        "passes over each rollout batch, each of --updates updates (elsewhere num_iterations)",
+        "passes over each rollout batch, with --updates updates each (in TRL: num_iterations)",
     )
     micro: int = setting(
         "optimisation", 8, "questions in one forward of an update; lower it to save memory"
@@ -249,7 +249,7 @@ class Settings:
         "optimisation", False, "recompute activations in the backward: less memory, more time"
     )
     warmup: int = setting(
-        "optimisation", 10, "updates in which the learning rate rises to --lr, and then stays"
+        "optimisation", 10, "number of updates until the learning rate reaches --lr"
     )
     max_grad_norm: float = setting("optimisation", 1.0, "maximum norm of the gradient")
 
@@ -262,7 +262,7 @@ class Settings:
         "evaluation",
         0,
         "questions in one batch of an evaluation (0: about 16,000 prompt tokens, or less if memory "
-        "is short). Padding can change greedy answers",
+        "is small). Because of padding, the batch size can change a few greedy answers",
     )
 
     @property
@@ -289,28 +289,28 @@ PRESETS = {
 }
 
 
-# Each preset, the largest first: GiB of the card, and GiB that must be free. The latter is the
-# forecast's peak without sampling, and 10 % that is lost between tensors.
-# Cards of 24 GB report 21.9 (A10G) to 24.0 GiB, of 12 GB 11.6 to 12.
+# Each preset, the largest first: GiB of the card, and GiB that must be free. The second number is
+# the forecast's peak without sampling, plus 10 % for gaps between tensors.
+# Cards of 24 GB report 21.9 (A10G) to 24.0 GiB. Cards of 12 GB report 11.6 to 12 GiB.
 MEMORY = {"7b": (21.0, 14.7), "3b": (11.0, 10.6)}
 
 
 def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
     """Return the preset for this machine, and the reason for it.
 
-    `memory_limit`, in GiB, stands for the card's memory.
+    `memory_limit`, in GiB, replaces the card's memory.
     """
     if device == "cpu":
-        return "tiny", "it is the one for a CPU"
+        return "tiny", "this preset is for a CPU"
     fault = gpu_fault()
     if fault:
-        instead = "So the tiny policy and the tiny SAM in the package are taken, on the CPU"
+        instead = "So the run uses the package's tiny policy and tiny SAM, on the CPU"
         return "tiny", f"{fault}. {instead}"
     name = torch.cuda.get_device_name()
     free, whole = card_memory(memory_limit)
     if emulates_bf16():
-        old = f"the GPU {name} ({whole:.1f} GiB) is older than compute capability 8.0"
-        return "tiny", f"{old} and emulates bf16; --preset 3b would {SLOW_BF16}"
+        old = f"the GPU {name} ({whole:.1f} GiB) has a compute capability below 8.0"
+        return "tiny", f"{old} and emulates bf16. --preset 3b would {SLOW_BF16}"
     why = f"the GPU {name} has {whole:.1f} GiB"
     if memory_limit:
         why = f"the GPU {name} may be used up to --memory-limit {memory_limit:g}"
@@ -319,22 +319,22 @@ def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
         if whole > card and free > peak:
             return preset, why + too_little(free, too_large)
         if whole > card:
-            too_large.append(f"{preset} needs {peak:g}")
+            too_large.append(f"{preset} needs {peak:g} GiB")
     return "tiny", why + too_little(free, too_large)
 
 
-SLOW_BF16 = "keep all but the 4-bit weights in fp32: slow, and nobody has measured it"
+SLOW_BF16 = "use fp32 for everything except the 4-bit weights, which is slow and was not measured"
 
 
 def too_little(free: float, too_large: list[str]) -> str:
-    """Return words for presets that need more than the `free` GiB, or "" without such presets."""
+    """Return a sentence on presets that need more than `free` GiB, or "" if there are none."""
     if not too_large:
         return ""
-    return f", of which {free:.1f} are free; {' and '.join(too_large)}"
+    return f". {free:.1f} GiB are free, but {' and '.join(too_large)}"
 
 
 def emulates_bf16() -> bool:
-    """Tell if this GPU has no bf16 of its own: it is older than compute capability 8.0 (T4)."""
+    """Tell if this GPU lacks bf16, because its compute capability is below 8.0 (T4)."""
     return torch.cuda.get_device_capability() < (8, 0)
 
 
@@ -363,7 +363,7 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) -> None:
     """Add an option for each setting (or for those in `names`), under the heading of its group.
 
-    The namespace of the parsed options then holds only those that were typed.
+    The parsed options then contain only those that the user typed.
     """
     groups = {}
     for f in fields(Settings):
@@ -384,7 +384,7 @@ def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) 
         if names is None or name in names:
             larger.append(f"{option(name)} {value}".removesuffix(" True"))
     parser.epilog = (
-        "Defaults are those of --preset tiny. The presets 3b and 7b have their own policy, and "
+        "Defaults are those of --preset tiny. The presets 3b and 7b set their own policy, and "
         f"{', '.join(larger)}."
     )
 
@@ -392,7 +392,7 @@ def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) 
 def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple[Settings, str]:
     """Return checked settings from a command line, and a line on the preset and typed options.
 
-    A mistake is one line on stderr and exit code 2.
+    Prints one line on stderr after a mistake, and ends with exit code 2.
     """
     parser = Parser(
         prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False
@@ -412,7 +412,7 @@ def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple
 
 
 def make_settings(**given) -> tuple[Settings, str]:
-    """Return checked settings, `given` on top of a preset, and a line that describes them.
+    """Return checked settings, and a line about them. They are a preset, changed by `given`.
 
     Raises UserError for values that cannot work.
     """
@@ -461,13 +461,13 @@ def check_machine(s: Settings, typed_device: str | None) -> None:
         return
     why = gpu_fault() or "the CPU was chosen"
     raise UserError(
-        f"{what} needs a GPU, but {why}. Take --preset tiny, or add --device cpu if the CPU may "
-        "take weeks"
+        f"{what} needs a GPU, but {why}. Take --preset tiny. Or add --device cpu, if you can wait "
+        "for weeks"
     )
 
 
 # Settings that may change at --resume. A run may become longer, or use less memory. Its data and
-# models may have moved: runs.py checks with the run's folder that they are the same.
+# models may be in other folders. runs.py checks that their content is the same.
 MAY_CHANGE = (
     "run",
     "resume",
@@ -508,14 +508,14 @@ def read_settings(file: Path) -> dict:
 def resumed_settings(given: dict) -> tuple[Settings, str]:
     """Return the settings with which a run was started, and a line that describes them.
 
-    Raises UserError for a `given` setting that would make another run of it.
+    Raises UserError for a `given` setting that must not change.
     """
     if not given.get("run"):
         raise UserError("--resume needs --run with the folder of the run to continue")
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    saved = asdict(Settings()) | read_settings(file)  # settings of later versions get the default
+    saved = asdict(Settings()) | read_settings(file)  # newer settings get their defaults
     changed = {}
     for name, value in given.items():
         if name in MAY_CHANGE:
@@ -549,7 +549,7 @@ MAY_BE_0 = (
 
 
 def check_number(name: str, kind: type, value: float) -> None:
-    """Raise UserError for a number that is too small, infinite or not a number."""
+    """Raise UserError for a number that is too small, infinite or NaN."""
     if 0 < value < float("inf"):
         return
     need = "be above 0"
@@ -558,12 +558,12 @@ def check_number(name: str, kind: type, value: float) -> None:
     if name in MAY_BE_0 or name.endswith("_weight"):
         if value == 0:
             return
-        need = "not be below 0"
+        need = "be 0 or more"
     raise UserError(f"{option(name)} must {need}, not {value}")
 
 
 def check(s: Settings) -> None:
-    """Raise UserError, with one line that names the option, for settings that cannot work."""
+    """Raise UserError for settings that cannot work. Its line names the option."""
     for f in fields(s):
         value = getattr(s, f.name)
         choices = f.metadata["choices"]
@@ -578,10 +578,10 @@ def check(s: Settings) -> None:
         raise UserError(f"--group must be at least 2, not {s.group}: {why}")
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
-    if s.image_size < 56:  # check_size asks for a multiple, which depends on the policy
+    if s.image_size < 56:  # check_size also requires a multiple of the policy's cell
         raise UserError(f"--image-size must be at least 56, not {s.image_size}")
     if s.updates > s.questions:
-        why = f"more than --questions {s.questions}: an update needs a question"
+        why = f"more than --questions {s.questions}: each update needs at least one question"
         raise UserError(f"--updates {s.updates} is {why}")
     if s.samples < s.questions:
         why = f"less than one rollout batch: lower --questions {s.questions}"
@@ -596,7 +596,7 @@ def check(s: Settings) -> None:
 
 
 def check_gpu(s: Settings) -> None:
-    """Raise UserError if the GPU cannot be used, or not with these settings."""
+    """Raise UserError if the GPU cannot be used with these settings."""
     fault = gpu_fault()
     if fault and s.resume:
         why = f"this run was started on a GPU, but here {fault}"
@@ -607,16 +607,16 @@ def check_gpu(s: Settings) -> None:
         )
     if s.load_in == "bf16" and emulates_bf16():
         name = torch.cuda.get_device_name()
-        raise UserError(f"--load-in bf16: {name} emulates bf16; take --load-in nf4")
+        raise UserError(f"--load-in bf16: {name} emulates bf16. Take --load-in nf4")
 
 
 def cell_size(model) -> int:
-    """Return the side of one picture token in pixels, for a model configuration."""
+    """Return the side, in pixels, of the square that one picture token covers."""
     return model.vision_config.patch_size * model.vision_config.spatial_merge_size
 
 
 def check_size(model, image_size: int) -> None:
-    """Raise UserError for a picture size that is not cut into whole tokens by this model."""
+    """Raise UserError if this model cannot cut a picture of this size into whole tokens."""
     cell = cell_size(model)
     if image_size % cell:
         nearest = round(image_size / cell) * cell
@@ -633,9 +633,8 @@ def first_line(error: Exception) -> str:
     """Return an error's message in one line. Messages of libraries may have many lines."""
     if getattr(error, "errno", None) in DISK_FULL:
         return (
-            "this disk is full. Make room, or name folders on another disk in the environment: "
-            "HF_HOME for models, SAMR1_CACHE for pictures, tables and SAM. Then run again: the "
-            "files that were fetched are kept"
+            "the disk is full. Make room, or set HF_HOME (models) and SAMR1_CACHE (pictures, "
+            "tables, SAM) to folders on another disk. Then run again. Downloaded files are kept"
         )
     message = str(error).strip() or repr(error)
     return message.splitlines()[0]

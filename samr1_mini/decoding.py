@@ -1,18 +1,18 @@
 """Sample answers token by token, with a cache of keys and values, and with CUDA graphs.
 
 The model first reads the prompts (prefill). Then it reads one token of every answer at a time
-(decoding). A cache holds the keys and values of all earlier tokens. Each token is drawn from the
-distribution that is trained (tokens.token_logits).
+(decoding). A cache holds the keys and values of all earlier tokens. Sampling and training use the
+same distribution (tokens.token_logits).
 
 A token of a 3B policy takes about 3,600 operations. Python starts most of them more slowly than a
-GPU executes them. Therefore a GPU records the operations of one token as a CUDA graph. It replays
-this graph for the next tokens. A graph needs constant sizes, so `FixedCache` always reads its whole
-memory and masks the empty columns. When the sizes change, one token is read without a graph as a
-warm-up. The next token is recorded. If recording fails, all tokens are read without graphs. This
-is slower and gives the same numbers.
+GPU executes them. Therefore the operations of one token are recorded as a CUDA graph. The GPU
+replays this graph for the next tokens. A graph needs constant sizes. So `FixedCache` always reads
+its whole memory, and masks the columns (places of tokens) that are still empty. When the sizes
+change, one token is read without a graph as a warm-up. The next token is recorded. If recording
+fails, all tokens are read without graphs. This is slower and gives the same numbers.
 
-Shapes: B questions, b of them still unfinished, G answers a question, P prompt tokens, L answer
-tokens, t answer tokens so far, D width of the model, V vocabulary, KV key heads, d width of a head.
+Shapes: B questions, b of them unfinished, G answers to each, P prompt tokens, L answer tokens,
+t answer tokens so far, D model width, V vocabulary size, H query heads, KV key heads, d head width.
 """
 
 from dataclasses import dataclass
@@ -37,31 +37,31 @@ class Completion:
     ids: torch.Tensor  # [L] ends with a stop id, unless the answer was cut off
     logps: torch.Tensor  # [L] fp32, log-probabilities of the tokens when they were drawn
     truncated: bool  # the answer was cut off at max_new_tokens
-    text: str  # the text to parse, log and show; it includes Prompt.opened, which `ids` lack
+    text: str  # to parse, log and show. Starts with Prompt.opened, which is not in `ids`
 
 
 # -------------------- the cache
 
 
 class Cache:
-    """Hold keys and values of b questions: each prompt's once, and each answer's own.
+    """Hold keys and values of b questions: one copy for each prompt, one for each answer.
 
-    First the model reads the prompts [b, P], padded on the right. Then `grow()` is called before
-    each reading of [b, G] tokens: the next token of every answer.
+    First the model reads the prompts [b, P], padded on the right. Then it reads the next token of
+    every answer, [b, G], again and again. Call `grow()` before each reading.
     """
 
     def __init__(self, prompts: list[int], group: int, device):
-        """Take the lengths of the b prompts and G."""
+        """Take the lengths of the b prompts, and the number of answers to each."""
         self.group = group
-        self.tokens = 0  # columns of the answers in use; 0 while the prompts are read
+        self.tokens = 0  # tokens of each answer in the cache, 0 while the prompts are read
         self.prompt = []  # of each layer: keys and values [2, b, KV, P, d]
         self.answers = []  # of each layer: keys and values [2, b, KV, G, capacity, d]
         columns = torch.arange(min(prompts), max(prompts))
-        # bool [b, longest - shortest]: True where a prompt is padded
+        # bool [b, longest - shortest prompt]: True for padding
         self.padding = (columns >= torch.tensor(prompts)[:, None]).to(device)
 
     def grow(self) -> None:
-        """Begin the next token of each answer; allocate a block if the memory is full."""
+        """Make room for the next token of each answer. Allocates a block if memory is full."""
         if self.tokens % BLOCK == 0:
             for i, x in enumerate(self.answers):
                 block = x.new_zeros(*x.shape[:4], BLOCK, x.shape[5])
@@ -71,8 +71,8 @@ class Cache:
     def drop(self, ended: torch.Tensor) -> torch.Tensor:
         """Remove the questions where `ended`, bool [b], is True.
 
-        Returns the old places of the n remaining questions, [n]. Only the last questions move, into
-        the gaps.
+        Returns the old places of the n remaining questions, [n]. Questions from the end move into
+        the gaps. The others stay where they are.
         """
         remaining = (~ended).nonzero()[:, 0]  # [n]
         count = len(remaining)
@@ -114,7 +114,7 @@ class Cache:
     def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Write the next keys and values [2, b, KV, G, d].
 
-        Returns all so far [2, b, KV, G, t, d], and None: no column is empty.
+        Returns those of all tokens so far [2, b, KV, G, t, d], and None, as no column is empty.
         """
         answers = self.answers[layer][..., : self.tokens, :]
         answers[..., -1, :] = new
@@ -126,7 +126,7 @@ class FixedCache(Cache):
 
     def __init__(self, prompts: list[int], group: int, device):
         super().__init__(prompts, group, device)
-        # The last token's column is a tensor [1], because a replayed graph must find a new number.
+        # The column of the last token is a tensor [1]. A replayed graph reads its current value.
         self.last = torch.full((1,), -1, device=device)
 
     def grow(self) -> None:
@@ -147,12 +147,12 @@ class FixedCache(Cache):
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Return True for a kind of device that can record CUDA graphs."""
+    """Return True if this kind of device can record CUDA graphs."""
     return device.type == "cuda"
 
 
 def new_cache(policy: Policy, prompts: list[Prompt], group: int) -> Cache:
-    """Return an empty cache: of constant size if tokens can be recorded as CUDA graphs."""
+    """Return an empty cache. It has a constant size if the device can record CUDA graphs."""
     lengths = [len(p.ids) for p in prompts]
     if policy.cuda_graphs and has_graphs(policy.device):
         return FixedCache(lengths, group, policy.device)
@@ -162,8 +162,8 @@ def new_cache(policy: Policy, prompts: list[Prompt], group: int) -> Cache:
 def recorded(read):
     """Record the GPU operations of `read()` as a CUDA graph.
 
-    Returns its output, and a function that computes this output again, in place, from the current
-    contents of the inputs.
+    Returns its output and a function. The function computes this output again, in place, from the
+    current contents of the inputs.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
@@ -214,7 +214,7 @@ class TokenReader:
     def record(self, embeds: torch.Tensor, positions: torch.Tensor) -> None:
         """Record a token, or print the reason why it cannot be recorded.
 
-        When memory runs out here, it may still be enough for reading without a graph.
+        If memory runs out here, reading without a graph may still fit.
         """
         try:
             self.embeds = embeds.clone()
@@ -232,7 +232,7 @@ class TokenReader:
     def drop(self, ended: torch.Tensor) -> torch.Tensor | None:
         """Remove ended questions, bool [b], as Cache.drop does. Returns None if they stay.
 
-        With graphs they stay until half of the questions ended: each new size needs a new graph.
+        With graphs, they stay until half of the questions ended. Each new size needs a new graph.
         """
         few = 1
         if isinstance(self.cache, FixedCache):
@@ -243,11 +243,11 @@ class TokenReader:
 
 
 def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Choose tokens [...] from log-probabilities [..., V] by uniform numbers in [0, 1), [...].
+    """Choose tokens [...] by log-probabilities [..., V] and uniform numbers [...] from 0 to 1.
 
     The probabilities of all tokens are laid end to end. Each uniform number lies in the interval of
     one token, and this token is chosen. A banned token has an empty interval. The numbers are
-    scaled by the sum of all probabilities. So rounding never leads past the last token.
+    scaled by the sum of all probabilities. So rounding cannot choose an id after the last token.
     """
     cumulative = logp.double().exp().cumsum(-1)
     target = uniforms.double()[..., None] * cumulative[..., -1:]
@@ -286,9 +286,9 @@ def generate(
     Temperature 0 takes the likeliest token (greedy). There is no top-k, no top-p and no repetition
     penalty. The model's generation_config is ignored. So the sampled distribution is the trained
     one, as GRPO's ratio requires.
-    uniforms [B, G, L] holds a uniform random number for every token. With it an answer does not
-    depend on the other answers of the batch, up to rounding. Without it torch's global generator
-    draws the numbers.
+    uniforms [B, G, L] holds a uniform random number for every token. With these numbers, an answer
+    does not depend on the rest of the batch, except for rounding. If it is None, torch's global
+    generator draws the numbers.
     """
     shape = (len(prompts), group, max_new_tokens)
     if temperature == 0:
@@ -309,9 +309,9 @@ def sample_tokens(
     temperature: float,
     uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample tokens of a `shape` (B, G, L) -> ids and their log-probabilities, both [B, G, L].
+    """Sample tokens -> ids and their log-probabilities, both [B, G, L], which is `shape`.
 
-    After its first stop id an answer is arbitrary. Without `uniforms` sampling is greedy.
+    Tokens after an answer's first stop id have no meaning. Without `uniforms`, sampling is greedy.
     """
     questions, group, length = shape
     device = policy.device

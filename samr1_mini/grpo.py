@@ -1,7 +1,7 @@
 """GRPO as SAM-R1 trains with it: rollout, reward, advantage, update, log, save.
 
 Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO, eq. (2). The
-clip is asymmetric. One normaliser serves all tokens of a group, eq. (4).
+clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4).
 
 From `train` to the gradient:
 
@@ -9,10 +9,10 @@ From `train` to the gradient:
                                                             -> grpo_loss  eq. (4)
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
-"The loss stays near 0, is it broken?" No. The advantages of a group sum to 0, and in the first
-update of a batch the ratio is 1. The gradient is not 0. From the second update on the ratio moves.
+"The loss stays near 0, is it broken?" No. The advantages of a group sum to 0. In the first update
+of a batch, the ratio pi / pi_old is 1. The gradient is not 0. In later updates, the ratio changes.
 
-Shapes: B questions, G answers to each, L tokens at most; S tokens of all answers, in their order.
+Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens of all answers.
 """
 
 import math
@@ -44,7 +44,7 @@ from .segmenter import Segmenter
 def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     """Compare each answer with its group: rewards [B, G] -> advantages [B, G].
 
-    A group with equal rewards gets exactly 0. The kind "mean" is Dr. GRPO's.
+    A group with equal rewards gets exactly 0. The kind "mean" (Dr. GRPO) does not divide by std.
 
     >>> advantages(torch.tensor([[6.0, 2.0], [1.0, 1.0]])).tolist()
     [[1.0, -1.0], [0.0, 0.0]]
@@ -62,10 +62,10 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
 
 
 def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
-    """Return the weight of each token [S]. `lengths` holds the answers' tokens, a list a group.
+    """Return the weight of each token [S]. `lengths` holds a list of answer lengths for each group.
 
-    The weights of a group sum to 1 and depend on this group alone. So the gradient is the same for
-    every size of the forwards.
+    The weights of a group sum to 1 and depend only on this group. So the number of questions in a
+    forward does not change the gradient.
     """
     weights = []
     for group in lengths:
@@ -81,10 +81,10 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tuple:
-    """Return the k3 estimator of the KL to the base model [S], and the tokens above the bound [S].
+    """Estimate the KL to the base model for each token [S], and find tokens above the bound [S].
 
-    Eq. (3) has no upper bound. If the base model finds one token e^16 times likelier, this token
-    would be the whole update. A token above the bound has no gradient.
+    Eq. (3) has no upper bound. One token that the base model finds e^16 times likelier would
+    decide the whole update. Above the bound, the KL of a token has no gradient.
     """
     gap = reference - logp  # [S] log(pi_ref / pi)
     bounded = gap.clamp(max=bound)
@@ -100,20 +100,20 @@ def grpo_loss(
     lengths: list[list[int]],
     s: Settings,
 ) -> tuple[torch.Tensor, dict]:
-    """Return minus eq. (4), summed over groups, and values of each token [S] to log.
+    """Return the loss, minus eq. (4) summed over groups, and values of each token [S] for the log.
 
     logp       [S] log-probabilities under the policy, with gradient
     old        [S] under the policy that sampled
     reference  [S] under the frozen base model, or None if beta is 0
     advantage  [S] of each token's answer
-    lengths    tokens of the answers, a list for each group
+    lengths    numbers of tokens of the answers, a list for each group
 
     The log gets the mean of each value over the tokens. For another loss, copy this function,
     change it, and pass it to `train`.
     """
     ratio = (logp - old).exp()  # [S] rho = pi / pi_old
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)  # [S] clip-higher: eps_high > eps_low
-    # The minimum is the pessimistic side of the clip, for negative advantages too.
+    # The lower value never rewards a move past the clip, also for negative advantages.
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
     tokens = {
         "ratio": ratio,
@@ -134,7 +134,7 @@ def grpo_loss(
 
 @dataclass
 class Parts:
-    """The parts with which a step works."""
+    """Hold the objects that a training step uses."""
 
     policy: Policy
     segmenter: Segmenter
@@ -147,7 +147,7 @@ class Parts:
 
 @dataclass
 class Rollout:
-    """One question with its sampled answers, from sampling to the update."""
+    """Hold one question, its sampled answers, and what the update needs."""
 
     sample: Sample
     prompt: Prompt
@@ -172,7 +172,7 @@ class Rollout:
         return torch.cat([answer.logps for answer in self.answers])
 
     def takes_part(self, s: Settings) -> bool:
-        """Tell if the updates use this group. Without variance only its KL has a gradient."""
+        """Tell if the updates use this group. With equal rewards, only its KL has a gradient."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -216,7 +216,7 @@ def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
-    """Set the log-probabilities under the base model, which stay the same for all updates."""
+    """Set the base model's log-probabilities in each rollout. All updates use the same ones."""
     for i in range(0, len(rollouts), s.micro):
         batch = rollouts[i : i + s.micro]
         prompts = [rollout.prompt for rollout in batch]
@@ -229,7 +229,7 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
 
 
 def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
-    """Return the loss of some questions from one forward, and values of each token [S] to log."""
+    """Run one forward. Return the loss of its questions, and values of each token [S] to log."""
     s, policy = parts.settings, parts.policy
     prompts = [rollout.prompt for rollout in rollouts]
     groups = [rollout.ids for rollout in rollouts]
@@ -249,10 +249,10 @@ def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dic
 
 
 def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, list[dict]]:
-    """Make one optimizer step with some questions, `micro` of them in a forward.
+    """Make one optimizer step with some questions, at most `micro` in each forward.
 
-    Returns the loss summed over the questions, the norm of the gradient, and the values of each
-    token of each forward. If the norm is not finite, the weights have not changed.
+    Returns the loss summed over the questions, the norm of the gradient, and the token values of
+    each forward. If the norm is not finite, the weights stay as they are.
     """
     s, policy = parts.settings, parts.policy
     questions = len(rollouts) * process_count()  # of this update, in all processes
@@ -261,7 +261,7 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     parts.optimizer.zero_grad()
     for i in range(0, len(used), s.micro):
         loss, tokens = batch_loss(parts, used[i : i + s.micro])
-        (loss / questions).backward()  # eq. (4) is an expectation over questions: their mean
+        (loss / questions).backward()  # eq. (4) is a mean over questions
         total += loss.item()
         forwards.append(tokens)
     add_up_gradients(policy.trained)
@@ -297,7 +297,7 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
         else:
             log["skipped_updates"] = log.get("skipped_updates", 0) + 1
             count_skipped(parts, done + k + 1)
-        if k == 0:  # the weights are those that sampled, so any difference is rounding
+        if k == 0:  # no update since sampling, so any difference is rounding
             log |= sampling_gap(tokens)
         forwards += tokens
     policy.model.eval()
@@ -314,13 +314,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, s: Settings, done: int) 
         group["lr"] = s.lr * min(1.0, warm)
 
 
-MOST_SKIPPED = 10  # updates in a row; a finite gradient sets the count to 0
+MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row
 
 
 def count_skipped(parts: Parts, number: int) -> None:
     """Count update `number`, whose gradient was not finite. Raises UserError for ten in a row."""
     if is_first():
-        tqdm.write(f"update {number}: gradient not finite, skipped. Lower --lr if this repeats")
+        tqdm.write(f"update {number} skipped: its gradient is not finite. If repeated, lower --lr")
     parts.skipped += 1
     if parts.skipped >= MOST_SKIPPED:
         raise UserError(
@@ -333,10 +333,10 @@ def count_skipped(parts: Parts, number: int) -> None:
 
 
 def one_step(parts: Parts, data, step: int) -> tuple[dict, list[dict]]:
-    """Make step number `step`, from 0. Returns the line to log, and an answer to each question.
+    """Make step number `step`, counted from 0. Returns its log line and an answer to each question.
 
-    Each process takes its share of the questions. The random numbers depend on the step's number
-    alone, so a resumed run repeats them.
+    Each process takes its share of the questions. The random numbers depend only on the seed and
+    the step's number. So a resumed run repeats them.
     """
     s = parts.settings
     torch.manual_seed(s.seed * 10**6 + step)
@@ -364,9 +364,9 @@ def train(
     """Train, evaluate and save in the folder `s.run`. Returns the content of summary.json.
 
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
-    `reward_terms` and `loss` are the defaults. `log` is called with the logged line of each step.
-    tutorials/notes/extend.md shows each of them. In several processes (torchrun, accelerate) each
-    takes its share of the questions, and the first one writes.
+    `reward_terms` and `loss` are the defaults. `log` is called after each step with its log line.
+    tutorials/notes/extend.md shows examples. With several processes (torchrun, accelerate), each
+    takes its share of the questions. Only the first process writes files.
     """
     from .rehearse import before_training  # rehearse.py imports this file
 

@@ -1,11 +1,11 @@
 """The policy: a Qwen-VL that thinks in text and answers with a box and points.
 
 This file loads it, encodes its prompts, and computes the log-probabilities of its answers.
-decoding.py samples the answers. A prompt has about 150 tokens of text and up to 900 of the picture.
-All G answers share it, so the vision tower and the language model read it once (attention.py).
+decoding.py samples the answers. A prompt has about 150 text tokens and up to 900 picture tokens.
+All answers to a question share its prompt, so the model reads it only once (attention.py).
 
-Shapes: B questions, G answers a question, P prompt tokens, L answer tokens, T tokens of a row,
-S all answer tokens of a row, D width of the model, V vocabulary.
+Shapes: B questions, G answers to each, P prompt tokens, L answer tokens, T tokens of a packed row,
+S answer tokens of a packed row, D model width, V vocabulary size.
 """
 
 from dataclasses import dataclass, field
@@ -28,31 +28,31 @@ from .tokens import banned_ids, opened_answer, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for from_pretrained
 
-# The model types that can be the policy. They count pixels of the square picture, or thousandths.
+# Model types that can be the policy, with their units: pixels, or thousandths of a side.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
-# The adapter sits on the language model alone. The vision tower has projections of the same names.
+# The adapter is only in the language model. The vision tower has layers of the same names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
-TOWER_PIXELS = 4096 * 14 * 14  # pixels in one call of the vision tower: 4,096 patches of 14 x 14
-CHUNK_LOGITS = 2**26  # logits in one chunk: 256 MB in fp32
+TOWER_PIXELS = 4096 * 14 * 14  # most pixels in one call of the vision tower: 4,096 patches
+CHUNK_LOGITS = 2**26  # most logits that logprobs computes at once: 256 MB in fp32
 
 
 @dataclass
 class Policy:
-    """Hold a Qwen-VL with its adapter, and the ids that its answers use."""
+    """Hold a Qwen-VL with its adapter, its stop ids and its banned ids."""
 
-    model: PeftModel  # or the transformers model alone, while it is pretrained
+    model: PeftModel  # without an adapter (in pretraining), the model of transformers
     processor: object  # chat template, tokenizer and image processor
-    coordinates: str = "auto"  # unit of its answers: pixels, thousandths, or the model's own
+    coordinates: str = "auto"  # pixels, thousandths, or auto for the model's own unit
     prompt: str = PROMPT  # with {question} and {unit}, see prompt.py
-    cuda_graphs: bool = True  # False after a recording has failed, see decoding.py
+    cuda_graphs: bool = True  # False after a CUDA graph could not be recorded (decoding.py)
     stop: torch.Tensor = field(init=False)  # [k] ids that end an answer
     banned: torch.Tensor = field(init=False)  # bool [V], True for ids that are never sampled
 
     def __post_init__(self):
         config, tokenizer = self.base.config, self.processor.tokenizer
-        # Any other attention would let answers see each other, without an error.
+        # With any other attention, answers would see each other. No error would be raised.
         assert config.text_config._attn_implementation == IMPLEMENTATION["text_config"]
         if self.coordinates == "auto":
             self.coordinates = COORDINATES[config.model_type]
@@ -76,13 +76,13 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def coordinate_range(self, size: int) -> int:
-        """Return the side of a size x size picture in the unit of the answers."""
+        """Return the side of the picture: `size` pixels, or 1,000 thousandths."""
         if self.coordinates == "thousandths":
             return 1000
         return size
 
     def reference(self):
-        """Switch the adapter off in a `with` block: then this is the frozen reference policy."""
+        """Switch the adapter off in a `with` block. Inside, the policy is the frozen reference."""
         return self.model.disable_adapter()
 
 
@@ -91,16 +91,16 @@ class Prompt:
     """Hold one encoded question about one picture."""
 
     ids: torch.Tensor  # [P]
-    embeds: torch.Tensor  # [P, D] embeddings; at picture tokens the picture's features
-    positions: torch.Tensor  # [3, P] M-RoPE positions: time, height, width
+    embeds: torch.Tensor  # [P, D] embeddings of text tokens, features of picture tokens
+    positions: torch.Tensor  # [3, P] rotary positions in time, height and width (M-RoPE)
     picture: torch.Tensor  # bool [P], True for picture tokens
-    # Qwen3-VL: features [picture tokens, D] to add after each of the first layers
+    # Qwen3-VL adds one of these [picture tokens, D] after each of its first layers.
     deep: tuple[torch.Tensor, ...] = ()
-    opened: str = ""  # start of the answer that the chat template writes, such as "<think>\n"
+    opened: str = ""  # the answer's start, if the chat template writes it: "<think>\n"
 
     @property
     def next_position(self) -> int:
-        """Return the answer's first position. It is below P, as pictures have few positions."""
+        """Return an answer's first position. A picture has fewer positions than tokens."""
         return int(self.positions.max()) + 1
 
 
@@ -117,22 +117,22 @@ def model_source(name: str | Path) -> str:
 def check_policy(name: str, image_size: int | None = None):
     """Return the configuration of a policy's folder or hub id. No weights are loaded.
 
-    Raises UserError if there is no such model, if it is of another kind, if a file is damaged or
-    missing, or if `image_size` (pixels a side) does not divide into the model's cells.
+    Raises UserError for a model that is missing, damaged or of another kind. Also raises it if
+    `image_size` is no multiple of the model's cell, the pixels of one picture token.
     """
     folder = Path(model_source(name))
-    why = "no model folder of that name, nor does the hub give one"
+    why = "there is no such folder, and the hub has no such model"
     if folder.is_dir():
         why = "its config.json cannot be used"
         check_policy_files(folder)
     try:
         config = AutoConfig.from_pretrained(model_source(name))
-    except Exception as error:  # for wrong values the library raises anything, such as TypeError
+    except Exception as error:  # the library raises many kinds of errors for wrong values
         raise UserError(f"--policy {name}: {why} ({first_line(error)})") from None
     if config.model_type not in COORDINATES:
         known = ", ".join(COORDINATES)
         raise UserError(
-            f"--policy {name} is a {config.model_type} model; it must be one of {known}"
+            f"--policy {name} is a {config.model_type} model. It must be one of {known}"
         )
     if folder.is_dir():
         check_policy_is_whole(folder)
@@ -142,7 +142,7 @@ def check_policy(name: str, image_size: int | None = None):
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return settings for NF4. In 4 bits vision tower or head would break a Qwen-VL."""
+    """Return settings for 4 bits (NF4). A 4-bit vision tower or head would break a Qwen-VL."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -165,7 +165,7 @@ def load_policy(
 
     name: a model folder, a hub id, or "tiny" for the folder in the package.
     load_in: format of the frozen weights: nf4, bf16 or fp32.
-    rank: rank of a new adapter. A new adapter changes nothing yet.
+    rank: rank of a new adapter. Before training, it does not change the model's output.
     adapter: folder of a saved adapter to take instead of a new one.
     checkpointing: recompute each layer in the backward, which saves memory.
     coordinates: pixels, thousandths, or auto for the model's own unit.
@@ -198,10 +198,10 @@ def load_base(name: str | Path, load_in: str, device: str):
         processor = AutoProcessor.from_pretrained(source)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # for files that do not fit the libraries raise anything
+    except Exception as error:  # the libraries raise many kinds of errors for wrong files
         why = f"--policy {name} cannot be loaded ({cause(error)})"
         raise UserError(f"{why}: download its files again") from None
-    if found["missing_keys"]:  # the library draws these weights, and only prints a warning
+    if found["missing_keys"]:  # the library fills these at random, and only warns
         first = min(found["missing_keys"])
         raise UserError(f"--policy {name}: its files lack weights, such as {first}")
     return base, processor
@@ -214,8 +214,8 @@ def add_adapter(
     base.requires_grad_(False)
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes 0.50 swaps in a kernel without backward after
-            # the first evaluation. Gradients would vanish without an error.
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 changes its kernel after an evaluation.
+            # The new kernel has no backward. Gradients would vanish without an error.
             module.support_avx512bf16_for_cpu = False
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
@@ -243,7 +243,7 @@ def check_template(processor, name: str | Path) -> None:
     """Raise UserError if the chat template fails, or leaves out the picture or the question."""
     try:
         text = prompt_text(processor, "the red star", 28, 28)
-    except Exception as error:  # a template is a program, and may raise anything
+    except Exception as error:  # a template is a program, and may raise any exception
         why = f"its chat template cannot be used ({cause(error)})"
         raise UserError(f"--policy {name}: {why}") from None
     if text.count(processor.image_token) != 1 or "Question: the red star" not in text:
@@ -252,9 +252,9 @@ def check_template(processor, name: str | Path) -> None:
 
 
 def encode(policy: Policy, images: list[Image.Image], questions: list[str]) -> list[Prompt]:
-    """Encode B questions about B pictures. The vision tower sees each picture once, here.
+    """Encode B questions about B pictures. The vision tower reads each picture once.
 
-    All pictures have one size, a multiple of the model's cell (28 pixels, Qwen3-VL 32, tiny 14).
+    All pictures have the same size, a multiple of 28 pixels (Qwen3-VL: 32, tiny: 14).
     """
     prompts = []
     count = max(1, TOWER_PIXELS // (images[0].width * images[0].height))  # pictures in one call
@@ -281,7 +281,7 @@ def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]
     )  # [3, b, P]
     seen = base.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
     features = torch.cat(seen.pooler_output)  # [picture tokens of all, D]
-    deep = getattr(seen, "deepstack_features", ())  # a layer: b x [picture tokens, D]
+    deep = getattr(seen, "deepstack_features", ())  # for each layer: b x [picture tokens, D]
     embeds = base.get_input_embeddings()(inputs.input_ids)  # [b, P, D]
     picture = inputs.input_ids == base.config.image_token_id  # [b, P]
     embeds = embeds.masked_scatter(picture[..., None], features.to(embeds.dtype))
@@ -300,7 +300,7 @@ def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """Return more arguments for Qwen3-VL, else none. picture [B, T] is True at picture tokens."""
+    """Return extra arguments of Qwen3-VL, or {}. picture [B, T] is True at picture tokens."""
     if not prompts[0].deep:
         return {}
     layers = zip(*(p.deep for p in prompts))
@@ -314,9 +314,9 @@ def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
 def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]):
     """Lay prompts and answers in one row: [prompt 1, its answers, prompt 2, its answers, ...].
 
-    groups: B lists of G answers, each the ids [L].
-    Returns the arguments of the language model, and two tensors [S] over all answer tokens in
-    order: the index of the hidden state that predicts the token, and the token.
+    groups: B lists of G answers, each a tensor of ids [L].
+    Returns the language model's arguments, and two tensors [S] over all answer tokens. The first
+    holds the index in the row of the state that predicts the token. The second holds the token.
     """
     device = policy.device
     # The last token of an answer is predicted and never read.
@@ -367,15 +367,15 @@ def logprobs(
 ):
     """Return the log-probabilities of B groups of answers and the entropy, both fp32 [S].
 
-    groups: B lists of G answers, each the ids [L]. S counts all tokens, answer after answer.
-    Logits [tokens, V] are computed for answer tokens alone, one chunk at a time. The backward
-    computes each chunk again. Whole logits of 8 answers of 512 tokens over 151,936 words would take
-    2.5 GB, and their gradient as much again.
+    groups: B lists of G answers, each a tensor of ids [L]. S counts the tokens of all answers.
+    Computes logits [tokens, V] only for answer tokens, one chunk at a time. The backward computes
+    each chunk again. For 8 answers of 512 tokens, all logits at once would take 2.5 GB. Their
+    gradient would take another 2.5 GB.
     """
     inputs, index, target = pack(policy, prompts, groups)
     language = policy.base.model.language_model
     hidden = language(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
-    # The backward of plain indexing adds in a changing order. Then last digits would change too.
+    # Plain indexing sums gradients in a varying order. Then runs would differ in the last digits.
     hidden = hidden[0].index_select(0, index)  # [S, D]
     count = max(1, CHUNK_LOGITS // policy.banned.numel())  # tokens in a chunk
     chunks = [

@@ -5,11 +5,11 @@
 No network is trained here. The policy gets no reward for its box. It gets reward for the mask that
 Segment Anything draws from the box and the points.
 
-Coordinates: an answer counts in a square of `side` units (pixels of the picture that the policy
-sees, or 1,000). SAM and the true mask keep the picture's own size [H, W].
+Coordinates of an answer lie in a square. Its side is `side`: the pixels of the policy's picture, or
+1,000 thousandths. SAM and the true mask keep the picture's own size [H, W].
 
-A new term is one line in `reward_terms` and one setting NAME_weight in config.py. Log, curves and
-sheets show the new term without further changes.
+A new term is one line in `reward_terms` and one setting NAME_weight in config.py. The log, the
+curves and the drawn sheets of answers then show the term.
 """
 
 import json
@@ -25,7 +25,7 @@ from .data import Sample
 from .metrics import box_iou, filled, intersection_union, iou, tight_box
 from .segmenter import Segmenter
 
-MAX_TEXT = 20_000  # characters; no answer is that long
+MAX_TEXT = 20_000  # characters. A longer text is not read
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
@@ -35,15 +35,15 @@ Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
 
 @dataclass
 class Answer:
-    """One answer, read. `box` and `points` are set if the segmentation format is right."""
+    """Hold one parsed answer. `box` and `points` are set if the segmentation format is right."""
 
-    side: int  # of the square in which box and points count
+    side: int  # coordinates of box and points go from 0 to this
     box: Box | None = None
     points: list[Point] = field(default_factory=list)
     reasoning_format: bool = False
     segmentation_format: bool = False
-    why: str = ""  # the faults of the format, for people
-    lenient_box: Box | None = None  # a box in any common shape, for gIoU_lenient
+    why: str = ""  # what is wrong with the format, in words
+    lenient_box: Box | None = None  # a box in any common notation, for the score gIoU_lenient
     tokens: torch.Tensor | None = None  # [L] ids of the completion, for reward terms
 
     @property
@@ -60,7 +60,7 @@ def _number(value) -> float:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    """Return a JSON object. Raises ValueError if a name comes twice: the first would be hidden."""
+    """Return a JSON object. Raises ValueError if a name comes twice, as Python drops one."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a name comes twice in an object")
@@ -79,8 +79,8 @@ def _box(value, side: int) -> Box:
     x1, y1, x2, y2 = [_clip(_number(number), side) for number in value]
     if x2 - x1 < 1e-3 or y2 - y1 < 1e-3:
         raise ValueError("bbox is reversed, empty or outside the picture")
-    if x2 <= 1 and y2 <= 1:  # in pixels or thousandths the box would lie within the first one
-        raise ValueError("bbox is in shares of the picture: all four numbers are at most 1")
+    if x2 <= 1 and y2 <= 1:  # as pixels or thousandths, the box would be at most one unit wide
+        raise ValueError("bbox gives shares of width and height: all four numbers are at most 1")
     return x1, y1, x2, y2
 
 
@@ -101,26 +101,27 @@ def _points(value, side: int, max_points: int) -> list[Point]:
     return points
 
 
-# The lenient reading cuts a text into numbers, words and signs, with a blank between them. So line
-# breaks and quotes do not matter. A pattern reads no part of the text more than a few times, so the
-# time is linear.
+# Lenient reading accepts a box in any common notation. It first splits a text into numbers, words
+# and signs, with a blank between them. So line breaks and quotes do not matter. Each pattern reads
+# a part of the text only a few times, so the time is linear.
 _TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _NUMBERS = r"[-\d.,()\[\]{ ]*"  # a stretch of numbers, brackets and commas
 # <box>10 20 30 40</box>, <box>(10, 20), (30, 40)</box>, <|box_start|>(10,20),(30,40)<|box_end|>
 _TAG = re.compile(rf"< (?:\| )?\w{{0,20}}box\w{{0,20}} (?:\| )?>({_NUMBERS})(?=<)", re.I)
-# {"x1": 10, "y1": 20, "x2": 30, "y2": 40} in any order, and with other names of the sides. Molmo's
-# <points x1="10" ...> is no box.
+# {"x1": 10, "y1": 20, "x2": 30, "y2": 40} in any order, and with other names of the sides. The
+# model Molmo writes points as <points x1="10" ...>. They are no box.
 _SIDE = rf"(?<!\S)([xy]_?(?:[12]|min|max)|left|top|right|bottom) [:=] {_NUMBER}"
 _FOUR_SIDES = " [,;]? ?".join([_SIDE] * 4)
 _SIDES = re.compile(rf"(?<!point )(?<!points )(?:\{{ )?{_FOUR_SIDES}(?: \}})?", re.I)
 _PLACES = {"x1": 0, "xmin": 0, "left": 0, "y1": 1, "ymin": 1, "top": 1}
 _PLACES |= {"x2": 2, "xmax": 2, "right": 2, "y2": 3, "ymax": 3, "bottom": 3}
-# values of a key or a tag that names points, such as "point_2d"; values of a key such as "bbox_2d"
+# _POINTS: values of a key or a tag for points, such as "point_2d".
+# _NAMED: values of a key for a box, such as "bbox_2d".
 _POINTS = re.compile(rf"(?<!/ )point(?!_end)\w{{0,20}} (?:\| )?[:=>] {_NUMBERS}", re.I)
 _NAMED = re.compile(rf"box\w{{0,20}} [:=] {_NUMBERS}", re.I)
-# [10, 20, 30, 40] in brackets of either kind, or (10, 20), (30, 40). Two points in a list are no
-# box, nor are more than two points.
+# [10, 20, 30, 40] in brackets of either kind, or (10, 20), (30, 40). Two points inside a list are
+# no box. Three or more points are no box either.
 _FOUR = re.compile(
     r"[\[(] " + " , ".join([_NUMBER] * 4) + r" [\])]"
     rf"|(?<!\[ )(?<!\) , )\( {_NUMBER} , {_NUMBER} \) , \( {_NUMBER} , {_NUMBER} \)(?! , \()"
@@ -128,7 +129,7 @@ _FOUR = re.compile(
 
 
 def _tag_as_key(match: re.Match) -> str:
-    """Write four numbers in a tag as the value of a key "box"; leave other content as it is."""
+    """Turn a tag with four numbers into a key "box" with a list. Other tags do not change."""
     numbers = re.findall(_NUMBER, match[1])
     if len(numbers) != 4:
         return match[0]
@@ -136,7 +137,7 @@ def _tag_as_key(match: re.Match) -> str:
 
 
 def _sides_as_list(match: re.Match) -> str:
-    """Write four named sides as [ x1 , y1 , x2 , y2 ]; leave other pairs as they are."""
+    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. Other pairs do not change."""
     names = match.groups()[::2]
     numbers = match.groups()[1::2]
     sides = {}
@@ -149,7 +150,7 @@ def _sides_as_list(match: re.Match) -> str:
 
 
 def _last_box(spaced: str, side: int) -> tuple[float, float, float, float] | None:
-    """Return the last four numbers in brackets that are a proper box."""
+    """Return the last four numbers in brackets that make a valid box, or None."""
     for match in reversed(list(_FOUR.finditer(spaced))):
         numbers = [float(number) for number in match.groups() if number is not None]
         try:
@@ -160,10 +161,10 @@ def _last_box(spaced: str, side: int) -> tuple[float, float, float, float] | Non
 
 
 def lenient_box(text: str, side: int) -> tuple[float, float, float, float] | None:
-    """Find a box written in any common shape.
+    """Find a box in any common notation.
 
-    The answer part, which need not be closed, is read before the whole text. In each of them the
-    last box that a key or a tag names is taken, else the last one of all.
+    Reads the text after <answer> first, then the whole text. The tag </answer> may be missing.
+    Prefers the last box with a key or a tag that contains "box". Otherwise takes the last box.
     """
     answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
     for part in (answer, text):
@@ -182,7 +183,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def has_reasoning_format(text: str) -> bool:
-    """True for <think>...</think><answer>...</answer>, each tag once and nothing around them."""
+    """Return True if the text is <think>...</think><answer>...</answer>, each tag once."""
     for tag in _TAGS:
         if text.count(tag) != 1:
             return False
@@ -211,7 +212,7 @@ def read_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
 def read_answer(
     text: str, side: int, max_points: int = 8, tokens: torch.Tensor | None = None
 ) -> Answer:
-    """Read an answer whose coordinates count in a `side` x `side` square.
+    """Read an answer with coordinates in a `side` x `side` square.
 
     Never raises, and takes linear time. `why` names the faults.
 
@@ -240,7 +241,7 @@ def read_answer(
 
 
 def read_leniently(answer: Answer) -> Answer:
-    """Return the answer with a box in any common shape as its box. For evaluation only."""
+    """Return the answer with its lenient box as its box. For evaluation only."""
     return replace(answer, box=answer.lenient_box)
 
 
@@ -261,12 +262,12 @@ class Reward:
     mask: np.ndarray | None = None  # bool [H, W]
     pair: tuple[int, int] = (0, 0)  # pixels of intersection and union with the true mask
     iou: float = 0.0  # of the mask; 0 if the answer cannot be read
-    box_iou: float = 0.0  # of the box and the tight box of the true mask
+    box_iou: float = 0.0  # of the answer's box with the tight box around the true mask
     terms: dict[str, float] = field(default_factory=dict)
     total: float = 0.0  # the reward: the weighted sum of the terms
 
 
-TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))  # above this IoU, this reward
+TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))  # limit, and reward of an IoU above it
 
 
 def tiered(value: float) -> float:
@@ -279,7 +280,7 @@ def tiered(value: float) -> float:
 
 
 def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> float:
-    """Return eq. (5), 0 to 4, or a variant with which eq. (5) is compared."""
+    """Return the accuracy term, 0 to 4: eq. (5), or a variant of the ablations."""
     if kind == "tiered":
         return tiered(mask_iou)
     if kind == "box-iou":
@@ -295,8 +296,8 @@ def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> fl
 def reward_terms(reward: Reward, s: Settings) -> dict[str, float]:
     """Return the terms of one reward by name. The setting NAME_weight is the weight of a term.
 
-    A term may use everything in `reward`: the sample with its true mask, the answer with its
-    tokens, SAM's mask, and box and points in the picture's pixels.
+    A term may use everything in `reward`. Examples are the true mask, the answer's tokens, SAM's
+    mask, and box and points in the picture's pixels.
     """
     return {
         "accuracy": accuracy_term(s.accuracy, reward.iou, reward.box_iou),
@@ -341,7 +342,7 @@ def score_group(
 ) -> list[Reward]:
     """Reward the G answers to one sample.
 
-    `segmenter` is any object with a method `masks` such as Segmenter's. Raises TypeError if
+    `segmenter` is any object with the method `masks` of Segmenter. Raises TypeError if
     `answers` is no list of Answer objects.
     """
     if not all(isinstance(answer, Answer) for answer in answers):

@@ -2,7 +2,7 @@
 
 The policy is rewarded for these masks. Any object with a method `masks` can be the segmenter.
 
-Shapes: n prompts to one picture of H x W pixels, h x w low-resolution logits.
+Shapes: n prompts (a box with points) for one picture of H x W pixels, h x w small logits.
 """
 
 import json
@@ -52,7 +52,7 @@ class SamSegmenter:
 
     @torch.no_grad()
     def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
-        """Return masks as described in Segmenter. The last picture is not encoded again."""
+        """Return masks as described in Segmenter. Encodes a repeated picture only once."""
         self.look_at(image)
         return best_masks(self, image.shape[:2], boxes, points)
 
@@ -66,7 +66,7 @@ class SamSegmenter:
         self.seen = key
 
     def predict(self, boxes: list, points: list):
-        """Return three masks a prompt as logits [n, 3, h, w], and their predicted IoU [n, 3].
+        """Return three masks for each prompt: logits [n, 3, h, w], and predicted IoU [n, 3].
 
         All prompts have the same number of points.
         """
@@ -91,7 +91,7 @@ class SamSegmenter:
 
 
 class Sam2Segmenter:
-    """Segment with SAM 2, SAM 2.1 or the tracker of SAM 3, models of transformers."""
+    """Segment with SAM 2, SAM 2.1 or the tracker of SAM 3, from the library transformers."""
 
     def __init__(self, name: str, device: str = "cpu"):
         """Load the folder or hub id `name`."""
@@ -103,7 +103,7 @@ class Sam2Segmenter:
 
     @torch.no_grad()
     def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
-        """Return masks as described in Segmenter. The last picture is not encoded again."""
+        """Return masks as described in Segmenter. Encodes a repeated picture only once."""
         self.look_at(image)
         return best_masks(self, image.shape[:2], boxes, points)
 
@@ -123,7 +123,7 @@ class Sam2Segmenter:
         self.seen = key
 
     def predict(self, boxes: list, points: list):
-        """Return three masks a prompt as logits [n, 3, h, w], and their predicted IoU [n, 3].
+        """Return three masks for each prompt: logits [n, 3, h, w], and predicted IoU [n, 3].
 
         All prompts have the same number of points.
         """
@@ -150,12 +150,12 @@ def picture_key(image: np.ndarray) -> bytes:
 
 
 def best_masks(segmenter, size: tuple, boxes: list, points: list) -> np.ndarray:
-    """Return of each prompt the mask with the highest predicted IoU, bool [n, H, W].
+    """Return for each prompt the mask with the highest predicted IoU, bool [n, H, W].
 
     Training and evaluation use the same rule. Prompts with the same number of points share one
-    decoder pass. Padding shorter ones would make a mask depend on the other prompts. Only the best
-    mask is brought to the picture's size, one prompt at a time: all masks of 8 prompts would take
-    1.1 GB for 12 megapixels.
+    decoder pass. With padded lists of points, a mask would depend on the other prompts. Only the
+    best mask is brought to the picture's size, one prompt at a time. For 12 megapixels, all masks
+    of 8 prompts would take 1.1 GB.
     """
     found = np.zeros((len(boxes), *size), bool)
     for count in sorted({len(labelled) for labelled in points}):
@@ -173,7 +173,7 @@ def sam_logits(
     labels: torch.Tensor | None,
     boxes: torch.Tensor,
 ):
-    """Run SAM's decoder on one encoded picture [1, C, h, w]; gradients pass.
+    """Run SAM's decoder on one encoded picture [1, C, h, w]. Gradients flow through it.
 
     points [n, count, 2] or None, labels [n, count] and boxes [n, 4] are in pixels of the encoded
     picture. Returns logits [n, 3, h, w] and the predicted IoU [n, 3].
@@ -197,7 +197,7 @@ SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
 TINY_SAM = Path(__file__).parent / "tiny" / "sam"
 PIXEL_MEAN, PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of ImageNet, in RGB
 
-# segment_anything's files: name, bytes and SHA-256, checked before they are read.
+# segment_anything's files: name, bytes and SHA-256. A download is checked with these values.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {
     "vit_b": (
@@ -219,7 +219,7 @@ SAM_FILES = {
 
 
 def sam_bytes(kind: str, checkpoint: str = "") -> int:
-    """Return the bytes of segment_anything's file for `kind` that are still to be downloaded."""
+    """Return how many bytes of the file for `kind` must be downloaded. 0 if it is there."""
     if checkpoint or kind not in SAM_FILES:
         return 0
     name, size, _ = SAM_FILES[kind]
@@ -230,7 +230,7 @@ def sam_bytes(kind: str, checkpoint: str = "") -> int:
 
 
 def small_folder(kind: str) -> Path | None:
-    """Return the folder of a small SAM, which holds a file sam.json; None for other kinds."""
+    """Return the folder of a small SAM, with its file sam.json. Return None for other kinds."""
     folder = Path(kind)
     if kind == "tiny":
         folder = TINY_SAM
@@ -242,8 +242,8 @@ def small_folder(kind: str) -> Path | None:
 def random_sam(kind: str) -> Sam:
     """Return segment_anything's Sam with random weights.
 
-    kind: "vit_b", "vit_l", "vit_h", "tiny", or the folder of a small one. The file sam.json in this
-    folder gives its dimensions.
+    kind: "vit_b", "vit_l", "vit_h", "tiny", or the folder of a small SAM. The folder's sam.json
+    contains the sizes of the small SAM.
     """
     folder = small_folder(kind)
     if folder is None:
@@ -291,11 +291,11 @@ def random_sam(kind: str) -> Sam:
 def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
     """Check a segmenter's name and file before anything large is loaded.
 
-    Raises UserError if `kind` is no Segment Anything, or none that is read from a `checkpoint`.
+    Raises UserError if `kind` is no Segment Anything, or if it cannot take a `checkpoint`.
     """
     if checkpoint and kind not in SAM_FILES:
         known = ", ".join(SAM_FILES)
-        raise UserError(f"--sam-checkpoint goes with --sam {known}, not with {kind}: leave one out")
+        raise UserError(f"--sam-checkpoint needs --sam {known}, not {kind}. Leave one of them out")
     if small_folder(kind) or kind in SAM_FILES:
         return
     try:
@@ -303,7 +303,7 @@ def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
         if found not in SAM2_KINDS:
             raise ValueError(f"it is a {found} model")
     except (OSError, ValueError) as error:
-        names = f"none of tiny, {', '.join(SAM_FILES)}, nor the folder or hub id of a SAM 2 or 3"
+        names = f"it must be tiny, {', '.join(SAM_FILES)}, or the folder or hub id of a SAM 2 or 3"
         raise UserError(f"--sam {kind}: {names} ({first_line(error)})") from None
 
 
@@ -323,21 +323,21 @@ def sam_file(kind: str) -> Path:
         torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
         why = f"{SAM_URL}{name} could not be fetched ({first_line(error)})"
-        advice = "fetch it yourself and name it as --sam-checkpoint"
-        raise UserError(f"--sam {kind}: {why}; {advice}") from None
+        advice = "Download it yourself, and give the file as --sam-checkpoint"
+        raise UserError(f"--sam {kind}: {why}. {advice}") from None
     return path
 
 
 def read_sam(kind: str, path: str | Path) -> Sam:
     """Return segment_anything's Sam of `kind`, "vit_b", "vit_l" or "vit_h", with a file's weights.
 
-    The model is built without numbers and takes the tensors of the file in fp32. The file is mapped
-    into memory. So no random weights are drawn, and no second copy is made. A bad file raises any
-    exception.
+    The model is built without weights, and takes the tensors of the file in fp32. The file is
+    mapped into memory. So no random weights are drawn, and no second copy is made. A bad file may
+    raise any exception.
     """
-    with init_empty_weights():  # parameters alone; buffers that the file lacks keep their numbers
+    with init_empty_weights():  # leaves parameters empty, not buffers: the file lacks some of them
         sam = random_sam(kind)
-    mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are none, and cannot be mapped
+    mapped = zipfile.is_zipfile(path)  # files before torch 1.6 are no zip files, and not mapped
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     weights = {name: value.float() for name, value in weights.items()}
     sam.load_state_dict(weights, assign=True)
@@ -345,7 +345,7 @@ def read_sam(kind: str, path: str | Path) -> Sam:
 
 
 def read_small_sam(folder: Path) -> Sam:
-    """Return the small Sam of a folder with its weights. A bad file raises any exception."""
+    """Return the small Sam of a folder with its weights. A bad file may raise any exception."""
     sam = random_sam(str(folder))
     sam.load_state_dict(load_file(folder / "model.safetensors"))
     return sam
@@ -375,6 +375,6 @@ def load_segmenter(
             sam = read_small_sam(small)
         else:
             sam = read_sam(kind, path)
-    except Exception as error:  # a broken file can raise nearly any
+    except Exception as error:  # a broken file may raise any exception
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
     return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))

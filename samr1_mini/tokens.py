@@ -1,15 +1,15 @@
-"""The distribution of the next token, and the ids that begin, end and may not stand in an answer.
+"""Compute the distribution of the next token, and find ids that end answers or are banned.
 
 Answers are sampled from this distribution, and the same distribution is trained.
 
-Shapes: D width of the model, V vocabulary; "..." is any number of dimensions before them.
+Shapes: D model width, V vocabulary size. "..." stands for any dimensions before these.
 """
 
 import re
 
 import torch
 
-# The end of the text of an answer that was cut off. It breaks the reasoning format.
+# This mark ends a text that was cut off. It breaks the reasoning format.
 CUT = "[cut]"
 
 
@@ -33,8 +33,8 @@ def stop_ids(model, tokenizer) -> torch.Tensor:
 def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
     """Return bool [V]: True for the ids that no answer may contain.
 
-    These are placeholders of pictures and videos, ids without a token, and padding that is no stop
-    id. A sampled placeholder would ask the next forward for a picture.
+    These are placeholders of pictures and videos, unused ids, and padding. A stop id is never
+    banned. After a sampled placeholder, the next forward would expect a picture.
     """
     config = model.config
     weight = model.lm_head.weight  # [V, D]
@@ -59,11 +59,11 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
 
 
 def opened_answer(text: str, instruction: str) -> str:
-    """Return the start of the answer that a chat template has written at the end of `text`.
+    """Return the first words of the answer, if the chat template wrote them at the end of `text`.
 
     Templates of reasoning models write "<think>\\n". If thinking is switched off, they write
-    "<think>\\n\\n</think>\\n\\n". Other templates write nothing. The user's `instruction` may
-    contain the same words. They are not counted.
+    "<think>\\n\\n</think>\\n\\n". Other templates write nothing. The same words inside the user's
+    `instruction` do not count.
     """
     after = text.rpartition(instruction)[2]
     found = re.search(r"<think>[^<]*(?:</think>\s*)?\Z", after)
@@ -75,8 +75,8 @@ def opened_answer(text: str, instruction: str) -> str:
 def answer_text(opened: str, generated: str, cut: bool) -> str:
     """Return the whole answer: the template's start, the generated text, and CUT if it was cut off.
 
-    A model may write <think> although the template did. Then only the thought that the model itself
-    opened counts.
+    A model may write <think> again, although the template wrote it. Then the template's start is
+    left out.
     """
     text = opened + generated
     if generated.lstrip().startswith("<think>"):
@@ -90,14 +90,14 @@ def answer_text(opened: str, generated: str, cut: bool) -> str:
 
 
 def has_fp32_sums(device: torch.device) -> bool:
-    """Return True for a kind of device that can multiply bf16 matrices into fp32 sums."""
+    """Return True if this kind of device can multiply bf16 matrices with fp32 sums."""
     return device.type == "cuda"
 
 
 def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Multiply q [..., n, d] by k [..., m, d] -> fp32 [..., n, m].
 
-    In bf16 large attention scores would be rounded. PyTorch's fused kernels keep them in fp32 too.
+    bf16 would round large attention scores. PyTorch's fused kernels keep them in fp32 too.
     """
     if q.dtype == torch.float32 or not has_fp32_sums(q.device):
         return q.float() @ k.float().mT
@@ -109,7 +109,7 @@ def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 class Fp32Head(torch.autograd.Function):
     """Multiply hidden [n, D] by the head's weight [V, D] -> fp32 logits [n, V].
 
-    The head's own forward would round them to bf16. Between 16 and 32 a step of bf16 is 0.125. This
+    The head's own forward would round the logits to bf16, between 16 and 32 to steps of 0.125. This
     alone would move every ratio away from 1. Here the products are bf16 and their sums are fp32.
     """
 
@@ -134,5 +134,5 @@ def token_logits(policy, hidden: torch.Tensor, temperature: float) -> torch.Tens
     else:
         logits = Fp32Head.apply(hidden.flatten(0, -2), head.weight)
         logits = logits.unflatten(0, hidden.shape[:-1])
-    # Not -inf: 0 * -1e30 is 0 in the entropy, 0 * -inf is not a number.
+    # With -inf, the entropy would contain 0 * -inf, which is NaN.
     return (logits / temperature).masked_fill(policy.banned, -1e30)
