@@ -34,6 +34,7 @@ from samr1_mini.memory import compute_dtype
 from samr1_mini.tiny.scenes import KINDS, make_scene
 
 ROOT = Path(__file__).parent.parent
+TERMS = ("accuracy", "reasoning-format", "segmentation-format")
 ONLY_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
@@ -103,7 +104,7 @@ def test_help_of_every_command(command):
         (["--preset", "70b"], "--preset"),
         (["--sam", "vit_h", "--sam-checkpoint", "no.pth"], "--sam-checkpoint no.pth"),
         (
-            ["--accuracy-weight", "0", "--reasoning-weight", "0", "--segmentation-weight", "0"],
+            [f"--{name}-weight=0" for name in TERMS],
             "--accuracy-weight",
         ),
         (["--resume"], "--run"),

@@ -1214,7 +1214,7 @@ def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_ans
         )
         == 1
     )
-    monkeypatch.setattr(grpo, "free_memory", lambda s: enough * 2**20)
+    monkeypatch.setattr(decoding, "free_memory", lambda s: enough * 2**20)
     monkeypatch.setattr(
         decoding, "generate", lambda *args: sizes.append(len(args[1])) or real(*args)
     )

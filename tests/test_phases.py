@@ -125,7 +125,7 @@ def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkey
         (
             lambda run: write_run(run, 3, 0)
             and (run / "answers.jsonl").write_text('{"step": 1, "te'),
-            "cannot be read",
+            "answers.jsonl",
         ),
     ],
 )

@@ -197,7 +197,7 @@ def ablation_rows():
 def memory_rows():
     """README: memory and hours of the forecast and of the rehearsals."""
     forecast = load("forecast-7b.json")["forecast"]
-    peak = max(value for name, value in forecast.items() if name.endswith("_peak_gib"))
+    peak = max(forecast["peak_gib"].values())
     for card in ("RTX 3090", "RTX 4090"):
         hours = [f"{forecast['hours'][card][tokens]:.1f}" for tokens in ("128", "512")]
         yield row("7B, NF4", card, "forecast", f"{peak:.1f}", *hours)
@@ -224,16 +224,11 @@ def rehearsal_rows():
         token = [f"{measured['token_ms'][way]:.1f}" for way in ("graph", "eager")]
         yield row(name, str(measured["max_new_tokens"]), *seconds, *peaks, *token)
     forecast = load("forecast-7b.json")["forecast"]
-    parts = (
-        "weights",
-        "optimizer",
-        "sam",
-        "prefill_peak",
-        "decode_peak",
-        "reward_peak",
-        "update_peak",
-    )
-    yield row("7B, GiB", *(f"{forecast[part + '_gib']:.2f}" for part in parts))
+    stay, peaks = forecast["staying_gib"], forecast["peak_gib"]
+    weights = ("language layers", "embeddings and head", "vision tower", "adapter")
+    parts = [sum(stay[name] for name in weights), stay["gradients"] + stay["moments"], stay["SAM"]]
+    parts += [peaks[name] for name in ("prefill", "decode", "reward", "update")]
+    yield row("7B, GiB", *(f"{part:.2f}" for part in parts))
 
 
 def step_rows():

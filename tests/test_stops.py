@@ -227,7 +227,7 @@ def test_a_print_that_fails_comes_after_the_save_and_does_not_hide_what_ended_th
 def break_the_second_step(monkeypatch, error, broken_too=lambda: None):
     """The second update of the second step ends with `error`: the policy's weights are not those of a whole step.
     From then on what `broken_too` does holds."""
-    calls, real = [], grpo.backward
+    calls, real = [], grpo.one_update
 
     def broken(*args):
         calls.append(1)
@@ -236,7 +236,7 @@ def break_the_second_step(monkeypatch, error, broken_too=lambda: None):
             raise error
         return real(*args)
 
-    monkeypatch.setattr(grpo, "backward", broken)
+    monkeypatch.setattr(grpo, "one_update", broken)
 
 
 @pytest.mark.parametrize(
@@ -430,10 +430,10 @@ def test_a_gpu_that_cannot_record_a_token_reads_it_as_it_is(samples, monkeypatch
 def quick_steps(monkeypatch, zero_variance, changes):
     """Steps that take no time; from the first on they leave `zero_variance`, and change the adapter where told to."""
 
-    def quick(policy, segmenter, optimizer, data, s, step):
+    def quick(parts, data, step):
         if changes:
             with torch.no_grad():
-                for name, parameter in policy.model.named_parameters():
+                for name, parameter in parts.policy.model.named_parameters():
                     if "lora_B" in name:
                         parameter.fill_(1e-6 * (step + 1))
         line = dict.fromkeys(
@@ -481,16 +481,15 @@ def test_a_resumed_adapter_that_no_step_changes_is_noticed(settings, monkeypatch
 
 def not_finite(monkeypatch, finite):
     """Gradients that are not finite but for the updates (counted from 1) in `finite`."""
-    calls, real = [], grpo.backward
+    calls, real = [], grpo.add_up_gradients
 
-    def broken(policy, rollouts, s):
+    def broken(parameters):
         calls.append(1)
-        sums = real(policy, rollouts, s)
+        real(parameters)
         if len(calls) not in finite:
-            policy.trained[0].grad.fill_(float("nan"))
-        return sums
+            parameters[0].grad.fill_(float("nan"))
 
-    monkeypatch.setattr(grpo, "backward", broken)
+    monkeypatch.setattr(grpo, "add_up_gradients", broken)
     return calls
 
 
@@ -613,7 +612,7 @@ def test_a_sam_may_be_moved_and_is_no_other_kind(begun, now, refused, settings, 
         runs.open_run(s)
 
 
-# ---------------------------------------------------------------------------------------------------- damaged files of a run
+# ------------------------------------------------------------------ damaged files of a run
 
 
 WHOLE = {
@@ -688,7 +687,7 @@ import os, runpy, sys
 sys.path.insert(0, os.environ["PYTHONPATH"])
 from samr1_mini import grpo
 
-real, calls = grpo.backward, []
+real, calls = grpo.one_update, []
 
 def broken(*args):
     calls.append(1)
@@ -697,7 +696,7 @@ def broken(*args):
     return real(*args)
 
 if "--resume" not in sys.argv:
-    grpo.backward = broken
+    grpo.one_update = broken
 runpy.run_path(os.path.join(os.environ["PYTHONPATH"], "train.py"), run_name="__main__")
 """
 

@@ -42,7 +42,7 @@ COLUMNS = [
 
 def read_group() -> tuple:
     """Return the question's sample and the group of loop.json."""
-    group = json.loads((RESULTS / "loop.json").read_text())
+    group = json.loads((RESULTS / "loop.json").read_text(encoding="utf-8"))
     index = int(group["id"].removeprefix("shapes-"))
     return Shapes("train", index + 1)[index], group
 
@@ -176,7 +176,7 @@ def draw_loop(path: Path) -> None:
 
 def read_iou(run: str) -> np.ndarray:
     """Return the mean IoU of the sampled answers of each step of a committed run."""
-    lines = (RESULTS / run / "metrics.jsonl").read_text().splitlines()
+    lines = (RESULTS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return np.array([json.loads(line)["iou"] for line in lines])
 
 
