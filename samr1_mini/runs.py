@@ -295,7 +295,7 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
     damaged line.
     """
     file = folder / f"{name}.jsonl"
-    if not file.exists():
+    if count == 0 or not file.exists():
         return []
     text = file.read_bytes()
     lines = text.splitlines()

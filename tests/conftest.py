@@ -36,7 +36,19 @@ def pytest_runtest_setup(item):
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if not asks else VISIBLE or "0"
 
 
+# The marker `quick`: tests of these files, except those that train, evaluate or start a process.
+QUICK = ("test_reward", "test_attention", "test_folder", "test_first_day", "test_public")
+QUICK += ("test_readme", "test_results")
+EQUATIONS = ("papers_formula", "asymmetric_clip", "true_kl", "eq_1", "token_weights")  # test_grpo
+SLOW = ("train", "evaluat", "command", "linear", "checkpoint", "vit_b", "memory_of", "hash")
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        slow = any(word in item.name for word in SLOW)
+        equation = any(word in item.name for word in EQUATIONS)
+        if equation or item.path.stem in QUICK and not slow:
+            item.add_marker(pytest.mark.quick)
     if not HAS_GPU:
         for item in items:
             if "gpu" in item.keywords:
