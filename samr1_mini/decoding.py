@@ -57,7 +57,8 @@ class Cache:
         self.prompt = []  # of each layer: keys and values [2, b, KV, P, d]
         self.answers = []  # of each layer: keys and values [2, b, KV, G, capacity, d]
         columns = torch.arange(min(prompts), max(prompts))
-        # bool [b, longest - shortest prompt]: True for padding
+        # bool [b, longest - shortest prompt]: True for padding. Padding starts only after the
+        # length of the shortest prompt, so earlier columns are left out.
         self.padding = (columns >= torch.tensor(prompts)[:, None]).to(device)
 
     def grow(self) -> None:
@@ -93,8 +94,9 @@ class Cache:
         return self.attend_decoding(layer, query, key, value, scale)
 
     def attend_prefill(self, query, key, value, scale: float) -> torch.Tensor:
-        """Keep the prompts' keys and values of the next layer, and attend.
+        """Keep one layer's keys and values of the prompts, and attend.
 
+        The layers call this method in their order, so each call adds a layer to the cache.
         query [b, H, P, d], key and value [b, KV, P, d] -> [b, P, H, d].
         Right padding does not matter, because causal attention never looks to the right.
         """
@@ -114,7 +116,8 @@ class Cache:
     def write(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Write the next keys and values [2, b, KV, G, d].
 
-        Returns those of all tokens so far [2, b, KV, G, t, d], and None, as no column is empty.
+        Returns the keys and values of all tokens so far [2, b, KV, G, t, d], and None. The None
+        means that no column is empty.
         """
         answers = self.answers[layer][..., : self.tokens, :]
         answers[..., -1, :] = new
@@ -162,8 +165,8 @@ def new_cache(policy: Policy, prompts: list[Prompt], group: int) -> Cache:
 def recorded(read):
     """Record the GPU operations of `read()` as a CUDA graph.
 
-    Returns its output and a function. The function computes this output again, in place, from the
-    current contents of the inputs.
+    Returns the output of `read()` and a function. The function reads the current contents of the
+    inputs. It writes the new output over the old one.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
@@ -284,11 +287,11 @@ def generate(
     """Sample G = `group` answers to each of B prompts -> B lists of G completions.
 
     Temperature 0 takes the likeliest token (greedy). There is no top-k, no top-p and no repetition
-    penalty. The model's generation_config is ignored. So the sampled distribution is the trained
-    one, as GRPO's ratio requires.
+    penalty. The model's generation_config is ignored. So sampling and training use the same
+    distribution. GRPO's ratio requires this.
     uniforms [B, G, L] holds a uniform random number for every token. With these numbers, an answer
-    does not depend on the rest of the batch, except for rounding. If it is None, torch's global
-    generator draws the numbers.
+    does not depend on the rest of the batch, except for rounding. If `uniforms` is None, torch's
+    global generator draws the numbers.
     """
     shape = (len(prompts), group, max_new_tokens)
     if temperature == 0:
@@ -355,8 +358,8 @@ def completions(
 ) -> list[list[Completion]]:
     """Cut tokens [B, G, L] and their log-probabilities [B, G, L] into B lists of G completions.
 
-    An answer ends with its first stop token. While other answers continue, it gets more tokens.
-    These are left out.
+    An answer ends with its first stop token. Sampling goes on while other answers continue. The
+    tokens after the stop token are left out.
     """
     length = ids.shape[2]
     stopped = torch.isin(ids, policy.stop)  # [B, G, L]

@@ -81,10 +81,10 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tuple:
-    """Estimate the KL to the base model for each token [S], and find tokens above the bound [S].
+    """Return two values for each token [S]: the KL to the base model, and True above the bound.
 
-    Eq. (3) has no upper bound. One token that the base model finds e^16 times likelier would
-    decide the whole update. Above the bound, the KL of a token has no gradient.
+    Eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide the whole update.
+    Above the bound, the KL of a token has no gradient.
     """
     gap = reference - logp  # [S] log(pi_ref / pi)
     bounded = gap.clamp(max=bound)
@@ -100,7 +100,9 @@ def grpo_loss(
     lengths: list[list[int]],
     s: Settings,
 ) -> tuple[torch.Tensor, dict]:
-    """Return the loss, minus eq. (4) summed over groups, and values of each token [S] for the log.
+    """Return the loss, and values of each token [S] for the log.
+
+    The loss is the sum of eq. (4) over the groups, with a minus sign.
 
     logp       [S] log-probabilities under the policy, with gradient
     old        [S] under the policy that sampled
@@ -113,7 +115,7 @@ def grpo_loss(
     """
     ratio = (logp - old).exp()  # [S] rho = pi / pi_old
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)  # [S] clip-higher: eps_high > eps_low
-    # The lower value never rewards a move past the clip, also for negative advantages.
+    # The minimum gives no reward for a move past the clip. This holds for both signs of advantage.
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
     tokens = {
         "ratio": ratio,
@@ -308,7 +310,7 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, s: Settings, done: int) -> None:
-    """Set the learning rate of the optimizer step after `done` steps."""
+    """Set the learning rate of the next optimizer step. `done` steps came before this step."""
     warm = (done + 1) / max(1, s.warmup)
     for group in optimizer.param_groups:
         group["lr"] = s.lr * min(1.0, warm)

@@ -31,7 +31,8 @@ TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for
 # Model types that can be the policy, with their units: pixels, or thousandths of a side.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
-# The adapter is only in the language model. The vision tower has layers of the same names.
+# Only the language model gets an adapter. Layers of the vision tower have the same names. So the
+# pattern asks for "language_model".
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 TOWER_PIXELS = 4096 * 14 * 14  # most pixels in one call of the vision tower: 4,096 patches
@@ -76,7 +77,7 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def coordinate_range(self, size: int) -> int:
-        """Return the side of the picture: `size` pixels, or 1,000 thousandths."""
+        """Return the largest coordinate: `size` for pixels, 1,000 for thousandths."""
         if self.coordinates == "thousandths":
             return 1000
         return size
@@ -94,13 +95,17 @@ class Prompt:
     embeds: torch.Tensor  # [P, D] embeddings of text tokens, features of picture tokens
     positions: torch.Tensor  # [3, P] rotary positions in time, height and width (M-RoPE)
     picture: torch.Tensor  # bool [P], True for picture tokens
-    # Qwen3-VL adds one of these [picture tokens, D] after each of its first layers.
+    # Qwen3-VL: more features of the picture, each tensor [picture tokens, D]. After each of its
+    # first layers, the model adds one tensor to the hidden states.
     deep: tuple[torch.Tensor, ...] = ()
     opened: str = ""  # the answer's start, if the chat template writes it: "<think>\n"
 
     @property
     def next_position(self) -> int:
-        """Return an answer's first position. A picture has fewer positions than tokens."""
+        """Return an answer's first position.
+
+        This position is not P, because a picture has fewer positions than tokens.
+        """
         return int(self.positions.max()) + 1
 
 
@@ -117,8 +122,8 @@ def model_source(name: str | Path) -> str:
 def check_policy(name: str, image_size: int | None = None):
     """Return the configuration of a policy's folder or hub id. No weights are loaded.
 
-    Raises UserError for a model that is missing, damaged or of another kind. Also raises it if
-    `image_size` is no multiple of the model's cell, the pixels of one picture token.
+    Raises UserError for a model that is missing, damaged or of another kind. Raises UserError also
+    if `image_size` is no multiple of the cell. One picture token covers cell x cell pixels.
     """
     folder = Path(model_source(name))
     why = "there is no such folder, and the hub has no such model"
@@ -315,8 +320,9 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     """Lay prompts and answers in one row: [prompt 1, its answers, prompt 2, its answers, ...].
 
     groups: B lists of G answers, each a tensor of ids [L].
-    Returns the language model's arguments, and two tensors [S] over all answer tokens. The first
-    holds the index in the row of the state that predicts the token. The second holds the token.
+    Returns the language model's arguments, and two tensors [S] over all answer tokens. A token is
+    predicted by one hidden state. The first tensor holds the place of this state in the row. The
+    second tensor holds the id of the token.
     """
     device = policy.device
     # The last token of an answer is predicted and never read.

@@ -5,8 +5,9 @@
 No network is trained here. The policy gets no reward for its box. It gets reward for the mask that
 Segment Anything draws from the box and the points.
 
-Coordinates of an answer lie in a square. Its side is `side`: the pixels of the policy's picture, or
-1,000 thousandths. SAM and the true mask keep the picture's own size [H, W].
+Coordinates of an answer go from 0 to `side`. For answers in pixels, `side` is the size of the
+policy's picture. For answers in thousandths, `side` is 1,000. SAM and the true mask keep the
+picture's own size [H, W].
 
 A new term is one line in `reward_terms` and one setting NAME_weight in config.py. The log, the
 curves and the drawn sheets of answers then show the term.
@@ -60,7 +61,7 @@ def _number(value) -> float:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    """Return a JSON object. Raises ValueError if a name comes twice, as Python drops one."""
+    """Return a JSON object. Raises ValueError for a repeated name: Python would drop a value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a name comes twice in an object")
@@ -102,8 +103,8 @@ def _points(value, side: int, max_points: int) -> list[Point]:
 
 
 # Lenient reading accepts a box in any common notation. It first splits a text into numbers, words
-# and signs, with a blank between them. So line breaks and quotes do not matter. Each pattern reads
-# a part of the text only a few times, so the time is linear.
+# and signs, with a blank between them. So line breaks and quotes do not matter. No pattern reads
+# any part of the text more than a few times. So the time is linear in the length of the text.
 _TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _NUMBERS = r"[-\d.,()\[\]{ ]*"  # a stretch of numbers, brackets and commas
@@ -201,7 +202,7 @@ def read_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
     if not closed:
         raise ValueError("</answer> stands before <answer>")
     inside = re.sub("^```(json)?", "", inside.strip(), flags=re.I).removesuffix("```")
-    # parse_constant gets NaN and Infinity, which Python would accept as numbers
+    # json.loads accepts NaN and Infinity. For these words it calls parse_constant, which raises.
     content = json.loads(inside, object_pairs_hook=_object, parse_constant=_number)
     if not isinstance(content, dict):
         raise ValueError("the answer is not a JSON object")
@@ -318,7 +319,7 @@ def to_picture(answer: Answer, sample: Sample) -> tuple[Box, list[Point]]:
 def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> None:
     """Set the mask of each reward from its box and points, with one pass of SAM's encoder.
 
-    A data set without true masks has boxes alone. There a filled box is the mask.
+    Some data sets have true boxes but no masks. For these, an answer's filled box is its mask.
     """
     if not rewards:
         return
