@@ -153,6 +153,13 @@ def test_advantages_are_eq_1():
     assert advantages(rewards, "mean")[0].tolist() == pytest.approx([2.5, -1.5, -3.5, 2.5])
 
 
+def test_an_unknown_kind_of_advantage_is_refused_by_name():
+    with pytest.raises(ValueError, match="meen"):
+        advantages(torch.rand(2, 4), "meen")
+    with pytest.raises(UserError, match="--advantage .*meen"):
+        make_settings(preset="tiny", device="cpu", advantage="meen")
+
+
 def test_token_weights_against_sequence_weights_on_a_long_and_a_short_answer():
     token, sequence = token_weights([[9, 1]], "token"), token_weights([[9, 1]], "sequence")
     assert token.tolist() == pytest.approx([0.1] * 10) and sequence.tolist() == pytest.approx(
