@@ -11,7 +11,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-# Modules with models are imported in the functions, so that --help and mistakes answer at once.
+# Functions import the modules with models. So --help and wrong options are answered at once.
 from samr1_mini.files import check_adapter_files, replace_file, write_json
 from samr1_mini.config import (
     Parser,
@@ -51,36 +51,36 @@ USED = {  # the settings that an evaluation uses
 
 
 def make_parser() -> Parser:
-    """Return a parser of eval.py's own options and of the settings in USED."""
+    """Return a parser for the options of eval.py and for the settings in USED."""
     parser = Parser(prog="eval.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    adapter = "folder of an adapter; the settings of its run are used (default: the base model)"
+    adapter = "folder of an adapter. The settings of its run are used (default: the base model)"
     add("--adapter", help=adapter)
     splits = ("train", "validation", "test")
     add("--split", default="test", choices=splits, help="split of the data set (default test)")
     add("--count", type=int, help="number of questions (default: 600 drawn scenes, else all)")
-    blank = "show the policy a grey picture: the score that is left is guessing"
+    blank = "show the policy a grey picture, to measure the score of guessing"
     add("--blank", action="store_true", help=blank)
-    votes = "sampled answers to each question that vote on a mask (default 1, a greedy one)"
+    votes = "number of sampled answers that vote on a mask (default 1, a greedy answer)"
     add("--votes", type=int, default=1, help=votes)
-    add("--image", help="answer about this one picture instead of a data set")
-    add("--question", help="what to find in that picture")
-    add("--merge", help="write base and adapter as one bf16 model folder, and evaluate nothing")
+    add("--image", help="ask about one picture instead of a data set")
+    add("--question", help="question about the picture of --image")
+    add("--merge", help="write base model and adapter as one bf16 model folder, without evaluation")
     add("--out", default="eval", help="folder for results.json and pictures (default eval)")
     add_options(parser, USED)
     return parser
 
 
 def check_options(options: Namespace) -> None:
-    """Refuse options of eval.py that cannot work. Raises UserError."""
+    """Raise UserError if options of eval.py are invalid."""
     if (options.image is None) != (options.question is None):
-        raise UserError("--image and --question go together")
+        raise UserError("use --image and --question together")
     if options.question is not None and not options.question.strip():
         raise UserError("--question is empty")
     if options.merge is not None and options.adapter is None:
         raise UserError("--merge needs --adapter")
     if options.merge is not None and Path(options.merge).exists():
-        raise UserError(f"--merge {options.merge}: this exists already")
+        raise UserError(f"--merge {options.merge}: this folder or file exists already")
     if options.count is not None and options.count < 1:
         raise UserError(f"--count must be at least 1, not {options.count}")
     if options.votes < 1:
@@ -90,12 +90,15 @@ def check_options(options: Namespace) -> None:
 
 
 def settings_file(adapter: str) -> Path:
-    """Return the settings file of the run that trained an adapter."""
+    """Return the path of the settings file of the adapter's run."""
     return Path(adapter).resolve().parent / "settings.json"
 
 
 def settings_of_run(options: Namespace, typed: dict) -> dict:
-    """Return the settings in USED of the adapter's run, if its file exists. Raises UserError."""
+    """Return the settings in USED from the adapter's run, or {} without its settings file.
+
+    Raises UserError if --preset differs from the preset of the run.
+    """
     if options.adapter is None or not settings_file(options.adapter).is_file():
         return {}
     saved = read_settings(settings_file(options.adapter))
@@ -104,12 +107,12 @@ def settings_of_run(options: Namespace, typed: dict) -> dict:
     if saved.get("prompt_file"):
         saved["prompt_file"] = str(settings_file(options.adapter).with_name("prompt.txt"))
     if "preset" in typed and typed["preset"] != saved.get("preset"):
-        raise UserError("--preset is for a base model: this adapter has the settings of its run")
+        raise UserError("--preset is for a base model: an adapter uses the settings of its run")
     return {name: saved[name] for name in USED - {"device"} if name in saved}
 
 
 def describe_adapter(settings: Settings, options: Namespace, typed: dict) -> str:
-    """Write the line that is printed first if there is an adapter."""
+    """Return the line that describes the adapter and its settings."""
     line = (
         f"adapter {options.adapter} on policy {settings.policy}, {settings.load_in}, "
         f"SAM {settings.sam}, data {settings.data}"
@@ -117,12 +120,12 @@ def describe_adapter(settings: Settings, options: Namespace, typed: dict) -> str
     if typed:
         line += "; you set " + ", ".join(f"{name} = {value}" for name, value in typed.items())
     if not settings_file(options.adapter).is_file():
-        line += f"; no settings.json beside it, so all else is that of preset {settings.preset}"
+        line += f"; no settings.json was found, so the rest is from preset {settings.preset}"
     return line
 
 
 def parse(argv: list[str] | None) -> tuple[Settings, Namespace, str]:
-    """Read the command line. Returns settings, the options of eval.py, and a line to print."""
+    """Read the command line. Return the settings, the options of eval.py, and a line to print."""
     parser = make_parser()
     given = vars(parser.parse(argv))
     options = Namespace(**{name: given[name] for name in given if name not in USED})
@@ -130,7 +133,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, Namespace, str]:
     try:
         check_options(options)
         settings, line = make_settings(**settings_of_run(options, typed) | typed)
-        if options.merge is None:  # the CPU is enough to merge
+        if options.merge is None:  # a merge needs no GPU
             check_machine(settings, typed.get("device"))
     except UserError as error:
         parser.error(str(error))
@@ -143,7 +146,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, Namespace, str]:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder. Raises UserError, with the option's name, if no file can be written there."""
+    """Make a folder. Raise UserError with the name of `option` if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -152,25 +155,25 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 def read_picture(options: Namespace) -> list:
-    """Return one sample from --image and --question. Raises UserError."""
+    """Return one sample from --image and --question. Raise UserError if one of them is invalid."""
     import numpy as np
 
     from samr1_mini.data import Sample, clean_question, open_picture
 
     try:
         image = open_picture(options.image)
-    except (OSError, ValueError) as error:  # no picture, cut off, or far too large
+    except (OSError, ValueError) as error:  # no picture, truncated or far too large
         raise UserError(f"--image {options.image}: {error}") from None
     try:
         question = clean_question(options.question)
     except ValueError as error:
         raise UserError(f"--question: {error}") from None
-    unknown = np.ones((image.height, image.width), bool)  # the true mask, which is not drawn
+    unknown = np.ones((image.height, image.width), bool)  # no true mask: a placeholder
     return [Sample(image, question, unknown, options.image)]
 
 
 def open_input(settings: Settings, options: Namespace):
-    """Open the data set or the one picture, before any model is loaded."""
+    """Open the data set or the single picture. No model is loaded yet."""
     from samr1_mini.data import open_data
 
     make_folder(Path(options.out), f"--out {options.out}")
@@ -191,9 +194,10 @@ def open_input(settings: Settings, options: Namespace):
 
 
 def refuse_too_little_memory(settings: Settings) -> None:
-    """Refuse weights that are larger than the GPU's free memory, before they are downloaded.
+    """Raise UserError if the weights need more than the GPU's free memory.
 
-    A check that fails is left out.
+    This check is before the download. If the check itself fails, one line prints the error, and the
+    program continues.
     """
     if settings.device != "cuda":
         return
@@ -228,7 +232,7 @@ def load(settings: Settings, options: Namespace) -> tuple:
 
 
 def describe_evaluation(settings: Settings, options: Namespace, ids: list[str]) -> str:
-    """Write everything that decides the answers, in one line of JSON."""
+    """Return all inputs that change the answers, as one line of JSON."""
     used = {name: getattr(settings, name) for name in sorted(USED)}
     time = 0
     if options.adapter is not None:
@@ -237,7 +241,7 @@ def describe_evaluation(settings: Settings, options: Namespace, ids: list[str]) 
 
 
 def print_scores(summary: dict, data, settings: Settings, options: Namespace, batch: int) -> None:
-    """Print the table of scores, and the conventions that they follow."""
+    """Print the table of scores and their conventions."""
     from samr1_mini.evaluation import score_table
 
     print(f"{options.split} split{blanked(options)}, {summary['count']} questions")
@@ -251,30 +255,30 @@ def print_scores(summary: dict, data, settings: Settings, options: Namespace, ba
     print(f"95 % bootstrap interval {interval}")
     print(f"boxes with IoU above 0.5 (REC accuracy): {summary['box_accuracy']:.3f}")
     if data.box_only:
-        print("this data set has boxes and no masks: all of the above compares boxes")
+        print("this data set has boxes and no masks, so all scores above compare boxes")
     expressions = "all expressions" if settings.sentences == "all" else "first expression"
     print(
         f"conventions: {expressions} of an object, undecided pixels {settings.ignore}, "
         f"questions with an empty true mask {settings.empty_truth} "
-        "(correct: an empty mask there counts as IoU 1)"
+        "(correct: an empty mask has IoU 1 there)"
     )
     answers = "greedy"
     if options.votes > 1:
         answers = f"the majority of {options.votes} answers at temperature 1"
-    print(f"{answers}, {batch} questions in one batch; SAM's highest-scored mask counts")
+    print(f"{answers}, {batch} questions in one batch. SAM's mask with the highest score counts")
     if options.votes > 1:
-        print("'format' counts the questions with at least one answer in the format")
-    print("an answer outside the format counts 0, or under 'lenient' by its last box")
-    print("an answer that cannot be read counts 0 whatever the truth is")
+        print("'format' is the share of questions with at least one answer in the format")
+    print("an answer outside the format counts 0. 'lenient' uses its last box instead")
+    print("an answer that cannot be read counts 0 for every true mask")
 
 
 def blanked(options: Namespace) -> str:
-    """Return words for titles."""
+    """Return the words about --blank in titles, or ""."""
     return ", blanked to grey" if options.blank else ""
 
 
 def best_middle_worst(rows: list) -> tuple[list, str]:
-    """Return up to twelve rows to be drawn, and a title."""
+    """Return up to twelve rows for the sheet, and its title."""
     ranked = sorted(rows, key=lambda row: row.iou, reverse=True)
     if len(ranked) <= 12:
         return ranked, "All answers, best first"
@@ -284,7 +288,7 @@ def best_middle_worst(rows: list) -> tuple[list, str]:
 
 
 def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
-    """Evaluate a data set: print a table, write results.json and a sheet of answers."""
+    """Evaluate a data set, print a table, and write results.json and a sheet of answers."""
     from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
     from samr1_mini.processes import is_first
 
@@ -316,7 +320,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
 
 
 def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
-    """Answer about one picture: print the text, write the mask and a picture with the answer."""
+    """Ask about one picture, print the answer, and write its mask and an overlay."""
     from PIL import Image
 
     from samr1_mini.evaluation import evaluate, shown
@@ -332,21 +336,21 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
     stem = Path(options.out) / Path(options.image).stem
     print(panel.text)
     if mask is None:
-        print(f"no box can be read from this: {panel.reward.answer.why}")
+        print(f"no box can be read from this answer: {panel.reward.answer.why}")
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
     if mask is not None:
         Image.fromarray(mask).save(f"{stem}-mask.png")
         print(f"mask: {mask.mean():.1%} of the picture, {stem}-mask.png")
     overlay = f"{stem}-overlay.png"
-    sample_sheet(overlay, [panel], size, "What the policy sees in it", truth=False)
+    sample_sheet(overlay, [panel], size, "Answer of the policy", truth=False)
     print(f"overlay: {overlay}")
 
 
 def merge(name: str, adapter: str, folder: str) -> None:
-    """Add an adapter to the weights of the policy `name`, and write both as a bf16 model folder.
+    """Add an adapter to the weights of the policy `name`, and write a bf16 model folder.
 
-    Raises UserError if the folder cannot be written. Then nothing is left of it.
+    Raises UserError if the folder cannot be written. Then no partial folder remains.
     """
     from safetensors import SafetensorError
 

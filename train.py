@@ -21,16 +21,16 @@ from samr1_mini.stops import outlive_terminal
 
 OUT_OF_MEMORY = (
     "GPU memory ran out. If a step was saved, continue with --resume and a lower --max-new-tokens "
-    "or --micro. Otherwise start again with these, --checkpointing, a lower --group, or --load-in "
-    "nf4. `--rehearse 1` forecasts what fits"
+    "or --micro. Otherwise start again: lower --max-new-tokens, --micro or --group, or add "
+    "--checkpointing or --load-in nf4. `--rehearse 1` forecasts the sizes that fit"
 )
 
 
 def print_forecast(settings: Settings) -> None:
-    """Print the expected memory and hours. Raises UserError if the GPU cannot hold the weights.
+    """Print the forecast of memory and hours. Raise UserError if the GPU cannot hold the weights.
 
-    If the forecast itself fails, training starts all the same. Then one line says so, and the
-    memory that the preset needs is compared with the free memory.
+    If the forecast itself fails, training starts without it. One line prints the error. A second
+    line is a warning if the preset needs more than the free memory.
     """
     try:
         from samr1_mini.forecast import forecast_line
@@ -49,7 +49,7 @@ def print_forecast(settings: Settings) -> None:
 
 def run(settings: Settings) -> None:
     """Train, or rehearse the training with random weights."""
-    # Imported late: --help and wrong options are answered at once.
+    # Imported here, so that --help and wrong options are answered at once.
     if settings.rehearse:
         from samr1_mini.rehearse import rehearse
 
@@ -57,16 +57,16 @@ def run(settings: Settings) -> None:
         return
     from samr1_mini.grpo import train
 
-    # The forecast is for one process.
+    # The forecast describes a training with one process.
     if settings.device == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1":
         print_forecast(settings)
     train(settings)
 
 
 def leave(error: Exception) -> None:
-    """Print one line and exit with code 2. Of several processes only the first one prints.
+    """Print one line and exit with code 2. With several processes only the first process prints.
 
-    The first process knows the errors of the others (processes.fail_together).
+    The first process knows the errors of all processes (processes.fail_together).
     """
     if os.environ.get("RANK", "0") != "0":
         sys.exit(2)
@@ -80,17 +80,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cap_memory(settings)
         run(settings)
-    except (UserError, OSError) as error:  # an OSError is most likely a full disk
+    except (UserError, OSError) as error:  # most OSErrors come from a full disk
         leave(error)
     except (OutOfMemoryError, AcceleratorError) as error:
         if isinstance(error, AcceleratorError) and "out of memory" not in str(error):
-            raise  # a fault of the GPU or of the code, and its traceback is needed
+            raise  # an error of the GPU or of the code, which needs its traceback
         leave(UserError(f"{OUT_OF_MEMORY} ({error})"))
     except Terminated as error:
         print(f"train.py: terminated ({error})", file=sys.stderr)
         sys.exit(128 + error.number)
     except KeyboardInterrupt:  # before the first step, after the last step, or a second Ctrl-C
-        print("\nstopped; the states saved before stay, see --resume", file=sys.stderr)
+        print("\nstopped. Saved states remain, see --resume", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,7 +1,7 @@
-"""The columns of metrics.jsonl, which has one line a step.
+"""Describe the columns of metrics.jsonl. This file has one line for each step.
 
-A reward term of your own logs a column under its own name, between "reward" and "zero_variance". It
-needs no entry here.
+A new reward term logs a column with the name of the term, between "reward" and "zero_variance".
+This column needs no entry here.
 """
 
 COLUMNS = {
@@ -27,7 +27,8 @@ COLUMNS = {
     "clip_low": "share of tokens clipped at 1 - eps_low",
     "clip_high": "share of tokens clipped at 1 + eps_high",
     "entropy": "entropy of the distribution of the next token, nats a token",
-    "grad_norm": "norm of the gradient before it is scaled to --max-grad-norm, mean over updates (0: skipped)",
+    "grad_norm": "norm of the gradient before it is scaled to --max-grad-norm, "
+    "mean over updates (0: skipped)",
     "skipped_updates": "number of updates without a finite gradient; only in steps that have some",
     "lr": "learning rate of the last update",
     "seconds_update": "seconds of the updates",
@@ -39,13 +40,14 @@ COLUMNS = {
     "validation_gIoU_lenient": "the same, and a box in any shape counts",
     "validation_cIoU": "sum of intersections over sum of unions of the validation questions",
     "validation_format": "share of validation answers in the format",
-    "validation_box_accuracy": "share of validation answers in the format whose box has an IoU above 0.5",
+    "validation_box_accuracy": "share of validation answers in the format whose box has an IoU "
+    "above 0.5",
     "validation_truncated": "share of validation answers cut off at --max-new-tokens",
 }
 
 
 def new_terms(line: dict) -> list[str]:
-    """Return the reward terms of your own in a log line."""
+    """Return the names of the new reward terms in a log line."""
     names = list(line)
     first = names.index("reward")
     last = names.index("zero_variance")
@@ -58,7 +60,7 @@ def weight_option(term: str) -> str:
 
 
 def explain(name: str) -> str:
-    """Return one line on a column, with its unit."""
+    """Return a description of a column in one line, with its unit."""
     if name in COLUMNS:
         return COLUMNS[name]
-    return f"a column of your own; if it is a reward term, {weight_option(name)} is its weight"
+    return f"a new column. If it is a reward term, {weight_option(name)} sets its weight"

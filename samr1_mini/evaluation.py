@@ -1,8 +1,9 @@
-"""Evaluation on held-out questions, with the parser, the SAM and the rules of training.
+"""Evaluate on held-out questions, with the parser, the SAM and the rules of training.
 
-Two scores are always given together. For gIoU, an answer outside the format counts 0, and its true
-mask is added to cIoU's union. For gIoU_lenient, a box in any shape in the text counts. So a gain in
-gIoU_lenient does not come from the format.
+An evaluation always returns a strict and a lenient score. In the strict scores gIoU and cIoU, an
+answer outside the format has intersection 0, and its union is the true mask. In the lenient score
+gIoU_lenient, a box in any format counts. A gain in gIoU_lenient therefore does not come from the
+format.
 """
 
 import json
@@ -33,32 +34,32 @@ GREY = (128, 128, 128)
 
 @dataclass
 class ScoredAnswer:
-    """One evaluated question in numbers and texts; `shown` makes its picture and mask again."""
+    """Hold the texts and numbers of one evaluated question. `shown` restores picture and mask."""
 
-    index: int  # the question's place in the data
+    index: int  # index of the question in the data set
     id: str
-    picture: str  # questions with the same name are about the same picture
+    picture: str  # name of the picture, which several questions can share
     kind: str
     question: str
-    texts: list[str]  # all answers: one if greedy
-    text: str  # the answer that counts: the middle one of the vote
+    texts: list[str]  # all answers (a greedy evaluation has one)
+    text: str  # the scored answer, see judge
     truncated: bool
     in_format: bool
-    why: str  # the fault of the format
+    why: str  # the error in the format
     box_iou: float
-    pair: tuple[int, int]  # intersection and union, pixels, read leniently
-    strict: tuple[int, int]  # the same, 0 outside the format
-    ceiling: float | None = None  # IoU of SAM's mask from the true box; None without an object
+    pair: tuple[int, int]  # intersection and union in pixels, for the lenient score
+    strict: tuple[int, int]  # the same for the strict score: intersection 0 outside the format
+    ceiling: float | None = None  # IoU of SAM's mask from the true box, None without an object
 
     @property
     def iou(self) -> float:
-        """IoU of the mask, read leniently."""
+        """Return the lenient IoU of the mask, 0 to 1."""
         return iou(*self.pair)
 
 
 @dataclass
 class Panel:
-    """One evaluated question with its picture and its mask, to be drawn by plots.py."""
+    """Hold one evaluated question with its picture and its mask. plots.py draws it."""
 
     sample: Sample
     text: str
@@ -71,7 +72,7 @@ def fraction(values: Iterable[bool]) -> float:
 
 
 def scores(rows: list[ScoredAnswer]) -> dict:
-    """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the count."""
+    """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the question count."""
     strict = [row.strict for row in rows]
     lenient = [row.pair for row in rows]
     return {
@@ -85,15 +86,15 @@ def scores(rows: list[ScoredAnswer]) -> dict:
 
 @dataclass
 class Report:
-    """The scored answers of an evaluation, in the order of the data."""
+    """Hold the scored answers of an evaluation, in the order of the data."""
 
     rows: list[ScoredAnswer]
 
     def summary(self) -> dict:
         """Return the scores of all questions and of each kind, with 95 % intervals over pictures.
 
-        box_accuracy is the share of answers in the format whose box has an IoU above 0.5 (REC
-        accuracy). truncated is the share of answers that were cut off.
+        box_accuracy (REC accuracy) is a share of all answers: those in the format with a box IoU
+        above 0.5. truncated is the share of answers that were cut off.
         """
         rows = self.rows
         strict = [row.strict for row in rows]
@@ -111,7 +112,7 @@ class Report:
         return summary
 
     def each(self) -> list[dict]:
-        """Return each question's answer and scores, to compare two runs question by question."""
+        """Return the answer and the scores of each question. Two runs can then be compared."""
         lines = []
         for row in self.rows:
             line = asdict(row)
@@ -122,16 +123,16 @@ class Report:
 
     @property
     def ceiling(self) -> dict:
-        """gIoU of SAM's masks from the true boxes, after evaluate(with_ceiling=True).
+        """Return the gIoU of SAM's masks from the true boxes, after evaluate(with_ceiling=True).
 
-        No box without points could score higher.
+        Answers with a box and without points can hardly score higher.
         """
         values = [r.ceiling for r in self.rows if r.ceiling is not None]
         return {"gIoU": float(np.mean(values)), "count": len(values)}
 
 
 def score_table(title: str, rows: dict[str, dict]) -> str:
-    """Write a table of scores, a line a row. A row may have gIoU alone."""
+    """Return a table of scores as text, with one line for each row. A row may have gIoU alone."""
     lines = [f"{title:<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
     for name, x in rows.items():
         line = f"{name:<24}{x['gIoU']:>8.3f}"
@@ -142,7 +143,7 @@ def score_table(title: str, rows: dict[str, dict]) -> str:
 
 
 def before_after(summary: dict) -> str:
-    """Write the table that is printed at the end of a run, from summary.json."""
+    """Return the table that a run prints at its end. `summary` is the content of summary.json."""
     rows = {
         "base": summary["base"],
         "trained": summary["trained"],
@@ -161,15 +162,16 @@ def policy_image(sample: Sample, size: int) -> Image.Image:
 
 @torch.no_grad()
 def read_questions(policy: Policy, samples: list[Sample], size: int) -> list[Prompt]:
-    """Encode pictures, as squares of `size` pixels, and questions of samples."""
+    """Encode the questions and the pictures of samples. Pictures become size x size pixels."""
     images = [policy_image(sample, size) for sample in samples]
     return encode(policy, images, [sample.question for sample in samples])
 
 
 def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray | None]:
-    """Return the index of the middle one of some rewards, and the mask for which they vote.
+    """Return the index of the middle reward, and the majority mask, bool [H, W].
 
-    Without voters these are 0 and None.
+    `voters` lists the indices of the rewards that vote (metrics.vote). Without voters the function
+    returns 0 and None.
     """
     if not voters:
         return 0, None
@@ -182,12 +184,15 @@ def judge(
 ) -> tuple[int, Reward, tuple[int, int], tuple[int, int]]:
     """Score the answers to one question. Several answers vote on a mask.
 
-    Strict scores count the votes of the answers in the format. Lenient scores count the votes of
-    all answers that can be read.
+    In the strict vote only the answers in the format vote. In the lenient vote all answers with a
+    readable box vote.
 
-    Returns four values. The index of the answer that counts: the middle one of the strict vote,
-    else of the lenient vote, else 0. Its reward, with the mask that was voted for. Intersection
-    and union in pixels, lenient and strict.
+    Returns four values:
+    - The index of the scored answer. It is the middle answer of the strict vote. Without voters it
+      is the middle answer of the lenient vote, or 0.
+    - The reward of the scored answer, with the majority mask of this vote.
+    - Intersection and union in pixels of the lenient vote.
+    - Intersection and union in pixels of the strict vote.
     """
     answers = [read_answer(text, coordinate_range, s.max_points) for text in texts]
     rewards = score_group(segmenter, x, [read_leniently(answer) for answer in answers], s)
@@ -212,7 +217,7 @@ def score_question(
     s: Settings,
     coordinate_range: int,
 ) -> ScoredAnswer:
-    """Score the answers to question number `index`."""
+    """Score the answers to one question. `index` is its index in the data set."""
     texts = [answer.text for answer in answers]
     chosen, reward, lenient, strict = judge(segmenter, x, texts, s, coordinate_range)
     return ScoredAnswer(
@@ -233,7 +238,7 @@ def score_question(
 
 
 def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
-    """Return the IoU of SAM's mask from the true box; None if the true mask is empty."""
+    """Return the IoU of SAM's mask from the true box, or None if the true mask is empty."""
     if x.box_only:
         return 1.0  # boxes are compared with boxes
     if not x.mask.any():
@@ -246,11 +251,11 @@ def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
 
 
 def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
-    """Return how many questions are answered in one batch: --eval-batch, or about 16,000 prompt
-    tokens.
+    """Return the number of questions in one batch.
 
-    Votes share these tokens. On a GPU the batch is smaller where free memory is short. On a CPU the
-    number depends on the settings alone, because padding can move greedy answers.
+    The number is --eval-batch. If --eval-batch is 0, the batch has about 16,000 prompt tokens, and
+    `votes` divides this number. On a GPU with little free memory the batch is smaller. On a CPU the
+    number depends on the settings alone, because padding can change greedy answers.
     """
     if s.eval_batch:
         return s.eval_batch
@@ -262,7 +267,7 @@ def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
 
 
 def read_samples(data, indices: Iterable[int], s: Settings) -> dict[int, Sample]:
-    """Read some questions by index, without those that --empty-truth excludes."""
+    """Read questions by index, and leave out the questions that --empty-truth excludes."""
     samples = {i: data[i] for i in indices}
     if s.empty_truth == "excluded":
         samples = {i: x for i, x in samples.items() if x.mask.any()}
@@ -272,7 +277,10 @@ def read_samples(data, indices: Iterable[int], s: Settings) -> dict[int, Sample]
 def answer_batch(
     policy: Policy, samples: dict[int, Sample], s: Settings, blank: bool, votes: int
 ) -> list[list[Completion]]:
-    """Answer some questions in one batch: one greedy answer each, or `votes` at temperature 1."""
+    """Answer questions in one batch.
+
+    Each question gets one greedy answer, or `votes` answers sampled at temperature 1.
+    """
     seen = list(samples.values())
     if blank:
         seen = [replace(x, image=Image.new("RGB", x.image.size, GREY)) for x in seen]
@@ -280,7 +288,7 @@ def answer_batch(
     if votes == 1:
         return generate(policy, prompts, 1, s.max_new_tokens, temperature=0)
     uniforms = []
-    for i in samples:  # the seed is that of the question's place, whatever the batch is
+    for i in samples:  # the seed depends on the question's index and not on the batch
         seed = torch.Generator().manual_seed(s.seed * 10**6 + i)
         uniforms.append(torch.rand(votes, s.max_new_tokens, generator=seed))
     uniforms = torch.stack(uniforms)  # [B, votes, L]
@@ -296,7 +304,7 @@ def answer_and_score(
     with_ceiling: bool,
     votes: int,
 ) -> dict[int, ScoredAnswer]:
-    """Answer and score some questions in one batch; see evaluate."""
+    """Answer and score questions in one batch. See evaluate."""
     coordinate_range = policy.coordinate_range(s.image_size)
     groups = answer_batch(policy, samples, s, blank, votes)
     rows = {}
@@ -308,9 +316,9 @@ def answer_and_score(
 
 
 class KeptRows:
-    """A file with the rows of an evaluation, from which the same evaluation can continue.
+    """Keep the rows of an evaluation in a file. A later call can continue the same evaluation.
 
-    The first line says what is evaluated. Each further line holds the rows of a batch.
+    The first line, `what`, describes the evaluation. Each further line holds the rows of one batch.
     """
 
     def __init__(self, path: Path, what: str):
@@ -318,27 +326,27 @@ class KeptRows:
         self.what = what
 
     def read(self) -> dict[int, ScoredAnswer]:
-        """Return the rows by index. A file of another evaluation begins anew."""
+        """Return the kept rows by index. A file of another evaluation is emptied first."""
         try:
-            # Text after the last end of line was cut off by a kill, and is removed.
+            # A kill can leave an incomplete last line. This line is removed.
             first, *lines, _ = self.path.read_text(encoding="utf-8").split("\n")
             if first == self.what:
                 self.path.write_text("\n".join([first, *lines, ""]), encoding="utf-8")
                 rows = [ScoredAnswer(**row) for line in lines for row in json.loads(line)]
                 return {row.index: row for row in rows}
         except (OSError, ValueError, TypeError):
-            pass  # there is nothing that can be used
+            pass  # the file holds nothing usable
         self.path.write_text(f"{self.what}\n", encoding="utf-8")
         return {}
 
     def append(self, rows: Iterable[ScoredAnswer]) -> None:
-        """Write the rows of a batch."""
+        """Append the rows of one batch to the file."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps([asdict(row) for row in rows]) + "\n")
 
 
 def batches(indices: range, size: int, name: str) -> Iterator[range]:
-    """Yield indices batch by batch. With a name, the first process shows a progress bar."""
+    """Yield `indices` in batches of `size`. With a name the first process shows a progress bar."""
     quiet = not (name and is_first())
     starts = range(0, len(indices), size)
     for start in tqdm(starts, name, disable=quiet, leave=False, dynamic_ncols=True):
@@ -356,22 +364,26 @@ def evaluate(
     votes: int = 1,
     keep: tuple[Path, str] | None = None,
 ) -> Report:
-    """Answer every question of `data` and score the answers; several processes share the questions.
+    """Answer every question of `data` and score the answers.
 
-    Answers are greedy. `votes` above 1 samples so many at temperature 1, the same ones every time.
-    `name` is the label of the progress bar. `blank` shows the policy (not SAM) a grey picture: the score
-    that is left is guessing. `with_ceiling` also scores SAM's masks from the true boxes.
-    `keep` is a path and a line on what is evaluated. Rows are kept in a file at this path, with the
-    number of the process added. A later call with the same line continues there.
+    Several processes share the questions. Arguments:
+    - `name` is the label of the progress bar.
+    - `blank` shows the policy a grey picture, so the score measures guessing. SAM sees the true
+      picture.
+    - `with_ceiling` also scores SAM's masks from the true boxes.
+    - `votes` 1 takes one greedy answer. A larger number samples that many answers at temperature 1.
+      The same seed gives the same answers.
+    - `keep` is a path and a line that describes the evaluation. A file at this path keeps the rows,
+      and its name ends in the number of the process. A later call with the same line continues.
 
-    Padding can change a greedy answer by rounding. With s.eval_batch = 1 there is no padding.
-    Raises UserError if no question is left.
+    Padding changes rounding, and rounding can change a greedy answer. s.eval_batch = 1 has no
+    padding. Raises UserError if --empty-truth excludes every question.
     """
     processes = join_processes(s.device)
     size = batch_size(policy, s, votes)
     assigned = share(range(len(data)))
     kept = None
-    if keep:  # a line of the file depends on the number of processes and on the batch size
+    if keep:  # the rows of a file depend on the number of processes and on the batch size
         file = Path(f"{keep[0]}.{processes.process_index}")
         kept = KeptRows(file, f"{keep[1]} {processes.num_processes} {size}")
 
@@ -406,7 +418,7 @@ def shown(
     s: Settings,
     coordinate_range: int,
 ) -> list[Panel]:
-    """Make the pictures and masks of a few rows again, from their texts.
+    """Restore the pictures and masks of a few rows from their texts.
 
     For `coordinate_range` see Policy.coordinate_range.
     """
@@ -427,7 +439,7 @@ def draw_sheet(
     rows: Iterable[ScoredAnswer],
     s: Settings,
 ) -> None:
-    """Write a PNG with one panel for each of a few rows; see plots.sample_sheet."""
+    """Write a PNG with one panel for each row. See plots.sample_sheet."""
     coordinate_range = policy.coordinate_range(s.image_size)
     panels = shown(segmenter, data, rows, s, coordinate_range)
     sample_sheet(path, panels, coordinate_range, title)

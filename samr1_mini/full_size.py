@@ -1,7 +1,7 @@
-"""Policies of the published full sizes with random weights. Nothing is downloaded.
+"""Build policies of the published full sizes with random weights. Nothing is downloaded.
 
-The shapes are those of config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct. "small" is a
-shape that two CPU cores run.
+The shapes "3b" and "7b" are from config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct. The
+shape "small" runs on two CPU cores.
 """
 
 import torch
@@ -64,7 +64,7 @@ SMALL_VISION = VISION | dict(
 def shape_config(shape: str) -> Qwen2_5_VLConfig:
     """Return the configuration of "3b", "7b" or "small".
 
-    Its special tokens are those of the tiny tokenizer, because Qwen's would be a download.
+    The special tokens are from the tiny tokenizer, because Qwen's tokenizer needs a download.
     """
     token_id = AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids
     text = dict(SHAPES[shape])
@@ -90,7 +90,7 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
 
 
 def shape_processor(config: Qwen2_5_VLConfig) -> ProcessorMixin:
-    """Return the tiny policy's processor. It cuts pictures as a model of this shape does."""
+    """Return the processor of the tiny policy, with the patch size of this shape."""
     processor = AutoProcessor.from_pretrained(TINY)
     cell = cell_size(config)
     processor.image_processor.patch_size = config.vision_config.patch_size
@@ -101,7 +101,7 @@ def shape_processor(config: Qwen2_5_VLConfig) -> ProcessorMixin:
 def empty_base(
     config: Qwen2_5_VLConfig, load_in: str, dtype: torch.dtype
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Return a model of this shape on the meta device, in the classes of a real load."""
+    """Return a model of this shape on the meta device, with the classes of a real load."""
     with init_empty_weights():
         base = Qwen2_5_VLForConditionalGeneration._from_config(
             config, attn_implementation=IMPLEMENTATION, dtype=dtype
@@ -116,9 +116,9 @@ def empty_base(
 def random_policy(
     config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool
 ) -> Policy:
-    """Return a policy of this shape with random weights, in the classes of a real load.
+    """Return a policy of this shape with random weights, with the classes of a real load.
 
-    Each weight is drawn and quantised by itself on `device`, so little memory is needed.
+    Each weight is drawn and quantised separately on `device`. So little memory is needed.
     """
     dtype = compute_dtype(load_in, device)
     base = empty_base(config, load_in, dtype)

@@ -1,6 +1,6 @@
-"""Find out whether PyTorch can use this machine's GPU, and how much of its memory is free.
+"""Find a GPU that PyTorch can use, and read the amount of its free memory.
 
-This module imports nothing else of the package, because the settings use it before large imports.
+This module imports no other module of the package. The settings use it before slow imports.
 """
 
 import os
@@ -18,29 +18,30 @@ GIB = 2**30
 DRIVER_FILE = Path("/proc/driver/nvidia/version")  # Linux: the driver writes its version there
 WSL_DEVICE = Path("/dev/dxg")  # WSL: the GPU of the Windows machine
 WSL_TOOL = Path("/usr/lib/wsl/lib/nvidia-smi")
-# CUDA's major version -> the oldest driver that runs it, by NVIDIA's release notes
+# CUDA's major version -> the oldest driver that supports it (NVIDIA's release notes)
 OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
 WHEELS = "https://download.pytorch.org/whl/cu130"
 HIDES_ALL = ("", "-1", "none")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
 
 
 def gpu_is_usable() -> bool:
-    """Return whether PyTorch finds a GPU and has kernels for it."""
+    """Return True if PyTorch finds a GPU and has kernels for it."""
     return torch.cuda.is_available() and has_kernels(
         torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
     )
 
 
 def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Return whether code built for `built_for`, such as ["sm_80", "compute_90"], runs on this GPU.
+    """Return True if PyTorch's code runs on a GPU of this compute capability (major, minor).
 
-    Machine code (sm) needs a GPU with the same major version and an equal or higher minor version.
-    PTX (compute) is translated for every newer GPU. The suffix "a" requires exactly this version of
-    the GPU, and "f" the same major version.
+    `built_for` lists the architectures of the code, such as ["sm_80", "compute_90"]. Machine code
+    (sm) needs a GPU of the same major version and an equal or higher minor version. PTX (compute)
+    is translated for every newer GPU. Code with the suffix "a" runs only on its own version. Code
+    with the suffix "f" needs the same major version.
     """
     known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
     known = [entry.groups() for entry in known if entry]
-    if not known:  # a build for another maker's GPUs, with other names
+    if not known:  # a build for GPUs of another maker has other names
         return True
     for kind, major, minor, ending in known:
         built = int(major), int(minor)
@@ -56,7 +57,7 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 
 def gpu_fault() -> str:
-    """Return one line that says why PyTorch cannot use a GPU here, or "" if it can."""
+    """Return the reason why PyTorch cannot use a GPU here, in one line. Return "" if it can."""
     if gpu_is_usable():
         return ""
     if torch.cuda.is_available():
@@ -71,12 +72,12 @@ def gpu_fault() -> str:
     if driver is None:
         return missing_cuda("no GPU was found")
     if torch.version.cuda is None:
-        return missing_cuda(f"there is {driver_name(driver)}")
+        return missing_cuda(f"{driver_name(driver)} is installed")
     return driver_fault(driver)
 
 
 def missing_cuda(found: str) -> str:
-    """Return the text `found`. Add advice if this PyTorch was built without CUDA."""
+    """Return the text `found`. If PyTorch was built without CUDA, add advice."""
     if torch.version.cuda or torch.version.hip or sys.platform == "darwin":
         return found
     torch_version = torch.__version__.split("+")[0]
@@ -91,7 +92,7 @@ def missing_cuda(found: str) -> str:
 
 
 def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver, "" where it cannot be read, None without a driver."""
+    """Return the version of NVIDIA's driver, "" if it is unreadable, None without a driver."""
     try:
         return first_version(DRIVER_FILE.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -110,20 +111,20 @@ def driver_version() -> str | None:
 
 
 def first_version(text: str) -> str:
-    """Return the first number like 570.86.15 in `text`, "" where there is none."""
+    """Return the first version number in `text`, such as 570.86.15, or "" without a number."""
     found = re.search(r"\b\d{3,4}\.\d+(\.\d+)*", text)
     return found.group() if found else ""
 
 
 def driver_name(driver: str) -> str:
-    """Return a description of the driver. The version "" means unreadable."""
+    """Return a description of the driver. A `driver` "" has an unreadable version."""
     if driver:
         return f"the NVIDIA driver {driver}"
     return "a GPU driver of unknown version"
 
 
 def driver_fault(driver: str) -> str:
-    """Return the reason why this PyTorch, built with CUDA, finds no GPU with this driver."""
+    """Return the reason why a PyTorch with CUDA finds no GPU with this driver, and advice."""
     cuda = torch.version.cuda
     pytorch = f"PyTorch {torch.__version__} (CUDA {cuda})"
     oldest = OLDEST_DRIVERS.get(cuda.split(".")[0])
@@ -140,26 +141,27 @@ def driver_fault(driver: str) -> str:
     else:
         hint = "In a container, start with docker run --gpus all"
     return (
-        f"{pytorch} finds no GPU, though the NVIDIA driver {driver} is new enough ({oldest} is "
+        f"{pytorch} finds no GPU. The NVIDIA driver {driver} is new enough ({oldest} is "
         f"needed). {hint}"
     )
 
 
 def under_wsl() -> bool:
-    """Return whether this is Linux inside Windows."""
+    """Return True if this is Linux inside Windows (WSL)."""
     return "microsoft" in platform.release().lower() or WSL_DEVICE.exists()
 
 
 def windows_lends_memory() -> bool:
-    """Return whether the driver would use system memory when the GPU's memory is full."""
+    """Return True if the driver uses system memory when the GPU's memory is full."""
     return sys.platform == "win32" or under_wsl()
 
 
 def card_memory(limit: float = 0.0) -> tuple[float, float]:
-    """Return (free, total) memory of this process's GPU in GiB. A `limit` above 0 caps both.
+    """Return the free and the total memory of this process's GPU in GiB.
 
-    With several processes the whole memory counts as free: otherwise each could choose another
-    preset.
+    A `limit` above 0 (GiB) is the upper bound of both. With several processes the free memory is
+    not read, and the total memory takes its place. Otherwise the processes could choose different
+    presets.
     """
     whole = torch.cuda.get_device_properties(0).total_memory / GIB
     free = whole
@@ -171,9 +173,9 @@ def card_memory(limit: float = 0.0) -> tuple[float, float]:
 
 
 def free_gib(whole: float) -> float:
-    """Return the free GPU memory in GiB. If it is unknown, return the total, `whole`."""
+    """Return the free GPU memory in GiB. If it is unknown, return `whole`, the total memory."""
     try:
         return torch.cuda.mem_get_info()[0] / GIB
     except (RuntimeError, AssertionError) as error:
-        # A GPU that other programs have filled has no memory left even for this call.
+        # If other programs have filled the GPU, this call itself runs out of memory.
         return 0.0 if "out of memory" in str(error) else whole

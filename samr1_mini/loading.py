@@ -1,4 +1,4 @@
-"""Prepare a run: check the models, open the data sets, download, and load the models."""
+"""Prepare a run: check models, open data sets, download files, and load models."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def check_models(s: Settings) -> None:
 
 
 def check_start(s: Settings) -> None:
-    """Raise UserError if --start-from is no adapter of the rank --rank."""
+    """Raise UserError if --start-from is not an adapter with the rank --rank."""
     config = check_adapter_files(Path(s.start_from), "--start-from")
     rank = config.get("r")
     if rank != s.rank:
@@ -37,9 +37,8 @@ def check_start(s: Settings) -> None:
 def open_sets(s: Settings, sets: list | None = None) -> list:
     """Check the models, then open and check the data sets for training, validation and test.
 
-    `sets` that are given are returned as they are.
-    COCO's pictures are not fetched yet. The first process converts a public set, and the others
-    find it in the cache.
+    Returns `sets` unchanged if the argument is not empty. COCO's pictures are downloaded later. The
+    first process converts a public data set. The other processes read it from the cache.
     """
     check_models(s)
     if sets:
@@ -49,7 +48,7 @@ def open_sets(s: Settings, sets: list | None = None) -> list:
 
 
 def open_three(s: Settings) -> list:
-    """Open the data sets for training, validation and test in this process."""
+    """Open the data sets for training, validation and test in this process. Raises UserError."""
     eval_data = s.eval_data or s.data
     wanted = (
         (s.data, "train", s.samples),
@@ -60,39 +59,39 @@ def open_three(s: Settings) -> list:
     for name, split, count in wanted:
         try:
             sets.append(open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore))
-        except UserError as error:  # open_data names --data, whichever option gave the name
+        except UserError as error:  # open_data always names --data, so name the right option
             if split == "train" or not s.eval_data:
                 raise
             raise UserError(str(error).replace("--data", "--eval-data", 1)) from None
     if sets[0].box_only and s.accuracy != "box-iou" and s.accuracy_weight:
         raise UserError(
-            f"--data {s.data} has boxes and no masks, so SAM's masks cannot be compared with them: "
+            f"--data {s.data} has boxes and no masks, so no true mask exists for SAM's mask: "
             "add --accuracy box-iou"
         )
     return sets
 
 
 def hub_bytes(name: str) -> int:
-    """Return the bytes that are still to be downloaded for a model, 0 without a network."""
+    """Return the bytes of a model that are not downloaded yet. Without a network return 0."""
     if name == "tiny" or Path(name).is_dir():
         return 0
     try:
         kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         files = huggingface_hub.snapshot_download(name, allow_patterns=kinds, dry_run=True)
-    except (OSError, ValueError):  # the hub's errors are both
+    except (OSError, ValueError):  # the hub raises both kinds
         return 0
     return sum(f.file_size for f in files if f.will_download)
 
 
 def downloads_of(s: Settings, sets: list) -> list[Download]:
-    """List the models and pictures that are still to be downloaded."""
+    """List the models and pictures that are not downloaded yet."""
     hub = Path(HF_HUB_CACHE)
     coco_advice = ""
     if {s.data, s.eval_data} & {"refcoco", "refcocog", "refcocoplus"}:
-        coco_advice = "name a folder with COCO's pictures as --coco-dir"
+        coco_advice = "use --coco-dir for a folder with COCO's pictures"
     if s.sam in SAM_FILES:
         size = sam_bytes(s.sam, s.sam_checkpoint)
-        sam_advice = "name a file with SAM's weights as --sam-checkpoint"
+        sam_advice = "use --sam-checkpoint for a file with SAM's weights"
         sam = Download(f"SAM {s.sam}", size, CACHE, sam_advice)
     else:
         sam = Download(f"SAM {s.sam}", hub_bytes(s.sam), hub)
@@ -106,7 +105,7 @@ def downloads_of(s: Settings, sets: list) -> list[Download]:
 
 
 def check_downloads(s: Settings, sets: list) -> None:
-    """Print the downloads in GB. Raises UserError if a disk lacks the space for them."""
+    """Print the downloads in GB. Raises UserError if a disk has too little space."""
     downloads = downloads_of(s, sets)
     if downloads:
         sizes = [f"{one.name} {one.size / 1e9:.1f} GB" for one in downloads]
@@ -115,7 +114,10 @@ def check_downloads(s: Settings, sets: list) -> None:
 
 
 def fetch_sets(s: Settings, sets: list, missing: list | None) -> None:
-    """Download what the data sets lack, once, in the first process. Arguments as in load_parts."""
+    """Download the missing files of the data sets in the first process.
+
+    Then the other processes use the same files. The arguments are those of load_parts.
+    """
     if missing is None:
         missing = [[] for _ in sets]
     if is_first():
@@ -140,9 +142,9 @@ def load_parts(
 ) -> tuple[Policy, Segmenter]:
     """Download data sets and models, then load policy and segmenter.
 
-    `missing` lists for each set the pictures that are known to be unavailable, so that all
-    processes, and a resumed run, use the same samples. The caller has checked the models with
-    check_models. A `segmenter` that is given replaces that of the settings.
+    `missing` lists the unavailable pictures of each data set. All processes, and a resumed run,
+    then use the same samples. A `segmenter` argument replaces the segmenter of the settings. Call
+    check_models first.
     """
     fetch_sets(s, sets, missing)
     if s.start_from and not s.resume:  # a resumed run loads its own adapter

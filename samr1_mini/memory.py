@@ -1,4 +1,4 @@
-"""Limit and measure memory, and choose how many questions to sample in one batch."""
+"""Limit and measure memory, and choose the number of questions in a sampled batch."""
 
 import math
 import os
@@ -15,19 +15,20 @@ from .gpu import GIB, gpu_is_usable, windows_lends_memory
 def cap_memory(s: Settings) -> None:
     """Limit this process to --memory-limit GiB of its GPU.
 
-    In Windows and under WSL it also takes no more than is free now. Beyond the free memory the
-    driver would use system memory. Steps would become many times slower, without an error.
+    In Windows and under WSL the limit is at most the free memory of the GPU. If the GPU's memory
+    were full, the driver would use system memory without an error. Steps would be many times
+    slower.
     """
     windows = windows_lends_memory()
     if s.device != "cuda" or not (s.memory_limit or windows):
         return
-    gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes, each has its own GPU
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))  # each process has its own GPU
     total = torch.cuda.get_device_properties(gpu).total_memory
     most = s.memory_limit * GIB if s.memory_limit else total
     if windows:
         most = min(most, torch.cuda.mem_get_info(gpu)[0])
         print(
-            "Windows replaces full GPU memory with slow system memory, so this process uses at "
+            "When GPU memory is full, Windows uses slow system memory. So this process uses at "
             f"most {most / GIB:.1f} GiB of GPU {gpu}",
             flush=True,
         )
@@ -35,18 +36,18 @@ def cap_memory(s: Settings) -> None:
 
 
 def memory_warning(s: Settings, peak: float, free: float) -> str:
-    """Return a warning if `peak` exceeds the `free` memory (both in GiB), else ""."""
+    """Return a warning if `peak` is larger than `free`, else "". Both are in GiB."""
     if peak <= free:
         return ""
     ways = less_memory(s)
     return (
-        f"warning: {free:.1f} GiB are free on the GPU and about {peak:.1f} GiB will be needed. "
+        f"warning: {free:.1f} GiB are free on the GPU, and the run needs about {peak:.1f} GiB. "
         f"If memory runs out, {', '.join(ways[:-1])} or {ways[-1]}"
     )
 
 
 def smaller_weights(s: Settings) -> list[str]:
-    """Name the changes that let the weights of these settings fit."""
+    """Return advice, one text for each change that reduces the memory of the weights."""
     ways = []
     if s.memory_limit:
         ways.append("raise --memory-limit")
@@ -60,7 +61,7 @@ def smaller_weights(s: Settings) -> list[str]:
 
 
 def less_memory(s: Settings) -> list[str]:
-    """Name the changes that let a run of these settings fit."""
+    """Return advice, one text for each change that reduces the memory of a run."""
     ways = ["lower --group or --max-new-tokens"]
     if s.micro > 1:
         ways.append("take --micro 1")
@@ -72,8 +73,9 @@ def less_memory(s: Settings) -> list[str]:
 def compute_dtype(load_in: str, device: str) -> torch.dtype:
     """Return the dtype of all weights and computations except 4-bit weights and the adapter.
 
-    With NF4 it is bf16. On CPUs and on GPUs below compute capability 8.0 it is fp32, because they
-    emulate bf16, and fp16 overflows in Qwen's vision tower. The adapter is always fp32.
+    With `load_in` nf4 the dtype is bf16. CPUs and GPUs below compute capability 8.0 only emulate
+    bf16. For them the dtype is fp32, because fp16 overflows in Qwen's vision tower. The adapter is
+    always fp32.
     """
     if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
         return torch.float32
@@ -83,20 +85,20 @@ def compute_dtype(load_in: str, device: str) -> torch.dtype:
 
 
 def device_name() -> str:
-    """Return the name of the GPU, or the CPU's threads and architecture."""
+    """Return the name of the GPU. Without a GPU, return the CPU's threads and architecture."""
     if gpu_is_usable():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} threads, {platform.machine()}"
 
 
 def peak_memory(device: str) -> float:
-    """Return the peak memory in GiB that this process has used, on the GPU if `device` is cuda."""
+    """Return the peak memory of this process in GiB. If `device` is cuda, it is GPU memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     try:
         import resource
     except ImportError:  # Windows
-        import psutil  # accelerate brings it
+        import psutil  # accelerate depends on psutil
 
         used = psutil.Process().memory_info()
         return getattr(used, "peak_wset", used.rss) / GIB
@@ -105,14 +107,14 @@ def peak_memory(device: str) -> float:
 
 
 def free_memory(s: Settings) -> float:
-    """Return the bytes that this process can still allocate on its GPU; infinity without a GPU."""
+    """Return the bytes that this process can still allocate on its GPU. Without a GPU: infinity."""
     if s.device != "cuda":
         return float("inf")
     taken = torch.cuda.memory_allocated()
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - taken
     if s.memory_limit:
         free = min(free, s.memory_limit * GIB - taken)
-    if windows_lends_memory():  # cap_memory's limit stays if another program has ended since
+    if windows_lends_memory():  # the limit of cap_memory stays when another program ends
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         free = min(free, torch.cuda.get_per_process_memory_fraction() * total - taken)
     return free
@@ -121,16 +123,17 @@ def free_memory(s: Settings) -> float:
 def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
     """Return the peak bytes of sampling G answers to one question.
 
-    The peak is reached while the prompt is read, or at the last token of the answers.
+    The peak is either in the prefill of the prompt, or at the last token of the answers.
     """
     text = model.config.text_config
     size = model.dtype.itemsize
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # Keys and values of one token in all layers, and the states of a prompt token in one layer.
+    # Bytes of the keys and values of one token in all layers (`token`), and of the activations of
+    # one prompt token in one layer (`states`).
     token = 2 * text.num_key_value_heads * head * size * text.num_hidden_layers
     states = (4 * text.intermediate_size + 5 * text.hidden_size) * size
     answer_tokens = s.group * math.ceil(s.max_new_tokens / BLOCK) * BLOCK
-    # Log-probabilities take 20 bytes: they are fp32, and their sums fp64.
+    # Each logit needs 20 bytes: log-probabilities are fp32, and probabilities and sums are fp64.
     choosing = s.group * text.vocab_size * 20
     at_prompt = prompt_tokens * (token + states)
     at_last_token = (prompt_tokens + answer_tokens) * token + choosing
@@ -140,7 +143,8 @@ def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
 def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
     """Return the number of questions to sample in one batch.
 
-    Batches are as few as possible, nearly equal, and each fits in half of the `free` bytes.
+    Each batch fits in half of the `free` bytes. The number of batches is as small as possible, and
+    their sizes are nearly equal.
     """
     fitting = free / 2 / bytes_a_question(model, prompt_tokens, s)  # may be infinite
     most = max(1, int(min(questions, fitting)))

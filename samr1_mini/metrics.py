@@ -1,4 +1,4 @@
-"""IoU of masks and boxes, gIoU, cIoU and their intervals, and the vote of several masks.
+"""Compute the IoU of masks and boxes, gIoU, cIoU, their intervals, and the vote of masks.
 
 gIoU is the mean IoU over questions. cIoU is the sum of all intersections over the sum of all
 unions.
@@ -12,11 +12,12 @@ import numpy as np
 def intersection_union(
     mask: np.ndarray | None, truth: np.ndarray, ignore: np.ndarray | None = None
 ) -> tuple[int, int]:
-    """Count the pixels in both and in either of two bool masks [H, W], without those of `ignore`.
+    """Return the intersection and the union of two bool masks [H, W], in pixels.
 
-    None is an answer that cannot be read. Such an answer is wrong whatever the truth is, in
-    training and in evaluation: its union is the true mask, and at least 1. An empty mask comes from
-    an answer that was read. It is right if the true mask is empty too.
+    The pixels of `ignore`, bool [H, W], are not counted. The mask None stands for an answer that
+    cannot be read. Its intersection is 0. Its union is the size of the true mask, and at least 1.
+    So its IoU is 0 even if the true mask is empty. An empty mask comes from a readable answer, and
+    is correct if the true mask is empty too. Raises ValueError if the masks differ in shape.
     """
     if mask is None:
         _, size = intersection_union(truth, truth, ignore)
@@ -32,9 +33,9 @@ def intersection_union(
 
 
 def iou(intersection: int, union: int) -> float:
-    """Return intersection over union.
+    """Return intersection over union, 0 to 1.
 
-    0/0 is 1: an empty mask is right if the true mask is empty (LISA's convention).
+    0/0 gives 1, so an empty mask is correct if the true mask is empty (LISA's convention).
     """
     if union == 0:
         return 1.0
@@ -44,10 +45,10 @@ def iou(intersection: int, union: int) -> float:
 def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]:
     """Return the index of the middle mask, and the bool mask [H, W] that most masks agree on.
 
-    `masks` holds at least one. The neighbours of a mask are the masks with an IoU of at least
-    `agree` to it, itself included. The middle mask has the most neighbours; the first one counts
-    if several have as many. A pixel is in the result if more than half of the middle mask's
-    neighbours hold it.
+    `masks` holds at least one mask. Two masks are neighbours if their IoU is at least `agree`. A
+    mask is also its own neighbour. The middle mask has the most neighbours. If several masks have
+    the most neighbours, the first of them is the middle mask. A pixel is in the result if more than
+    half of the middle mask's neighbours contain the pixel.
     """
     near = np.zeros((len(masks), len(masks)), bool)  # [n, n]
     for i, a in enumerate(masks):
@@ -60,7 +61,7 @@ def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]
 
 
 def box_iou(a: tuple, b: tuple) -> float:
-    """Return the IoU of two boxes (x1, y1, x2, y2), x2 and y2 exclusive."""
+    """Return the IoU of two boxes (x1, y1, x2, y2). x2 and y2 are exclusive."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     both = max(width, 0) * max(height, 0)
@@ -78,7 +79,10 @@ def filled(box: tuple, height: int, width: int) -> np.ndarray:
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the smallest box that holds a bool mask [H, W]; (0, 0, 0, 0) for an empty mask."""
+    """Return the smallest box (x1, y1, x2, y2) around a bool mask [H, W].
+
+    x2 and y2 are exclusive. An empty mask gives (0, 0, 0, 0).
+    """
     ys, xs = np.where(mask)
     if len(xs) == 0:
         return 0, 0, 0, 0
@@ -95,7 +99,7 @@ def giou(pairs) -> float:
 
 
 def ciou(pairs) -> float:
-    """Return the cumulative IoU of (intersection, union) pairs [n, 2]: large objects count more."""
+    """Return the cumulative IoU of (intersection, union) pairs [n, 2]. Large objects count more."""
     both, either = np.asarray(pairs).sum(0).tolist()
     return iou(both, either)
 
@@ -110,8 +114,8 @@ def bootstrap_interval(
     """Return the 95 % percentile interval of `measure` (giou or ciou) over resampled pictures.
 
     `pictures` names the picture of each pair. Questions about one picture are drawn together,
-    because they are not independent. A pair with the name "" has a picture of its own. The same
-    seed gives the same interval.
+    because they are not independent. A pair with the picture name "" has its own picture. The same
+    `seed` gives the same interval.
     """
     names = pictures or [""] * len(pairs)
     number = {}  # picture -> its number
@@ -126,7 +130,7 @@ def bootstrap_interval(
     values = []
     for _ in range(draws):
         drawn = rng.integers(count, size=count)
-        times = np.bincount(drawn, minlength=count)  # how often each picture is drawn
+        times = np.bincount(drawn, minlength=count)  # [count], how often each picture is drawn
         values.append(measure(np.repeat(pairs, times[cluster], axis=0)))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

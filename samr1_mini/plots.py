@@ -1,7 +1,7 @@
 """Draw answers on their pictures, and the curves of a run.
 
-Figures are drawn without pyplot: a process has one pyplot backend, and in a notebook the user
-chooses it.
+The figures do not use pyplot. A process has only one pyplot backend, and in a notebook the user
+chooses this backend.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from .columns import new_terms, weight_option
 
-# Questions and answers come in any script. matplotlib's own font has Latin, Greek, Cyrillic and
-# Arabic letters. Other letters are taken from those of these fonts that are installed.
+# Questions and answers can be in any script. matplotlib's own font, DejaVu Sans, has Latin, Greek,
+# Cyrillic and Arabic letters. The other fonts are used for other letters, if they are installed.
 FAMILIES = [
     name
     for name in (
@@ -57,7 +57,8 @@ LEGEND = {"fontsize": 8, "framealpha": 0.6}
 def legible(text: str, width: int, lines: int = 99) -> str:
     """Wrap a text into at most `lines` lines of `width` characters.
 
-    A longer text ends in "…". A character that no font here has is written as ⟨U+5DE6⟩.
+    A longer text is cut off and ends in "…". If no font has a character, its code is written
+    instead, such as ⟨U+5DE6⟩.
     """
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
     shown = ""
@@ -71,7 +72,7 @@ def legible(text: str, width: int, lines: int = 99) -> str:
 
 
 def draw_outline(axes, area: np.ndarray, colour: str, width: float, style: str = "-") -> None:
-    """Draw the outline of a mask [H, W], unless the mask is empty or holds the whole picture."""
+    """Draw the outline of a mask [H, W]. An empty mask and a full mask have no outline."""
     if min(area.shape) < 2:  # a contour needs two rows and two columns
         return
     if area.any() and not area.all():
@@ -81,17 +82,18 @@ def draw_outline(axes, area: np.ndarray, colour: str, width: float, style: str =
 def draw_answer(axes, panel, size: int) -> None:
     """Draw one evaluated answer (an evaluation.Panel) on its picture.
 
-    Its coordinates count in a `size` x `size` square. The true mask has a dashed outline. SAM's
-    mask has an orange outline and full light. A point on the object is a dot, one off it a cross.
+    The answer's coordinates refer to a square picture of `size` x `size`. The true mask has a
+    dashed outline. SAM's mask has an orange outline, and the picture is darker outside this mask. A
+    positive point is a dot. A negative point is a cross.
     """
     sample, answer = panel.sample, panel.reward.answer
-    fine = max(1, max(sample.image.size) // 800)  # of a large photo every few pixels are drawn
+    fine = max(1, max(sample.image.size) // 800)  # draw only every n-th pixel of a large photo
     picture = np.asarray(sample.image)[::fine, ::fine]  # [H, W, 3]
     truth = sample.mask[::fine, ::fine]
     mask = np.zeros_like(truth)
     if panel.reward.mask is not None:
         mask = panel.reward.mask[::fine, ::fine]
-    # The rest is dimmed: a fill would hide the colours that the question may be about.
+    # Darken the rest. A filled mask would hide colours that the question may ask for.
     light = np.where(mask | ~mask.any(), 1, 0.65)
     axes.imshow((picture * light[..., None]).astype(np.uint8))
     axes.set_xticks([])
@@ -111,18 +113,18 @@ def draw_answer(axes, panel, size: int) -> None:
     for x, y, label in answer.points:
         marker, colour = ("o", GREEN) if label else ("X", PINK)
         axes.plot(x * sx, y * sy, marker, color=colour, mec="white", ms=7)
-    # one height for all pictures, whatever their shape
+    # All panels have the same size, for pictures of any shape.
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_box_aspect(1)
 
 
 def caption(panel, truth: bool) -> str:
-    """Write IoU and reward of an answer, if the truth is known, and the answer's text."""
+    """Return the caption of an answer: its text, and with `truth` also its IoU and reward."""
     reward = panel.reward
     verdict = ""
     if truth:
         verdict = f"IoU {reward.iou:.2f}   "
-    if not reward.answer.in_format:  # training gives such an answer less than its mask shows
+    if not reward.answer.in_format:  # in training its reward is lower than its mask suggests
         verdict += "outside the format"
     elif truth:
         verdict += f"reward {reward.total:.3g}"
@@ -130,18 +132,19 @@ def caption(panel, truth: bool) -> str:
 
 
 def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = True) -> None:
-    """Write a PNG with one panel an answer: picture, masks, box, points, question and text.
+    """Write a PNG with one panel for each answer: picture, masks, box, points, question and text.
 
-    `size` is that of draw_answer. Without `truth` there is no true mask, no IoU and no reward.
+    `size` is the side of the square that draw_answer uses. Without `truth` the sheet has no true
+    mask, no IoU and no reward.
     """
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
     key = (
-        "in full light with an orange outline: SAM's mask; blue: the policy's box; dot and cross: "
-        "its points"
+        "orange outline = SAM's mask, blue = the policy's box, dot = positive point, "
+        "cross = negative point"
     )
     if truth:
-        key = f"dashed: truth; {key}"
+        key = f"dashed outline = true mask, {key}"
     with matplotlib.rc_context({"font.family": FAMILIES}):
         width = max(3.1 * columns, 6.4)
         figure = Figure(figsize=(width, 4.8 * lines + 0.8), layout="constrained")
@@ -162,12 +165,15 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
 
 
 def column(log: list[dict], name: str) -> np.ndarray:
-    """Return one column of a log [steps], with NaN where a line lacks it."""
+    """Return one column of a log, float [steps]. A line without this column gives NaN."""
     return np.array([line.get(name, np.nan) for line in log], float)
 
 
 def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
-    """Return the running mean [steps] over `window` values, and over fewer at both ends."""
+    """Return the running mean of `values`, both [steps].
+
+    Each mean is over `window` values, and over fewer values at both ends.
+    """
     half = window // 2
     means = []
     for i in range(len(values)):
@@ -179,12 +185,12 @@ def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
 def draw_mean(
     axes, log: list[dict], values: np.ndarray, colour: str, label: str, width=1.8
 ) -> None:
-    """Draw the running mean of values [steps]."""
+    """Draw the running mean of `values`, float [steps]."""
     axes.plot(column(log, "step"), smooth(values), color=colour, lw=width, label=label)
 
 
 def draw_reward(axes, log: list[dict]) -> None:
-    """Draw the reward, its accuracy term, and the terms of your own; faint lines are the steps."""
+    """Draw the reward, its accuracy term, and your own terms. Faint lines show single steps."""
     terms = [
         ("reward", BLUE, "total, 0 to 6"),
         ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4"),
@@ -200,10 +206,10 @@ def draw_reward(axes, log: list[dict]) -> None:
 
 
 def draw_held_out(axes, log: list[dict], summary: dict | None) -> None:
-    """Draw gIoU of the validation questions, and of the test questions if there is a summary."""
+    """Draw the gIoU of the validation questions. With a summary also draw that of the test."""
     evaluated = [line for line in log if "validation_gIoU" in line]
     when = column(evaluated, "step")
-    # The two lines lie one on the other once all answers are in the format: hence two widths.
+    # The two lines are equal once all answers are in the format. Two widths show both lines.
     lines = [
         ("gIoU", BLUE, "gIoU", 2),
         ("gIoU_lenient", ORANGE, "lenient gIoU", 1),
@@ -225,25 +231,25 @@ def draw_held_out(axes, log: list[dict], summary: dict | None) -> None:
 
 
 def draw_format(axes, log: list[dict]) -> None:
-    """Draw the two formats, and the variety of the answers."""
+    """Draw the shares of both formats, of flat groups and of unique answers."""
     draw_mean(axes, log, column(log, "reasoning_format"), BLUE, "reasoning format", width=4.5)
     draw_mean(axes, log, column(log, "segmentation_format"), ORANGE, "segmentation format")
     draw_mean(axes, log, column(log, "zero_variance"), GREEN, "groups without variance")
     draw_mean(axes, log, column(log, "unique"), PINK, "unique answers")
     axes.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
-    # Lines run along the top, and those of groups without variance low.
+    # Most lines are near the top. The line of the groups without variance is low.
     axes.legend(**LEGEND, loc="center right", bbox_to_anchor=(1, 0.67))
 
 
 def draw_distance(axes, log: list[dict]) -> None:
-    """Draw KL and entropy.
+    """Draw the KL to the base model and the entropy, in nats a token.
 
-    Without --kl-bound, one token that the base model finds far likelier than the policy lifts the
-    KL of a whole step. So the scale is logarithmic, and the KL has no running mean.
+    Without --kl-bound a single token can dominate the KL of a step: a token with a far higher
+    probability under the base model. So the scale is logarithmic, and the KL has no running mean.
     """
     axes.plot(column(log, "step"), column(log, "kl"), color=BLUE, lw=1.2, label="KL to the base")
     draw_mean(axes, log, column(log, "entropy"), ORANGE, "entropy")
-    axes.set(title="How far, how sure", ylabel="nats a token", yscale="log")
+    axes.set(title="KL and entropy", ylabel="nats a token", yscale="log")
     axes.legend(**LEGEND)
 
 
@@ -251,12 +257,12 @@ def draw_clip(axes, log: list[dict]) -> None:
     """Draw the shares of clipped tokens, in percent."""
     draw_mean(axes, log, 100 * column(log, "clip_low"), BLUE, "lower side, 1 - eps_low")
     draw_mean(axes, log, 100 * column(log, "clip_high"), ORANGE, "upper side, 1 + eps_high")
-    axes.set(title="Tokens held by the clip", ylabel="percent of tokens")
+    axes.set(title="Clipped tokens", ylabel="percent of tokens")
     axes.legend(**LEGEND)
 
 
 def draw_answers(axes, log: list[dict]) -> None:
-    """Draw the length of the answers and their points."""
+    """Draw the mean length of the answers in tokens, and their mean number of points."""
     draw_mean(axes, log, column(log, "length"), BLUE, "answer length, tokens")
     draw_mean(axes, log, 10 * column(log, "points"), ORANGE, "points an answer, x 10")
     axes.set(title="Answers", ylabel="tokens", ylim=(0, None))
@@ -264,9 +270,10 @@ def draw_answers(axes, log: list[dict]) -> None:
 
 
 def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
-    """Write a PNG with a run's curves from the lines of metrics.jsonl.
+    """Write a PNG with the curves of a run. `log` holds the lines of metrics.jsonl.
 
-    `summary` adds the test scores of base and trained as squares, and the ceiling as a line.
+    With `summary`, squares show the test scores of the base model and of the trained policy. A line
+    shows the ceiling.
     """
     figure = Figure(figsize=(12, 6.6))
     panels = figure.subplots(2, 3)

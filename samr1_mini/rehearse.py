@@ -1,12 +1,12 @@
-"""Measure full steps with random weights of a preset's shape, before anything is downloaded.
+"""Measure full steps with random weights of a preset's shape. Nothing is downloaded.
 
 `python train.py --preset 7b --rehearse 3` first prints the forecast (forecast.py), on any machine.
-Then, on a GPU, it runs steps on drawn pictures of the preset's size. All answers have the longest
-allowed length. Each measured figure is printed beside its forecast.
-Without a GPU a small shape runs, to show the same table. Its figures say nothing about a GPU.
+On a GPU the command then runs three steps. The pictures are drawn scenes of the preset's size, and
+all answers have the longest allowed length. A table compares measured figures with their forecasts.
+Without a GPU a small shape runs and prints the same table. These figures say nothing about a GPU.
 
-The text of an answer changes neither memory nor time. So SAM gets well-formed answers with the most
-points, and rewards are drawn.
+The text of an answer changes neither memory nor time. So SAM gets a well-formed answer with the
+largest number of points, and the rewards are random numbers.
 """
 
 import gc
@@ -44,7 +44,7 @@ from .sizes import Sizes
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
 
-# Gigabytes by which cards are sold: the least GiB that such cards report (A10G: 21.9).
+# Nominal gigabytes of a card -> the least GiB that such cards report (A10G: 21.9).
 REPORTED_GIB = {24: 21.9, 16: 15.6, 12: 11.6}
 GRID = [(group, tokens) for group in (4, 8, 16) for tokens in (256, 512, 1024)]
 
@@ -53,9 +53,10 @@ GRID = [(group, tokens) for group in (4, 8, 16) for tokens in (256, 512, 1024)]
 
 
 def forecast(config, s: Settings) -> dict:
-    """Return GiB by part, phase and size of an update, and seconds and hours by card.
+    """Return the forecast: GiB of parts, phases and update sizes, and seconds and hours of cards.
 
-    Hours are of `s.samples` samples with evaluations, for answers of 128 and of 512 tokens.
+    The hours are for `s.samples` samples and all evaluations. Answers have 128, 512 or
+    `s.max_new_tokens` tokens.
     """
     n = Sizes(config, s)
     table = {
@@ -80,7 +81,7 @@ def forecast(config, s: Settings) -> dict:
 
 
 def forecast_lines(table: dict, s: Settings) -> list[str]:
-    """Return the lines that --rehearse prints of a forecast. Each says that it is a forecast."""
+    """Return a forecast as lines of text. Each line begins with "forecast:"."""
     lines = [
         f"{s.preset} in {s.load_in}, {s.questions} questions x {s.group} answers of "
         f"{s.max_new_tokens} tokens, prompts of {table['prompt_tokens']} tokens, SAM "
@@ -116,15 +117,15 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
 
 
 def gib_list(sizes: dict, digits: int) -> str:
-    """Return names and GiB in one line."""
+    """Return names and sizes in GiB as one line of text."""
     return ", ".join(f"{name} {value:.{digits}f}" for name, value in sizes.items())
 
 
 def beside(seconds: dict, gib: dict, forecast_gib: dict, forecast_seconds: dict) -> list[str]:
-    """Return a table of measured seconds and peak GiB by phase, beside each forecast.
+    """Return a table that compares measured seconds and peak GiB of each phase with the forecast.
 
-    The forecast is of the second step and later ones. In the first step there are no gradients and
-    moments yet while answers are sampled and rewarded.
+    The forecast describes the second step and later steps. During rollout and reward of the first
+    step, gradients and moments do not exist yet.
     """
     expected = {name: forecast_gib.get(name) for name in ("load", "reward", "update")}
     if forecast_gib:
@@ -140,7 +141,7 @@ def beside(seconds: dict, gib: dict, forecast_gib: dict, forecast_seconds: dict)
 
 
 def cell(value: float | None, digits: int) -> str:
-    """Return a number as text, "-" for None."""
+    """Return a number as text, or "-" for None."""
     if value is None:
         return "-"
     return f"{value:.{digits}f}"
@@ -150,16 +151,19 @@ def cell(value: float | None, digits: int) -> str:
 
 
 class Meter:
-    """Measure the seconds of phases, and peak GiB: of the GPU's tensors, else of the process."""
+    """Measure the seconds and the peak GiB of phases.
+
+    On a GPU the peak is that of the GPU's tensors. Otherwise it is the peak of the process.
+    """
 
     def __init__(self, device: str):
         self.device = device
-        self.seconds = {}  # by phase: one value each time
-        self.peak = {}  # by phase: GiB
-        self.phase = ""  # the phase that runs, or ran last
+        self.seconds = {}  # phase -> seconds of each run of the phase
+        self.peak = {}  # phase -> peak GiB
+        self.phase = ""  # the current or last phase
 
     def __call__(self, phase: str, work):
-        """Run `work()` as a part of `phase` and return its result."""
+        """Run `work()`, count its time and memory for `phase`, and return its result."""
         self.phase = phase
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -178,14 +182,17 @@ class Meter:
 
 
 def forecast_sam(s: Settings) -> str:
-    """Return the SAM to build with random weights. A SAM 2 or 3 needs its files: it is ViT-H."""
+    """Return the name of the SAM to build with random weights.
+
+    A SAM 2 or 3 cannot be built without its files. ViT-H then takes its place.
+    """
     if small_folder(s.sam) or s.sam in SAM_FILES:
         return s.sam
     return "vit_h"
 
 
 def full_answer(policy: Policy, s: Settings) -> str:
-    """Return a well-formed answer with the most points."""
+    """Return a well-formed answer with the largest allowed number of points."""
     size = policy.coordinate_range(s.image_size)
     third, middle = size // 3, size // 2
     box = [third, third, 2 * third, 2 * third]
@@ -196,7 +203,10 @@ def full_answer(policy: Policy, s: Settings) -> str:
 def one_step(
     policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: Settings, meter: Meter
 ) -> tuple[Prompt, int]:
-    """Run a whole step with answers of full length. Return a prompt and the sampled tokens."""
+    """Run a whole step with answers of full length.
+
+    Returns a prompt, and the number of sampled tokens.
+    """
     samples = [data[i] for i in range(s.questions)]
 
     def rollout():
@@ -221,16 +231,16 @@ def one_step(
 
 
 def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
-    """Return the milliseconds of a decoded token, as a CUDA graph and operation by operation.
+    """Return the milliseconds of a decoded token, with and without CUDA graphs.
 
-    The difference of answers of 24 and of 8 tokens leaves out what both do once: prompts, first
-    tokens and the recording.
+    The time comes from the difference between answers of 24 tokens and of 8 tokens. This difference
+    does not contain the fixed costs: the prefill, the first token and the recording of the graph.
     """
     taken = {}
     for name in ("graph", "eager"):
         policy.cuda_graphs = name == "graph"
         seconds = {}
-        for tokens in (8, 8, 24):  # the first one warms up
+        for tokens in (8, 8, 24):  # the first run is a warm-up
             start = time.perf_counter()
             answers = generate(policy, prompts, group, tokens)
             answers[0][0].ids.tolist()  # waits for the GPU
@@ -245,7 +255,7 @@ def update_peak(
 ) -> float | None:
     """Return the peak GiB of an update of one question with `group` answers of `length` tokens.
 
-    Returns None where memory runs out.
+    Returns None if memory runs out.
     """
     one = replace(s, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
     try:
@@ -264,23 +274,27 @@ def update_peak(
 
 
 def checked_shape(s: Settings) -> str:
-    """Return the shape of these settings. Raises UserError where none is known."""
+    """Return the name of the shape of these settings. Raises UserError if the shape is unknown."""
     if s.preset not in SHAPES:
         if s.device == "cuda":
             raise UserError(
-                f"--rehearse is for --preset 3b or 7b, not {s.preset}: train it, it takes minutes"
+                f"--rehearse is for --preset 3b or 7b, not {s.preset}: training takes minutes"
             )
         return "small"
     if not has_known_shape(s):
         raise UserError(
             f"--rehearse knows the shape of --preset {s.preset}'s own policy, not of --policy "
-            f"{s.policy}: leave that out"
+            f"{s.policy}: leave --policy out"
         )
     return s.preset
 
 
 def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple:
-    """Run `s.rehearse` steps. Return policy, optimizer, a prompt and the tokens of a step."""
+    """Run `s.rehearse` steps.
+
+    Returns the policy, the optimizer, a prompt, and the number of sampled tokens of a step. Raises
+    UserError if memory runs out.
+    """
     torch.manual_seed(s.seed)
 
     def load():
@@ -291,7 +305,7 @@ def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple:
     data = Shapes("train", s.questions)
     try:
         policy, segmenter = meter("load", load)
-        policy.banned[policy.stop] = True  # every answer gets the full length
+        policy.banned[policy.stop] = True  # no answer can stop before its full length
         optimizer = new_optimizer(policy, s)
         for _ in tqdm(range(s.rehearse), desc="rehearse"):
             prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)
@@ -304,7 +318,7 @@ def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple:
 
 
 def measure_gpu(policy: Policy, optimizer, prompt: Prompt, s: Settings) -> dict:
-    """Return and print what only a GPU tells: the time of a token, and peaks of other updates."""
+    """Print and return measurements that need a GPU: time of a token, peaks of other updates."""
     free = free_memory(s)
     at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free)
     milliseconds = token_ms(policy, [prompt] * at_once, s.group)
@@ -322,7 +336,7 @@ def measure_gpu(policy: Policy, optimizer, prompt: Prompt, s: Settings) -> dict:
 
 
 def rehearse(s: Settings) -> dict:
-    """Run full steps, print the table, and return it. If a run is named, write it to its folder."""
+    """Run full steps, print the table, and return it. With --run also write rehearsal.json."""
     shape = checked_shape(s)
     check_size(shape_config(shape), s.image_size)
     expected, times = {}, {}
@@ -339,17 +353,17 @@ def rehearse(s: Settings) -> dict:
         tokens = min(s.max_new_tokens, 32)
         s = replace(s, questions=2, updates=2, max_new_tokens=tokens, sam="tiny")
         print(
-            "no GPU, so nothing above is measured. Measured below: a small policy, the tiny SAM, "
-            f"2 questions, {tokens} tokens, and the memory of the whole process. These figures say "
-            "nothing about a GPU"
+            "no GPU, so the lines above are not measured. The table below measures a small policy "
+            f"and the tiny SAM with 2 questions and {tokens} tokens. Its memory is that of the "
+            "whole process. These figures say nothing about a GPU"
         )
     meter = Meter(s.device)
     policy, optimizer, prompt, tokens = measure_steps(shape, s, meter)
     table = step_table(s, policy, meter, len(prompt.ids), tokens)
     table |= {"forecast": expected, "shape": shape, "device": device}
     print(
-        f"\n{device}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers of "
-        f"{s.max_new_tokens} tokens, prompts of {len(prompt.ids)} tokens"
+        f"\n{device}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers "
+        f"of {s.max_new_tokens} tokens, prompts of {len(prompt.ids)} tokens"
     )
     compared = expected.get("peak_gib", {}) if s.device == "cuda" else {}
     print(*beside(table["seconds"], meter.peak, compared, times), sep="\n")
@@ -379,7 +393,7 @@ REPORTED = (
 
 
 def step_table(s: Settings, policy: Policy, meter: Meter, prompt_tokens: int, tokens: int) -> dict:
-    """Return the settings and what was measured of the steps. `tokens`: sampled in one step."""
+    """Return settings and measurements of the steps. `tokens` is the sampled tokens of one step."""
     mean = meter.means()
     return {
         "parameters": sum(p.numel() for p in policy.base.parameters()),
@@ -396,7 +410,7 @@ def step_table(s: Settings, policy: Policy, meter: Meter, prompt_tokens: int, to
 
 
 def full_rollouts(policy: Policy, prompts: list[Prompt], s: Settings) -> list[Rollout]:
-    """Return rollouts with answers of full length: as large as an update can become."""
+    """Return rollouts with answers of full length, for the largest possible update."""
     ids = torch.full((s.max_new_tokens,), 300, device=policy.device)
     logps = torch.zeros(s.max_new_tokens, device=policy.device)
     answers = [Completion(ids, logps, False, "")] * s.group
@@ -408,11 +422,11 @@ def full_rollouts(policy: Policy, prompts: list[Prompt], s: Settings) -> list[Ro
 def try_largest_update(parts: Parts, samples: list[Sample]) -> None:
     """Run one forward and backward with answers of full length.
 
-    So memory that is too small shows before the first step.
+    If memory is too small, this update fails before the first step.
     """
     s, policy = parts.settings, parts.policy
     rollouts = full_rollouts(policy, read_questions(policy, samples, s.image_size), s)
-    moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # AdamW's
+    moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # size of AdamW's
     policy.model.train()
     loss, _ = batch_loss(parts, rollouts)
     loss.backward()
@@ -422,7 +436,7 @@ def try_largest_update(parts: Parts, samples: list[Sample]) -> None:
 
 
 def before_training(parts: Parts, data, resumed: bool) -> None:
-    """Try the largest update on a GPU. Print one line on sampled answers of the base model."""
+    """Try the largest update on a GPU. For a new run, print a summary of sampled answers."""
     s = parts.settings
     if s.device == "cuda":
         try_largest_update(parts, [data[i] for i in range(min(s.micro, len(data)))])

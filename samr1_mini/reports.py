@@ -1,4 +1,4 @@
-"""Reports of a run: log columns, base model, validation, and the summary after the last step."""
+"""Compute and write the reports of a run: log columns, scores, sheets, curves and summary."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,12 +16,12 @@ from .segmenter import Segmenter
 
 
 def mean(values: list) -> float:
-    """Return the mean of numbers or of truth values."""
+    """Return the mean of numbers or booleans."""
     return float(sum(values)) / len(values)
 
 
 def describe(rollouts: list) -> dict:
-    """Return the columns of the log that describe a step's answers. Most are means over answers."""
+    """Return the log columns that describe the answers of a step. Most are means over answers."""
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
     answers = [answer for rollout in rollouts for answer in rollout.answers]
     flat = [not rollout.advantage.any() for rollout in rollouts]
@@ -46,7 +46,10 @@ def token_mean(forwards: list[dict], name: str) -> float:
 
 
 def sampling_gap(forwards: list[dict]) -> dict:
-    """Return how far rounding alone moves a log-probability from sampling to the first update."""
+    """Return the mean and largest change of a log-probability by rounding alone, in nats.
+
+    Without rounding, sampling and the first update would give the same log-probability.
+    """
     if not forwards:
         return {"sampling_gap": 0.0, "sampling_gap_max": 0.0}
     largest = max(tokens["sampling_gap"].max().item() for tokens in forwards)
@@ -54,9 +57,10 @@ def sampling_gap(forwards: list[dict]) -> dict:
 
 
 def token_means(forwards: list[dict]) -> dict:
-    """Return the mean over all tokens of each value that the loss gives.
+    """Return the mean over all tokens of each value that the loss returns.
 
-    The ratio has its extremes instead. Without a forward (all groups flat) the means are 0.
+    The ratio gets its minimum and maximum instead of a mean. If all groups are flat, there is no
+    forward. Then the means are 0, and the ratio is 1.
     """
     if not forwards:
         nothing = ("approx_kl", "clip_low", "clip_high", "entropy")
@@ -70,7 +74,7 @@ def token_means(forwards: list[dict]) -> dict:
 
 
 def first_answers(rollouts: list) -> list[dict]:
-    """Return the first sampled answer to each question, for answers.jsonl."""
+    """Return one line of answers.jsonl for each question, with its first sampled answer."""
     lines = []
     for rollout in rollouts:
         answer = rollout.answers[0]
@@ -89,9 +93,9 @@ def first_answers(rollouts: list) -> list[dict]:
 
 
 def base_summary(rollouts: list, s: Settings) -> str:
-    """Return one line on a few sampled answers of the base model.
+    """Return one line that summarises a few sampled answers of the base model.
 
-    The line has a warning if almost nothing can be learnt from such answers.
+    The line contains a warning if training can learn almost nothing from such answers.
     """
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
     answers = [answer for rollout in rollouts for answer in rollout.answers]
@@ -104,20 +108,20 @@ def base_summary(rollouts: list, s: Settings) -> str:
     )
     if truncated > 0.5:
         return (
-            f"{line}. Warning: most answers are cut off. They lose the reward for the reasoning "
-            "format, and many end before their box. "
+            f"{line}. Warning: most answers are cut off. A truncated answer gets no reward for the "
+            "reasoning format, and often no box. "
             f"Raise --max-new-tokens {s.max_new_tokens}"
         )
     first = f"The first answer: {' '.join(answers[0].text.split())[:120]!r}"
     if not any(r.answer.segmentation_format for r in rewards):
         return (
-            f"{line}. Warning: no answer is in the asked format, so nothing can be learnt. Try a "
-            f"larger --group, a higher --temperature, or another policy. {first}"
+            f"{line}. Warning: no answer is in the requested format, so the policy cannot learn. "
+            f"Try a larger --group, a higher --temperature, or another policy. {first}"
         )
     if not any(r.answer.reasoning_format for r in rewards):
         return (
             f"{line}. Warning: no answer has the form <think>...</think><answer>...</answer>, so "
-            f"the reasoning format gets no reward. Boxes and points get their reward. {first}"
+            f"no answer gets the reward for the reasoning format. The other rewards remain. {first}"
         )
     return line
 
@@ -128,9 +132,9 @@ def base_summary(rollouts: list, s: Settings) -> str:
 def score_base(
     policy: Policy, segmenter: Segmenter, validation, test, s: Settings, folder: Path, resumed: bool
 ) -> dict:
-    """Return the base model's scores on the test set, and SAM's scores with the true boxes.
+    """Return the scores of the base model on the test set, and of SAM with the true boxes.
 
-    A resumed run reads them from base.json.
+    A resumed run reads these scores from base.json.
     """
     adapter_off = nullcontext()  # a new adapter has no effect
     if resumed:
@@ -153,9 +157,9 @@ def score_base(
 def validate(
     policy: Policy, segmenter: Segmenter, validation, s: Settings, folder: Path, step: int
 ) -> dict:
-    """Evaluate on the validation set after `step` steps, and draw twelve answers.
+    """Evaluate on the validation set after `step` steps, and draw a sheet of twelve answers.
 
-    Returns the columns of the log that begin with validation_.
+    Returns the log columns with names that begin with validation_.
     """
     report = evaluate(policy, segmenter, validation, s)
     if is_first():
@@ -172,7 +176,7 @@ def validate(
 def summarise(
     policy: Policy, segmenter: Segmenter, test, s: Settings, folder: Path, base: dict, run: Run
 ) -> dict:
-    """Evaluate the trained policy on the test set, and print, draw and write the results.
+    """Evaluate the trained policy on the test set. Print, draw and write the results.
 
     Returns the content of summary.json.
     """

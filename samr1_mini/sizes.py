@@ -1,4 +1,4 @@
-"""Widths, weights and tokens of one training: the numbers that the forecast multiplies."""
+"""Count the widths, weights and tokens of one training. The forecast multiplies these numbers."""
 
 from functools import cache
 
@@ -9,19 +9,20 @@ from transformers import AutoConfig, AutoModelForMaskGeneration
 from .config import Settings, cell_size, emulates_bf16
 from .segmenter import SAM_FILES, random_sam, small_folder
 
-BF16, FP32, FP64 = 2, 4, 8  # bytes of a number
-NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 64 weights share a scale of 8 bits, 256 scales one of 32
-TEXT = 200  # prompt tokens beside the picture's: 174 of instruction, and a question
+BF16, FP32, FP64 = 2, 4, 8  # bytes of one number
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 64 weights share an 8-bit scale, 256 scales a 32-bit one
+TEXT = 200  # text tokens of a prompt: 174 for the instruction, the rest for the question
 
 
 class Sizes:
-    """Widths, weights and tokens of one training."""
+    """Hold the widths, weights and tokens of one training. Weights are counted, not loaded."""
 
     def __init__(self, config, s: Settings, number: int | None = None, text_tokens: int = TEXT):
         """Read the configuration of a policy and the settings.
 
-        `number`: bytes of a number of the frozen policy outside the 4-bit weights (default: those
-        on this machine's GPU, or on a new one). `text_tokens`: prompt tokens beside the picture's.
+        `number` is the bytes of one number of the frozen policy, 4-bit weights excepted. None takes
+        the dtype on this machine's GPU, or on a new GPU. `text_tokens` is the text tokens of a
+        prompt, without the picture tokens.
         """
         text = config.text_config
         self.s = s
@@ -39,17 +40,18 @@ class Sizes:
         self.sam, self.sam_tokens, self.sam_scores = sam_sizes(s.sam)
         self.prompt = (s.image_size // cell_size(config)) ** 2 + text_tokens
         self.answers = s.group * s.max_new_tokens  # tokens of all answers to a question
-        # Questions and tokens of one forward of an update. The last tokens of answers are not read.
+        # Questions and input tokens of one forward of an update. The last token of an answer is not
+        # an input.
         self.at_once = min(s.micro, max(1, s.questions // s.updates))
         self.row = self.at_once * (self.prompt + self.answers - s.group)
 
     def count_weights(self, config) -> None:
-        """Count the language model's weights and the adapter's."""
+        """Count the weights of the language model and of the adapter."""
         self.linear = self.layers * self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.mlp)
-        self.weight = self.number  # bytes of one of them
+        self.weight = self.number  # bytes of one weight
         if self.s.load_in == "nf4":
             self.weight = NF4
-        # Widths that the projections of a layer read and write: q, k, v, o, gate, up, down.
+        # Input and output widths of the projections of a layer, summed: q, k, v, o, gate, up, down.
         self.inputs = 5 * self.hidden + self.queries + self.mlp
         self.outputs = 2 * self.hidden + self.queries + 2 * self.keys + 2 * self.mlp
         self.adapter = self.layers * self.s.rank * (self.inputs + self.outputs)
@@ -59,7 +61,7 @@ class Sizes:
             self.embeddings = 0
 
     def read_vision(self, config) -> None:
-        """Count the vision tower's weights (within 1 %), and how often features are kept."""
+        """Count the weights of the vision tower (within 1 %), its features and its patches."""
         vision = config.vision_config
         width = getattr(vision, "embed_dim", None) or vision.hidden_size
         cell = width * vision.spatial_merge_size**2
@@ -71,14 +73,14 @@ class Sizes:
 
 @cache
 def sam_sizes(kind: str) -> tuple[int, int, int]:
-    """Return a SAM's weights, its tokens of a picture, and the scores of one global attention."""
+    """Return three counts of a SAM: weights, tokens of a picture, scores of a global attention."""
     with init_empty_weights():
         if small_folder(kind) or kind in SAM_FILES:
             sam = random_sam(kind)
         else:
             sam = AutoModelForMaskGeneration.from_config(AutoConfig.from_pretrained(kind))
     weights = sum(p.numel() for p in sam.parameters())
-    if not isinstance(sam, Sam):  # SAM 2 and 3 have fused attention, which keeps no scores
+    if not isinstance(sam, Sam):  # the fused attention of SAM 2 and 3 keeps no scores
         return weights, 64 * 64, 0
     encoder = sam.image_encoder
     tokens = (encoder.img_size // encoder.patch_embed.proj.kernel_size[0]) ** 2
@@ -86,7 +88,10 @@ def sam_sizes(kind: str) -> tuple[int, int, int]:
 
 
 def number_bytes(s: Settings) -> int:
-    """Return the bytes of a number that is not in 4 bits: 4 on GPUs before 8.0, which lack bf16."""
+    """Return the bytes of one number of the frozen policy, 4-bit weights excepted.
+
+    GPUs below compute capability 8.0 lack bf16 and need 4 bytes.
+    """
     if s.load_in == "fp32" or (s.device == "cuda" and emulates_bf16()):
         return FP32
     return BF16

@@ -1,7 +1,7 @@
 """Forecast the hours of a training by arithmetic. Nothing is loaded, run or measured.
 
-Operations and bytes are divided by the part of a card's published speed that code reaches. Hours
-are right within a factor of 1.5.
+The number of operations and bytes is divided by a share of a card's published speed. The forecast
+hours are right within a factor of 1.5.
 """
 
 import re
@@ -17,15 +17,17 @@ CARDS = {  # published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of
     "A100": (2039, 312, 19.5),
     "H100": (3350, 989, 67),
 }
-BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the part of these peaks that code reaches
-LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: by Python, in a CUDA graph (H100)
-OPERATIONS = 100  # of a layer in a forward
+BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these peaks that code reaches
+LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: Python, CUDA graph (H100)
+OPERATIONS = 100  # number of operations of a layer in a forward
 
 
 def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.0) -> float:
-    """Return the seconds of FLOPs of the base model, FLOPs in fp32, and bytes that are moved.
+    """Return the seconds of some work on a card.
 
-    The GPU reads `weights`, bytes, while it multiplies. So the longer of both counts.
+    `products` are FLOPs of the base model, and `single` are FLOPs in fp32. `moved` and `weights`
+    are bytes. The GPU reads `weights` while it computes `products`. So only the longer of these two
+    times counts.
     """
     bandwidth, half_peak, single_peak = CARDS[card]
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
@@ -38,7 +40,7 @@ def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.
 
 
 def moved_bytes(n: Sizes) -> float:
-    """Return the bytes that the small operations of a forward move for one token."""
+    """Return the bytes that the small operations of a forward read and write for one token."""
     layer = 2 * 36 * n.hidden  # two norms: to fp32, square, mean, scale, to bf16, weight
     layer += 2 * 6 * n.hidden  # two sums with the residual
     layer += 20 * (n.queries + n.keys)  # rotation by position
@@ -49,7 +51,7 @@ def moved_bytes(n: Sizes) -> float:
 
 
 def prefill_seconds(n: Sizes, card: str) -> float:
-    """Return the seconds in which one question is read: its picture, then its prompt."""
+    """Return the seconds of the prefill of one question: its picture, then its prompt."""
     vision = seconds(n, card, products=2 * n.vision * n.patches)
     vision = max(vision, n.vision_layers * OPERATIONS * LAUNCH)
     products = 2 * n.linear * n.prompt + 2 * n.layers * n.queries * n.prompt**2
@@ -58,11 +60,14 @@ def prefill_seconds(n: Sizes, card: str) -> float:
 
 
 def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
-    """Return the seconds of all tokens. The mean token stands in the middle of its answer."""
+    """Return the seconds to decode all answers to the questions, in one batch.
+
+    The mean token is in the middle of its answer.
+    """
     rows = questions * group
     middle = n.s.max_new_tokens / 2
     weights = n.linear * n.weight + n.head * n.number
-    if n.s.load_in == "nf4" and rows > 64:  # bitsandbytes then writes a copy in bf16 and reads it
+    if n.s.load_in == "nf4" and rows > 64:  # bitsandbytes writes and reads a bf16 copy
         weights += 2 * n.linear * n.number
     moved = questions * (n.prompt + group * middle) * n.layers * 2 * n.keys * n.number  # the cache
     moved += rows * n.layers * n.heads * (n.prompt + middle) * 30  # attention scores
@@ -70,14 +75,14 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     moved += rows * moved_bytes(n)
     products = 2 * rows * (n.linear + n.head)
     token = seconds(n, card, products, 2 * rows * n.adapter, moved, weights)
-    start = REPLAYED + LAUNCH * 2 / 64  # of 64 tokens one is started by Python, one is recorded
+    start = REPLAYED + LAUNCH * 2 / 64  # of 64 tokens, Python starts one and records one
     return n.s.max_new_tokens * (token + n.layers * OPERATIONS * start)
 
 
 def update_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of one question: reference, forward, recomputed forward, backward.
 
-    With several passes the reference is computed in the first one alone.
+    With several passes only the first pass computes the reference.
     """
     reference = int(n.s.beta > 0) / n.s.passes
     forwards = 1 + int(n.s.checkpointing)
@@ -90,18 +95,18 @@ def update_seconds(n: Sizes, card: str) -> float:
     adapter = 2 * n.adapter * row * (forwards + 2)  # the reference has no adapter
     moved = row * moved_bytes(n) * (0.2 * reference + forwards + 1.4)
     moved += n.answers * n.vocabulary * FP32 * (11 * (reference + 2) + 18)  # logits
-    operations = OPERATIONS * (passes + 2) / n.at_once + 28 * n.s.group  # of attention: 28
+    operations = OPERATIONS * (passes + 2) / n.at_once + 28 * n.s.group  # attention: 28 an answer
     return max(seconds(n, card, products, adapter, moved), n.layers * operations * LAUNCH)
 
 
 def sam_seconds(n: Sizes, card: str) -> float:
-    """Return the seconds of SAM on one picture."""
+    """Return the seconds of SAM for one picture."""
     work = n.sam * n.sam_tokens
     return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
 
 
 def step_seconds(n: Sizes, card: str) -> dict[str, float]:
-    """Return the seconds of one step by phase."""
+    """Return the seconds of each phase of a step."""
     s = n.s
     rollout = s.questions * prefill_seconds(n, card)
     rollout += decode_seconds(n, card, s.questions, s.group)
@@ -114,10 +119,10 @@ def hours(n: Sizes, card: str) -> float:
     """Return the hours of all steps and all evaluations."""
     s = n.s
     steps = s.samples // s.questions
-    evaluated = 2 * s.test_samples  # questions, before and after training
+    evaluated = 2 * s.test_samples  # questions before and after training
     if s.eval_every:
         evaluated += (1 + steps // s.eval_every) * s.eval_samples
-    batch = max(1, 16384 // n.prompt)  # questions that an evaluation answers at a time
+    batch = max(1, 16384 // n.prompt)  # questions in one batch of an evaluation
     question = prefill_seconds(n, card) + sam_seconds(n, card)
     question += decode_seconds(n, card, batch, 1) / batch
     training = steps * sum(step_seconds(n, card).values())
@@ -125,7 +130,7 @@ def hours(n: Sizes, card: str) -> float:
 
 
 def known_card(name: str) -> str | None:
-    """Return the row of CARDS for a name such as "NVIDIA A100-SXM4-80GB"; None for others."""
+    """Return the key of CARDS for a name such as "NVIDIA A100-SXM4-80GB", or None."""
     words = set(re.split("[ -]", name))
     for card in CARDS:
         if set(card.split()) <= words and "Laptop" not in words:
