@@ -465,11 +465,12 @@ def test_a_question_by_a_side_means_the_outermost_thing_and_each_run_answered_as
         )
 
 
-def test_blanked_and_mirrored_pictures_score_far_below_the_others():
+def test_blanked_mirrored_and_grey_pictures_score_far_below_the_others():
     trained = load("seed0/summary.json")["trained"]["gIoU"]
-    blank, mirrored = load("seed0/blank.json"), load("seed0/mirror.json")
-    assert blank["count"] == mirrored["count"] == 500
-    assert blank["gIoU"] < 0.12 < mirrored["gIoU"] < trained - 0.5
+    blank, mirrored, grey = (load(f"seed0/{name}.json") for name in ("blank", "mirror", "grey"))
+    assert blank["count"] == mirrored["count"] == grey["count"] == 500
+    assert blank["gIoU"] < 0.12 < mirrored["gIoU"] < grey["gIoU"] < trained - 0.5
+    assert f"from {trained:.2f} to {grey['gIoU']:.2f}" in (ROOT / "README.md").read_text()
 
 
 def test_without_the_accuracy_term_the_format_is_learnt_and_no_lenient_gain():
