@@ -21,7 +21,7 @@ from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import read_answer
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
-from samr1_mini.tiny.scenes import KINDS, SPLITS, fair_questions, make_scene
+from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
 from tutorials.tiny_world import answers, ground, language, measure, pretrain, sam, training
 from tutorials.tiny_world.answers import STYLES, answer_parts, style_of, wide_box
 from tutorials.tiny_world.build import build_policy, build_processor
@@ -784,24 +784,33 @@ def row(*cells):
 
 
 def measured_rows():
-    """Return the rows that measured.json gives in tutorials/notes/tiny_world.md."""
+    """Return how the rows begin that measured.json gives in tutorials/notes/tiny_world.md."""
     found = json.loads(pretrain.MEASURED.read_text())
     policy = found["policy"]
-    kinds = (*KINDS, "all")
-    rows = [row(name, value) for name, value in found["sam"].items()]
+    prompts = (
+        "true box",
+        "box of two",
+        "box of two, 1 on the thing, 0 on the other",
+        "sides 40 % out",
+    )
+    rows = [row(name, found["sam"][name]) for name in prompts]
     for style, shares in policy["hinted"].items():
         sampled = f"{100 * policy['styles'][style]:.1f} %"
-        rows.append(row(style, sampled, *(shares[kind] for kind in kinds)))
-    for kind in kinds:
-        rows.append(row(kind, *policy["sampled"][kind].values()))
+        rows.append(
+            row(style, sampled, *(shares[kind] for kind in ("relation", "combined", "all")))
+        )
     return rows
 
 
-def test_the_tables_of_the_note_are_those_of_measured_json_and_of_the_stages():
-    lines = (ROOT / "tutorials/notes/tiny_world.md").read_text().splitlines()
+def test_the_figures_of_the_note_are_those_of_measured_json_and_of_the_stages():
+    text = (ROOT / "tutorials/notes/tiny_world.md").read_text()
+    lines = text.splitlines()
     rows = measured_rows()
-    assert len(rows) == 26
-    assert [line for line in lines if line in rows] == rows  # all of them, in this order
+    assert len(rows) == 9
+    missing = [start for start in rows if not any(line.startswith(start) for line in lines)]
+    assert not missing, "tiny_world.md should have:\n" + "\n".join(missing)
+    sampled = json.loads(pretrain.MEASURED.read_text())["policy"]["sampled"]["all"]
+    assert f"{sampled['about']:.2f}" in text and f"{sampled['graded']:.2f}" in text
     for stage, steps in pretrain.STEPS.items():
         assert any(line.startswith(f"| {stage} | `{stage}.py` | {steps:,} |") for line in lines)
 

@@ -99,42 +99,49 @@ def result_rows():
 
 def seed_rows():
     """results.md: each run."""
-    for folder in (*(f"seed{seed}" for seed in SEEDS), "seed0-no-accuracy"):
-        run = summary(folder)
-        label = f"seed {run['seed']}"
-        if folder.endswith("no-accuracy"):
-            label += ", `--accuracy-weight 0`"
-        keys = ("gIoU", "cIoU", "box_accuracy")
-        changes = [f"{run['base'][key]:.2f} → {run['trained'][key]:.2f}" for key in keys]
-        yield row(label, *changes, f"{run['seconds'] / 60:.1f}")
+    late = list(late_places())
+    base = summary("seed0")["base"]
+    yield row("base model", f"{base['gIoU']:.2f}", f"{base['box_accuracy']:.2f}") + " |"
+    for seed in SEEDS:
+        trained = summary(f"seed{seed}")["trained"]
+        scores = (trained["gIoU"], trained["box_accuracy"], late[seed])
+        yield row(f"seed {seed}", *(f"{score:.2f}" for score in scores))
+    control = summary("seed0-no-accuracy")["trained"]
+    scores = (control["gIoU"], control["box_accuracy"])
+    yield row("control, seed 0", *(f"{score:.2f}" for score in scores)) + " |"
+
+
+def late_places():
+    """The share of the style places in the last tenth of each run."""
+    for run in answers_by_run():
+        late = [answer["style"] for answer in run if answer["part"] > 0.9]
+        yield late.count("places") / len(late)
 
 
 def kind_rows():
     """results.md: gIoU by kind of question."""
     trained = [summary(f"seed{seed}")["trained"]["by_kind"] for seed in SEEDS]
     base = summary("seed0")["base"]["by_kind"]
-    control = summary("seed0-no-accuracy")["trained"]["by_kind"]
     yield row("base model", *(f"{base[kind]['gIoU']:.2f}" for kind in scenes.KINDS))
     means = [with_interval([run[kind]["gIoU"] for run in trained]) for kind in scenes.KINDS]
     yield row("trained, five seeds", *means)
-    yield row("control", *(f"{control[kind]['gIoU']:.2f}" for kind in scenes.KINDS))
 
 
 def comparison_rows():
     """results.md: three ways to compare."""
     values = load("by-question.json")
     labels = {
-        "side": ("by a side", "the object left of the blue ring"),
-        "of all": ("extreme of all", "the largest of the things with corners"),
-        "of its kind": ("extreme of its kind", "the same words, another scene"),
+        "side": "by a side",
+        "of all": "extreme of all",
+        "of its kind": "extreme of its kind",
     }
-    for form, (name, example) in labels.items():
+    for form, name in labels.items():
         numbers = [
             int(sample.id.split("-")[1]) % 10**6 for sample, found in comparing() if found == form
         ]
         base = np.mean([values["base"][i] for i in numbers])
         trained = [np.mean([values[f"seed {seed}"][i] for i in numbers]) for seed in SEEDS]
-        yield row(name, example, str(len(numbers)), f"{base:.2f}", with_interval(trained))
+        yield row(name, str(len(numbers)), f"{base:.2f}", with_interval(trained))
 
 
 def input_rows():
@@ -145,21 +152,8 @@ def input_rows():
 
 
 def style_rows():
-    """results.md: answer styles during the runs, and their rewards."""
-    runs = list(answers_by_run())
-    answers = [answer for run in runs for answer in run]
-    early = [answer["style"] for answer in answers if answer["part"] <= 0.05]
-    late = [answer["style"] for answer in answers if answer["part"] > 0.9]
-    meanings = {
-        "sentence": "plain words, outside the format",
-        "json": "JSON without thoughts",
-        "short": "names one object in the thoughts",
-        "names": "names all objects",
-        "places": "lists all objects with coordinates",
-    }
-    for style, meaning in meanings.items():
-        shares = [f"{found.count(style) / len(found):.2f}" for found in (early, late)]
-        yield row(style, meaning, *shares)
+    """results.md: mean rewards of two answer styles."""
+    answers = [answer for run in answers_by_run() for answer in run]
     compared = ("relation", "combined")
     for name, comparing_kind in (
         ("relation and combined questions", True),
@@ -176,22 +170,6 @@ def style_rows():
             ]
             means.append(f"{np.mean(rewards):.2f}")
         yield row(name, *means)
-    shares = []
-    for run in runs:
-        late = [answer["style"] for answer in run if answer["part"] > 0.9]
-        shares.append(f"{late.count('places') / len(late):.2f}")
-    yield row("share of *places*", *shares)
-
-
-def ablation_rows():
-    """results.md: the rows that repeat tables of the paper."""
-    lines = ablations.read()
-    names = ["base"]
-    for title in ("table 3: accuracy reward", "table 4: objective"):
-        names += ablations.TABLES[title]
-    for name in names:
-        _, mean, apart, paper, _ = ablations.cells(lines, name)
-        yield row(name, mean, apart, paper)
 
 
 def memory_rows():
@@ -245,8 +223,6 @@ def step_rows():
                 f"{ours['seconds']:.2f}",
                 f"{trl['seconds']:.2f}",
                 f"{trl['seconds'] / ours['seconds']:.1f}",
-                f"{ours['peak_gib']:.1f}",
-                f"{trl['peak_gib']:.1f}",
             )
 
 
@@ -255,33 +231,19 @@ def sharing_rows():
     for file, device in (("benchmark-3b.json", "H100, 3B"), ("benchmark.json", "CPU, tiny")):
         for sizes in load(file)["results"][1:]:  # the long prompt
             for phase, ways in (
-                ("rollout", ("shared prompt", "generate", "generate, prompt repeated")),
-                ("update", ("packed", "padded, features at hand", "padded")),
+                ("rollout", ("shared prompt", "generate")),
+                ("update", ("packed", "padded, features at hand")),
             ):
                 seconds = [f"{sizes[phase][way]:.2f}" for way in ways]
-                yield row(device, str(sizes["prompt_tokens"]), phase, *seconds)
-
-
-def update_rows():
-    """speed.md: attention in parts against one masked row."""
-    for file, device in (("benchmark-3b.json", "H100, 3B"), ("benchmark.json", "CPU, tiny")):
-        first, *_, last = load(file)["updates"]
-        for sizes in (first, last):
-            ours, masked = sizes["update"].values()
-            questions = f"{sizes['questions']} x {sizes['group']}"
-            size = f"{sizes['size']} px"
-            numbers = (f"{ours:.2f}", f"{masked:.2f}", f"{masked / ours:.2f}")
-            yield row(device, size, questions, str(sizes["answer_tokens"]), *numbers)
+                yield row(device, phase, *seconds)
 
 
 def weights_rows():
     """speed.md: the format of the frozen weights."""
-    for file, device in (("benchmark-3b.json", "H100, 3B"), ("benchmark.json", "CPU, tiny")):
-        weights = load(file)["weights"]
-        for kind in ("nf4", "bf16", "fp32"):
-            if f"{kind}, rollout" in weights:
-                seconds = [f"{weights[f'{kind}, {phase}']:.2f}" for phase in ("rollout", "update")]
-                yield row(device, f"`--load-in {kind}`", *seconds)
+    weights = load("benchmark-3b.json")["weights"]
+    for kind in ("nf4", "bf16"):
+        seconds = [f"{weights[f'{kind}, {phase}']:.2f}" for phase in ("rollout", "update")]
+        yield row("H100, 3B", f"`--load-in {kind}`", *seconds)
 
 
 TABLES = [
@@ -292,11 +254,9 @@ TABLES = [
     ("results.md", comparison_rows),
     ("results.md", input_rows),
     ("results.md", style_rows),
-    ("results.md", ablation_rows),
     ("gpu.md", rehearsal_rows),
     ("speed.md", step_rows),
     ("speed.md", sharing_rows),
-    ("speed.md", update_rows),
     ("speed.md", weights_rows),
 ]
 
