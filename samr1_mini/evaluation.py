@@ -386,26 +386,22 @@ def evaluate(
     if keep:  # the rows of a file depend on the number of processes and on the batch size
         file = Path(f"{keep[0]}.{processes.process_index}")
         kept = KeptRows(file, f"{keep[1]} {processes.num_processes} {size}")
-
-    def answer_share() -> list[ScoredAnswer]:
-        rows = kept.read() if kept else {}
-        for indices in batches(assigned, size, name):
-            if rows.keys() & indices:
-                continue
-            samples = read_samples(data, indices, s)
-            if not samples:
-                continue
-            new = answer_and_score(policy, segmenter, samples, s, blank, with_ceiling, votes)
-            rows |= new
-            if kept:
-                kept.append(new.values())
-        return list(rows.values())
-
-    rows = sorted(gather(answer_share()), key=lambda row: row.index)
-    if not rows:
+    rows = kept.read() if kept else {}
+    for indices in batches(assigned, size, name):
+        if rows.keys() & indices:
+            continue
+        samples = read_samples(data, indices, s)
+        if not samples:
+            continue
+        new = answer_and_score(policy, segmenter, samples, s, blank, with_ceiling, votes)
+        rows |= new
+        if kept:
+            kept.append(new.values())
+    every = sorted(gather(list(rows.values())), key=lambda row: row.index)
+    if not every:
         asked = s.eval_data or s.data
         raise UserError(f"{asked}: every true mask is empty, and --empty-truth is excluded")
-    return Report(rows)
+    return Report(every)
 
 
 # ---------------------------------------------------------------------------------- pictures

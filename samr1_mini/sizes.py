@@ -17,16 +17,14 @@ TEXT = 200  # text tokens of a prompt: 174 for the instruction, the rest for the
 class Sizes:
     """Hold the widths, weights and tokens of one training. Weights are counted, not loaded."""
 
-    def __init__(self, config, s: Settings, number: int | None = None, text_tokens: int = TEXT):
+    def __init__(self, config, s: Settings, text_tokens: int = TEXT):
         """Read the configuration of a policy and the settings.
 
-        `number` is the bytes of one number of the frozen policy, 4-bit weights excepted. None takes
-        the dtype on this machine's GPU, or on a new GPU. `text_tokens` is the text tokens of a
-        prompt, without the picture tokens.
+        `text_tokens` is the text tokens of a prompt, without the picture tokens.
         """
         text = config.text_config
         self.s = s
-        self.number = number or number_bytes(s)
+        self.number = number_bytes(s)
         self.layers = text.num_hidden_layers
         self.hidden = text.hidden_size
         self.mlp = text.intermediate_size
