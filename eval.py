@@ -330,7 +330,7 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
     report = evaluate(policy, segmenter, data, settings, blank=options.blank, votes=options.votes)
     if not is_first():
         return
-    size = policy.coordinate_range(settings.image_size)
+    size = policy.answer_side(settings.image_size)
     [panel] = shown(segmenter, data, report.rows, settings, size)
     mask = panel.reward.mask
     stem = Path(options.out) / Path(options.image).stem

@@ -260,7 +260,7 @@ def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 # -------------------- whole answers
 
 
-def read_prompts(policy: Policy, prompts: list[Prompt], cache: Cache) -> torch.Tensor:
+def prefill(policy: Policy, prompts: list[Prompt], cache: Cache) -> torch.Tensor:
     """Read B prompts into the cache -> the hidden state of each prompt's last token [B, D]."""
     embeds = pad_sequence([p.embeds for p in prompts], True)  # [B, P, D]
     positions = pad_sequence([p.positions.T for p in prompts], True)  # [B, P, 3]
@@ -321,7 +321,7 @@ def sample_tokens(
     embed = policy.base.get_input_embeddings()
     cache = new_cache(policy, prompts, group)
     reader = TokenReader(policy.base.model.language_model, cache)
-    hidden = read_prompts(policy, prompts, cache)  # [B, D]
+    hidden = prefill(policy, prompts, cache)  # [B, D]
     hidden = hidden[:, None].expand(-1, group, -1)  # [B, G, D]
     position = torch.tensor([p.next_position for p in prompts], device=device)
     position = position[:, None].expand(-1, group)  # [B, G]

@@ -24,7 +24,8 @@ from .plots import sample_sheet
 from .decoding import Completion, generate
 from .policy import Policy, Prompt, encode
 from .processes import gather, is_first, join_processes, share
-from .reward import Reward, read_answer, read_leniently, score_group
+from .lenient import read_leniently
+from .reward import Reward, score_group
 from .segmenter import Segmenter
 
 GREY = (128, 128, 128)
@@ -161,7 +162,7 @@ def policy_image(sample: Sample, size: int) -> Image.Image:
 
 
 @torch.no_grad()
-def read_questions(policy: Policy, samples: list[Sample], size: int) -> list[Prompt]:
+def encode_questions(policy: Policy, samples: list[Sample], size: int) -> list[Prompt]:
     """Encode the questions and the pictures of samples. Pictures become size x size pixels."""
     images = [policy_image(sample, size) for sample in samples]
     return encode(policy, images, [sample.question for sample in samples])
@@ -179,23 +180,25 @@ def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray 
     return voters[middle], mask
 
 
-def judge(
-    segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, coordinate_range: int
-) -> tuple[int, Reward, tuple[int, int], tuple[int, int]]:
-    """Score the answers to one question. Several answers vote on a mask.
+@dataclass
+class Verdict:
+    """Hold the result of `judge` for one question."""
 
-    In the strict vote only the answers in the format vote. In the lenient vote all answers with a
-    readable box vote.
+    chosen: int  # index of the scored answer
+    reward: Reward  # of the scored answer, with the majority mask
+    lenient: tuple[int, int]  # intersection and union in pixels, all readable answers vote
+    strict: tuple[int, int]  # the same, only answers in the format vote
 
-    Returns four values:
-    - The index of the scored answer. It is the middle answer of the strict vote. Without voters it
-      is the middle answer of the lenient vote, or 0.
-    - The reward of the scored answer, with the majority mask of this vote.
-    - Intersection and union in pixels of the lenient vote.
-    - Intersection and union in pixels of the strict vote.
+
+def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: int) -> Verdict:
+    """Score the answers to one question, with coordinates in a `side` x `side` square.
+
+    The answers vote on a mask. In the strict vote only answers in the format vote. In the lenient
+    vote all answers with a readable box vote. The scored answer is the middle answer of the strict
+    vote. Without strict voters it is the middle answer of the lenient vote, or the first answer.
     """
-    answers = [read_answer(text, coordinate_range, s.max_points) for text in texts]
-    rewards = score_group(segmenter, x, [read_leniently(answer) for answer in answers], s)
+    answers = [read_leniently(text, side, s.max_points) for text in texts]
+    rewards = score_group(segmenter, x, answers, s)
     read = [i for i, reward in enumerate(rewards) if reward.mask is not None]
     in_format = [i for i in read if rewards[i].answer.in_format]
     chosen, mask = majority(rewards, read)
@@ -206,7 +209,7 @@ def judge(
     if in_format:
         chosen, mask, pair = strict_chosen, strict_mask, strict
     reward = replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair))
-    return chosen, reward, lenient, strict
+    return Verdict(chosen, reward, lenient, strict)
 
 
 def score_question(
@@ -215,11 +218,12 @@ def score_question(
     x: Sample,
     answers: list[Completion],
     s: Settings,
-    coordinate_range: int,
+    side: int,
 ) -> ScoredAnswer:
     """Score the answers to one question. `index` is its index in the data set."""
     texts = [answer.text for answer in answers]
-    chosen, reward, lenient, strict = judge(segmenter, x, texts, s, coordinate_range)
+    verdict = judge(segmenter, x, texts, s, side)
+    answer = verdict.reward.answer
     return ScoredAnswer(
         index=index,
         id=x.id,
@@ -227,13 +231,13 @@ def score_question(
         kind=x.kind,
         question=x.question,
         texts=texts,
-        text=texts[chosen],
-        truncated=answers[chosen].truncated,
-        in_format=reward.answer.in_format,
-        why=reward.answer.why,
-        box_iou=reward.box_iou,
-        pair=lenient,
-        strict=strict,
+        text=texts[verdict.chosen],
+        truncated=answers[verdict.chosen].truncated,
+        in_format=answer.in_format,
+        why=answer.why,
+        box_iou=verdict.reward.box_iou,
+        pair=verdict.lenient,
+        strict=verdict.strict,
     )
 
 
@@ -266,7 +270,7 @@ def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     return questions_per_batch(policy.base, most, tokens, replace(s, group=votes), free_memory(s))
 
 
-def read_samples(data, indices: Iterable[int], s: Settings) -> dict[int, Sample]:
+def load_samples(data, indices: Iterable[int], s: Settings) -> dict[int, Sample]:
     """Read questions by index, and leave out the questions that --empty-truth excludes."""
     samples = {i: data[i] for i in indices}
     if s.empty_truth == "excluded":
@@ -284,7 +288,7 @@ def answer_batch(
     seen = list(samples.values())
     if blank:
         seen = [replace(x, image=Image.new("RGB", x.image.size, GREY)) for x in seen]
-    prompts = read_questions(policy, seen, s.image_size)
+    prompts = encode_questions(policy, seen, s.image_size)
     if votes == 1:
         return generate(policy, prompts, 1, s.max_new_tokens, temperature=0)
     uniforms = []
@@ -305,11 +309,11 @@ def answer_and_score(
     votes: int,
 ) -> dict[int, ScoredAnswer]:
     """Answer and score questions in one batch. See evaluate."""
-    coordinate_range = policy.coordinate_range(s.image_size)
+    side = policy.answer_side(s.image_size)
     groups = answer_batch(policy, samples, s, blank, votes)
     rows = {}
     for (i, x), answers in zip(samples.items(), groups):
-        rows[i] = score_question(segmenter, i, x, answers, s, coordinate_range)
+        rows[i] = score_question(segmenter, i, x, answers, s, side)
         if with_ceiling:
             rows[i].ceiling = true_box_iou(segmenter, x)
     return rows
@@ -390,7 +394,7 @@ def evaluate(
     for indices in batches(assigned, size, name):
         if rows.keys() & indices:
             continue
-        samples = read_samples(data, indices, s)
+        samples = load_samples(data, indices, s)
         if not samples:
             continue
         new = answer_and_score(policy, segmenter, samples, s, blank, with_ceiling, votes)
@@ -412,17 +416,17 @@ def shown(
     data,
     rows: Iterable[ScoredAnswer],
     s: Settings,
-    coordinate_range: int,
+    side: int,
 ) -> list[Panel]:
     """Restore the pictures and masks of a few rows from their texts.
 
-    For `coordinate_range` see Policy.coordinate_range.
+    For `side` see Policy.answer_side.
     """
     panels = []
     for row in rows:
         x = data[row.index]
-        _, reward, _, _ = judge(segmenter, x, row.texts, s, coordinate_range)
-        panels.append(Panel(x, row.text, reward))
+        verdict = judge(segmenter, x, row.texts, s, side)
+        panels.append(Panel(x, row.text, verdict.reward))
     return panels
 
 
@@ -436,6 +440,6 @@ def draw_sheet(
     s: Settings,
 ) -> None:
     """Write a PNG with one panel for each row. See plots.sample_sheet."""
-    coordinate_range = policy.coordinate_range(s.image_size)
-    panels = shown(segmenter, data, rows, s, coordinate_range)
-    sample_sheet(path, panels, coordinate_range, title)
+    side = policy.answer_side(s.image_size)
+    panels = shown(segmenter, data, rows, s, side)
+    sample_sheet(path, panels, side, title)

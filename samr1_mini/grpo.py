@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .config import Settings, UserError
 from .data import Sample
 from .decoding import Completion, generate_groups
-from .evaluation import read_questions
+from .evaluation import encode_questions
 from .loading import load_parts, open_sets
 from .memory import peak_memory
 from .policy import Policy, Prompt, logprobs
@@ -117,7 +117,7 @@ def grpo_loss(
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)  # [S] clip-higher: eps_high > eps_low
     # The minimum gives no reward for a move past the clip. This holds for both signs of advantage.
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
-    tokens = {
+    values = {
         "ratio": ratio,
         "clip_low": (ratio < 1 - s.eps_low) & (advantage < 0),
         "clip_high": (ratio > 1 + s.eps_high) & (advantage > 0),
@@ -125,10 +125,10 @@ def grpo_loss(
     if reference is not None:
         kl, above = kl_to_base(logp, reference, s.kl_bound)  # [S], [S]
         objective = objective - s.beta * kl
-        tokens |= {"kl": kl, "kl_held": above}
+        values |= {"kl": kl, "kl_held": above}
     weight = token_weights(lengths, s.normalise).to(logp.device)  # [S]
     # (4)  (1 / sum_i |o_i|) sum_i sum_t [ min(rho A, clip(rho) A) - beta KL ]
-    return -(weight * objective).sum(), tokens
+    return -(weight * objective).sum(), values
 
 
 # --------------------------------------------------------------------------------------- rollout
@@ -153,7 +153,7 @@ class Rollout:
 
     sample: Sample
     prompt: Prompt
-    answers: list[Completion]  # G
+    completions: list[Completion]  # G
     rewards: list[Reward]  # G
     advantage: torch.Tensor | None = None  # [G]
     reference: torch.Tensor | None = None  # [S] log-probabilities under the base model
@@ -161,7 +161,7 @@ class Rollout:
     @property
     def ids(self) -> list[torch.Tensor]:
         """The tokens of each answer."""
-        return [answer.ids for answer in self.answers]
+        return [one.ids for one in self.completions]
 
     @property
     def lengths(self) -> list[int]:
@@ -171,7 +171,7 @@ class Rollout:
     @property
     def old(self) -> torch.Tensor:
         """Log-probabilities [S] of all answers under the policy that sampled them."""
-        return torch.cat([answer.logps for answer in self.answers])
+        return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
         """Tell if the updates use this group. With equal rewards, only its KL has a gradient."""
@@ -190,12 +190,12 @@ def roll_out(
     """
     s, policy = parts.settings, parts.policy
     start = time.perf_counter()
-    prompts = read_questions(policy, samples, s.image_size)
+    prompts = encode_questions(policy, samples, s.image_size)
     if uniforms is None:
         uniforms = torch.rand(len(prompts), s.group, s.max_new_tokens)
     groups = generate_groups(policy, prompts, s, uniforms)
     middle = time.perf_counter()
-    side = policy.coordinate_range(s.image_size)
+    side = policy.answer_side(s.image_size)
     rollouts = []
     for sample, prompt, completions in zip(samples, prompts, groups):
         answers = [read_answer(c.text, side, s.max_points, c.ids) for c in completions]
@@ -223,7 +223,7 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
         batch = rollouts[i : i + s.micro]
         prompts = [rollout.prompt for rollout in batch]
         groups = [rollout.ids for rollout in batch]
-        with policy.reference():
+        with policy.as_reference():
             logps, _ = logprobs(policy, prompts, groups, s.temperature)  # [S]
         sizes = [sum(rollout.lengths) for rollout in batch]
         for rollout, reference in zip(batch, logps.split(sizes)):
@@ -244,10 +244,10 @@ def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dic
     each = torch.cat([rollout.advantage for rollout in rollouts])  # [B * G]
     advantage = each.repeat_interleave(torch.tensor(lengths).flatten())  # [S]
     advantage = advantage.to(policy.device)
-    loss, tokens = parts.loss(logp, old, reference, advantage, lengths, s)
+    loss, values = parts.loss(logp, old, reference, advantage, lengths, s)
     gap = logp - old  # [S]
-    tokens |= {"entropy": entropy, "approx_kl": gap.exp() - 1 - gap, "sampling_gap": gap.abs()}
-    return loss, {name: values.detach() for name, values in tokens.items()}
+    values |= {"entropy": entropy, "approx_kl": gap.exp() - 1 - gap, "sampling_gap": gap.abs()}
+    return loss, {name: value.detach() for name, value in values.items()}
 
 
 def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, list[dict]]:
@@ -262,10 +262,10 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     total, forwards = 0.0, []
     parts.optimizer.zero_grad()
     for i in range(0, len(used), s.micro):
-        loss, tokens = batch_loss(parts, used[i : i + s.micro])
+        loss, values = batch_loss(parts, used[i : i + s.micro])
         (loss / questions).backward()  # eq. (4) is a mean over questions
         total += loss.item()
-        forwards.append(tokens)
+        forwards.append(values)
     add_up_gradients(policy.trained)
     norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
     if norm.isfinite():
@@ -291,7 +291,7 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
         set_learning_rate(parts.optimizer, s, done + k)
         part = k % s.updates
         start, end = part * len(rollouts) // s.updates, (part + 1) * len(rollouts) // s.updates
-        total, norm, tokens = one_update(parts, rollouts[start:end])
+        total, norm, values = one_update(parts, rollouts[start:end])
         log["loss"] += total / len(rollouts) / s.passes
         if math.isfinite(norm):
             log["grad_norm"] += norm / steps
@@ -300,8 +300,8 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
             log["skipped_updates"] = log.get("skipped_updates", 0) + 1
             count_skipped(parts, done + k + 1)
         if k == 0:  # no update since sampling, so any difference is rounding
-            log |= sampling_gap(tokens)
-        forwards += tokens
+            log |= sampling_gap(values)
+        forwards += values
     policy.model.eval()
     log |= token_means(forwards)
     log["lr"] = parts.optimizer.param_groups[0]["lr"]

@@ -103,10 +103,9 @@ def draw_answer(axes, panel, size: int) -> None:
     draw_outline(axes, truth, BLACK, 1.2, "--")
     sx = sample.image.width / size / fine
     sy = sample.image.height / size / fine
-    box = answer.box or answer.lenient_box
-    if box:
-        x1, x2 = box[0] * sx - 0.5, box[2] * sx - 0.5
-        y1, y2 = box[1] * sy - 0.5, box[3] * sy - 0.5
+    if answer.box:
+        x1, x2 = answer.box[0] * sx - 0.5, answer.box[2] * sx - 0.5
+        y1, y2 = answer.box[1] * sy - 0.5, answer.box[3] * sy - 0.5
         xs, ys = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
         for colour, width in (("white", 3.2), (BLUE, 1.6)):
             axes.plot(xs, ys, color=colour, lw=width)

@@ -76,14 +76,20 @@ class Policy:
         """Return the adapter's weights. All other weights are frozen."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def coordinate_range(self, size: int) -> int:
-        """Return the largest coordinate: `size` for pixels, 1,000 for thousandths."""
+    def answer_side(self, size: int) -> int:
+        """Return the side of the square that holds an answer's coordinates.
+
+        The side is `size`, the picture's side, for pixels. It is 1,000 for thousandths.
+        """
         if self.coordinates == "thousandths":
             return 1000
         return size
 
-    def reference(self):
-        """Switch the adapter off in a `with` block. Inside, the policy is the frozen reference."""
+    def as_reference(self):
+        """Return a context for a `with` block. In the block, the adapter is switched off.
+
+        So the policy in the block is the frozen base model.
+        """
         return self.model.disable_adapter()
 
 
@@ -384,9 +390,9 @@ def logprobs(
     # Plain indexing sums gradients in a varying order. Then runs would differ in the last digits.
     hidden = hidden[0].index_select(0, index)  # [S, D]
     count = max(1, CHUNK_LOGITS // policy.banned.numel())  # tokens in a chunk
-    chunks = [
-        checkpoint(chosen_logprobs, policy, h, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(count), target.split(count))
-    ]
-    logps, entropies = zip(*chunks)
+    logps, entropies = [], []
+    for h, t in zip(hidden.split(count), target.split(count)):
+        logp, entropy = checkpoint(chosen_logprobs, policy, h, t, temperature, use_reentrant=False)
+        logps.append(logp)
+        entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies)

@@ -13,7 +13,7 @@ and 0 off it, all in {unit}. Example:
 Question: {question}"""
 
 
-def read_prompt(name: str) -> str:
+def load_prompt(name: str) -> str:
     """Return the text of a file for --prompt-file.
 
     Raises UserError if the file cannot be read, or does not contain {question}.

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .config import Settings, UserError, check_size
 from .data import Sample
-from .evaluation import evaluate, read_questions
+from .evaluation import evaluate, encode_questions
 from .forecast import GAPS, GIB, has_known_shape, peaks, staying_bytes, usable
 from .full_size import SHAPES, random_policy, shape_config
 from .grpo import (
@@ -193,7 +193,7 @@ def forecast_sam(s: Settings) -> str:
 
 def full_answer(policy: Policy, s: Settings) -> str:
     """Return a well-formed answer with the largest allowed number of points."""
-    size = policy.coordinate_range(s.image_size)
+    size = policy.answer_side(s.image_size)
     third, middle = size // 3, size // 2
     box = [third, third, 2 * third, 2 * third]
     answer = {"bbox": box, "points": [[middle, middle, 1]] * s.max_points}
@@ -210,12 +210,12 @@ def one_step(
     samples = [data[i] for i in range(s.questions)]
 
     def rollout():
-        prompts = read_questions(policy, samples, s.image_size)
+        prompts = encode_questions(policy, samples, s.image_size)
         uniforms = torch.rand(s.questions, s.group, s.max_new_tokens)
         return prompts, generate_groups(policy, prompts, s, uniforms)
 
     def reward():
-        size = policy.coordinate_range(s.image_size)
+        size = policy.answer_side(s.image_size)
         answer = read_answer(full_answer(policy, s), size, s.max_points)
         return [score_group(segmenter, sample, [answer] * s.group, s) for sample in samples]
 
@@ -425,7 +425,7 @@ def try_largest_update(parts: Parts, samples: list[Sample]) -> None:
     If memory is too small, this update fails before the first step.
     """
     s, policy = parts.settings, parts.policy
-    rollouts = full_rollouts(policy, read_questions(policy, samples, s.image_size), s)
+    rollouts = full_rollouts(policy, encode_questions(policy, samples, s.image_size), s)
     moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # size of AdamW's
     policy.model.train()
     loss, _ = batch_loss(parts, rollouts)

@@ -23,9 +23,9 @@ def mean(values: list) -> float:
 def describe(rollouts: list) -> dict:
     """Return the log columns that describe the answers of a step. Most are means over answers."""
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    answers = [answer for rollout in rollouts for answer in rollout.answers]
+    answers = [answer for rollout in rollouts for answer in rollout.completions]
     flat = [not rollout.advantage.any() for rollout in rollouts]
-    texts = [{answer.text for answer in rollout.answers} for rollout in rollouts]
+    texts = [{answer.text for answer in rollout.completions} for rollout in rollouts]
     line = {"reward": mean([r.total for r in rewards])}
     for name in rewards[0].terms:
         line[name] = mean([r.terms[name] for r in rewards])
@@ -41,8 +41,8 @@ def describe(rollouts: list) -> dict:
 
 def token_mean(forwards: list[dict], name: str) -> float:
     """Return the mean of one value over the tokens of all forwards."""
-    total = sum(tokens[name].sum().item() for tokens in forwards)
-    return total / sum(len(tokens[name]) for tokens in forwards)
+    total = sum(values[name].sum().item() for values in forwards)
+    return total / sum(len(values[name]) for values in forwards)
 
 
 def sampling_gap(forwards: list[dict]) -> dict:
@@ -52,7 +52,7 @@ def sampling_gap(forwards: list[dict]) -> dict:
     """
     if not forwards:
         return {"sampling_gap": 0.0, "sampling_gap_max": 0.0}
-    largest = max(tokens["sampling_gap"].max().item() for tokens in forwards)
+    largest = max(values["sampling_gap"].max().item() for values in forwards)
     return {"sampling_gap": token_mean(forwards, "sampling_gap"), "sampling_gap_max": largest}
 
 
@@ -68,8 +68,8 @@ def token_means(forwards: list[dict]) -> dict:
     names = set().union(*forwards) - {"ratio", "sampling_gap"}
     log = {name: token_mean(forwards, name) for name in sorted(names)}
     if "ratio" in forwards[0]:
-        log["ratio_min"] = min(1.0, *(tokens["ratio"].min().item() for tokens in forwards))
-        log["ratio_max"] = max(1.0, *(tokens["ratio"].max().item() for tokens in forwards))
+        log["ratio_min"] = min(1.0, *(values["ratio"].min().item() for values in forwards))
+        log["ratio_max"] = max(1.0, *(values["ratio"].max().item() for values in forwards))
     return log
 
 
@@ -77,7 +77,7 @@ def first_answers(rollouts: list) -> list[dict]:
     """Return one line of answers.jsonl for each question, with its first sampled answer."""
     lines = []
     for rollout in rollouts:
-        answer = rollout.answers[0]
+        answer = rollout.completions[0]
         reward = rollout.rewards[0]
         line = {
             "id": rollout.sample.id,
@@ -98,7 +98,7 @@ def base_summary(rollouts: list, s: Settings) -> str:
     The line contains a warning if training can learn almost nothing from such answers.
     """
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    answers = [answer for rollout in rollouts for answer in rollout.answers]
+    answers = [answer for rollout in rollouts for answer in rollout.completions]
     in_format = mean([r.answer.in_format for r in rewards])
     iou = mean([r.iou for r in rewards])
     truncated = mean([a.truncated for a in answers])
@@ -142,7 +142,7 @@ def score_base(
         if base is not None:
             return base
     if resumed or s.start_from:
-        adapter_off = policy.reference()
+        adapter_off = policy.as_reference()
     with adapter_off:
         report = evaluate(policy, segmenter, test, s, "test base", with_ceiling=True)
         base = report.summary() | {"ceiling": report.ceiling}

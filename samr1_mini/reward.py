@@ -16,7 +16,7 @@ curves and the drawn sheets of answers then show the term.
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -44,7 +44,6 @@ class Answer:
     reasoning_format: bool = False
     segmentation_format: bool = False
     why: str = ""  # what is wrong with the format, in words
-    lenient_box: Box | None = None  # a box in any common notation, for the score gIoU_lenient
     tokens: torch.Tensor | None = None  # [L] ids of the completion, for reward terms
 
     @property
@@ -73,7 +72,7 @@ def _clip(value: float, limit: float) -> float:
     return min(max(value, 0.0), limit)
 
 
-def _box(value, side: int) -> Box:
+def check_box(value, side: int) -> Box:
     """Return four numbers, clipped to the square. Raises ValueError for a box without an area."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         raise ValueError("bbox is not a list of four numbers")
@@ -102,83 +101,6 @@ def _points(value, side: int, max_points: int) -> list[Point]:
     return points
 
 
-# Lenient reading accepts a box in any common notation. It first splits a text into numbers, words
-# and signs, with a blank between them. So line breaks and quotes do not matter. No pattern reads
-# any part of the text more than a few times. So the time is linear in the length of the text.
-_TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-_NUMBERS = r"[-\d.,()\[\]{ ]*"  # a stretch of numbers, brackets and commas
-# <box>10 20 30 40</box>, <box>(10, 20), (30, 40)</box>, <|box_start|>(10,20),(30,40)<|box_end|>
-_TAG = re.compile(rf"< (?:\| )?\w{{0,20}}box\w{{0,20}} (?:\| )?>({_NUMBERS})(?=<)", re.I)
-# {"x1": 10, "y1": 20, "x2": 30, "y2": 40} in any order, and with other names of the sides. The
-# model Molmo writes points as <points x1="10" ...>. They are no box.
-_SIDE = rf"(?<!\S)([xy]_?(?:[12]|min|max)|left|top|right|bottom) [:=] {_NUMBER}"
-_FOUR_SIDES = " [,;]? ?".join([_SIDE] * 4)
-_SIDES = re.compile(rf"(?<!point )(?<!points )(?:\{{ )?{_FOUR_SIDES}(?: \}})?", re.I)
-_PLACES = {"x1": 0, "xmin": 0, "left": 0, "y1": 1, "ymin": 1, "top": 1}
-_PLACES |= {"x2": 2, "xmax": 2, "right": 2, "y2": 3, "ymax": 3, "bottom": 3}
-# _POINTS: values of a key or a tag for points, such as "point_2d".
-# _NAMED: values of a key for a box, such as "bbox_2d".
-_POINTS = re.compile(rf"(?<!/ )point(?!_end)\w{{0,20}} (?:\| )?[:=>] {_NUMBERS}", re.I)
-_NAMED = re.compile(rf"box\w{{0,20}} [:=] {_NUMBERS}", re.I)
-# [10, 20, 30, 40] in brackets of either kind, or (10, 20), (30, 40). Two points inside a list are
-# no box. Three or more points are no box either.
-_FOUR = re.compile(
-    r"[\[(] " + " , ".join([_NUMBER] * 4) + r" [\])]"
-    rf"|(?<!\[ )(?<!\) , )\( {_NUMBER} , {_NUMBER} \) , \( {_NUMBER} , {_NUMBER} \)(?! , \()"
-)
-
-
-def _tag_as_key(match: re.Match) -> str:
-    """Turn a tag with four numbers into a key "box" with a list. Other tags do not change."""
-    numbers = re.findall(_NUMBER, match[1])
-    if len(numbers) != 4:
-        return match[0]
-    return f"box : [ {' , '.join(numbers)} ] "
-
-
-def _sides_as_list(match: re.Match) -> str:
-    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. Other pairs do not change."""
-    names = match.groups()[::2]
-    numbers = match.groups()[1::2]
-    sides = {}
-    for name, number in zip(names, numbers):
-        place = _PLACES[name.lower().replace("_", "")]
-        sides[place] = number
-    if len(sides) != 4:
-        return match[0]
-    return f"[ {sides[0]} , {sides[1]} , {sides[2]} , {sides[3]} ]"
-
-
-def _last_box(spaced: str, side: int) -> tuple[float, float, float, float] | None:
-    """Return the last four numbers in brackets that make a valid box, or None."""
-    for match in reversed(list(_FOUR.finditer(spaced))):
-        numbers = [float(number) for number in match.groups() if number is not None]
-        try:
-            return _box(numbers, side)
-        except ValueError:
-            continue
-    return None
-
-
-def lenient_box(text: str, side: int) -> tuple[float, float, float, float] | None:
-    """Find a box in any common notation.
-
-    Reads the text after <answer> first, then the whole text. The tag </answer> may be missing.
-    Prefers the last box with a key or a tag that contains "box". Otherwise takes the last box.
-    """
-    answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    for part in (answer, text):
-        spaced = _TAG.sub(_tag_as_key, " ".join(_TOKEN.findall(part)))
-        spaced = _SIDES.sub(_sides_as_list, spaced)
-        spaced = _POINTS.sub("; ", spaced)  # never a box
-        named = " ; ".join(_NAMED.findall(spaced))
-        box = _last_box(named, side) or _last_box(spaced, side)
-        if box is not None:
-            return box
-    return None
-
-
 _WHOLE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.S)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -191,7 +113,7 @@ def has_reasoning_format(text: str) -> bool:
     return _WHOLE.fullmatch(text) is not None
 
 
-def read_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
+def parse_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
     """Return box and points from the JSON between the answer tags.
 
     Raises ValueError (also for broken JSON), or RecursionError for deep nesting.
@@ -206,7 +128,7 @@ def read_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
     content = json.loads(inside, object_pairs_hook=_object, parse_constant=_number)
     if not isinstance(content, dict):
         raise ValueError("the answer is not a JSON object")
-    box = _box(content.get("bbox"), side)
+    box = check_box(content.get("bbox"), side)
     return box, _points(content.get("points"), side, max_points)
 
 
@@ -227,23 +149,16 @@ def read_answer(
         answer.why = f"longer than {MAX_TEXT} characters"
         return answer
     faults = []
-    answer.lenient_box = lenient_box(text, side)
     answer.reasoning_format = has_reasoning_format(text)
     if not answer.reasoning_format:
         faults.append("not <think>...</think><answer>...</answer>")
     try:
-        answer.box, answer.points = read_json(text, side, max_points)
+        answer.box, answer.points = parse_json(text, side, max_points)
         answer.segmentation_format = True
-        answer.lenient_box = answer.box
     except (ValueError, RecursionError) as error:
         faults.append(str(error) or "nested too deep")
     answer.why = "; ".join(faults)
     return answer
-
-
-def read_leniently(answer: Answer) -> Answer:
-    """Return the answer with its lenient box as its box. For evaluation only."""
-    return replace(answer, box=answer.lenient_box)
 
 
 # ----------------------------------------------------------------------- from answers to rewards

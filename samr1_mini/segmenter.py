@@ -50,20 +50,13 @@ class SamSegmenter:
         self.predictor = predictor
         self.seen = b""  # key of the picture that is encoded
 
-    @torch.no_grad()
     def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
         """Return masks as described in Segmenter. Encodes a repeated picture only once."""
-        self.look_at(image)
-        return best_masks(self, image.shape[:2], boxes, points)
+        return best_masks(self, image, boxes, points)
 
-    def look_at(self, image: np.ndarray) -> None:
-        """Encode a picture, uint8 RGB [H, W, 3], unless it is the last one."""
-        key = picture_key(image)
-        if key == self.seen:
-            return
-        self.seen = b""  # stays so if the encoder fails
+    def encode(self, image: np.ndarray) -> None:
+        """Run the encoder on a picture, uint8 RGB [H, W, 3]."""
         self.predictor.set_image(image)
-        self.seen = key
 
     def predict(self, boxes: list, points: list):
         """Return three masks for each prompt: logits [n, 3, h, w], and predicted IoU [n, 3].
@@ -101,18 +94,12 @@ class Sam2Segmenter:
         self.device = device
         self.seen = b""  # key of the picture that is encoded
 
-    @torch.no_grad()
     def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
         """Return masks as described in Segmenter. Encodes a repeated picture only once."""
-        self.look_at(image)
-        return best_masks(self, image.shape[:2], boxes, points)
+        return best_masks(self, image, boxes, points)
 
-    def look_at(self, image: np.ndarray) -> None:
-        """Encode a picture, uint8 RGB [H, W, 3], unless it is the last one."""
-        key = picture_key(image)
-        if key == self.seen:
-            return
-        self.seen = b""  # stays so if the encoder fails
+    def encode(self, image: np.ndarray) -> None:
+        """Run the encoder on a picture, uint8 RGB [H, W, 3]."""
         pixels = self.processor(images=image, return_tensors="pt").pixel_values.to(self.device)
         self.features = self.model.get_image_embeddings(pixels)
         self.size = image.shape[:2]  # H, W
@@ -120,7 +107,6 @@ class Sam2Segmenter:
         height, width = self.size
         factors = [pixels.shape[3] / width, pixels.shape[2] / height]
         self.factors = torch.tensor(factors, device=self.device)
-        self.seen = key
 
     def predict(self, boxes: list, points: list):
         """Return three masks for each prompt: logits [n, 3, h, w], and predicted IoU [n, 3].
@@ -143,13 +129,19 @@ class Sam2Segmenter:
         return logits[0, 0] > 0
 
 
-def picture_key(image: np.ndarray) -> bytes:
-    """Return a short key that differs from picture to picture."""
+def encode_once(segmenter, image: np.ndarray) -> None:
+    """Encode a picture, uint8 RGB [H, W, 3], unless the segmenter holds the same picture already."""
     digest = blake2b(np.ascontiguousarray(image), digest_size=16).digest()
-    return digest + str(image.shape).encode()
+    key = digest + str(image.shape).encode()
+    if key == segmenter.seen:
+        return
+    segmenter.seen = b""  # stays so if the encoder fails
+    segmenter.encode(image)
+    segmenter.seen = key
 
 
-def best_masks(segmenter, size: tuple, boxes: list, points: list) -> np.ndarray:
+@torch.no_grad()
+def best_masks(segmenter, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
     """Return for each prompt the mask with the highest predicted IoU, bool [n, H, W].
 
     Training and evaluation use the same rule. Prompts with the same number of points share one
@@ -157,7 +149,8 @@ def best_masks(segmenter, size: tuple, boxes: list, points: list) -> np.ndarray:
     best mask is brought to the picture's size, one prompt at a time. For 12 megapixels, all masks
     of 8 prompts would take 1.1 GB.
     """
-    found = np.zeros((len(boxes), *size), bool)
+    encode_once(segmenter, image)
+    found = np.zeros((len(boxes), *image.shape[:2]), bool)
     for count in sorted({len(labelled) for labelled in points}):
         rows = [i for i, labelled in enumerate(points) if len(labelled) == count]
         logits, scores = segmenter.predict([boxes[i] for i in rows], [points[i] for i in rows])

@@ -23,7 +23,8 @@ from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.data import public
 from samr1_mini.policy import load_policy
-from samr1_mini.reward import read_answer, read_leniently, score_group
+from samr1_mini.lenient import read_leniently
+from samr1_mini.reward import read_answer, score_group
 from samr1_mini.segmenter import load_segmenter
 
 # On a machine with a GPU, too, all but the tests that ask for one run on the CPU, in this process and in others.
@@ -66,9 +67,8 @@ def with_live_adapter(policy, seed: int = 0):
 
 def score(segmenter, sample, texts, side=112, lenient=False, **settings):
     """Rewards of texts that answer one sample."""
-    answers = [read_answer(text, side) for text in texts]
-    if lenient:
-        answers = [read_leniently(answer) for answer in answers]
+    read = read_leniently if lenient else read_answer
+    answers = [read(text, side) for text in texts]
     return score_group(segmenter, sample, answers, Settings(**settings))
 
 

@@ -183,7 +183,7 @@ def test_another_picture_gives_other_log_probs(other, samples):
 
 
 def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, samples, segmenter):
-    assert other.coordinates == "thousandths" and other.coordinate_range(128) == 1000
+    assert other.coordinates == "thousandths" and other.answer_side(128) == 1000
     assert "thousandths of the picture's width and height" in prompt_text(
         other.processor, "what?", 128, 128, other.coordinates
     )
@@ -191,7 +191,7 @@ def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, 
     x1, y1, x2, y2 = (round(1000 * v / 112) for v in tight_box(item.mask))
     middle = [(x1 + x2) // 2, (y1 + y2) // 2, 1]
     text = f'<think>.</think><answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points": [{middle}]}}</answer>'
-    [right], [wrong] = score(segmenter, item, [text], other.coordinate_range(112)), score(
+    [right], [wrong] = score(segmenter, item, [text], other.answer_side(112)), score(
         segmenter, item, [text], 112
     )
     assert right.box_iou > 0.9 and right.iou > 0.8 > 0.1 > wrong.iou
@@ -199,18 +199,18 @@ def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, 
 
 def test_the_coordinate_system_can_be_set_against_the_models_habit(folders, policy):
     assert (
-        load_policy(folders["qwen2_vl"], "fp32", 4, coordinates="pixels").coordinate_range(112)
+        load_policy(folders["qwen2_vl"], "fp32", 4, coordinates="pixels").answer_side(112)
         == 112
     )
-    assert policy.coordinates == "pixels" and policy.coordinate_range(112) == 112
-    assert load_policy("tiny", "fp32", 4, coordinates="thousandths").coordinate_range(112) == 1000
+    assert policy.coordinates == "pixels" and policy.answer_side(112) == 112
+    assert load_policy("tiny", "fp32", 4, coordinates="thousandths").answer_side(112) == 1000
 
 
 def test_rollouts_and_evaluation_run_with_them(other, samples, segmenter):
     size = 4 * CELL[other.base.config.model_type]
     s, _ = make_settings(preset="tiny", device="cpu", group=2, max_new_tokens=6, image_size=size)
     rollouts, _ = roll_out(Parts(other, segmenter, None, s), samples[:2])
-    assert len(rollouts) == 2 and all(len(r.answers) == len(r.rewards) == 2 for r in rollouts)
+    assert len(rollouts) == 2 and all(len(r.completions) == len(r.rewards) == 2 for r in rollouts)
     assert len(evaluate(other, segmenter, samples[:2], s).rows) == 2
 
 

@@ -256,10 +256,10 @@ def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
     )  # a KL of 0 would look like a policy that stays
     log = update(Parts(policy, None, optimizer, still), rollouts, 0)
     assert len(switched_off) == 1 and log["kl"] > 0
-    alone, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]])
-    with torch.no_grad(), policy.reference():
+    alone, _ = logprobs(policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].completions]])
+    with torch.no_grad(), policy.as_reference():
         reference, _ = logprobs(
-            policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].answers]]
+            policy, [rollouts[1].prompt], [[a.ids for a in rollouts[1].completions]]
         )
     torch.testing.assert_close(rollouts[1].reference, reference, atol=1e-4, rtol=1e-4)
     assert (alone - reference).abs().max() > 1e-3
@@ -366,7 +366,7 @@ def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, sett
     rollouts = rollouts_of(policy, segmenter, settings, 4)
     for rollout in rollouts:
         rollout.advantage = torch.tensor([2.0, -2.0, 1.0, -1.0])
-        for answer in rollout.answers:
+        for answer in rollout.completions:
             answer.logps = (
                 answer.logps + torch.tensor([0.25, -0.5])[torch.arange(len(answer.ids)) % 2]
             )
@@ -374,7 +374,7 @@ def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, sett
         [
             torch.tensor([0.25, 0.5])[torch.arange(len(a.ids)) % 2]
             for r in rollouts[:2]
-            for a in r.answers
+            for a in r.completions
         ]
     )
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.1)
@@ -711,7 +711,7 @@ def test_a_first_look_at_the_base_tells_before_the_first_step_whether_anything_c
     s = replace(settings, max_new_tokens=tokens)
     rollouts = rollouts_of(policy, segmenter, s)
     for rollout in rollouts:
-        for answer in rollout.answers:
+        for answer in rollout.completions:
             answer.text, answer.truncated = text, tokens == 3
         rollout.rewards = score(segmenter, rollout.sample, [text] * 4, 112)
     assert re.search(words, base_summary(rollouts, s))
@@ -782,14 +782,14 @@ def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its
     loss = 0.0
     for r in rollouts:
         r.advantage = torch.tensor([1.0, -2.0, 0.5])
-        for a in r.answers:  # as if other updates had been made since
+        for a in r.completions:  # as if other updates had been made since
             a.logps = a.logps + torch.linspace(-0.5, 0.5, len(a.ids))
-        ids = [[a.ids for a in r.answers]]
-        with torch.no_grad(), policy.reference():
+        ids = [[a.ids for a in r.completions]]
+        with torch.no_grad(), policy.as_reference():
             reference, _ = logprobs(policy, [r.prompt], ids, 0.7)
         logp, _ = logprobs(policy, [r.prompt], ids, 0.7)
         place = 0
-        for a, advantage in zip(r.answers, r.advantage):
+        for a, advantage in zip(r.completions, r.advantage):
             for old in a.logps:
                 ratio, gap = (logp[place] - old).exp(), (reference[place] - logp[place]).clamp(
                     max=0.02
@@ -841,8 +841,8 @@ def test_rewards_weights_points_and_temperature_of_a_rollout_are_those_of_its_se
     )
     assert r.advantage == pytest.approx(totals - totals.mean())
     with torch.no_grad():
-        logp, _ = logprobs(policy, [r.prompt], [[a.ids for a in r.answers]], 0.7)
-    assert (logp - torch.cat([a.logps for a in r.answers])).abs().max() < 1e-3
+        logp, _ = logprobs(policy, [r.prompt], [[a.ids for a in r.completions]], 0.7)
+    assert (logp - torch.cat([a.logps for a in r.completions])).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("unending", ["<|im_start|>", "\n"])
@@ -868,9 +868,9 @@ def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(
     monkeypatch.setattr(decoding, "choose_tokens", lambda *_: rows[:, next(steps)][None])
     [r], _ = roll_out(Parts(policy, segmenter, None, s), [x])
     ended, cut, marked = r.rewards
-    assert [a.truncated for a in r.answers] == [False, True, False] and ended.answer.in_format
+    assert [a.truncated for a in r.completions] == [False, True, False] and ended.answer.in_format
     assert (
-        not cut.answer.in_format and cut.total < ended.total and r.answers[1].text.endswith("[cut]")
+        not cut.answer.in_format and cut.total < ended.total and r.completions[1].text.endswith("[cut]")
     )
     assert not marked.answer.in_format and ended.iou > 0  # within a JSON string neither has a place
 
@@ -984,7 +984,7 @@ def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(
     for name in ("loss", "grad_norm"):
         assert both[name] == pytest.approx(np.mean([half[name] for half in halves]), rel=1e-3), name
     counts = [
-        sum(len(a.ids) for r in part for a in r.answers) for part in (rollouts[:2], rollouts[2:])
+        sum(len(a.ids) for r in part for a in r.completions) for part in (rollouts[:2], rollouts[2:])
     ]
     assert both["entropy"] == pytest.approx(
         np.average([half["entropy"] for half in halves], weights=counts), rel=1e-3
@@ -1226,8 +1226,8 @@ def test_fewer_questions_are_sampled_at_a_time_where_memory_is_short_and_the_ans
         decoding, "generate", lambda *args: sizes.append(len(args[1])) or real(*args)
     )
     parts = rollouts_of(policy, segmenter, settings)
-    assert sizes == [2, 2] and [[a.text for a in r.answers] for r in whole] == [
-        [a.text for a in r.answers] for r in parts
+    assert sizes == [2, 2] and [[a.text for a in r.completions] for r in whole] == [
+        [a.text for a in r.completions] for r in parts
     ]
 
 

@@ -410,7 +410,7 @@ def test_the_reference_is_the_base_without_its_adapter(policy, samples):
     prompts, groups = draw(policy, samples[:1])
     ids = [[a.ids for a in groups[0]]]
     plain = load_policy("tiny", "fp32")
-    with torch.no_grad(), policy.reference():
+    with torch.no_grad(), policy.as_reference():
         reference, _ = logprobs(policy, prompts, ids)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -458,7 +458,7 @@ def test_rollout_reward_reference_and_updates_run_in_the_dtypes_of_a_gpu_and_the
     assert all(p.dtype == torch.float32 for p in policy.model.parameters() if p.requires_grad)
     torch.manual_seed(0)
     rollouts, _ = roll_out(Parts(policy, segmenter, None, settings), samples[:4])
-    assert all(a.logps.dtype == torch.float32 for r in rollouts for a in r.answers)
+    assert all(a.logps.dtype == torch.float32 for r in rollouts for a in r.completions)
     for rollout in rollouts:
         rollout.advantage = torch.linspace(-1, 1, settings.group)
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
@@ -611,7 +611,7 @@ def test_a_merged_folder_answers_like_base_and_adapter_up_to_bf16(policy, sample
         ours, theirs = merged(**inputs).logits.log_softmax(-1), policy.model(
             **inputs
         ).logits.log_softmax(-1)
-        with policy.reference():
+        with policy.as_reference():
             plain = policy.model(**inputs).logits.log_softmax(-1)
     assert (ours - theirs).abs().mean() < 0.1 * (plain - theirs).abs().mean()
 

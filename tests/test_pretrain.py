@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from samr1_mini.config import UserError
 from samr1_mini.data import load_data
+from samr1_mini.lenient import read_leniently
 from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
-from samr1_mini.reward import read_answer
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
 from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
 from tutorials.tiny_world import answers, ground, language, measure, pretrain, sam, training
@@ -526,7 +526,7 @@ def test_boxes_are_exact_in_the_first_half_and_40_percent_too_wide_in_the_second
     for step, exact in ((0, True), (499, True), (500, False), (999, False)):
         overlaps = []
         for scene, row in lessons.of(step):
-            box = read_answer(taught(row)[2], 112).lenient_box
+            box = read_leniently(taught(row)[2], 112).box
             dots = [t.dot for t in scene.things if t.dot]
             overlaps.append(max(box_iou(box, t.box) for t in scene.things + dots))
         assert (min(overlaps) == 1) if exact else (np.mean(overlaps) < 0.6), step
@@ -588,7 +588,7 @@ def test_an_astray_answer_learns_the_list_of_its_picture_and_the_box_of_the_name
             for t in scene.things
             if t.name == " ".join(said.removesuffix(" fits best").split()[-2:])
         ]
-        assert tuple(read_answer(answer, 112).lenient_box) == named.box
+        assert tuple(read_leniently(answer, 112).box) == named.box
         pieces = [
             piece
             for piece in "".join(

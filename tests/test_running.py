@@ -160,7 +160,7 @@ def test_the_base_model_is_evaluated_without_the_adapter_where_a_resumed_run_los
 ):
     data = Shapes("test", 4, 0)
     s = replace(settings, max_new_tokens=60)
-    with policy.reference():
+    with policy.as_reference():
         expected = evaluate(policy, segmenter, data, s).each()
     assert evaluate(policy, segmenter, data, s).each() != expected
     base = reports.score_base(policy, segmenter, data, data, s, tmp_path, resumed=True)

@@ -9,7 +9,8 @@ from samr1_mini.data import load_data
 from samr1_mini.metrics import box_iou, intersection_union, iou, tight_box
 from samr1_mini.decoding import generate
 from samr1_mini.policy import Policy, encode
-from samr1_mini.reward import read_answer, read_leniently, score_group
+from samr1_mini.lenient import read_leniently
+from samr1_mini.reward import score_group
 from samr1_mini.segmenter import load_segmenter
 from samr1_mini.tiny.scenes import SIZE, SPLITS, Scene, make_scene
 from .answers import STYLES, style_of, wide_box
@@ -104,9 +105,9 @@ def answers(policy: Policy, samples: list, hint: str, group: int, temperature: f
 def score_sampled(segmenter, sample, scene: Scene, texts: list[str]) -> list[tuple]:
     """Return (about the object, box IoU, mask IoU) of each answer. Any text with a box counts."""
     rows = []
-    read = [read_leniently(read_answer(text, SIZE)) for text in texts]
+    read = [read_leniently(text, SIZE) for text in texts]
     for reward in score_group(segmenter, sample, read):
-        right = about(reward.answer.lenient_box, sample.mask, scene)
+        right = about(reward.answer.box, sample.mask, scene)
         rows.append((right, reward.box_iou, reward.iou))
     return rows
 
@@ -162,7 +163,7 @@ def measure_hint(policy, samples: list, scenes: list[Scene], style: str, kinds: 
     """Add the greedy answers with a style's hint to `kinds`, a dict of lists of booleans."""
     groups = answers(policy, samples, STYLES[style].hint, 1, 0.0)
     for sample, scene, [answer] in zip(samples, scenes, groups):
-        box = read_answer(answer.text, SIZE).lenient_box
+        box = read_leniently(answer.text, SIZE).box
         right = about(box, sample.mask, scene)
         kinds[sample.kind].append(right)
         kinds["all"].append(right)
