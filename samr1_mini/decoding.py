@@ -4,12 +4,12 @@ The model first reads the prompts (prefill). Then it reads one token of every an
 (decoding). A cache holds the keys and values of all earlier tokens. Sampling and training use the
 same distribution (tokens.token_logits).
 
-A token of a 3B policy takes about 3,600 operations. Python starts most of them more slowly than a
-GPU executes them. Therefore the operations of one token are recorded as a CUDA graph. The GPU
-replays this graph for the next tokens. A graph needs constant sizes. So `FixedCache` always reads
-its whole memory, and masks the columns (places of tokens) that are still empty. When the sizes
-change, one token is read without a graph as a warm-up. The next token is recorded. If recording
-fails, all tokens are read without graphs. This is slower and gives the same numbers.
+For one token of a 3B policy, Python starts about 3,600 GPU kernels. It starts most kernels more
+slowly than a GPU executes them. Therefore the kernels of one token are recorded as a CUDA graph.
+The GPU replays this graph for the next tokens. A graph needs constant sizes. So `FixedCache`
+always reads its whole memory, and masks the columns (places of tokens) that are still empty. When
+the sizes change, one token is read without a graph as a warm-up. The next token is recorded. If
+recording fails, all tokens are read without graphs. This is slower and gives the same numbers.
 
 Shapes: B questions, b of them unfinished, G answers to each, P prompt tokens, L answer tokens,
 t answer tokens so far, D model width, V vocabulary size, H query heads, KV key heads, d head width.
@@ -47,7 +47,7 @@ class Cache:
     """Hold keys and values of b questions: one copy for each prompt, one for each answer.
 
     First the model reads the prompts [b, P], padded on the right. Then it reads the next token of
-    every answer, [b, G], again and again. Call `grow()` before each reading.
+    every answer, [b, G], again and again. Call `grow()` before each of these tokens.
     """
 
     def __init__(self, prompts: list[int], group: int, device):
@@ -62,7 +62,7 @@ class Cache:
         self.padding = (columns >= torch.tensor(prompts)[:, None]).to(device)
 
     def grow(self) -> None:
-        """Make room for the next token of each answer. Allocates a block if memory is full."""
+        """Add a column for the answers' next tokens. Allocates a block if no column is free."""
         if self.tokens % BLOCK == 0:
             for i, x in enumerate(self.answers):
                 block = x.new_zeros(*x.shape[:4], BLOCK, x.shape[5])
@@ -165,8 +165,8 @@ def new_cache(policy: Policy, prompts: list[Prompt], group: int) -> Cache:
 def recorded(read):
     """Record the GPU operations of `read()` as a CUDA graph.
 
-    Returns the output of `read()` and a function. The function reads the current contents of the
-    inputs. It writes the new output over the old one.
+    Returns the output of `read()` and a function. The function replays the graph on the current
+    contents of the inputs. It writes the new output over the old one.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
@@ -233,9 +233,10 @@ class TokenReader:
             )
 
     def drop(self, ended: torch.Tensor) -> torch.Tensor | None:
-        """Remove ended questions, bool [b], as Cache.drop does. Returns None if they stay.
+        """Remove ended questions, bool [b], as Cache.drop does.
 
-        With graphs, they stay until half of the questions ended. Each new size needs a new graph.
+        With graphs, ended questions stay until half of the questions ended, because each new size
+        needs a new graph. Returns None if no question is removed.
         """
         few = 1
         if isinstance(self.cache, FixedCache):
@@ -249,8 +250,8 @@ def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Choose tokens [...] by log-probabilities [..., V] and uniform numbers [...] from 0 to 1.
 
     The probabilities of all tokens are laid end to end. Each uniform number lies in the interval of
-    one token, and this token is chosen. A banned token has an empty interval. The numbers are
-    scaled by the sum of all probabilities. So rounding cannot choose an id after the last token.
+    one token, and this token is chosen. A banned token has an empty interval. After
+    rounding, all probabilities may sum to less than 1. So each number is multiplied by their sum.
     """
     cumulative = logp.double().exp().cumsum(-1)
     target = uniforms.double()[..., None] * cumulative[..., -1:]

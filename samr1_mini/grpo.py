@@ -1,4 +1,4 @@
-"""GRPO as SAM-R1 trains with it: rollout, reward, advantage, update, log, save.
+"""The GRPO of SAM-R1: rollout, reward, advantage, update, log, save.
 
 Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO, eq. (2). The
 clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4).
@@ -9,8 +9,8 @@ From `train` to the gradient:
                                                             -> grpo_loss  eq. (4)
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
-"The loss stays near 0, is it broken?" No. The advantages of a group sum to 0. In the first update
-of a batch, the ratio pi / pi_old is 1. The gradient is not 0. In later updates, the ratio changes.
+"The loss stays near 0, is it broken?" No. In the first update of a batch, the ratio pi / pi_old is
+1, and the advantages of a group sum to 0. So the loss is near 0. But the gradient is not 0.
 
 Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens of all answers.
 """
@@ -64,8 +64,8 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
 def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
     """Return the weight of each token [S]. `lengths` holds a list of answer lengths for each group.
 
-    The weights of a group sum to 1 and depend only on this group. So the number of questions in a
-    forward does not change the gradient.
+    The weights of a group sum to 1 and depend only on this group. The loss sums over the groups. So
+    the number of questions in a forward does not change the gradient.
     """
     weights = []
     for group in lengths:
@@ -84,7 +84,7 @@ def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tup
     """Return two values for each token [S]: the KL to the base model, and True above the bound.
 
     Eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide the whole update.
-    Above the bound, the KL of a token has no gradient.
+    So log(pi_ref / pi) is limited to `bound`. Above the bound, a token has no gradient of the KL.
     """
     gap = reference - logp  # [S] log(pi_ref / pi)
     bounded = gap.clamp(max=bound)
@@ -174,7 +174,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Tell if the updates use this group. With equal rewards, only its KL has a gradient."""
+        """Return True if the updates use this group. With equal rewards, only the KL needs it."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -320,7 +320,7 @@ MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row
 
 
 def count_skipped(parts: Parts, number: int) -> None:
-    """Count update `number`, whose gradient was not finite. Raises UserError for ten in a row."""
+    """Count a skipped update. `number` is its number. Raises UserError for ten in a row."""
     if is_first():
         tqdm.write(f"update {number} skipped: its gradient is not finite. If repeated, lower --lr")
     parts.skipped += 1

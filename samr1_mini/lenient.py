@@ -44,7 +44,7 @@ def _tag_as_key(match: re.Match) -> str:
 
 
 def _sides_as_list(match: re.Match) -> str:
-    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. Other pairs do not change."""
+    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. Other names do not change."""
     names = match.groups()[::2]
     numbers = match.groups()[1::2]
     sides = {}
@@ -86,7 +86,7 @@ def lenient_box(text: str, side: int) -> Box | None:
 
 
 def read_leniently(text: str, side: int, max_points: int = 8) -> Answer:
-    """Read an answer as read_answer does. Without a valid box, take a box in any common notation."""
+    """Read an answer as read_answer does. Without a valid box, take a box in any notation."""
     answer = read_answer(text, side, max_points)
     if answer.box is not None or len(text.strip()) > MAX_TEXT:
         return answer

@@ -4,8 +4,9 @@ This file loads it, encodes its prompts, and computes the log-probabilities of i
 decoding.py samples the answers. A prompt has about 150 text tokens and up to 900 picture tokens.
 All answers to a question share its prompt, so the model reads it only once (attention.py).
 
-Shapes: B questions, G answers to each, P prompt tokens, L answer tokens, T tokens of a packed row,
-S answer tokens of a packed row, D model width, V vocabulary size.
+Shapes: B questions, G answers to each, P prompt tokens, L answer tokens, D model width,
+V vocabulary size. A packed row (see `pack`) holds prompts and all their answers. It has T tokens,
+S of them in answers.
 """
 
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ class Prompt:
     def next_position(self) -> int:
         """Return an answer's first position.
 
-        This position is not P, because a picture has fewer positions than tokens.
+        Positions count the rows and columns of a picture, not its tokens. So this position is
+        smaller than P.
         """
         return int(self.positions.max()) + 1
 
@@ -128,8 +130,8 @@ def model_source(name: str | Path) -> str:
 def check_policy(name: str, image_size: int | None = None):
     """Return the configuration of a policy's folder or hub id. No weights are loaded.
 
-    Raises UserError for a model that is missing, damaged or of another kind. Raises UserError also
-    if `image_size` is no multiple of the cell. One picture token covers cell x cell pixels.
+    Raises UserError for a model that is missing, damaged or of another kind. One picture token
+    covers a cell of pixels. Raises UserError if `image_size` is no multiple of the cell's side.
     """
     folder = Path(model_source(name))
     why = "there is no such folder, and the hub has no such model"
@@ -153,7 +155,7 @@ def check_policy(name: str, image_size: int | None = None):
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return settings for 4 bits (NF4). A 4-bit vision tower or head would break a Qwen-VL."""
+    """Return settings for 4 bits (NF4). The vision tower and the head keep 16 or 32 bits."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -176,7 +178,7 @@ def load_policy(
 
     name: a model folder, a hub id, or "tiny" for the folder in the package.
     load_in: format of the frozen weights: nf4, bf16 or fp32.
-    rank: rank of a new adapter. Before training, it does not change the model's output.
+    rank: rank of a new adapter. A new adapter does not change the model's output.
     adapter: folder of a saved adapter to take instead of a new one.
     checkpointing: recompute each layer in the backward, which saves memory.
     coordinates: pixels, thousandths, or auto for the model's own unit.
@@ -311,7 +313,7 @@ def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """Return extra arguments of Qwen3-VL, or {}. picture [B, T] is True at picture tokens."""
+    """Return the extra arguments of Qwen3-VL's language model, or {}. picture: bool [B, T]."""
     if not prompts[0].deep:
         return {}
     layers = zip(*(p.deep for p in prompts))

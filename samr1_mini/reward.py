@@ -73,7 +73,7 @@ def _clip(value: float, limit: float) -> float:
 
 
 def check_box(value, side: int) -> Box:
-    """Return four numbers, clipped to the square. Raises ValueError for a box without an area."""
+    """Return four numbers, clipped to 0 ... side. Raises ValueError for a box without an area."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         raise ValueError("bbox is not a list of four numbers")
     x1, y1, x2, y2 = [_clip(_number(number), side) for number in value]
@@ -137,7 +137,7 @@ def read_answer(
 ) -> Answer:
     """Read an answer with coordinates in a `side` x `side` square.
 
-    Never raises, and takes linear time. `why` names the faults.
+    Never raises, and takes linear time. The answer's field `why` names the faults.
 
     >>> text = '<think>Left.</think><answer>{"bbox": [1, 2, 9, 8], "points": [[5, 5, 1]]}</answer>'
     >>> read_answer(text, 28).box
@@ -234,7 +234,7 @@ def to_picture(answer: Answer, sample: Sample) -> tuple[Box, list[Point]]:
 def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> None:
     """Set the mask of each reward from its box and points, with one pass of SAM's encoder.
 
-    Some data sets have true boxes but no masks. For these, an answer's filled box is its mask.
+    Some data sets have true boxes but no masks. There, the area of an answer's box is its mask.
     """
     if not rewards:
         return

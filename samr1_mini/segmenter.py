@@ -130,7 +130,7 @@ class Sam2Segmenter:
 
 
 def encode_once(segmenter, image: np.ndarray) -> None:
-    """Encode a picture, uint8 RGB [H, W, 3], unless the segmenter holds the same picture already."""
+    """Encode a picture, uint8 RGB [H, W, 3], unless it is the last encoded picture."""
     digest = blake2b(np.ascontiguousarray(image), digest_size=16).digest()
     key = digest + str(image.shape).encode()
     if key == segmenter.seen:

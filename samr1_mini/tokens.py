@@ -33,8 +33,8 @@ def stop_ids(model, tokenizer) -> torch.Tensor:
 def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
     """Return bool [V]: True for the ids that no answer may contain.
 
-    These are placeholders of pictures and videos, unused ids, and padding. A stop id is never
-    banned. After a sampled placeholder, the next forward would expect a picture.
+    These are unused ids, padding, and the placeholders of pictures and videos. After a sampled
+    placeholder, the next forward would expect a picture. A stop id is never banned.
     """
     config = model.config
     weight = model.lm_head.weight  # [V, D]
@@ -59,7 +59,7 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
 
 
 def opened_answer(text: str, instruction: str) -> str:
-    """Return the first words of the answer, if the chat template wrote them at the end of `text`.
+    """Return the answer's first words if the chat template wrote them at the end of `text`, or "".
 
     Templates of reasoning models write "<think>\\n". If thinking is switched off, they write
     "<think>\\n\\n</think>\\n\\n". Other templates write nothing. The same words inside the user's
@@ -90,7 +90,7 @@ def answer_text(opened: str, generated: str, cut: bool) -> str:
 
 
 def has_fp32_sums(device: torch.device) -> bool:
-    """Return True if this kind of device can multiply bf16 matrices with fp32 sums."""
+    """Return True if this kind of device multiplies bf16 matrices and adds in fp32."""
     return device.type == "cuda"
 
 
@@ -109,8 +109,9 @@ def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 class Fp32Head(torch.autograd.Function):
     """Multiply hidden [n, D] by the head's weight [V, D] -> fp32 logits [n, V].
 
-    The head's own forward would round the logits to bf16, between 16 and 32 to steps of 0.125. This
-    alone would move every ratio away from 1. Here the products are bf16 and their sums are fp32.
+    The head's own forward would round the logits to bf16. A logit between 16 and 32 would become a
+    multiple of 0.125. This rounding alone would move every ratio away from 1. Here the products
+    are bf16 and their sums are fp32.
     """
 
     @staticmethod
