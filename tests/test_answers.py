@@ -366,7 +366,7 @@ def test_rewards_logs_and_advice_see_the_whole_answer(thinker, segmenter, sample
     assert sum(r.answer.reasoning_format for r in rewards) > len(rewards) / 2
     logged = first_answers(rollouts)
     assert all(line["text"].startswith("<think>") for line in logged)
-    assert [line["tokens"] for line in logged] == [len(x.answers[0].ids) for x in rollouts]
+    assert [line["tokens"] for line in logged] == [len(x.completions[0].ids) for x in rollouts]
     assert "Warning" not in base_summary(rollouts, settings)
 
 

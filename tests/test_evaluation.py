@@ -534,8 +534,9 @@ def test_undecided_pixels_are_left_out_of_the_ceiling_and_of_what_a_sheet_says(s
         == iou(*intersection_union(mask, x.mask, x.ignore))
         != iou(*intersection_union(mask, x.mask))
     )
-    _, reward, lenient, strict = judge(segmenter, x, [answer([1, 1, 111, 111])], SETTINGS, 112)
-    assert reward.pair == lenient == strict and reward.iou == iou(*strict)
+    verdict = judge(segmenter, x, [answer([1, 1, 111, 111])], SETTINGS, 112)
+    assert verdict.reward.pair == verdict.lenient == verdict.strict
+    assert verdict.reward.iou == iou(*verdict.strict)
 
 
 def test_where_boxes_are_compared_the_ceiling_is_1(policy, segmenter, samples, monkeypatch):
@@ -549,7 +550,7 @@ def test_where_boxes_are_compared_the_ceiling_is_1(policy, segmenter, samples, m
 
 def test_points_in_an_evaluation_are_those_that_its_settings_allow(segmenter, samples):
     text = '<think>.</think><answer>{"bbox": [10, 10, 90, 90], "points": [[40, 40, 1], [50, 50, 0]]}</answer>'
-    seen = lambda **s: judge(segmenter, samples[0], [text], replace(SETTINGS, **s), 112)[1]
+    seen = lambda **s: judge(segmenter, samples[0], [text], replace(SETTINGS, **s), 112).reward
     assert seen().answer.in_format and not seen(max_points=1).answer.in_format
     [alone] = segmenter.masks(np.asarray(samples[0].image), [(10, 10, 90, 90)], [[]])
     assert (seen(points=False).mask == alone).all() and (seen().mask != alone).any()
@@ -1010,7 +1011,7 @@ def test_what_is_set_beside_an_adapter_is_printed_and_another_preset_is_refused(
 
 def test_the_rewards_on_a_sheet_are_those_that_the_run_pays(segmenter, samples):
     s = replace(SETTINGS, accuracy_weight=0.0, segmentation_format_weight=0.5)
-    paid = judge(segmenter, samples[0], BOXES[:1], s, 112)[1]
+    paid = judge(segmenter, samples[0], BOXES[:1], s, 112).reward
     assert paid.total == paid.answer.reasoning_format + 0.5 * paid.answer.segmentation_format > 0
 
 
