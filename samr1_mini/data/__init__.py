@@ -9,16 +9,6 @@ from .folder import Folder
 from .pictures import open_picture
 from .samples import Data, Sample, clean_question
 
-__all__ = [
-    "Data",
-    "Folder",
-    "Sample",
-    "clean_question",
-    "load_data",
-    "open_data",
-    "open_picture",
-]
-
 
 def open_data(
     name: str,

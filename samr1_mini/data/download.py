@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
 from ..files import replace_file
-from .pictures import check_size, open_picture
+from .pictures import Size, check_size, open_picture
 
 # No address that comes with data is ever opened.
 COCO_URL = "http://images.cocodataset.org/train2014/"
@@ -39,10 +39,8 @@ def picture_name(path: str) -> str:
     return name
 
 
-def download_pictures(
-    sizes: dict[str, tuple[int, int]], folder: Path, most_failures: int
-) -> dict[str, str]:
-    """Download the pictures of `sizes`, {name: (width, height)}, that `folder` lacks.
+def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) -> dict[str, str]:
+    """Download the pictures of `sizes`, {name: size}, that `folder` lacks.
 
     Returns {name: reason} for the pictures that could not be downloaded. Raises UserError for more
     than `most_failures` failures, or for a full disk.
@@ -77,7 +75,7 @@ def is_there(file: Path) -> bool:
     return file.is_file() and file.stat().st_size > 0
 
 
-def download_picture(url: str, file: Path, size: tuple[int, int]) -> str:
+def download_picture(url: str, file: Path, size: Size) -> str:
     """Download one picture.
 
     Returns "" or the reason for failure. Only complete files get the final name.

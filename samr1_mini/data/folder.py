@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,10 +28,19 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError
+from ..files import parse_json
 from ..metrics import filled
 from .download import COCO_BYTES, download_pictures, is_there
-from .masks import check_truth, has_box, is_absent, read_mask, refuse_lossy
-from .pictures import Header, check_size, inside, normal_path, open_picture, read_header
+from .masks import EMPTY, check_truth, has_box, is_absent, read_mask, refuse_lossy
+from .pictures import (
+    Header,
+    Size,
+    check_size,
+    inside,
+    normal_path,
+    open_picture,
+    read_header,
+)
 from .samples import Data, Sample, clean_question, in_order
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
@@ -55,7 +64,7 @@ class Line:
     id: str
     image: str  # path in the folder, in its shortest form
     split: str | None
-    size: tuple[int, int] | None  # width and height of the picture, in converted sets
+    size: Size | None  # of the picture, in converted sets
     box_only: bool
 
 
@@ -96,10 +105,8 @@ class Folder(Data):
         """Return the lines that are not empty, with their numbers."""
         try:
             text = self.file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{self.file} is not in UTF-8; save the file in UTF-8") from None
-        except OSError as error:
-            raise UserError(f"{self.file}: {error}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.file}: {error}; save the file in UTF-8") from None
         # Only "\n" ends a line. Python's splitlines would also split at other characters.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not lines:
@@ -111,8 +118,8 @@ class Folder(Data):
 
         Lines of converted sets are not checked again.
         """
+        row = parse_json(text, f"{self.file} line {number}", dict, "write one question a line")
         with self.named(number):
-            row = parse_object(text)
             if not self.converted:
                 row.pop("size", None)
                 check_texts(row)
@@ -240,15 +247,12 @@ class Folder(Data):
         """Read a line's picture and mask; return the mask's share of the picture."""
         mask = self.read_sample(line).mask
         if not mask.any() and not self.converted:
-            raise UserError(
-                f"{self.file} line {line.number}: the mask is empty; remove the line if the picture "
-                "has no such object"
-            )
+            raise UserError(f"{self.file} line {line.number}: {EMPTY}")
         return mask.mean()
 
     # -------------------------------------------------------------------------------- download
 
-    def wanted(self) -> dict[str, tuple[int, int]]:
+    def wanted(self) -> dict[str, Size]:
         """Return the names and sizes of the pictures that must be downloaded."""
         if not self.downloads:
             return {}
@@ -296,29 +300,20 @@ class Folder(Data):
         return len(self.lines)
 
     def sample_at(self, i: int) -> Sample:
-        """Read sample number `i`. In training, a spare sample replaces an unreadable one."""
+        """Read sample number `i`. In training, a spare sample replaces an unreadable one.
+
+        The choice of the spare sample depends on `i` alone, as --resume needs.
+        """
         try:
             return self.read_sample(self.lines[i])
         except UserError as error:
             if not self.repeats:
                 raise
-            return self.read_spare(i, error)
-
-    def read_spare(self, i: int, error: UserError) -> Sample:
-        """Read a spare sample in the place of number `i`.
-
-        The choice depends on `i` alone, as --resume needs.
-        """
-        self.count_broken(self.lines[i], error)
-        for k in range(len(self.spare)):
-            line = self.spare[(i + k) % len(self.spare)]
-            if line.number in self.broken:
-                continue
-            try:
-                return self.read_sample(line)
-            except UserError:
-                continue
-        raise error
+            self.count_broken(self.lines[i], error)
+            for k in range(len(self.spare)):
+                with suppress(UserError):
+                    return self.read_sample(self.spare[(i + k) % len(self.spare)])
+            raise
 
     def count_broken(self, line: Line, error: UserError) -> None:
         """Count a line that became unreadable. Raises UserError if there are too many."""
@@ -348,17 +343,6 @@ class Folder(Data):
 
 
 # -------------------------------------------------------------------------------- one line
-
-
-def parse_object(text: str) -> dict:
-    """Parse a JSON object. Raises ValueError for anything else."""
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not a JSON object ({error}); write one question a line") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object; write one question a line")
-    return row
 
 
 def check_texts(row: dict) -> None:
@@ -419,7 +403,7 @@ def hash_number(name: str) -> float:
 
 
 def check_against_picture(
-    row: dict, header: Header, folder: Path, may_be_empty: bool = False
+    row: dict, header: Header, folder: Path, may_be_empty: bool
 ) -> tuple[bool, list[float]]:
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
@@ -440,7 +424,8 @@ def check_against_picture(
                 f"{error}. EXIF rotates the picture or the mask, but not both; save both upright"
             ) from None
         raise
-    if not numbers and header.size != header.stored:
+    width, height = header.size
+    if not numbers and header.sideways and width != height:
         turned = False  # with the other rotation, the sizes would not match
     return turned, numbers
 

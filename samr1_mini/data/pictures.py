@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 5 to 8 exchange width and height
+ORIENTATION = 0x0112  # EXIF's tag
+Size = tuple[int, int]  # of a picture: width and height in pixels
 
 
 # -------------------------------------------------------------------------------- paths
@@ -101,7 +102,7 @@ def opened(file):
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF says. EXIF that cannot be read turns nothing."""
+    """Turn a picture as its EXIF says. Broken EXIF is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # Pillow raises anything for broken EXIF
@@ -109,12 +110,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def open_picture(file) -> Image.Image:
-    """Read a picture as people see it: turned as its EXIF says, in RGB.
-
-    `file` is a path or an open file.
-    """
-    if isinstance(file, str):
-        file = Path(file)
+    """Read a picture in RGB, turned as its EXIF says. `file` is a path or an open file."""
     with opened(file) as image:
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f"a picture of {image.width} x {image.height} pixels is too narrow")
@@ -129,9 +125,9 @@ def open_picture(file) -> Image.Image:
 
 
 def from_deep_grey(grey: np.ndarray) -> Image.Image:
-    """Convert greys of 12, 16 or 32 bits [H, W] to RGB.
+    """Convert grey values of 12, 16 or 32 bits [H, W] to RGB.
 
-    Pillow's own conversion makes all above 255 white.
+    Pillow's own conversion makes all values above 255 white.
     """
     grey = np.nan_to_num(grey).clip(0)
     white = grey.max()
@@ -145,9 +141,9 @@ def from_deep_grey(grey: np.ndarray) -> Image.Image:
 class Header:
     """The size, orientation and format of a picture file."""
 
-    size: tuple[int, int]  # width and height as people see the picture
-    stored: tuple[int, int]  # width and height before the turn by EXIF
+    size: Size  # after the turn by EXIF
     turned: bool  # EXIF turns or mirrors the picture
+    sideways: bool  # EXIF exchanges width and height
     format: str
     lossy: bool  # its compression changes pixels
 
@@ -158,21 +154,20 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "jpeg", "tiff_jpeg", "webp")
 def read_header(file) -> Header:
     """Read the header of a picture file. The pixels are not decoded."""
     with opened(file) as image:
-        orientation, size, stored = orientation_of(image), image.size, image.size
-        if orientation >= 5 and image.format == "TIFF":  # Pillow has exchanged its sides already
-            stored = size[::-1]
-        elif orientation >= 5:
+        orientation, size = orientation_of(image), image.size
+        sideways = orientation >= 5
+        if sideways and image.format != "TIFF":  # Pillow exchanges a TIFF's sides itself
             size = size[::-1]
         compression = image.info.get("compression")  # inside a TIFF
         lossy = image.format in LOSSY or compression in LOSSY
-        return Header(size, stored, orientation > 1, image.format, lossy)
+        return Header(size, orientation > 1, sideways, image.format, lossy)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the turn that EXIF asks for, from 1 (none) to 8."""
+    """Return EXIF's orientation: 1 is upright, 5 to 8 exchange width and height."""
     places = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
     if image.format == "PNG" and not any(place in image.info for place in places):
-        return 1  # Pillow would decode all pixels to look behind them
+        return 1  # Pillow would decode all pixels to find EXIF after them
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow raises anything for broken EXIF

@@ -23,7 +23,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
-from ..files import Download, check_disk_space
+from ..files import Download, cause, check_disk_space, parse_json, read_json, write_json
 from . import download
 from .folder import SPLITS, Folder, check_against_picture, check_texts
 from .layouts import convert_row, layout_of
@@ -91,7 +91,7 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     folder = SETS / f"{Path(name).name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         convert(source, files, folder)
-    converted = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+    converted = read_json(folder / "source.json")
     pictures, broken = converted["pictures"] or folder, converted["left_out"]
     needs_coco = pictures == "coco"
     if needs_coco:
@@ -146,8 +146,7 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
                 f"--data {name}: {len(broken)} of {found['rows']} rows are broken; repair the files. "
                 f"The first is {broken[0]}"
             )
-        content = json.dumps(asdict(source) | found, indent=1)
-        (part / "source.json").write_text(content, encoding="utf-8")
+        write_json(part / "source.json", asdict(source) | found)
         publish(part, folder)
     except UserError:
         raise
@@ -158,25 +157,25 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
 
 
 def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
-    """Convert rows to lines of data.jsonl in the file `out`, and store their pictures in the folder
-    `part`.
+    """Convert rows to lines of data.jsonl, and store their pictures in the folder `part`.
 
-    Returns the row count, the broken rows and the picture folder, for source.json. The picture
-    folder is "" (the converted folder), "coco" (train2014), or the folder of the set's files.
+    `out` is the open file data.jsonl. Returns the row count, the broken rows and the picture
+    folder, for source.json. The picture folder is "" (the converted folder), "coco" (train2014), or
+    the folder of the set's files.
     """
-    count, left_out, place, root = 0, [], "", Path(source.name)
+    count, left_out, place = 0, [], ""
     for where, row in rows:
         count += 1
-        stored = {}
         try:
             lines = convert_row(row, where, source.sentences, source.ignore)
+            image = lines[0]["image"]
             for line in lines:
-                place = finish_line(line, root, stored)
+                place = finish_line(line, Path(source.name))
         except BROKEN as error:
             left_out.append(f"{where}: {reason_of(error)}")
             continue
-        for name, data in stored.items():
-            (part / name).write_bytes(data)
+        if isinstance(image, bytes):
+            (part / lines[0]["image"]).write_bytes(image)
         for line in lines:
             out.write(json.dumps(line | {"split": source.split}) + "\n")
     return {"rows": count, "left_out": left_out, "pictures": place}
@@ -191,11 +190,11 @@ def reason_of(error: Exception) -> str:
     return first_line(error)
 
 
-def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
-    """Check a line, and give it a picture's path and size.
+def finish_line(line: dict, root: Path) -> str:
+    """Check a line, and replace its picture by the picture's path and size.
 
-    Returns the picture folder in the form that write_lines returns. A picture's bytes are put into
-    `stored`, and their hash is the name. A picture that comes twice is stored once.
+    `root` is the folder of the set's files. Returns the picture folder in the form that write_lines
+    returns. Pictures inside tables are named by their hash, so equal pictures are stored once.
     """
     if "size" in line:
         check_texts(line)
@@ -206,12 +205,11 @@ def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
         place, header = "", read_header(io.BytesIO(image))
         name = hashlib.sha256(image).hexdigest()[:16]
         line["image"] = f"pictures/{name}.{header.format.lower()}"
-        stored[line["image"]] = image
     else:
         place, header = str(root.absolute()), read_header(image)
         line["image"] = image.relative_to(root).as_posix()
     check_texts(line)
-    check_against_picture(line, header, root, may_be_empty=True)
+    check_against_picture(line, header, root, True)
     line["size"] = header.size
     return place
 
@@ -229,14 +227,22 @@ def publish(part: Path, folder: Path) -> None:
 
 
 def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
-    """Yield each row of a split with its location, from any of the published file formats."""
+    """Yield each row of a split with its location, from any of the published file formats.
+
+    Raises UserError, which names the file that cannot be read.
+    """
     for file in map(Path, files):
-        if file.suffix == ".p":
-            yield from refer_rows(file, source.split)
-        elif file.suffix == ".json":
-            yield from json_rows(file)
-        else:  # the hub's cache has names without an ending
-            yield from parquet_rows(file, source.ignore)
+        try:
+            if file.suffix == ".p":
+                yield from refer_rows(file, source.split)
+            elif file.suffix == ".json":
+                yield from json_rows(file)
+            else:  # the hub's cache has names without an ending
+                yield from parquet_rows(file, source.ignore)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle or table raises anything
+            raise UserError(f"{file} is damaged ({cause(error)}); download it again") from None
 
 
 def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
@@ -244,12 +250,7 @@ def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
 
     A column "mask" comes as one array for each row of pixels. Python's lists would take megabytes.
     """
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{file} is not readable as parquet ({first_line(error)}); download the file again"
-        ) from None
+    table = pyarrow.parquet.ParquetFile(file)
     columns = table.schema_arrow.names
     layout_of(columns, ignore)
     at_once = 4 if "mask" in columns else 256
@@ -282,17 +283,13 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
     """Yield the rows of REFER's refs(umd).p or refs(google).p, with the annotations of
     instances.json.
     """
-    try:
-        with file.open("rb") as opened_file:
-            refs = PlainUnpickler(opened_file, encoding="latin1").load()
-        known = json.loads((file.parent / "instances.json").read_text(encoding="utf-8"))
-        annotations = {one["id"]: one for one in known["annotations"]}
-        infos = {one["id"]: one for one in known["images"]}
-        splits = [ref["split"] for ref in refs]
-    except Exception as error:  # a damaged pickle raises what it likes
-        raise UserError(f"{file} or its instances.json cannot be read: {error!r}") from None
+    with file.open("rb") as opened_file:
+        refs = PlainUnpickler(opened_file, encoding="latin1").load()
+    known = read_json(file.parent / "instances.json")
+    annotations = {one["id"]: one for one in known["annotations"]}
+    infos = {one["id"]: one for one in known["images"]}
     wanted = "val" if split == "validation" else split
-    if split == "test" and "test" not in splits:
+    if split == "test" and all(ref["split"] != "test" for ref in refs):
         wanted = "testA"  # RefCOCO and RefCOCO+ have two
     for number, ref in enumerate(refs, 1):
         if ref["split"] == wanted:
@@ -305,10 +302,7 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
 
     Pictures are beside the file.
     """
-    try:
-        content = json.loads(read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file} is not a JSON file ({error}); save the file again") from None
+    content = parse_json(read_text(file), file, (dict, list), "save the file again")
     if isinstance(content, dict) and "shapes" in content:
         yield str(file), content | {"file": file}
     elif is_box_list(content):
@@ -395,11 +389,12 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 
 
 def watched(files: list[Path]) -> list[Path]:
-    """Return the files that a converted set depends on: its own, and all beside its JSON files."""
+    """Return the files that a converted set depends on.
+
+    Parquet files depend on no others. Pickles and JSON files depend on all files beside them.
+    """
     if not files or files[0].suffix == ".parquet":
         return files
-    if files[0].suffix == ".p":
-        return [*files, *files[0].parent.glob("instances.json")]
     found = []
     for folder in dict.fromkeys(file.parent for file in files):
         found += [file for file in sorted(folder.iterdir()) if file.is_file()]
