@@ -46,6 +46,8 @@ from .samples import Data, Sample, clean_question, in_order
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
 )
+# Errors that broken data raise.
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 # The check of a training split stops after CHECK_SECONDS, once it has read CHECK_COUNT questions.
 CHECK_SECONDS = 60
 CHECK_COUNT = 1000
@@ -90,8 +92,7 @@ class Folder(Data):
         self.split, self.count, self.seed = split, count, seed
         self.repeats = split == "train" and seed is not None
         self.missing, self.warnings, self.broken = [], [], set()
-        lines = [self.parse(number, text) for number, text in self.read_lines()]
-        self.candidates = self.lines_of_split(lines)
+        self.candidates = self.lines_of_split(self.read_lines())
         self.box_only = self.candidates[0].box_only
         if any(line.box_only != self.box_only for line in self.candidates):
             raise UserError(
@@ -101,14 +102,17 @@ class Folder(Data):
 
     # -------------------------------------------------------------------------------- lines
 
-    def read_lines(self) -> list[tuple[int, str]]:
-        """Return the lines that are not empty, with their numbers."""
+    def read_lines(self) -> list[Line]:
+        """Parse all lines that are not empty."""
         try:
             text = self.file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.file}: {error}; save the file in UTF-8") from None
+        lines = []
         # Only "\n" ends a line. Python's splitlines would also split at other characters.
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                lines.append(self.parse(number, line))
         if not lines:
             raise UserError(f"{self.file} is empty; write one question a line")
         return lines
@@ -179,7 +183,7 @@ class Folder(Data):
         """Report an error with the file and the line."""
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except BROKEN as error:
             raise UserError(f"{self.file} line {number}: {error}") from None
 
     # -------------------------------------------------------------------------------- files
@@ -390,7 +394,7 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
     first = max(1, sum(number < 0.1 for number in free.values()))
     second = max(first + 1, sum(number < 0.2 for number in free.values()))
     if len(splits) <= FEW_PICTURES:
-        first = second = 0
+        first, second = 0, 0
     splits |= dict.fromkeys(order[:first], "validation")
     splits |= dict.fromkeys(order[first:second], "test")
     splits |= dict.fromkeys(order[second:], "train")

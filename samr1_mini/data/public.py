@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..config import CACHE, UserError, first_line
 from ..files import Download, cause, check_disk_space, parse_json, read_json, write_json
 from . import download
-from .folder import SPLITS, Folder, check_against_picture, check_texts
+from .folder import BROKEN, SPLITS, Folder, check_against_picture, check_texts
 from .layouts import convert_row, layout_of
 from .masks import check_truth
 from .pictures import read_header
@@ -59,10 +59,6 @@ HUB = {
     "refCOCOg_2k_840": {"train": ("Ricky06662/refCOCOg_2k_840", "train")},
     "refCOCOg_9k_840": {"train": ("Ricky06662/refCOCOg_9k_840", "train")},
 }
-
-
-# Errors that a broken row raises.
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass
@@ -147,7 +143,11 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
                 f"The first is {broken[0]}"
             )
         write_json(part / "source.json", asdict(source) | found)
-        publish(part, folder)
+        try:
+            part.rename(folder)
+        except OSError:  # another process may have converted the set first
+            if not folder.is_dir():
+                raise
     except UserError:
         raise
     except Exception as error:  # libraries of the hub, of parquet and of pickles raise anything
@@ -172,22 +172,13 @@ def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
             for line in lines:
                 place = finish_line(line, Path(source.name))
         except BROKEN as error:
-            left_out.append(f"{where}: {reason_of(error)}")
+            left_out.append(f"{where}: {cause(error)}")
             continue
         if isinstance(image, bytes):
             (part / lines[0]["image"]).write_bytes(image)
         for line in lines:
             out.write(json.dumps(line | {"split": source.split}) + "\n")
     return {"rows": count, "left_out": left_out, "pictures": place}
-
-
-def reason_of(error: Exception) -> str:
-    """Return the reason why a row is broken."""
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    if isinstance(error, (TypeError, AttributeError)):
-        return f"a value has the wrong type ({first_line(error)})"
-    return first_line(error)
 
 
 def finish_line(line: dict, root: Path) -> str:
@@ -212,15 +203,6 @@ def finish_line(line: dict, root: Path) -> str:
     check_against_picture(line, header, root, True)
     line["size"] = header.size
     return place
-
-
-def publish(part: Path, folder: Path) -> None:
-    """Give a converted folder its name. If another process did so first, that folder is kept."""
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 # -------------------------------------------------------------------------------- rows

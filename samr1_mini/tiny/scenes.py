@@ -119,6 +119,9 @@ class Scene:
     things: list[Thing]
 
 
+Pairs = list[tuple[str, Thing]]  # questions: a text and the right object
+
+
 # ------------------------------------------------------------------------------------- drawing
 
 
@@ -198,7 +201,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     """
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     image = np.empty((SIZE, SIZE, 3), np.float32)
-    image[..., 0] = 128 + rng.uniform(30, 42) * ramp[None, :]
+    image[..., 0] = 128 + rng.uniform(30, 42) * ramp
     image[..., 1] = 128 + rng.uniform(-12, 12)
     image[..., 2] = 128 + rng.uniform(30, 42) * ramp[:, None]
     strength = rng.uniform(0, 9)
@@ -323,7 +326,13 @@ def make_scene(seed: int) -> Scene:
 # ------------------------------------------------------------------------------------- questions
 
 _EXTREMES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
-_SIDES = ("left of", "right of", "above", "below")
+# The first thing on a side is the extreme: the object left of all others is the leftmost.
+_SIDES = {
+    "left of": "leftmost",
+    "right of": "rightmost",
+    "above": "topmost",
+    "below": "bottommost",
+}
 
 
 @dataclass(frozen=True)
@@ -338,23 +347,23 @@ class Description:
         return self.colour in (None, colour) and shape in self.shapes
 
 
-def _measures(thing: Thing, word: str) -> list[tuple[float, float]]:
-    """Return the measures that a word compares: (value, margin in pixels) pairs.
+def _measures(thing: Thing, word: str) -> tuple[float, float]:
+    """Return the two values in pixels by which an extreme compares things.
 
-    A thing wins if each of its values exceeds all others by the margin.
+    For a direction, these are the coordinates of the centre and of the box's side.
     """
     x1, y1, x2, y2 = thing.box
     if word == "leftmost":
-        return [(-thing.x, 7), (-x1, 2)]
+        return -thing.x, -x1
     if word == "rightmost":
-        return [(thing.x, 7), (x2, 2)]
+        return thing.x, x2
     if word == "topmost":
-        return [(-thing.y, 7), (-y1, 2)]
+        return -thing.y, -y1
     if word == "bottommost":
-        return [(thing.y, 7), (y2, 2)]
+        return thing.y, y2
     if word == "largest":
-        return [(thing.extent, 3), (thing.bulk, 3)]
-    return [(-thing.extent, 3), (-thing.bulk, 3)]
+        return thing.extent, thing.bulk
+    return -thing.extent, -thing.bulk
 
 
 def _extreme(things: list[Thing], word: str) -> list[Thing]:
@@ -362,25 +371,17 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
 
     One thing in the list is a clear winner.
     """
-    measured = [_measures(thing, word) for thing in things]
-    found = []
-    for pairs in zip(*measured):  # the (value, margin) pairs of all things by one measure
-        best = max(value for value, _ in pairs)
-        for thing, (value, margin) in zip(things, pairs):
-            if value > best - margin and thing not in found:
-                found.append(thing)
-    return found
+    margins = 7, 2  # pixels, for the two measures
+    if word in ("largest", "smallest"):
+        margins = 3, 3
+    values = np.array([_measures(thing, word) for thing in things])  # [N, 2]
+    near = (values > values.max(0) - margins).any(1)
+    return [thing for thing, is_near in zip(things, near) if is_near]
 
 
 def _distance(thing: Thing, anchor: Thing, side: str) -> float:
-    """Return the distance in pixels by which a thing lies on this side of the anchor."""
-    if side == "left of":
-        return anchor.x - thing.x
-    if side == "right of":
-        return thing.x - anchor.x
-    if side == "above":
-        return anchor.y - thing.y
-    return thing.y - anchor.y
+    """Return the distance in pixels by which a thing's centre lies on this side of the anchor's."""
+    return _measures(thing, _SIDES[side])[0] - _measures(anchor, _SIDES[side])[0]
 
 
 def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing | None:
@@ -430,17 +431,17 @@ def _right_extreme(found: list[Thing], dotted: list[Thing], word: str) -> Thing 
     return None
 
 
-def _fair(scene: Scene, form: str, start: str, descriptions: list[Description], words=("",)):
-    """Return the fair questions of a form as (text, object) pairs, for all words and descriptions.
+def _fair(scene: Scene, form: str, start: str, what: list[Description], words=("",)) -> Pairs:
+    """Return the fair questions of a form, for all words and descriptions.
 
     A text is `start` and a description. A "*" in `start` stands for the word.
     """
     pairs = []
     for word in words:
-        for what in descriptions:
-            thing = right_object(scene, form, what, word)
+        for one in what:
+            thing = right_object(scene, form, one, word)
             if thing is not None:
-                pairs.append((f"{start.replace('*', word)} {what.text}", thing))
+                pairs.append((f"{start.replace('*', word)} {one.text}", thing))
     return pairs
 
 
@@ -449,8 +450,8 @@ def _of_colour(words: str) -> list[Description]:
     return [Description(f"{words} {subject}", c) for subject, c in COLOUR_OF.items()]
 
 
-def _forms(scene: Scene, kind: str) -> list[list[tuple[str, Thing]]]:
-    """Return the fair questions of a kind as (text, object) pairs, one list for each form."""
+def _forms(scene: Scene, kind: str) -> list[Pairs]:
+    """Return the fair questions of a kind, one list for each form."""
     colours = sorted({t.colour for t in scene.things})
     shapes = sorted({t.shape for t in scene.things})
     names = [Description(t.name, t.colour, (t.shape,)) for t in scene.things]
@@ -479,8 +480,8 @@ def _forms(scene: Scene, kind: str) -> list[list[tuple[str, Thing]]]:
     return [sides, _fair(scene, "extreme", "the * of the", compared, _EXTREMES)]
 
 
-def fair_questions(scene: Scene, kind: str) -> list[tuple[str, Thing]]:
-    """Return all questions of a kind that have exactly one right object: (text, object) pairs."""
+def fair_questions(scene: Scene, kind: str) -> Pairs:
+    """Return all questions of a kind that have exactly one right object."""
     return sum(_forms(scene, kind), [])
 
 
