@@ -1,6 +1,4 @@
-"""Data: sequences of `Sample`s by name, from drawn scenes, a folder of your own, or a public data
-set.
-"""
+"""Open data sets by name: drawn scenes, a folder of your own, or a public data set."""
 
 from pathlib import Path
 
@@ -35,7 +33,7 @@ def open_data(
 
         return Shapes(split, count, seed or 0)
     if (Path(name) / "data.jsonl").is_file():
-        found = Folder(name, split, count, seed)
+        found = Folder(Path(name), split, count, seed)
         found.check_headers()
         return found
     from .public import HUB, Source, open_public

@@ -3,7 +3,7 @@
 import io
 import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
@@ -16,7 +16,7 @@ from ..config import CACHE, UserError, first_line
 from ..files import replace_file
 from .pictures import Size, check_size, open_picture
 
-# No address that comes with data is ever opened.
+# Addresses in data files are never opened.
 COCO_URL = "http://images.cocodataset.org/train2014/"
 COCO_BYTES = 165_000  # of a picture, on average: train2014.zip has 82,783 in 13.5 GB
 PICTURES = CACHE / "train2014"  # the downloaded pictures
@@ -29,7 +29,7 @@ LARGEST = 64 * 2**20  # bytes of a picture
 
 
 def picture_name(path: str) -> str:
-    """Return the file's own name in a path that comes with data.
+    """Return the file name of a path in a data file.
 
     Raises ValueError if the path is not a picture's file name.
     """
@@ -45,18 +45,15 @@ def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) 
     Returns {name: reason} for the pictures that could not be downloaded. Raises UserError for more
     than `most_failures` failures, or for a full disk.
     """
-    pool, jobs, failed = ThreadPoolExecutor(WORKERS), {}, {}
-    for name, size in sizes.items():
-        if not is_there(folder / name):
-            job = pool.submit(download_picture, COCO_URL + name, folder / name, size)
-            jobs[job] = name
-    done = as_completed(jobs)
-    bar = tqdm(done, "pictures", len(jobs), dynamic_ncols=True, disable=not jobs)
+    names = [name for name in sizes if not is_there(folder / name)]
+    pool, failed = ThreadPoolExecutor(WORKERS), {}
+    reasons = pool.map(lambda name: download_picture(folder / name, sizes[name]), names)
+    results = zip(names, reasons)
+    bar = tqdm(results, "pictures", len(names), dynamic_ncols=True, disable=not names)
     try:
-        for job in bar:
-            reason = job.result()
+        for name, reason in bar:
             if reason:
-                failed[jobs[job]] = reason
+                failed[name] = reason
             if len(failed) > max(most_failures, 2 * WORKERS):
                 break  # the server is broken, and the other pictures would only take time
     finally:
@@ -71,12 +68,12 @@ def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) 
 
 
 def is_there(file: Path) -> bool:
-    """Return whether a picture was downloaded. A power failure may leave an empty file."""
+    """Return True if a picture was downloaded. A power failure may leave an empty file."""
     return file.is_file() and file.stat().st_size > 0
 
 
-def download_picture(url: str, file: Path, size: Size) -> str:
-    """Download one picture.
+def download_picture(file: Path, size: Size) -> str:
+    """Download one of COCO's pictures to `file`.
 
     Returns "" or the reason for failure. Only complete files get the final name.
     """
@@ -87,7 +84,7 @@ def download_picture(url: str, file: Path, size: Size) -> str:
         if left <= 0:
             break
         try:
-            data = read_within(left, url)
+            data = read_within(left, COCO_URL + file.name)
             picture = open_picture(io.BytesIO(data))
             check_size("the picture", picture.size, size)
             write_picture(data, file)
@@ -100,7 +97,7 @@ def download_picture(url: str, file: Path, size: Size) -> str:
 
 
 def read_url(url: str, silence: float) -> bytes:
-    """Return what a server sends. `silence` is the longest time without a byte, in seconds."""
+    """Return the bytes of a URL. `silence` is the longest time without a byte, in seconds."""
     with urlopen(url, timeout=silence) as answer:
         data = answer.read(LARGEST)
         if answer.length:  # bytes that were announced and did not come

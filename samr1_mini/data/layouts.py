@@ -81,8 +81,9 @@ def from_masks(row: dict) -> dict:
 
 
 def from_boxes(row: dict) -> dict:
-    """Convert a row with a box: four numbers, or Seg-Zero's
-    <box>(x1,y1),(x2,y2)</box><points>...</points>.
+    """Convert a row with a box.
+
+    The box is four numbers, or Seg-Zero's <box>(x1,y1),(x2,y2)</box><points>...</points>.
     """
     box = row["solution"]
     if isinstance(box, str):
@@ -129,8 +130,8 @@ LAYOUTS = {
 def layout_of(columns, ignore: str) -> str:
     """Return the column name that identifies the layout of a table.
 
-    Raises UserError for an unknown layout. Raises UserError also if undecided pixels shall be
-    excluded, and the layout does not mark them.
+    Raises UserError for an unknown layout, or if undecided pixels shall be excluded and the layout
+    does not mark them.
     """
     known = [column for column in LAYOUTS if column in columns]
     if not known:

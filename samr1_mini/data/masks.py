@@ -1,7 +1,6 @@
-"""True masks as data files write them: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
+"""Read true masks: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
-`check_truth` finds all faults that can be detected from the line and the picture size. `read_mask`
-returns pixels.
+`check_truth` checks a mask without reading any pixels. `read_mask` returns pixels.
 """
 
 import math
@@ -43,12 +42,12 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
 
 
 def has_box(row: dict) -> bool:
-    """Return whether a line has a box instead of a mask."""
+    """Return True if a line has a box instead of a mask."""
     return is_absent(row.get("mask")) and not is_absent(row.get("box"))
 
 
 def is_absent(value) -> bool:
-    """Return whether a value stands for nothing: null, an empty text, or NaN, as pandas writes."""
+    """Return True for null, an empty text, and NaN, which pandas writes for a missing value."""
     return value is None or value == "" or value != value
 
 
@@ -89,6 +88,8 @@ def parse_mask(value, size: Size | None) -> str | list[list[float]] | dict:
 
     Returns the path of a file, polygons as flat lists, or a COCO RLE for all other forms.
     """
+    if is_absent(value):
+        raise ValueError("mask missing; a line needs image, question, and mask or box")
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
@@ -123,9 +124,9 @@ def parse_rle(rle: dict, size: Size | None) -> dict:
 def run_lengths(counts: bytes) -> list[int]:
     """Read the lengths of the runs of 0 and 1 from COCO's compressed counts.
 
-    A run that is cut off or too long becomes -1. Each character holds five bits, and the lowest
-    bits come first. From the fourth run on, each number is the difference from the run two places
-    earlier.
+    A run that is cut off or too long becomes -1. Each character holds five bits of a number, and
+    the lowest bits come first. From the fourth run on, the numbers are differences from the run two
+    places earlier.
     """
     runs, value, bits = [], 0, 0
     for sign in counts:
@@ -169,12 +170,12 @@ def parse_polygons(value) -> list[list[float]]:
 
 
 def has_area(polygon: list[float]) -> bool:
-    """Return whether a flat polygon has three different points."""
+    """Return True if a flat polygon has three different points."""
     return len(set(zip(polygon[::2], polygon[1::2]))) > 2
 
 
 def is_point(value) -> bool:
-    """Return whether a value is [x, y]."""
+    """Return True if a value is [x, y]."""
     return isinstance(value, list) and len(value) == 2 and are_numbers(value)
 
 
@@ -188,19 +189,19 @@ def flat_polygon(polygon) -> list[float]:
 
 
 def are_numbers(values: list) -> bool:
-    """Return whether all values of a list are finite numbers. Booleans do not count as numbers."""
+    """Return True if all values of a list are finite numbers. Booleans do not count as numbers."""
     return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
 
 
 def is_whole(value) -> bool:
-    """Return whether a JSON value is a whole number from 0 on."""
+    """Return True if a JSON value is a whole number from 0 on."""
     return type(value) is int and value >= 0
 
 
 def is_rows(value, size: Size | None) -> bool:
-    """Return whether a mask is a list of rows of pixels, and not a list of polygons.
+    """Return True if a mask is a list of rows of pixels, and not a list of polygons.
 
-    If the rows do not have the picture's sides, they may hold only 0 and one other value.
+    Rows of other sides than the picture's may hold only 0 and one other value.
     """
     try:
         rows = np.array(value)

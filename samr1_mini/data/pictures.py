@@ -1,6 +1,6 @@
 """Open picture files, read their headers, and find them in a folder.
 
-Every fault is an OSError or a ValueError.
+All functions raise ValueError for a broken file.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 ORIENTATION = 0x0112  # EXIF's tag
 Size = tuple[int, int]  # of a picture: width and height in pixels
@@ -33,17 +33,14 @@ def normal_path(name: str) -> str:
 def inside(folder: Path, name: str) -> Path:
     """Return the file `name` in `folder`. The file may be a link.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is no such file.
     """
     file = folder
     for part in Path(normal_path(name)).parts:
         file = child(file, part)
     if file.is_file():
         return file
-    hint = ""
-    if "\\" in name:
-        hint = "; write / in paths"
-    raise ValueError(f"{name:.80}: no such file in {folder}{hint}")
+    raise ValueError(f"{name:.80}: no such file in {folder}; write paths in this folder, with /")
 
 
 def child(folder: Path, name: str) -> Path:
@@ -84,16 +81,14 @@ def opened(file):
             if pages > 1 and image.format != "MPO":  # an MPO is a photo with its preview
                 raise ValueError(f"this {image.format} has {pages} pages; save one page alone")
             yield image
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}not a readable picture; save it as PNG or JPEG") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}make the picture smaller ({error})") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{name}{error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # SyntaxError, struct.error, EOFError, ...: it depends on the format
-        raise ValueError(f"{name}not a readable picture ({error})") from None
+    except Exception as error:  # OSError, SyntaxError, EOFError, ...: it depends on the format
+        raise ValueError(
+            f"{name}not a readable picture ({error}); save a new or smaller copy as PNG or JPEG"
+        ) from None
 
 
 def upright(image: Image.Image) -> Image.Image:

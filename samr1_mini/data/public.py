@@ -1,8 +1,8 @@
 """Public data sets, by name from the hub (HUB) or from a folder with their files.
 
 A set is converted once into a folder in the cache, which folder.py reads: data.jsonl, source.json,
-and the pictures that tables hold. layouts.py has the layouts. Nothing that comes with data is run:
-pickles may hold plain values only.
+and the pictures of tables. layouts.py has the layouts. No code from data files is run: pickles may
+hold plain values only.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from .pictures import read_header
 SETS = CACHE / "sets"  # converted sets; a set of the hub is looked up only once
 VERSION = 1  # of the conversion: sets of another version are converted again
 
-# Name on the command line: for each split, the hub's id and what that split is called there.
+# Name on the command line: for each split, the hub's id and the hub's name of the split.
 JXU124 = ("train", "validation", "test")
 HUB = {
     "refcocog": {split: ("jxu124/refcocog", split) for split in JXU124},
@@ -63,7 +63,7 @@ HUB = {
 
 @dataclass
 class Source:
-    """What a converted set is made of."""
+    """The arguments that identify a converted set."""
 
     name: str  # on the command line: of the set, or of a folder with its files
     split: str
@@ -88,10 +88,10 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     if not folder.is_dir():
         convert(source, files, folder)
     converted = read_json(folder / "source.json")
-    pictures, broken = converted["pictures"] or folder, converted["left_out"]
-    needs_coco = pictures == "coco"
+    pictures, broken = Path(converted["pictures"] or folder), converted["left_out"]
+    needs_coco = converted["pictures"] == "coco"
     if needs_coco:
-        pictures = coco_dir or download.PICTURES
+        pictures = Path(coco_dir or download.PICTURES)
     found = Folder(folder, split, count, seed, pictures, downloads=needs_coco and not coco_dir)
     if broken:
         found.warnings.append(
@@ -100,18 +100,18 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     if found.downloads:
         return found
     if needs_coco:
-        check_coco_dir(coco_dir, found)
+        check_coco_dir(found)
     found.check_headers()
     return found
 
 
-def check_coco_dir(coco_dir: str, data: Folder) -> None:
+def check_coco_dir(data: Folder) -> None:
     """Refuse a folder of COCO's pictures that lacks pictures of the chosen questions."""
     names = [line.image for line in data.distinct_lines()]
-    lacking = [name for name in names if not download.is_there(Path(coco_dir) / name)]
+    lacking = [name for name in names if not download.is_there(data.pictures / name)]
     if lacking:
         raise UserError(
-            f"--coco-dir {coco_dir} lacks {len(lacking)} pictures, for example {lacking[0]}; add "
+            f"--coco-dir {data.pictures} lacks {len(lacking)} pictures, for example {lacking[0]}; add "
             "them, or leave --coco-dir out"
         )
 
@@ -224,7 +224,7 @@ def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
         except UserError:
             raise
         except Exception as error:  # a damaged pickle or table raises anything
-            raise UserError(f"{file} is damaged ({cause(error)}); download it again") from None
+            raise UserError(f"{file} cannot be read ({cause(error)}); download it again") from None
 
 
 def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
@@ -299,7 +299,7 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def is_box_list(content) -> bool:
-    """Return whether JSON holds a list of objects as LISA-Grounding has them."""
+    """Return True if JSON holds a list of objects as LISA-Grounding has them."""
     if not isinstance(content, list) or not content:
         return False
     keys = {"image", "problem", "solution"}
@@ -320,7 +320,7 @@ def read_text(file: Path) -> str:
 def find_files(name: str, split: str) -> list[Path]:
     """Return the files of a split of a set in the folder `name`.
 
-    Files whose path names no split are for testing. Raises UserError where there are none.
+    Files whose path names no split are for testing. Raises UserError if there are none.
     """
     folder = Path(name)
     refs = sorted(folder.glob("refs(*).p"))
@@ -340,7 +340,7 @@ def find_files(name: str, split: str) -> list[Path]:
 
 
 def split_in(path: Path) -> str | None:
-    """Return the split that the first part of a path names. val/test.parquet is for validation."""
+    """Return the first split named in a path, or None. val/test.parquet is for validation."""
     for word in re.split("[^a-z]+", path.as_posix().lower()):
         if word in SPLITS:
             return SPLITS[word]
@@ -350,7 +350,7 @@ def split_in(path: Path) -> str | None:
 def files_in(folder: Path, ending: str) -> list[Path]:
     """Return all files with this ending in a folder tree, except hidden ones.
 
-    Links are followed, and each file comes once. Raises UserError for a link that leads nowhere.
+    Links are followed, and each file comes once. Raises UserError for a broken link.
     """
     found, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -394,35 +394,31 @@ def hub_place(name: str, split: str) -> tuple[str, str]:
 
 
 def hub_files(source: Source) -> list[str]:
-    """Download the parquet files of a split.
+    """Download the parquet files of a split, and return their paths.
 
-    If the hub has only one split, its name does not matter.
-
-    Columns and disk space are checked before anything large is downloaded.
+    If the hub has only one split, its name does not matter. Columns and disk space are checked
+    before the download.
     """
     import datasets  # imported late: it takes a second to load
 
     hub_id, split = hub_place(source.name, source.split)
     try:
         files = datasets.load_dataset_builder(hub_id).config.data_files
-        splits = {str(split): list(urls) for split, urls in files.items()}
-        if len(splits) == 1:
-            [split] = splits
-        urls = splits.get(split, [])
-        size = sum(hub.size(path) for hub, path in map(fsspec.core.url_to_fs, urls))
-        columns = []
-        if urls:
-            with fsspec.open(urls[0]) as first:  # only the last bytes of the file are fetched
-                columns = pyarrow.parquet.read_schema(first).names
-    except Exception as error:  # the hub's libraries raise what their own libraries raise
+    except Exception as error:  # the hub's libraries raise errors of many types
         raise UserError(
             f"--data {source.name}: cannot download {hub_id} from the hub ({first_line(error)})"
         ) from None
-    if not urls:
+    splits = {str(name): list(urls) for name, urls in files.items()}
+    if len(splits) == 1:
+        [split] = splits
+    if split not in splits:
         raise UserError(
             f"--data {source.name}: {hub_id} on the hub has no {split} split, only {', '.join(splits)}"
         )
-    layout_of(columns, source.ignore)
+    urls = splits[split]
+    size = sum(hub.size(path) for hub, path in map(fsspec.core.url_to_fs, urls))
+    with fsspec.open(urls[0]) as first:  # only the last bytes of the file are fetched
+        layout_of(pyarrow.parquet.read_schema(first).names, source.ignore)
     print(f"to download: {hub_id} {size / 1e9:.2f} GB", flush=True)
     converted = Download(f"{hub_id}, converted", size, SETS)
     check_disk_space([Download(hub_id, size, Path(HF_HUB_CACHE)), converted])

@@ -180,7 +180,7 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
 
     def polygon(corners: np.ndarray, fill: int) -> None:
         pixels = (np.array([x, y]) + corners * (size / 2)) * scale
-        draw.polygon([tuple(corner) for corner in pixels], fill=fill)
+        draw.polygon(pixels.ravel().tolist(), fill=fill)
 
     corners = _outline(shape, angle)
     polygon(corners, 255)
