@@ -214,18 +214,17 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(
-    rng: np.random.Generator, things: list[Thing], size: float
-) -> tuple[float, float, str | None] | None:
-    """Return a place (x, y, colour) for a new thing, or None if the place is taken.
+    rng: np.random.Generator, things: list[Thing], size: float, colour: str
+) -> tuple[float, float, str] | None:
+    """Return a place (x, y) and a colour for a new thing, or None if the place is taken.
 
-    Half of the things stand close to another thing. Some of these have the other thing's colour:
-    such things touch and do not overlap. In all other cases the colour is None, and any will do.
+    Half of the things stand close to another thing. Some of these take the other thing's colour
+    instead of `colour`. Things of one colour touch and do not overlap.
     """
     # The centre stays so far from the edge that a pixel is between the thing and the edge.
     low, high = size / 2 + 1, SIZE - size / 2 - 1
     x, y = rng.uniform(low, high, 2).tolist()
     beside = None
-    colour = None
     if things and rng.random() < 0.5:
         beside = things[rng.integers(len(things))]
         angle = rng.uniform(0, 2 * math.pi)
@@ -275,11 +274,10 @@ def _add_thing(rng: np.random.Generator, image: np.ndarray, things: list[Thing])
     shape = str(rng.choice(SHAPES))
     colour = str(rng.choice(list(COLOURS)))
     size = rng.uniform(17, 38)
-    place = _place(rng, things, size)
+    place = _place(rng, things, size, colour)
     if place is None:
         return
-    x, y, wanted_colour = place
-    colour = wanted_colour or colour
+    x, y, colour = place
     angle = rng.uniform(-0.3, 0.3)
     if shape == "moon":
         angle += rng.choice([0, math.pi])
@@ -317,9 +315,8 @@ def make_scene(seed: int) -> Scene:
     things = []
     wanted = rng.integers(4, 8)
     for _ in range(80):
-        if len(things) == wanted:
-            break
-        _add_thing(rng, image, things)
+        if len(things) < wanted:
+            _add_thing(rng, image, things)
     return Scene((image + grain).clip(0, 255).astype(np.uint8), things)
 
 
