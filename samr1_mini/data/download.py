@@ -3,7 +3,7 @@
 import io
 import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
@@ -45,15 +45,18 @@ def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) 
     Returns {name: reason} for the pictures that could not be downloaded. Raises UserError for more
     than `most_failures` failures, or for a full disk.
     """
-    names = [name for name in sizes if not is_there(folder / name)]
-    pool, failed = ThreadPoolExecutor(WORKERS), {}
-    reasons = pool.map(lambda name: download_picture(folder / name, sizes[name]), names)
-    results = zip(names, reasons)
-    bar = tqdm(results, "pictures", len(names), dynamic_ncols=True, disable=not names)
+    pool, jobs, failed = ThreadPoolExecutor(WORKERS), {}, {}
+    for name, size in sizes.items():
+        if not is_there(folder / name):
+            job = pool.submit(download_picture, folder / name, size)
+            jobs[job] = name
+    done = as_completed(jobs)
+    bar = tqdm(done, "pictures", len(jobs), dynamic_ncols=True, disable=not jobs)
     try:
-        for name, reason in bar:
+        for job in bar:
+            reason = job.result()
             if reason:
-                failed[name] = reason
+                failed[jobs[job]] = reason
             if len(failed) > max(most_failures, 2 * WORKERS):
                 break  # the server is broken, and the other pictures would only take time
     finally:
