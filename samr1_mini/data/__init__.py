@@ -4,6 +4,8 @@ from pathlib import Path
 
 from ..config import UserError
 from .folder import Folder
+
+# Other modules import these names from here.
 from .pictures import open_picture
 from .samples import Data, Sample, clean_question
 

@@ -275,10 +275,8 @@ class Folder(Data):
         self.choose()
         failed, total = {}, len(self.wanted())
         most_failures = max(1, total // 100)
-        while True:  # pictures of the lines that moved up may be missing too
-            new = download_pictures(self.wanted(), self.pictures, most_failures - len(failed))
-            if not new:
-                break
+        # Pictures of the lines that moved up may be missing too.
+        while new := download_pictures(self.wanted(), self.pictures, most_failures - len(failed)):
             failed |= new
             self.missing += new
             self.choose()
