@@ -1,23 +1,13 @@
-"""Data: sequences of `Sample`s by name, from drawn scenes, a folder of your own, or a public data
-set.
-"""
+"""Open data sets by name: drawn scenes, a folder of your own, or a public data set."""
 
 from pathlib import Path
 
 from ..config import UserError
 from .folder import Folder
+
+# Other modules import these names from here.
 from .pictures import open_picture
 from .samples import Data, Sample, clean_question
-
-__all__ = [
-    "Data",
-    "Folder",
-    "Sample",
-    "clean_question",
-    "load_data",
-    "open_data",
-    "open_picture",
-]
 
 
 def open_data(
@@ -45,7 +35,7 @@ def open_data(
 
         return Shapes(split, count, seed or 0)
     if (Path(name) / "data.jsonl").is_file():
-        found = Folder(name, split, count, seed)
+        found = Folder(Path(name), split, count, seed)
         found.check_headers()
         return found
     from .public import HUB, Source, open_public

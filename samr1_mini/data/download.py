@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
 from ..files import replace_file
-from .pictures import check_size, open_picture
+from .pictures import Size, check_size, open_picture
 
-# No address that comes with data is ever opened.
+# Addresses in data files are never opened.
 COCO_URL = "http://images.cocodataset.org/train2014/"
 COCO_BYTES = 165_000  # of a picture, on average: train2014.zip has 82,783 in 13.5 GB
 PICTURES = CACHE / "train2014"  # the downloaded pictures
@@ -29,7 +29,7 @@ LARGEST = 64 * 2**20  # bytes of a picture
 
 
 def picture_name(path: str) -> str:
-    """Return the file's own name in a path that comes with data.
+    """Return the file name of a path in a data file.
 
     Raises ValueError if the path is not a picture's file name.
     """
@@ -39,10 +39,8 @@ def picture_name(path: str) -> str:
     return name
 
 
-def download_pictures(
-    sizes: dict[str, tuple[int, int]], folder: Path, most_failures: int
-) -> dict[str, str]:
-    """Download the pictures of `sizes`, {name: (width, height)}, that `folder` lacks.
+def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) -> dict[str, str]:
+    """Download the pictures of `sizes`, {name: size}, that `folder` lacks.
 
     Returns {name: reason} for the pictures that could not be downloaded. Raises UserError for more
     than `most_failures` failures, or for a full disk.
@@ -50,7 +48,7 @@ def download_pictures(
     pool, jobs, failed = ThreadPoolExecutor(WORKERS), {}, {}
     for name, size in sizes.items():
         if not is_there(folder / name):
-            job = pool.submit(download_picture, COCO_URL + name, folder / name, size)
+            job = pool.submit(download_picture, folder / name, size)
             jobs[job] = name
     done = as_completed(jobs)
     bar = tqdm(done, "pictures", len(jobs), dynamic_ncols=True, disable=not jobs)
@@ -73,12 +71,12 @@ def download_pictures(
 
 
 def is_there(file: Path) -> bool:
-    """Return whether a picture was downloaded. A power failure may leave an empty file."""
+    """Return True if a picture was downloaded. A power failure may leave an empty file."""
     return file.is_file() and file.stat().st_size > 0
 
 
-def download_picture(url: str, file: Path, size: tuple[int, int]) -> str:
-    """Download one picture.
+def download_picture(file: Path, size: Size) -> str:
+    """Download one of COCO's pictures to `file`.
 
     Returns "" or the reason for failure. Only complete files get the final name.
     """
@@ -89,7 +87,7 @@ def download_picture(url: str, file: Path, size: tuple[int, int]) -> str:
         if left <= 0:
             break
         try:
-            data = read_within(left, url)
+            data = read_within(left, COCO_URL + file.name)
             picture = open_picture(io.BytesIO(data))
             check_size("the picture", picture.size, size)
             write_picture(data, file)
@@ -102,7 +100,7 @@ def download_picture(url: str, file: Path, size: tuple[int, int]) -> str:
 
 
 def read_url(url: str, silence: float) -> bytes:
-    """Return what a server sends. `silence` is the longest time without a byte, in seconds."""
+    """Return the bytes of a URL. `silence` is the longest time without a byte, in seconds."""
     with urlopen(url, timeout=silence) as answer:
         data = answer.read(LARGEST)
         if answer.length:  # bytes that were announced and did not come

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,15 +28,26 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError
+from ..files import parse_json
 from ..metrics import filled
 from .download import COCO_BYTES, download_pictures, is_there
-from .masks import check_truth, has_box, is_absent, read_mask, refuse_lossy
-from .pictures import Header, check_size, inside, normal_path, open_picture, read_header
+from .masks import EMPTY, check_truth, has_box, is_absent, read_mask, refuse_lossy
+from .pictures import (
+    Header,
+    Size,
+    check_size,
+    inside,
+    normal_path,
+    open_picture,
+    read_header,
+)
 from .samples import Data, Sample, clean_question, in_order
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
 )
+# Errors that broken data raise.
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 # The check of a training split stops after CHECK_SECONDS, once it has read CHECK_COUNT questions.
 CHECK_SECONDS = 60
 CHECK_COUNT = 1000
@@ -55,7 +66,7 @@ class Line:
     id: str
     image: str  # path in the folder, in its shortest form
     split: str | None
-    size: tuple[int, int] | None  # width and height of the picture, in converted sets
+    size: Size | None  # of the picture, in converted sets
     box_only: bool
 
 
@@ -68,21 +79,20 @@ class Folder(Data):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: Path,
         split: str,
         count: int,
-        seed: int | None = 0,
-        pictures: str | Path | None = None,
+        seed: int | None,
+        pictures: Path | None = None,
         downloads: bool = False,
     ):
-        self.folder, self.file = Path(folder), Path(folder) / "data.jsonl"
+        self.folder, self.file = folder, folder / "data.jsonl"
+        self.pictures = pictures or folder
         self.converted, self.downloads = pictures is not None, downloads
-        self.pictures = Path(pictures or folder)
         self.split, self.count, self.seed = split, count, seed
         self.repeats = split == "train" and seed is not None
         self.missing, self.warnings, self.broken = [], [], set()
-        lines = [self.parse(number, text) for number, text in self.read_lines()]
-        self.candidates = self.lines_of_split(lines)
+        self.candidates = self.lines_of_split(self.read_lines())
         self.box_only = self.candidates[0].box_only
         if any(line.box_only != self.box_only for line in self.candidates):
             raise UserError(
@@ -92,16 +102,17 @@ class Folder(Data):
 
     # -------------------------------------------------------------------------------- lines
 
-    def read_lines(self) -> list[tuple[int, str]]:
-        """Return the lines that are not empty, with their numbers."""
+    def read_lines(self) -> list[Line]:
+        """Parse all lines that are not empty."""
         try:
             text = self.file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{self.file} is not in UTF-8; save the file in UTF-8") from None
-        except OSError as error:
-            raise UserError(f"{self.file}: {error}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.file}: {error}; save the file in UTF-8") from None
+        lines = []
         # Only "\n" ends a line. Python's splitlines would also split at other characters.
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                lines.append(self.parse(number, line))
         if not lines:
             raise UserError(f"{self.file} is empty; write one question a line")
         return lines
@@ -111,8 +122,8 @@ class Folder(Data):
 
         Lines of converted sets are not checked again.
         """
+        row = parse_json(text, f"{self.file} line {number}", dict, "write one question a line")
         with self.named(number):
-            row = parse_object(text)
             if not self.converted:
                 row.pop("size", None)
                 check_texts(row)
@@ -172,7 +183,7 @@ class Folder(Data):
         """Report an error with the file and the line."""
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except BROKEN as error:
             raise UserError(f"{self.file} line {number}: {error}") from None
 
     # -------------------------------------------------------------------------------- files
@@ -240,15 +251,12 @@ class Folder(Data):
         """Read a line's picture and mask; return the mask's share of the picture."""
         mask = self.read_sample(line).mask
         if not mask.any() and not self.converted:
-            raise UserError(
-                f"{self.file} line {line.number}: the mask is empty; remove the line if the picture "
-                "has no such object"
-            )
+            raise UserError(f"{self.file} line {line.number}: {EMPTY}")
         return mask.mean()
 
     # -------------------------------------------------------------------------------- download
 
-    def wanted(self) -> dict[str, tuple[int, int]]:
+    def wanted(self) -> dict[str, Size]:
         """Return the names and sizes of the pictures that must be downloaded."""
         if not self.downloads:
             return {}
@@ -267,10 +275,8 @@ class Folder(Data):
         self.choose()
         failed, total = {}, len(self.wanted())
         most_failures = max(1, total // 100)
-        while True:  # pictures of the lines that moved up may be missing too
-            new = download_pictures(self.wanted(), self.pictures, most_failures - len(failed))
-            if not new:
-                break
+        # Pictures of the lines that moved up may be missing too.
+        while new := download_pictures(self.wanted(), self.pictures, most_failures - len(failed)):
             failed |= new
             self.missing += new
             self.choose()
@@ -296,29 +302,20 @@ class Folder(Data):
         return len(self.lines)
 
     def sample_at(self, i: int) -> Sample:
-        """Read sample number `i`. In training, a spare sample replaces an unreadable one."""
+        """Read sample number `i`. In training, a spare sample replaces an unreadable one.
+
+        The choice of the spare sample depends on `i` alone, as --resume needs.
+        """
         try:
             return self.read_sample(self.lines[i])
         except UserError as error:
             if not self.repeats:
                 raise
-            return self.read_spare(i, error)
-
-    def read_spare(self, i: int, error: UserError) -> Sample:
-        """Read a spare sample in the place of number `i`.
-
-        The choice depends on `i` alone, as --resume needs.
-        """
-        self.count_broken(self.lines[i], error)
-        for k in range(len(self.spare)):
-            line = self.spare[(i + k) % len(self.spare)]
-            if line.number in self.broken:
-                continue
-            try:
-                return self.read_sample(line)
-            except UserError:
-                continue
-        raise error
+            self.count_broken(self.lines[i], error)
+            for k in range(len(self.spare)):
+                with suppress(UserError):
+                    return self.read_sample(self.spare[(i + k) % len(self.spare)])
+            raise
 
     def count_broken(self, line: Line, error: UserError) -> None:
         """Count a line that became unreadable. Raises UserError if there are too many."""
@@ -350,30 +347,15 @@ class Folder(Data):
 # -------------------------------------------------------------------------------- one line
 
 
-def parse_object(text: str) -> dict:
-    """Parse a JSON object. Raises ValueError for anything else."""
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not a JSON object ({error}); write one question a line") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object; write one question a line")
-    return row
-
-
 def check_texts(row: dict) -> None:
-    """Check that a line has all required keys, and that text keys hold strings."""
-    missing = [key for key in ("image", "question") if not row.get(key)]
-    if not has_box(row) and is_absent(row.get("mask")):
-        missing.append("mask")
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing; a line needs image, question and mask")
-    if not isinstance(row["image"], str) or not isinstance(row["question"], str):
-        raise ValueError("image and question must be texts in quotes")
+    """Check that a line has a picture's path and a question. Raises ValueError."""
+    for key in ("image", "question"):
+        text = row.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{key} missing; write a text in quotes, or remove the line")
+    clean_question(row["question"])
     if row["image"] == row.get("mask"):
         raise ValueError("image and mask are the same file; name the file of the mask")
-    if not clean_question(row["question"]):
-        raise ValueError("question is empty; write a question, or remove the line")
 
 
 def mask_files(row: dict) -> list[str]:
@@ -406,7 +388,7 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
     first = max(1, sum(number < 0.1 for number in free.values()))
     second = max(first + 1, sum(number < 0.2 for number in free.values()))
     if len(splits) <= FEW_PICTURES:
-        first = second = 0
+        first, second = 0, 0
     splits |= dict.fromkeys(order[:first], "validation")
     splits |= dict.fromkeys(order[first:second], "test")
     splits |= dict.fromkeys(order[second:], "train")
@@ -419,7 +401,7 @@ def hash_number(name: str) -> float:
 
 
 def check_against_picture(
-    row: dict, header: Header, folder: Path, may_be_empty: bool = False
+    row: dict, header: Header, folder: Path, may_be_empty: bool
 ) -> tuple[bool, list[float]]:
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
@@ -440,13 +422,14 @@ def check_against_picture(
                 f"{error}. EXIF rotates the picture or the mask, but not both; save both upright"
             ) from None
         raise
-    if not numbers and header.size != header.stored:
+    width, height = header.size
+    if not numbers and header.sideways and width != height:
         turned = False  # with the other rotation, the sizes would not match
     return turned, numbers
 
 
 def are_suspect(corners: list[tuple[float, float, int, int]]) -> bool:
-    """Return whether coordinates seem to be thousandths, percent, or pixels of a smaller picture.
+    """Return True if coordinates seem to be thousandths, percent, or pixels of a smaller picture.
 
     A corner is (right, bottom, width, height): the largest coordinates of a line and the size of
     its picture. Needs ten lines, because one object near the upper left corner also has small

@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from PIL import Image, ImageDraw
 
 from ..config import UserError
 from .download import picture_name
-from .masks import check_range, flat_polygon, has_area, join, to_rle
-from .pictures import check_size, child, inside, opened, read_header
+from .masks import check_range, flat_polygon, has_area, to_rle
+from .pictures import Size, check_size, child, inside, opened, read_header
 
 
 def from_refcoco(row: dict) -> dict:
@@ -35,15 +36,8 @@ def from_refcoco(row: dict) -> dict:
     line = {"id": row["ref_id"], "mask": annotation["segmentation"]}
     line["image"] = picture_name(info["file_name"])
     line["size"] = [info["width"], info["height"]]
-    line["texts"] = [expression(sentence) for sentence in row["sentences"]]
+    line["texts"] = [one.get("raw") or one["sent"] for one in row["sentences"]]
     return line
-
-
-def expression(sentence: str | dict) -> str:
-    """Return the text of one of REFER's sentences."""
-    if isinstance(sentence, str):
-        return sentence
-    return sentence.get("raw") or sentence["sent"]
 
 
 def from_tables(row: dict) -> dict:
@@ -87,8 +81,9 @@ def from_masks(row: dict) -> dict:
 
 
 def from_boxes(row: dict) -> dict:
-    """Convert a row with a box: four numbers, or Seg-Zero's
-    <box>(x1,y1),(x2,y2)</box><points>...</points>.
+    """Convert a row with a box.
+
+    The box is four numbers, or Seg-Zero's <box>(x1,y1),(x2,y2)</box><points>...</points>.
     """
     box = row["solution"]
     if isinstance(box, str):
@@ -135,12 +130,12 @@ LAYOUTS = {
 def layout_of(columns, ignore: str) -> str:
     """Return the column name that identifies the layout of a table.
 
-    Raises ValueError for an unknown layout. Raises UserError if undecided pixels shall be
-    excluded, and the layout does not mark them.
+    Raises UserError for an unknown layout, or if undecided pixels shall be excluded and the layout
+    does not mark them.
     """
     known = [column for column in LAYOUTS if column in columns]
     if not known:
-        raise ValueError(
+        raise UserError(
             f"columns {', '.join(map(str, columns))} are none of the published layouts. For data of "
             "your own, write a folder with data.jsonl"
         )
@@ -206,31 +201,29 @@ def picture_beside(file: Path, name: str) -> Path:
 # -------------------------------------------------------------------------------- labelme
 
 
-def draw_shapes(shapes: list[dict], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw_shapes(shapes: list[dict], size: Size) -> tuple[np.ndarray, np.ndarray]:
     """Draw labelme shapes like ReasonSeg's authors.
 
     Returns target and undecided pixels, each bool [H, W]. The largest shape is drawn first, and
     smaller shapes overwrite larger ones. Labels that contain "ignore" are undecided, "flag" is
-    skipped, and all others are targets. `size` is the picture's width and height.
+    skipped, and all others are targets.
     """
     shapes = [shape for shape in shapes if str(shape["label"]).lower() != "flag"]
-    numbers = join([flat_polygon(shape["points"]) for shape in shapes])
+    numbers = list(chain(*[flat_polygon(shape["points"]) for shape in shapes]))
     if numbers:
         check_range(numbers, size)
     parts = []
     for shape in shapes:
         ignored = "ignore" in str(shape["label"]).lower()
-        parts.append((draw_shape(shape, size), ignored))
+        parts.append((draw_shape(shape, size), 2 if ignored else 1))
     parts.sort(key=lambda part: -part[0].sum())
-    target = np.zeros(size[::-1], bool)
-    undecided = np.zeros(size[::-1], bool)
-    for drawn, ignored in parts:
-        target[drawn] = not ignored
-        undecided[drawn] = ignored
-    return target, undecided
+    labels = np.zeros(size[::-1], np.uint8)  # 1: target, 2: undecided
+    for drawn, label in parts:
+        labels[drawn] = label
+    return labels == 1, labels == 2
 
 
-def draw_shape(shape: dict, size: tuple[int, int]) -> np.ndarray:
+def draw_shape(shape: dict, size: Size) -> np.ndarray:
     """Draw one labelme shape as bool [H, W]: polygon, rectangle, circle or mask.
 
     Raises ValueError for other types. A polygon without three points draws nothing.
@@ -239,19 +232,19 @@ def draw_shape(shape: dict, size: tuple[int, int]) -> np.ndarray:
     canvas = Image.new("1", size)
     draw = ImageDraw.Draw(canvas)
     xs, ys = numbers[::2], numbers[1::2]
-    if kind in ("circle", "mask") and len(xs) != 2:
-        raise ValueError(f"a {kind} needs two points")
-    if kind == "rectangle" and len(xs) not in (2, 4):
-        raise ValueError("a rectangle needs two opposite corners, or all four")
+    if kind == "rectangle" and len(xs) == 4:  # all corners instead of two
+        kind = "polygon"
+    if kind in ("circle", "mask", "rectangle") and len(xs) != 2:
+        raise ValueError(f"a {kind} needs two points, not {len(xs)}")
     if kind == "circle":
         x, y, *on_circle = numbers
         radius = math.dist((x, y), on_circle)
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=1, outline=1)
     elif kind == "mask":
         paste_mask(canvas, shape["mask"], [int(number) for number in numbers])
-    elif kind == "rectangle" and len(xs) == 2:
+    elif kind == "rectangle":
         draw.rectangle([min(xs), min(ys), max(xs), max(ys)], fill=1, outline=1)
-    elif kind not in ("polygon", "rectangle"):
+    elif kind != "polygon":
         raise ValueError(
             f"a shape of type {kind!r}; only polygon, rectangle, circle and mask have an area"
         )

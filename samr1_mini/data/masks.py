@@ -1,16 +1,16 @@
-"""True masks as data files write them: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
+"""Read true masks: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
-`check_truth` finds all faults that can be detected from the line and the picture size. `read_mask`
-returns pixels.
+`check_truth` checks a mask without reading any pixels. `read_mask` returns pixels.
 """
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco
 
-from .pictures import Header, check_size, inside, opened, read_header, upright
+from .pictures import Header, Size, check_size, inside, opened, read_header, upright
 
 TOLERANCE = 5  # pixels by which annotators' coordinates may leave the picture
 EMPTY = "the mask is empty; remove the line if the picture has no such object"
@@ -19,14 +19,12 @@ EMPTY = "the mask is empty; remove the line if the picture has no such object"
 # -------------------------------------------------------------------------------- check
 
 
-def check_truth(
-    row: dict, size: tuple[int, int] | None = None, may_be_empty: bool = False
-) -> list[float]:
+def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False) -> list[float]:
     """Check the mask or box of a line, and its undecided pixels. Raises ValueError.
 
-    `size` is the picture's width and height. Without a size the range of coordinates is not
-    checked. Returns the coordinates x, y, x, y, ... of the box or the polygons, and [] for other
-    masks. The pixels of a PNG are not read here.
+    Without the picture's size, the range of coordinates is not checked. Returns the coordinates
+    x, y, x, y, ... of the box or the polygons, and [] for other masks. The pixels of a PNG are not
+    read here.
     """
     if row.get("ignore"):
         parse_mask(row["ignore"], size)
@@ -40,20 +38,20 @@ def check_truth(
     is_known = size or not polygons  # polygons can be drawn only into a known size
     if is_known and not may_be_empty and not coco.area(draw_polygons(mask, size)):
         raise ValueError(EMPTY)
-    return join(polygons)
+    return list(chain(*polygons))
 
 
 def has_box(row: dict) -> bool:
-    """Return whether a line has a box instead of a mask."""
+    """Return True if a line has a box instead of a mask."""
     return is_absent(row.get("mask")) and not is_absent(row.get("box"))
 
 
 def is_absent(value) -> bool:
-    """Return whether a value stands for nothing: null, an empty text, or NaN, as pandas writes."""
+    """Return True for null, an empty text, and NaN, which pandas writes for a missing value."""
     return value is None or value == "" or value != value
 
 
-def check_box(box, size: tuple[int, int] | None = None) -> None:
+def check_box(box, size: Size | None) -> None:
     """Refuse a box that is not [x1, y1, x2, y2] in pixels of a picture of this size."""
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         raise ValueError("the box is not a list of four numbers x1, y1, x2, y2")
@@ -66,7 +64,7 @@ def check_box(box, size: tuple[int, int] | None = None) -> None:
         raise ValueError(f"{written} holds no pixel; make the box larger")
 
 
-def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
+def check_range(numbers: list[float], size: Size | None) -> None:
     """Refuse normalised coordinates (fractions of width and height) and coordinates outside the
     picture. `numbers` are x, y, x, y, ...
     """
@@ -85,11 +83,13 @@ def check_range(numbers: list[float], size: tuple[int, int] | None) -> None:
 # -------------------------------------------------------------------------------- forms
 
 
-def parse_mask(value, size: tuple[int, int] | None = None) -> str | list[list[float]] | dict:
+def parse_mask(value, size: Size | None) -> str | list[list[float]] | dict:
     """Check a mask in any form, for a picture of this size. Raises ValueError.
 
     Returns the path of a file, polygons as flat lists, or a COCO RLE for all other forms.
     """
+    if is_absent(value):
+        raise ValueError("mask missing; a line needs image, question, and mask or box")
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
@@ -99,11 +99,11 @@ def parse_mask(value, size: tuple[int, int] | None = None) -> str | list[list[fl
         check_size("the mask", pixels.shape[::-1], size)
         return to_rle(pixels)
     polygons = parse_polygons(value)
-    check_range(join(polygons), size)
+    check_range(list(chain(*polygons)), size)
     return polygons
 
 
-def parse_rle(rle: dict, size: tuple[int, int] | None) -> dict:
+def parse_rle(rle: dict, size: Size | None) -> dict:
     """Check a COCO RLE and return it compressed.
 
     pycocotools reads and writes outside its memory if the runs do not fit the size.
@@ -111,7 +111,7 @@ def parse_rle(rle: dict, size: tuple[int, int] | None) -> dict:
     if not {"size", "counts"} <= set(rle):
         raise ValueError("the mask's RLE needs both keys, size and counts")
     sides, runs = rle["size"], rle["counts"]
-    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(map(is_whole, sides)):
+    if not isinstance(sides, list) or len(sides) != 2 or not all(map(is_whole, sides)):
         raise ValueError("the size of the mask's RLE is not [height, width]")
     check_size("the mask", sides[::-1], size, "; write an RLE's size as [height, width]")
     if isinstance(runs, str):
@@ -124,9 +124,9 @@ def parse_rle(rle: dict, size: tuple[int, int] | None) -> dict:
 def run_lengths(counts: bytes) -> list[int]:
     """Read the lengths of the runs of 0 and 1 from COCO's compressed counts.
 
-    A run that is cut off or too long becomes -1. Each character holds five bits, and the lowest
-    bits come first. From the fourth run on, each number is the difference from the run two places
-    earlier.
+    A run that is cut off or too long becomes -1. Each character holds five bits of a number, and
+    the lowest bits come first. From the fourth run on, the numbers are differences from the run two
+    places earlier.
     """
     runs, value, bits = [], 0, 0
     for sign in counts:
@@ -170,55 +170,49 @@ def parse_polygons(value) -> list[list[float]]:
 
 
 def has_area(polygon: list[float]) -> bool:
-    """Return whether a flat polygon has three different points."""
+    """Return True if a flat polygon has three different points."""
     return len(set(zip(polygon[::2], polygon[1::2]))) > 2
 
 
 def is_point(value) -> bool:
-    """Return whether a value is [x, y]."""
+    """Return True if a value is [x, y]."""
     return isinstance(value, list) and len(value) == 2 and are_numbers(value)
 
 
 def flat_polygon(polygon) -> list[float]:
     """Convert a flat list or a list of pairs to one flat polygon [x1, y1, x2, y2, ...]."""
     if isinstance(polygon, list) and polygon and all(map(is_point, polygon)):
-        return join(polygon)
+        return list(chain(*polygon))
     if isinstance(polygon, list) and len(polygon) % 2 == 0 and are_numbers(polygon):
         return polygon
     raise ValueError("a polygon is not a list of x, y pairs")
 
 
-def join(lists: list[list]) -> list:
-    """Return one list of the elements of several."""
-    return [element for part in lists for element in part]
-
-
 def are_numbers(values: list) -> bool:
-    """Return whether all values of a list are finite numbers. Booleans do not count as numbers."""
+    """Return True if all values of a list are finite numbers. Booleans do not count as numbers."""
     return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
 
 
 def is_whole(value) -> bool:
-    """Return whether a JSON value is a whole number from 0 on."""
+    """Return True if a JSON value is a whole number from 0 on."""
     return type(value) is int and value >= 0
 
 
-def is_rows(value, size: tuple[int, int] | None) -> bool:
-    """Return whether a mask is a list of rows of pixels, and not a list of polygons.
+def is_rows(value, size: Size | None) -> bool:
+    """Return True if a mask is a list of rows of pixels, and not a list of polygons.
 
-    If the rows do not have the picture's sides, they may hold only 0 and one other value.
+    Rows of other sides than the picture's may hold only 0 and one other value.
     """
-    if not isinstance(value, list) or len(value) < 2 or not isinstance(value[0], list):
+    try:
+        rows = np.array(value)
+    except ValueError:  # lists of different lengths
         return False
-    width = len(value[0])
-    if width < 3 or not all(isinstance(row, list) and len(row) == width for row in value):
+    if rows.ndim != 2 or rows.dtype.kind not in "bif" or len(rows) < 2 or len(rows[0]) < 3:
         return False
-    if not all(set(map(type, row)) <= {int, float, bool} for row in value):
-        return False
-    if size and sorted(size) == sorted((width, len(value))):
+    if size and sorted(size) == sorted(rows.shape):
         return True  # exchanged sides are refused later
-    numbers = set().union(*value)
-    return numbers <= {0, 1} or (0 in numbers and len(numbers) <= 2 and len(value) > 2)
+    numbers = set(np.unique(rows))
+    return numbers <= {0, 1} or (0 in numbers and len(numbers) == 2 and len(rows) > 2)
 
 
 # -------------------------------------------------------------------------------- pixels
@@ -230,7 +224,7 @@ def to_rle(mask: np.ndarray) -> dict:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
-def draw_polygons(mask: list | dict, size: tuple[int, int] | None) -> dict:
+def draw_polygons(mask: list | dict, size: Size | None) -> dict:
     """Return polygons as one RLE of a picture of this size. An RLE is returned as it is."""
     if isinstance(mask, dict):
         return mask
@@ -238,8 +232,8 @@ def draw_polygons(mask: list | dict, size: tuple[int, int] | None) -> dict:
     return coco.merge(coco.frPyObjects(mask, height, width))
 
 
-def read_mask(value, folder: Path, size: tuple[int, int]) -> np.ndarray:
-    """Read a mask bool [H, W] of a picture of this width and height, in any of the forms above.
+def read_mask(value, folder: Path, size: Size) -> np.ndarray:
+    """Read a mask bool [H, W] of a picture of this size, in any of the forms above.
 
     Raises OSError or ValueError.
     """

@@ -1,8 +1,8 @@
 """Public data sets, by name from the hub (HUB) or from a folder with their files.
 
 A set is converted once into a folder in the cache, which folder.py reads: data.jsonl, source.json,
-and the pictures that tables hold. layouts.py has the layouts. Nothing that comes with data is run:
-pickles may hold plain values only.
+and the pictures of tables. layouts.py has the layouts. No code from data files is run: pickles may
+hold plain values only.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from ..config import CACHE, UserError, first_line
-from ..files import Download, check_disk_space
+from ..files import Download, cause, check_disk_space, parse_json, read_json, write_json
 from . import download
-from .folder import SPLITS, Folder, check_against_picture, check_texts
+from .folder import BROKEN, SPLITS, Folder, check_against_picture, check_texts
 from .layouts import convert_row, layout_of
 from .masks import check_truth
 from .pictures import read_header
@@ -33,7 +33,7 @@ from .pictures import read_header
 SETS = CACHE / "sets"  # converted sets; a set of the hub is looked up only once
 VERSION = 1  # of the conversion: sets of another version are converted again
 
-# Name on the command line: for each split, the hub's id and what that split is called there.
+# Name on the command line: for each split, the hub's id and the hub's name of the split.
 JXU124 = ("train", "validation", "test")
 HUB = {
     "refcocog": {split: ("jxu124/refcocog", split) for split in JXU124},
@@ -61,13 +61,9 @@ HUB = {
 }
 
 
-# Errors that a broken row raises.
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
-
-
 @dataclass
 class Source:
-    """What a converted set is made of."""
+    """The arguments that identify a converted set."""
 
     name: str  # on the command line: of the set, or of a folder with its files
     split: str
@@ -91,11 +87,11 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     folder = SETS / f"{Path(name).name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         convert(source, files, folder)
-    converted = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-    pictures, broken = converted["pictures"] or folder, converted["left_out"]
-    needs_coco = pictures == "coco"
+    converted = read_json(folder / "source.json")
+    pictures, broken = Path(converted["pictures"] or folder), converted["left_out"]
+    needs_coco = converted["pictures"] == "coco"
     if needs_coco:
-        pictures = coco_dir or download.PICTURES
+        pictures = Path(coco_dir or download.PICTURES)
     found = Folder(folder, split, count, seed, pictures, downloads=needs_coco and not coco_dir)
     if broken:
         found.warnings.append(
@@ -104,18 +100,18 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     if found.downloads:
         return found
     if needs_coco:
-        check_coco_dir(coco_dir, found)
+        check_coco_dir(found)
     found.check_headers()
     return found
 
 
-def check_coco_dir(coco_dir: str, data: Folder) -> None:
+def check_coco_dir(data: Folder) -> None:
     """Refuse a folder of COCO's pictures that lacks pictures of the chosen questions."""
     names = [line.image for line in data.distinct_lines()]
-    lacking = [name for name in names if not download.is_there(Path(coco_dir) / name)]
+    lacking = [name for name in names if not download.is_there(data.pictures / name)]
     if lacking:
         raise UserError(
-            f"--coco-dir {coco_dir} lacks {len(lacking)} pictures, for example {lacking[0]}; add "
+            f"--coco-dir {data.pictures} lacks {len(lacking)} pictures, for example {lacking[0]}; add "
             "them, or leave --coco-dir out"
         )
 
@@ -146,9 +142,12 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
                 f"--data {name}: {len(broken)} of {found['rows']} rows are broken; repair the files. "
                 f"The first is {broken[0]}"
             )
-        content = json.dumps(asdict(source) | found, indent=1)
-        (part / "source.json").write_text(content, encoding="utf-8")
-        publish(part, folder)
+        write_json(part / "source.json", asdict(source) | found)
+        try:
+            part.rename(folder)
+        except OSError:  # another process may have converted the set first
+            if not folder.is_dir():
+                raise
     except UserError:
         raise
     except Exception as error:  # libraries of the hub, of parquet and of pickles raise anything
@@ -158,44 +157,35 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
 
 
 def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
-    """Convert rows to lines of data.jsonl in the file `out`, and store their pictures in the folder
-    `part`.
+    """Convert rows to lines of data.jsonl, and store their pictures in the folder `part`.
 
-    Returns the row count, the broken rows and the picture folder, for source.json. The picture
-    folder is "" (the converted folder), "coco" (train2014), or the folder of the set's files.
+    `out` is the open file data.jsonl. Returns the row count, the broken rows and the picture
+    folder, for source.json. The picture folder is "" (the converted folder), "coco" (train2014), or
+    the folder of the set's files.
     """
-    count, left_out, place, root = 0, [], "", Path(source.name)
+    count, left_out, place = 0, [], ""
     for where, row in rows:
         count += 1
-        stored = {}
         try:
             lines = convert_row(row, where, source.sentences, source.ignore)
+            image = lines[0]["image"]
             for line in lines:
-                place = finish_line(line, root, stored)
+                place = finish_line(line, Path(source.name))
         except BROKEN as error:
-            left_out.append(f"{where}: {reason_of(error)}")
+            left_out.append(f"{where}: {cause(error)}")
             continue
-        for name, data in stored.items():
-            (part / name).write_bytes(data)
+        if isinstance(image, bytes):
+            (part / lines[0]["image"]).write_bytes(image)
         for line in lines:
             out.write(json.dumps(line | {"split": source.split}) + "\n")
     return {"rows": count, "left_out": left_out, "pictures": place}
 
 
-def reason_of(error: Exception) -> str:
-    """Return the reason why a row is broken."""
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    if isinstance(error, (TypeError, AttributeError)):
-        return f"a value has the wrong type ({first_line(error)})"
-    return first_line(error)
+def finish_line(line: dict, root: Path) -> str:
+    """Check a line, and replace its picture by the picture's path and size.
 
-
-def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
-    """Check a line, and give it a picture's path and size.
-
-    Returns the picture folder in the form that write_lines returns. A picture's bytes are put into
-    `stored`, and their hash is the name. A picture that comes twice is stored once.
+    `root` is the folder of the set's files. Returns the picture folder in the form that write_lines
+    returns. Pictures inside tables are named by their hash, so equal pictures are stored once.
     """
     if "size" in line:
         check_texts(line)
@@ -206,37 +196,35 @@ def finish_line(line: dict, root: Path, stored: dict[str, bytes]) -> str:
         place, header = "", read_header(io.BytesIO(image))
         name = hashlib.sha256(image).hexdigest()[:16]
         line["image"] = f"pictures/{name}.{header.format.lower()}"
-        stored[line["image"]] = image
     else:
         place, header = str(root.absolute()), read_header(image)
         line["image"] = image.relative_to(root).as_posix()
     check_texts(line)
-    check_against_picture(line, header, root, may_be_empty=True)
+    check_against_picture(line, header, root, True)
     line["size"] = header.size
     return place
-
-
-def publish(part: Path, folder: Path) -> None:
-    """Give a converted folder its name. If another process did so first, that folder is kept."""
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 # -------------------------------------------------------------------------------- rows
 
 
 def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
-    """Yield each row of a split with its location, from any of the published file formats."""
+    """Yield each row of a split with its location, from any of the published file formats.
+
+    Raises UserError, which names the file that cannot be read.
+    """
     for file in map(Path, files):
-        if file.suffix == ".p":
-            yield from refer_rows(file, source.split)
-        elif file.suffix == ".json":
-            yield from json_rows(file)
-        else:  # the hub's cache has names without an ending
-            yield from parquet_rows(file, source.ignore)
+        try:
+            if file.suffix == ".p":
+                yield from refer_rows(file, source.split)
+            elif file.suffix == ".json":
+                yield from json_rows(file)
+            else:  # the hub's cache has names without an ending
+                yield from parquet_rows(file, source.ignore)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle or table raises anything
+            raise UserError(f"{file} cannot be read ({cause(error)}); download it again") from None
 
 
 def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
@@ -244,12 +232,7 @@ def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
 
     A column "mask" comes as one array for each row of pixels. Python's lists would take megabytes.
     """
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{file} is not readable as parquet ({first_line(error)}); download the file again"
-        ) from None
+    table = pyarrow.parquet.ParquetFile(file)
     columns = table.schema_arrow.names
     layout_of(columns, ignore)
     at_once = 4 if "mask" in columns else 256
@@ -282,17 +265,13 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
     """Yield the rows of REFER's refs(umd).p or refs(google).p, with the annotations of
     instances.json.
     """
-    try:
-        with file.open("rb") as opened_file:
-            refs = PlainUnpickler(opened_file, encoding="latin1").load()
-        known = json.loads((file.parent / "instances.json").read_text(encoding="utf-8"))
-        annotations = {one["id"]: one for one in known["annotations"]}
-        infos = {one["id"]: one for one in known["images"]}
-        splits = [ref["split"] for ref in refs]
-    except Exception as error:  # a damaged pickle raises what it likes
-        raise UserError(f"{file} or its instances.json cannot be read: {error!r}") from None
+    with file.open("rb") as opened_file:
+        refs = PlainUnpickler(opened_file, encoding="latin1").load()
+    known = read_json(file.parent / "instances.json")
+    annotations = {one["id"]: one for one in known["annotations"]}
+    infos = {one["id"]: one for one in known["images"]}
     wanted = "val" if split == "validation" else split
-    if split == "test" and "test" not in splits:
+    if split == "test" and all(ref["split"] != "test" for ref in refs):
         wanted = "testA"  # RefCOCO and RefCOCO+ have two
     for number, ref in enumerate(refs, 1):
         if ref["split"] == wanted:
@@ -305,10 +284,7 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
 
     Pictures are beside the file.
     """
-    try:
-        content = json.loads(read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file} is not a JSON file ({error}); save the file again") from None
+    content = parse_json(read_text(file), file, (dict, list), "save the file again")
     if isinstance(content, dict) and "shapes" in content:
         yield str(file), content | {"file": file}
     elif is_box_list(content):
@@ -323,7 +299,7 @@ def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def is_box_list(content) -> bool:
-    """Return whether JSON holds a list of objects as LISA-Grounding has them."""
+    """Return True if JSON holds a list of objects as LISA-Grounding has them."""
     if not isinstance(content, list) or not content:
         return False
     keys = {"image", "problem", "solution"}
@@ -344,7 +320,7 @@ def read_text(file: Path) -> str:
 def find_files(name: str, split: str) -> list[Path]:
     """Return the files of a split of a set in the folder `name`.
 
-    Files whose path names no split are for testing. Raises UserError where there are none.
+    Files whose path names no split are for testing. Raises UserError if there are none.
     """
     folder = Path(name)
     refs = sorted(folder.glob("refs(*).p"))
@@ -364,7 +340,7 @@ def find_files(name: str, split: str) -> list[Path]:
 
 
 def split_in(path: Path) -> str | None:
-    """Return the split that the first part of a path names. val/test.parquet is for validation."""
+    """Return the first split named in a path, or None. val/test.parquet is for validation."""
     for word in re.split("[^a-z]+", path.as_posix().lower()):
         if word in SPLITS:
             return SPLITS[word]
@@ -374,7 +350,7 @@ def split_in(path: Path) -> str | None:
 def files_in(folder: Path, ending: str) -> list[Path]:
     """Return all files with this ending in a folder tree, except hidden ones.
 
-    Links are followed, and each file comes once. Raises UserError for a link that leads nowhere.
+    Links are followed, and each file comes once. Raises UserError for a broken link.
     """
     found, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -395,11 +371,12 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 
 
 def watched(files: list[Path]) -> list[Path]:
-    """Return the files that a converted set depends on: its own, and all beside its JSON files."""
+    """Return the files that a converted set depends on.
+
+    Parquet files depend on no others. Pickles and JSON files depend on all files beside them.
+    """
     if not files or files[0].suffix == ".parquet":
         return files
-    if files[0].suffix == ".p":
-        return [*files, *files[0].parent.glob("instances.json")]
     found = []
     for folder in dict.fromkeys(file.parent for file in files):
         found += [file for file in sorted(folder.iterdir()) if file.is_file()]
@@ -417,35 +394,31 @@ def hub_place(name: str, split: str) -> tuple[str, str]:
 
 
 def hub_files(source: Source) -> list[str]:
-    """Download the parquet files of a split.
+    """Download the parquet files of a split, and return their paths.
 
-    If the hub has only one split, its name does not matter.
-
-    Columns and disk space are checked before anything large is downloaded.
+    If the hub has only one split, its name does not matter. Columns and disk space are checked
+    before the download.
     """
     import datasets  # imported late: it takes a second to load
 
     hub_id, split = hub_place(source.name, source.split)
     try:
         files = datasets.load_dataset_builder(hub_id).config.data_files
-        splits = {str(split): list(urls) for split, urls in files.items()}
-        if len(splits) == 1:
-            [split] = splits
-        urls = splits.get(split, [])
-        size = sum(hub.size(path) for hub, path in map(fsspec.core.url_to_fs, urls))
-        columns = []
-        if urls:
-            with fsspec.open(urls[0]) as first:  # only the last bytes of the file are fetched
-                columns = pyarrow.parquet.read_schema(first).names
-    except Exception as error:  # the hub's libraries raise what their own libraries raise
+    except Exception as error:  # the hub's libraries raise errors of many types
         raise UserError(
             f"--data {source.name}: cannot download {hub_id} from the hub ({first_line(error)})"
         ) from None
-    if not urls:
+    splits = {str(name): list(urls) for name, urls in files.items()}
+    if len(splits) == 1:
+        [split] = splits
+    if split not in splits:
         raise UserError(
             f"--data {source.name}: {hub_id} on the hub has no {split} split, only {', '.join(splits)}"
         )
-    layout_of(columns, source.ignore)
+    urls = splits[split]
+    size = sum(hub.size(path) for hub, path in map(fsspec.core.url_to_fs, urls))
+    with fsspec.open(urls[0]) as first:  # only the last bytes of the file are fetched
+        layout_of(pyarrow.parquet.read_schema(first).names, source.ignore)
     print(f"to download: {hub_id} {size / 1e9:.2f} GB", flush=True)
     converted = Download(f"{hub_id}, converted", size, SETS)
     check_disk_space([Download(hub_id, size, Path(HF_HUB_CACHE)), converted])

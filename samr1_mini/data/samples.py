@@ -13,22 +13,22 @@ LONGEST_QUESTION = 2000  # characters of a question
 
 @dataclass
 class Sample:
-    image: Image.Image  # RGB, its own size W x H
+    """A question about a picture of W x H pixels, with the true mask."""
+
+    image: Image.Image  # RGB
     question: str
-    mask: np.ndarray  # bool [H, W]: the true mask
+    mask: np.ndarray  # the true mask, bool [H, W]
     id: str
-    kind: str = ""  # kind of question, where the data set names one
-    ignore: np.ndarray | None = None  # bool [H, W]: pixels that the data set leaves undecided
-    box_only: bool = (
-        False  # the truth is a box: `mask` is a filled box, and only the box's IoU counts
-    )
-    picture: str = ""  # questions about the same picture are not independent
+    kind: str = ""  # kind of question, if the data set names one
+    ignore: np.ndarray | None = None  # pixels that the data set leaves undecided, bool [H, W]
+    box_only: bool = False  # the truth is a box: `mask` is filled, and the box's IoU is scored
+    picture: str = ""  # name of the picture: questions about one picture are not independent
 
 
 class Data(Sequence):
-    """A sequence of samples, with the facts that are known before pictures are read.
+    """A sequence of samples. Pictures are read when a sample is used.
 
-    `ids` holds each sample's id. A subclass defines `sample_at(i)`, which reads sample number `i`.
+    A subclass defines `ids`, the sample ids, and `sample_at(i)`, which reads sample number `i`.
     """
 
     box_only = False  # boxes and no masks
@@ -37,7 +37,7 @@ class Data(Sequence):
     warnings: Sequence[str] = ()  # lines for the user about possible mistakes
 
     def __getitem__(self, i: int | slice) -> Sample | list[Sample]:
-        """Return a sample, or a list of samples for a slice. Numbers behave as a list's."""
+        """Return a sample, or a list of samples for a slice. Negative numbers count from the end."""
         found = range(len(self))[i]
         if isinstance(found, range):
             return [self.sample_at(number) for number in found]

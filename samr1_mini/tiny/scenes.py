@@ -2,7 +2,7 @@
 
 A scene is a picture of 112 x 112 pixels with four to seven coloured things on a varied background.
 Some things touch a neighbour of their own colour. Some hide a corner of a neighbour.
-Some carry a dot, and some are faint. So a mask can be partly right.
+Some carry a dot, and some are faint. A predicted mask can therefore be partly right.
 A box that is too wide holds a part of a neighbour. Questions come in five kinds:
 
     attribute   "the red star", "the blue object", "the ring"
@@ -119,6 +119,9 @@ class Scene:
     things: list[Thing]
 
 
+Pairs = list[tuple[str, Thing]]  # questions: a text and the right object
+
+
 # ------------------------------------------------------------------------------------- drawing
 
 
@@ -177,7 +180,7 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
 
     def polygon(corners: np.ndarray, fill: int) -> None:
         pixels = (np.array([x, y]) + corners * (size / 2)) * scale
-        draw.polygon([tuple(corner) for corner in pixels], fill=fill)
+        draw.polygon(pixels.ravel().tolist(), fill=fill)
 
     corners = _outline(shape, angle)
     polygon(corners, 255)
@@ -198,7 +201,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     """
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     image = np.empty((SIZE, SIZE, 3), np.float32)
-    image[..., 0] = 128 + rng.uniform(30, 42) * ramp[None, :]
+    image[..., 0] = 128 + rng.uniform(30, 42) * ramp
     image[..., 1] = 128 + rng.uniform(-12, 12)
     image[..., 2] = 128 + rng.uniform(30, 42) * ramp[:, None]
     strength = rng.uniform(0, 9)
@@ -210,22 +213,18 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-def _inside(size: float, *centre: float) -> bool:
-    """Return True if a thing of this size stays a pixel away from the picture's edge."""
-    return all(size / 2 + 1 <= v <= SIZE - size / 2 - 1 for v in centre)
-
-
 def _place(
-    rng: np.random.Generator, things: list[Thing], size: float
-) -> tuple[float, float, str | None] | None:
-    """Return a place (x, y, colour) for a new thing, or None if the place is taken.
+    rng: np.random.Generator, things: list[Thing], size: float, colour: str
+) -> tuple[float, float, str] | None:
+    """Return a place (x, y) and a colour for a new thing, or None if the place is taken.
 
-    Half of the things stand close to another thing. The colour is None if any colour will do.
-    Otherwise it is the other thing's: two things of one colour touch and do not overlap.
+    Half of the things stand close to another thing. Some of these take the other thing's colour
+    instead of `colour`. Things of one colour touch and do not overlap.
     """
-    x, y = rng.uniform(size / 2 + 1, SIZE - size / 2 - 1, 2)
+    # The centre stays so far from the edge that a pixel is between the thing and the edge.
+    low, high = size / 2 + 1, SIZE - size / 2 - 1
+    x, y = rng.uniform(low, high, 2).tolist()
     beside = None
-    colour = None
     if things and rng.random() < 0.5:
         beside = things[rng.integers(len(things))]
         angle = rng.uniform(0, 2 * math.pi)
@@ -237,78 +236,74 @@ def _place(
         distance = closeness * (size + beside.size) / 2
         x = beside.x + distance * math.cos(angle)
         y = beside.y + distance * math.sin(angle)
-        if not _inside(size, x, y):
+        if min(x, y) < low or max(x, y) > high:
             return None
     for thing in things:
         distance = math.hypot(x - thing.x, y - thing.y)
         if thing is not beside and distance < 0.5 * (size + thing.size):
             return None
-    return float(x), float(y), colour
+    return x, y, colour
 
 
-def _still_seen(thing: Thing, solid: np.ndarray) -> bool:
-    """Return True if at least 0.7 of a thing and its whole dot stay visible under `solid`."""
-    kept = (thing.mask & ~solid).sum() >= 0.7 * thing.mask.sum()
-    hides_dot = thing.dot and (thing.dot.mask & solid).any()
-    return bool(kept and not hides_dot)
+def _allowed(things: list[Thing], new: Thing) -> bool:
+    """Return True if a new thing may be drawn over the others.
 
-
-def _allowed(things: list[Thing], colour: str, shape: str, solid: np.ndarray) -> bool:
-    """Return True if a new thing may be drawn on the pixels `solid`, bool [SIZE, SIZE]."""
+    Names differ. At least 0.7 of each old thing and its whole dot stay visible.
+    """
     for thing in things:
-        if thing.name == f"{colour} {shape}":
+        visible = thing.mask & ~new.mask
+        if thing.name == new.name or visible.sum() < 0.7 * thing.mask.sum():
             return False
-        if thing.colour == colour and (thing.mask & solid).any():
+        if thing.colour == new.colour and (thing.mask & new.mask).any():
             return False
-    return all(_still_seen(thing, solid) for thing in things)
+        if thing.dot and (thing.dot.mask & new.mask).any():
+            return False
+    return True
 
 
-def _blend(image: np.ndarray, paint: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """Return the image [SIZE, SIZE, 3] with a colour [3] laid on by the cover [SIZE, SIZE]."""
-    return image * (1 - cover[..., None]) + paint * cover[..., None]
+def _blend(image: np.ndarray, paint: np.ndarray, cover: np.ndarray) -> None:
+    """Lay a colour [3] on an image [SIZE, SIZE, 3], in place. `cover` [SIZE, SIZE] is 0 to 1."""
+    image[:] = image * (1 - cover[..., None]) + paint * cover[..., None]
 
 
-def _add_thing(rng: np.random.Generator, image: np.ndarray, things: list[Thing]) -> np.ndarray:
-    """Try to draw one more thing. Return the new image, or the old one if there is no place.
+def _add_thing(rng: np.random.Generator, image: np.ndarray, things: list[Thing]) -> None:
+    """Try to draw one more thing on the image. Change nothing if its place is taken.
 
     A drawn thing is appended to `things`. The masks of the things below it lose its pixels.
     """
     shape = str(rng.choice(SHAPES))
     colour = str(rng.choice(list(COLOURS)))
     size = rng.uniform(17, 38)
-    place = _place(rng, things, size)
+    place = _place(rng, things, size, colour)
     if place is None:
-        return image
-    x, y, wanted_colour = place
-    colour = wanted_colour or colour
+        return
+    x, y, colour = place
     angle = rng.uniform(-0.3, 0.3)
     if shape == "moon":
         angle += rng.choice([0, math.pi])
     cover = _coverage(shape, x, y, size, angle)
-    solid = cover > 0.5
-    if not _allowed(things, colour, shape, solid):
-        return image
+    thing = Thing(shape, colour, x, y, size, cover > 0.5)
+    if not _allowed(things, thing):
+        return
     paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
     if rng.random() < 0.15:  # a faint thing: a third of the background shines through
-        paint = 0.67 * paint + 0.33 * image[solid].mean(0)
-    image = _blend(image, paint, cover)
-    thing = Thing(shape, colour, x, y, size, solid)
+        paint = 0.67 * paint + 0.33 * image[thing.mask].mean(0)
+    _blend(image, paint, cover)
     if shape in DOTTED and size > 22 and rng.random() < 0.7:
-        image = _add_dot(rng, image, thing)
+        _add_dot(rng, image, thing)
     for other in things:
-        other.mask &= ~solid
+        other.mask &= ~thing.mask
     things.append(thing)
-    return image
 
 
-def _add_dot(rng: np.random.Generator, image: np.ndarray, thing: Thing) -> np.ndarray:
-    """Draw a dot of another colour on a thing. Return the new image."""
+def _add_dot(rng: np.random.Generator, image: np.ndarray, thing: Thing) -> None:
+    """Draw a dot of another colour on a thing."""
     colour = str(rng.choice([c for c in COLOURS if c != thing.colour]))
     size = 0.42 * thing.size
     cover = _coverage("circle", thing.x, thing.y, size, 0)
     mask = (cover > 0.5) & thing.mask
     thing.dot = Thing("dot", colour, thing.x, thing.y, size, mask)
-    return _blend(image, np.array(COLOURS[colour], np.float32), cover)
+    _blend(image, np.array(COLOURS[colour], np.float32), cover)
 
 
 def make_scene(seed: int) -> Scene:
@@ -317,19 +312,24 @@ def make_scene(seed: int) -> Scene:
     image = _background(rng)
     grain = rng.standard_normal(image.shape, dtype=np.float32)
     grain *= rng.uniform(2, 7)
-    things: list[Thing] = []
-    wanted = int(rng.integers(4, 8))
+    things = []
+    wanted = rng.integers(4, 8)
     for _ in range(80):
-        if len(things) == wanted:
-            break
-        image = _add_thing(rng, image, things)
+        if len(things) < wanted:
+            _add_thing(rng, image, things)
     return Scene((image + grain).clip(0, 255).astype(np.uint8), things)
 
 
 # ------------------------------------------------------------------------------------- questions
 
 _EXTREMES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
-_SIDES = ("left of", "right of", "above", "below")
+# The first thing on a side is the extreme: the object left of all others is the leftmost.
+_SIDES = {
+    "left of": "leftmost",
+    "right of": "rightmost",
+    "above": "topmost",
+    "below": "bottommost",
+}
 
 
 @dataclass(frozen=True)
@@ -344,39 +344,23 @@ class Description:
         return self.colour in (None, colour) and shape in self.shapes
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question and its meaning, one of four forms.
+def _measures(thing: Thing, word: str) -> tuple[float, float]:
+    """Return the two values in pixels by which an extreme compares things.
 
-    is       the thing of this description
-    dot      the dot of the thing
-    extreme  the thing that wins by `word` ("leftmost") among the things of this description
-    side     the thing on the side `word` ("left of") of the thing of this description
-    """
-
-    text: str
-    form: str
-    what: Description
-    word: str = ""
-
-
-def _measures(thing: Thing, word: str) -> list[tuple[float, float]]:
-    """Return the measures that a word compares: (value, margin in pixels) pairs.
-
-    A thing wins if each of its values exceeds all others by the margin.
+    For a direction, these are the coordinates of the centre and of the box's side.
     """
     x1, y1, x2, y2 = thing.box
     if word == "leftmost":
-        return [(-thing.x, 7), (-x1, 2)]
+        return -thing.x, -x1
     if word == "rightmost":
-        return [(thing.x, 7), (x2, 2)]
+        return thing.x, x2
     if word == "topmost":
-        return [(-thing.y, 7), (-y1, 2)]
+        return -thing.y, -y1
     if word == "bottommost":
-        return [(thing.y, 7), (y2, 2)]
+        return thing.y, y2
     if word == "largest":
-        return [(thing.extent, 3), (thing.bulk, 3)]
-    return [(-thing.extent, 3), (-thing.bulk, 3)]
+        return thing.extent, thing.bulk
+    return -thing.extent, -thing.bulk
 
 
 def _extreme(things: list[Thing], word: str) -> list[Thing]:
@@ -384,59 +368,51 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
 
     One thing in the list is a clear winner.
     """
-    measured = [_measures(thing, word) for thing in things]
-    found = []
-    for pairs in zip(*measured):  # the (value, margin) pairs of all things by one measure
-        best = max(value for value, _ in pairs)
-        for thing, (value, margin) in zip(things, pairs):
-            if value > best - margin and thing not in found:
-                found.append(thing)
-    return found
+    margins = 7, 2  # pixels, for the two measures
+    if word in ("largest", "smallest"):
+        margins = 3, 3
+    values = np.array([_measures(thing, word) for thing in things])  # [N, 2]
+    near = (values > values.max(0) - margins).any(1)
+    return [thing for thing, is_near in zip(things, near) if is_near]
 
 
 def _distance(thing: Thing, anchor: Thing, side: str) -> float:
-    """Return the distance in pixels by which a thing lies on this side of the anchor."""
-    if side == "left of":
-        return anchor.x - thing.x
-    if side == "right of":
-        return thing.x - anchor.x
-    if side == "above":
-        return anchor.y - thing.y
-    return thing.y - anchor.y
+    """Return the distance in pixels by which a thing's centre lies on this side of the anchor's."""
+    return _measures(thing, _SIDES[side])[0] - _measures(anchor, _SIDES[side])[0]
 
 
-def _right_on_side(scene: Scene, anchor: Thing, side: str) -> Thing | None:
-    """Return the one thing on this side of the anchor, or None.
-
-    A thing within 7 px of the anchor's line makes the question unfair.
-    """
-    others = [t for t in scene.things if t is not anchor and _distance(t, anchor, side) > -7]
-    if len(others) == 1 and _distance(others[0], anchor, side) > 7:
-        return others[0]
-    return None
-
-
-def right_object(scene: Scene, question: Question) -> Thing | None:
+def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing | None:
     """Return the only object that a reader can take for the answer, or None if there are more.
+
+    A question has one of four forms:
+
+    is       the thing of the description `what`
+    dot      the dot of the thing
+    extreme  the thing that wins by `word` ("leftmost") among the things of the description
+    side     the thing on the side `word` ("left of") of the thing of the description
 
     A dot is the answer only if the question asks for a dot.
     The question is unfair if a reader may take a dot for a small circle.
     """
-    what = question.what
     found = [t for t in scene.things if what.fits(t.colour, t.shape)]
     # Things whose dot the description fits, if a reader takes the dot for a circle.
     dotted = [t for t in scene.things if t.dot and what.fits(t.dot.colour, "circle")]
-    if question.form == "extreme":
-        return _right_extreme(found, dotted, question.word)
+    if form == "extreme":
+        return _right_extreme(found, dotted, word)
     if len(found) != 1:
         return None
-    if question.form == "dot":
-        return found[0].dot
+    anchor = found[0]
+    if form == "dot":
+        return anchor.dot
     if dotted:
         return None
-    if question.form == "is":
-        return found[0]
-    return _right_on_side(scene, found[0], question.word)
+    if form == "is":
+        return anchor
+    # A second thing on this side, or less than 7 px on the other side, makes the question unfair.
+    near = [t for t in scene.things if t is not anchor and _distance(t, anchor, word) > -7]
+    if len(near) == 1 and _distance(near[0], anchor, word) > 7:
+        return near[0]
+    return None
 
 
 def _right_extreme(found: list[Thing], dotted: list[Thing], word: str) -> Thing | None:
@@ -452,33 +428,18 @@ def _right_extreme(found: list[Thing], dotted: list[Thing], word: str) -> Thing 
     return None
 
 
-def _sides_of(descriptions: list[Description]) -> list[Question]:
-    """Return the questions for the object on each side of each description."""
-    questions = []
-    for side in _SIDES:
-        for what in descriptions:
-            text = f"the object {side} the {what.text}"
-            questions.append(Question(text, "side", what, side))
-    return questions
+def _fair(scene: Scene, form: str, start: str, what: list[Description], words=("",)) -> Pairs:
+    """Return the fair questions of a form, for all words and descriptions.
 
-
-def _extremes_of(descriptions: list[Description], link: str = "") -> list[Question]:
-    """Return the questions for each extreme of each description: "the leftmost " + link + text."""
-    questions = []
-    for word in _EXTREMES:
-        for what in descriptions:
-            questions.append(Question(f"the {word} {link}{what.text}", "extreme", what, word))
-    return questions
-
-
-def _named(scene: Scene) -> tuple[list[Description], list[Description], list[Description]]:
-    """Return the scene's things by name, its colours and its shapes as descriptions."""
-    names = [Description(t.name, t.colour, (t.shape,)) for t in scene.things]
-    colours = sorted({t.colour for t in scene.things})
-    shapes = sorted({t.shape for t in scene.things})
-    of_colour = [Description(f"{colour} object", colour) for colour in colours]
-    of_shape = [Description(shape, shapes=(shape,)) for shape in shapes]
-    return names, of_colour, of_shape
+    A text is `start` and a description. A "*" in `start` stands for the word.
+    """
+    pairs = []
+    for word in words:
+        for one in what:
+            thing = right_object(scene, form, one, word)
+            if thing is not None:
+                pairs.append((f"{start.replace('*', word)} {one.text}", thing))
+    return pairs
 
 
 def _of_colour(words: str) -> list[Description]:
@@ -486,46 +447,39 @@ def _of_colour(words: str) -> list[Description]:
     return [Description(f"{words} {subject}", c) for subject, c in COLOUR_OF.items()]
 
 
-def _forms(scene: Scene, kind: str) -> list[list[Question]]:
-    """Return all questions of a kind for a scene, fair or not, one list for each form."""
-    names, of_colour, of_shape = _named(scene)
+def _forms(scene: Scene, kind: str) -> list[Pairs]:
+    """Return the fair questions of a kind, one list for each form."""
+    colours = sorted({t.colour for t in scene.things})
+    shapes = sorted({t.shape for t in scene.things})
+    names = [Description(t.name, t.colour, (t.shape,)) for t in scene.things]
+    of_colour = [Description(f"{colour} object", colour) for colour in colours]
+    of_shape = [Description(shape, shapes=(shape,)) for shape in shapes]
     if kind == "attribute":
-        forms = [names, of_colour + of_shape]
-        return [[Question(f"the {x.text}", "is", x) for x in form] for form in forms]
+        by_name = _fair(scene, "is", "the", names)
+        return [by_name, _fair(scene, "is", "the", of_colour + of_shape)]
     if kind == "part":
-        return [[Question(f"the dot of the {x.text}", "dot", x) for x in names + of_shape]]
+        return [_fair(scene, "dot", "the dot of the", names + of_shape)]
     if kind == "relation":
-        all_things = Description("object")
-        return [_extremes_of([all_things] + of_colour + of_shape), _sides_of(names)]
+        compared = [Description("object"), *of_colour, *of_shape]
+        extremes = _fair(scene, "extreme", "the *", compared, _EXTREMES)
+        return [extremes, _fair(scene, "side", "the object * the", names, _SIDES)]
     indirect = _of_colour("thing that has the colour of")
     for feature, shape in SHAPE_WITH.items():
         indirect.append(Description(f"object with {feature}", shapes=(shape,)))
     if kind == "indirect":
-        return [[Question(f"the {x.text}", "is", x) for x in indirect]]
-    if kind == "combined":
-        groups = _of_colour("things that have the colour of")
-        if not {"heart", "moon"} & {t.shape for t in scene.things}:
-            groups += [Description("things with corners", shapes=CORNERED)] * 4  # asked more often
-        return [_sides_of(indirect), _extremes_of(groups, "of the ")]
-    raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
+        return [_fair(scene, "is", "the", indirect)]
+    if kind != "combined":
+        raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
+    compared = _of_colour("things that have the colour of")
+    if not {"heart", "moon"} & set(shapes):
+        compared += [Description("things with corners", shapes=CORNERED)] * 4  # asked more often
+    sides = _fair(scene, "side", "the object * the", indirect, _SIDES)
+    return [sides, _fair(scene, "extreme", "the * of the", compared, _EXTREMES)]
 
 
-def _fair(scene: Scene, form: list[Question]) -> list[tuple[str, Thing]]:
-    """Return the (text, object) pairs of a form's questions that have one right object."""
-    pairs = []
-    for question in form:
-        thing = right_object(scene, question)
-        if thing is not None:
-            pairs.append((question.text, thing))
-    return pairs
-
-
-def fair_questions(scene: Scene, kind: str) -> list[tuple[str, Thing]]:
-    """Return all questions of a kind that have exactly one right object: (text, object) pairs."""
-    pairs = []
-    for form in _forms(scene, kind):
-        pairs += _fair(scene, form)
-    return pairs
+def fair_questions(scene: Scene, kind: str) -> Pairs:
+    """Return all questions of a kind that have exactly one right object."""
+    return sum(_forms(scene, kind), [])
 
 
 def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] | None:
@@ -533,9 +487,8 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] 
 
     All forms of the kind that have a fair question are equally likely.
     """
-    forms = [_fair(scene, form) for form in _forms(scene, kind)]
-    forms = [form for form in forms if form]
+    forms = [form for form in _forms(scene, kind) if form]
     if not forms:
         return None
-    questions = forms[int(rng.integers(len(forms)))]
-    return questions[int(rng.integers(len(questions)))]
+    questions = forms[rng.integers(len(forms))]
+    return questions[rng.integers(len(questions))]

@@ -7,43 +7,39 @@ from ..config import UserError
 from ..data.samples import Data, Sample
 from .scenes import SPLITS, ask, make_scene
 
-# The kinds of questions, in turn; twice as often those that an answer without a thought gets wrong.
+# The kinds of questions, in turn. The kinds that occur twice are the harder ones: an answer without
+# a thought is often wrong.
 ASKED = ("attribute", "relation", "combined", "part", "indirect", "relation", "combined")
 
 
 class Shapes(Data):
-    """`count` questions about drawn scenes, one a scene, their kinds as ASKED; drawn when asked for. Seeds 0 to 999
-    have other scenes each."""
+    """`count` questions about drawn scenes, one question a scene.
+
+    The kinds of questions follow ASKED. Each scene is drawn when its sample is read. Training seeds
+    0 to 999 have different scenes. Validation and test have the same scenes for every seed.
+    """
 
     def __init__(self, split: str, count: int, seed: int = 0):
-        first, last = SPLITS[split]
-        # Each training seed owns a million scenes; validation and test are the same for every seed, so that runs
-        # compare.
-        self.first = first + (seed % 1000) * 10**6 if split == "train" else first
-        self.count = count
-        if count > 10**6 or self.first + count > last:
+        self.first, _ = SPLITS[split]
+        if split == "train":  # each seed has a million scenes
+            self.first += seed % 1000 * 10**6
+        if count > 10**6:
             raise UserError(
                 f"the {split} split of the drawn scenes has a million questions, not {count}"
             )
+        self.ids = [f"shapes-{self.first + i}" for i in range(count)]
 
     def __len__(self) -> int:
-        return self.count
-
-    @property
-    def ids(self) -> list[str]:
-        return [f"shapes-{self.first + i}" for i in range(self.count)]
+        return len(self.ids)
 
     def sample_at(self, i: int) -> Sample:
-        seed = self.first + i
+        seed, name = self.first + i, self.ids[i]
         scene, rng = make_scene(seed), np.random.default_rng([seed, 1])
-        for turn in range(
-            len(ASKED)
-        ):  # a scene with no fair question of its kind gives one of the next kind
+        for turn in range(len(ASKED)):  # a scene may allow no question of its own kind
             kind = ASKED[(i + turn) % len(ASKED)]
             found = ask(scene, rng, kind)
             if found:
-                name = f"shapes-{seed}"
-                return Sample(
-                    Image.fromarray(scene.image), found[0], found[1].mask, name, kind, picture=name
-                )
+                text, thing = found
+                image = Image.fromarray(scene.image)
+                return Sample(image, text, thing.mask, name, kind, picture=name)
         raise RuntimeError(f"scene {seed} allows no question")
