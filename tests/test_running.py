@@ -74,7 +74,7 @@ def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
         sam="vit_b",
         sam_checkpoint="x.pth",
     )
-    loading.load_parts(s, [], "adapter")
+    loading.load_models(s, [], "adapter")
     assert asked == [
         ("vit_b", "x.pth", "cpu"),
         ("tiny", "bf16", 3, "adapter", "cpu", True, "thousandths"),
@@ -85,7 +85,7 @@ def test_a_seed_draws_the_same_new_adapter_whatever_was_drawn_before(settings):
     adapters = []
     for before in (1, 2):
         torch.manual_seed(before)
-        policy, _ = loading.load_parts(settings, [])
+        policy, _ = loading.load_models(settings, [])
         adapters.append(torch.cat([p.flatten() for p in policy.trained]))
     assert (adapters[0] == adapters[1]).all() and adapters[0].any()
 

@@ -635,7 +635,7 @@ DAMAGES = {
 def test_a_damaged_file_of_a_run_is_named_in_one_line_before_anything_is_loaded(
     name, kind, settings, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(grpo, "load_parts", lambda *_, **__: pytest.fail("models were loaded"))
+    monkeypatch.setattr(grpo, "load_models", lambda *_, **__: pytest.fail("models were loaded"))
     folder = runs.open_run(settings)
     for file, content in WHOLE.items():
         runs.write_json(folder / file, content)
