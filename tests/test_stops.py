@@ -104,6 +104,7 @@ def in_a_terminal(folder, samples, ignored):
             assert process.poll() is None and time.monotonic() < end
             if select.select([ours], [], [], 0.1)[0]:
                 os.read(ours, 10000)
+        time.sleep(0.5)  # the state of the step is taken just after its line is written
         yield process, ours
     finally:
         if process.poll() is None:
