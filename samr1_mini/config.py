@@ -9,7 +9,6 @@ import difflib
 import errno
 import json
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -47,9 +46,9 @@ class Terminated(BaseException):
     Like KeyboardInterrupt, this is no Exception. So `except Exception` does not catch it.
     """
 
-    def __init__(self, number: int = signal.SIGTERM):
-        super().__init__(f"signal {int(number)}")
-        self.number = int(number)
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
 
 
 def setting(group: str, default, help: str, choices: tuple | None = None):
@@ -295,10 +294,10 @@ PRESETS = {
 MEMORY = {"7b": (21.0, 14.7), "3b": (11.0, 10.6)}
 
 
-def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
+def choose_preset(device: str, memory_limit: float) -> tuple[str, str]:
     """Return the preset for this machine, and the reason for it.
 
-    `memory_limit`, in GiB, replaces the card's memory.
+    `memory_limit`, in GiB, replaces the card's memory if it is above 0.
     """
     if device == "cpu":
         return "tiny", "this preset is for a CPU"
@@ -616,9 +615,8 @@ def check_size(model, image_size: int) -> None:
         raise UserError(f"--image-size {need}, not {image_size}: try {nearest}")
 
 
-DISK_FULL = [errno.ENOSPC]
-if hasattr(errno, "EDQUOT"):  # a quota is full; Windows lacks this code
-    DISK_FULL.append(errno.EDQUOT)
+# The disk or a quota is full. Windows lacks the second code.
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def first_line(error: Exception) -> str:

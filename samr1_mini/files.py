@@ -91,14 +91,22 @@ class Download:
             return "HF_HOME"
         return "SAMR1_CACHE"
 
+    @property
+    def place(self) -> Path:
+        """Return the folder, or the first folder above it that exists."""
+        place = self.folder
+        while not place.exists():
+            place = place.parent
+        return place
+
 
 def check_disk_space(downloads: list[Download]) -> None:
     """Raise UserError if a disk lacks the space for the downloads to it."""
     disks = {}  # disk -> the downloads to it
     for one in downloads:
-        disks.setdefault(disk_of(existing_folder(one.folder)), []).append(one)
+        disks.setdefault(disk_of(one.place), []).append(one)
     for on_disk in disks.values():
-        place = existing_folder(on_disk[0].folder)
+        place = on_disk[0].place
         needed = sum(one.size for one in on_disk)
         free = shutil.disk_usage(place).free
         if needed > free:
@@ -107,13 +115,6 @@ def check_disk_space(downloads: list[Download]) -> None:
                 f"{names}: {needed / 1e9:.1f} GB are needed in {place}, and {free / 1e9:.1f} GB "
                 f"are free there. Delete other files, or {other_disk(on_disk)}"
             )
-
-
-def existing_folder(folder: Path) -> Path:
-    """Return the folder, or the first folder above it that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def disk_of(folder: Path) -> tuple[int, str]:
@@ -134,8 +135,10 @@ def other_disk(downloads: list[Download]) -> str:
 # ------------------------------------------------------------------------- reading
 
 
-def refuse_pointer(file: Path, advice: str = AGAIN) -> None:
-    """Raise UserError if a file is empty, or a git-lfs pointer."""
+def check_content(file: Path, advice: str = AGAIN) -> None:
+    """Raise UserError if a file is missing, empty, or a git-lfs pointer."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing: {advice}")
     with file.open("rb") as opened:
         start = opened.read(len(POINTER))
     if start == POINTER:
@@ -147,7 +150,7 @@ def refuse_pointer(file: Path, advice: str = AGAIN) -> None:
 
 def load_json(file: Path, kind: type | tuple = dict, advice: str = AGAIN):
     """Return the JSON value in a file. Raises UserError as parse_json does."""
-    refuse_pointer(file, advice)
+    check_content(file, advice)
     return parse_json(file.read_bytes(), file, kind, advice)
 
 
@@ -156,7 +159,7 @@ def check_safetensors(file: Path) -> None:
 
     The header of the file holds its size.
     """
-    refuse_pointer(file)
+    check_content(file)
     try:
         with safe_open(file, "pt"):
             pass
@@ -165,10 +168,7 @@ def check_safetensors(file: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that hold a policy's weights.
-
-    Raises UserError if one of them is missing.
-    """
+    """Return the safetensors files that hold a policy's weights. Raises UserError."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if not (folder / INDEX).is_file():
@@ -176,11 +176,8 @@ def weight_files(folder: Path) -> list[Path]:
     shards = load_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{folder / INDEX} names no weights: {AGAIN}")
-    files = [folder / str(name) for name in sorted(set(map(str, shards.values())))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing, and {INDEX} names it: {AGAIN}")
-    return files
+    names = {str(name) for name in shards.values()}
+    return [folder / name for name in sorted(names)]
 
 
 def check_policy_files(folder: Path) -> None:
@@ -190,7 +187,7 @@ def check_policy_files(folder: Path) -> None:
             load_json(folder / name)
     for name in TEXT_FILES:
         if (folder / name).is_file():
-            refuse_pointer(folder / name)
+            check_content(folder / name)
     for file in weight_files(folder):
         check_safetensors(file)
 

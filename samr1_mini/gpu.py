@@ -39,8 +39,7 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
     is translated for every newer GPU. Code with the suffix "a" runs only on its own version. Code
     with the suffix "f" needs the same major version.
     """
-    known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
-    known = [entry.groups() for entry in known if entry]
+    known = re.findall(r"\b(sm|compute)_(\d+)(\d)([af]?)\b", " ".join(built_for))
     if not known:  # a build for GPUs of another maker has other names
         return True
     for kind, major, minor, ending in known:
@@ -152,7 +151,7 @@ def windows_lends_memory() -> bool:
     return sys.platform == "win32" or under_wsl()
 
 
-def card_memory(limit: float = 0.0) -> tuple[float, float]:
+def card_memory(limit: float) -> tuple[float, float]:
     """Return the free and the total memory of this process's GPU in GiB.
 
     A `limit` above 0 (GiB) is the upper bound of both. With several processes the free memory is

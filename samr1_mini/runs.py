@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from .config import Settings, Terminated, UserError, cause, parse_json, read_settings
-from .files import AGAIN, load_json, refuse_pointer, replace_file, write_json
+from .files import AGAIN, load_json, check_content, replace_file, write_json
 from .metrics import mean
 from .policy import Policy
 from .processes import gather, is_first, process_count
@@ -103,7 +103,7 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
 
 def read_state(file: Path) -> dict:
     """Read what save_state wrote. Raises UserError if the file is damaged or has other content."""
-    refuse_pointer(file)
+    check_content(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can raise any exception

@@ -261,7 +261,7 @@ def test_a_second_ctrl_c_or_a_broken_picture_leaves_the_state_before_the_step(
     assert "step 1 is saved; " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error, code", [(Terminated(), 143), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("error, code", [(Terminated(15), 143), (KeyboardInterrupt(), 130)])
 def test_memory_is_capped_before_the_training_and_a_program_that_was_stopped_says_so_by_its_code(
     error, code, monkeypatch
 ):
