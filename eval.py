@@ -18,6 +18,7 @@ from samr1_mini.config import (
     Settings,
     UserError,
     add_options,
+    cause,
     check_machine,
     exit_with,
     first_line,
@@ -208,13 +209,12 @@ def refuse_too_little_memory(settings: Settings) -> None:
     except UserError:
         raise
     except Exception as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        print(f"free memory was not checked: {why}", flush=True)
+        print(f"free memory was not checked: {cause(error)}", flush=True)
 
 
 def load(settings: Settings, options: Namespace) -> tuple:
     """Return policy, segmenter and data."""
-    from samr1_mini.loading import check_models, load_parts
+    from samr1_mini.loading import check_models, load_models
     from samr1_mini.memory import cap_memory
     from samr1_mini.processes import first_before_others
 
@@ -224,7 +224,7 @@ def load(settings: Settings, options: Namespace) -> tuple:
     with first_before_others():
         data = open_input(settings, options)
     sets = [data] if options.image is None else []
-    policy, segmenter = load_parts(settings, sets, options.adapter)
+    policy, segmenter = load_models(settings, sets, options.adapter)
     return policy, segmenter, data
 
 

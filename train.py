@@ -10,8 +10,8 @@ from samr1_mini.config import (
     Settings,
     Terminated,
     UserError,
+    cause,
     exit_with,
-    first_line,
     parse_settings,
     print_anything,
 )
@@ -39,7 +39,7 @@ def print_forecast(settings: Settings) -> None:
     except UserError:
         raise
     except Exception as error:
-        print(f"no forecast: {type(error).__name__}: {first_line(error)}", flush=True)
+        print(f"no forecast: {cause(error)}", flush=True)
         _, peak = MEMORY.get(settings.preset, (0.0, 0.0))
         free, _ = card_memory(settings.memory_limit)
         warning = memory_warning(settings, peak, free)

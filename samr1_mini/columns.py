@@ -4,6 +4,8 @@ A new reward term logs a column with the name of the term, between "reward" and 
 This column needs no entry here.
 """
 
+from .config import option
+
 COLUMNS = {
     "step": "number of the step, from 1",
     "reward": "weighted sum of the reward terms, mean over the sampled answers",
@@ -22,7 +24,7 @@ COLUMNS = {
     "sampling_gap": "rounding: nats between sampling and the first update, mean over tokens",
     "sampling_gap_max": "rounding: nats between sampling and the first update, largest of a token",
     "kl": "KL to the base model, eq. (3), nats a token",
-    "kl_held": "share of tokens at the bound --kl-bound",
+    "kl_bounded": "share of tokens at the bound --kl-bound (older logs: kl_held)",
     "approx_kl": "estimate of KL(pi_old, pi) from the ratio, nats a token",
     "clip_low": "share of tokens clipped at 1 - eps_low",
     "clip_high": "share of tokens clipped at 1 + eps_high",
@@ -54,13 +56,8 @@ def new_terms(line: dict) -> list[str]:
     return [name for name in names[first:last] if name not in COLUMNS]
 
 
-def weight_option(term: str) -> str:
-    """Return the option that sets the weight of a reward term."""
-    return f"--{term.replace('_', '-')}-weight"
-
-
 def explain(name: str) -> str:
     """Return a description of a column in one line, with its unit."""
     if name in COLUMNS:
         return COLUMNS[name]
-    return f"a new column. If it is a reward term, {weight_option(name)} sets its weight"
+    return f"a new column. If it is a reward term, {option(name)}-weight sets its weight"

@@ -9,7 +9,6 @@ import difflib
 import errno
 import json
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -47,9 +46,9 @@ class Terminated(BaseException):
     Like KeyboardInterrupt, this is no Exception. So `except Exception` does not catch it.
     """
 
-    def __init__(self, number: int = signal.SIGTERM):
-        super().__init__(f"signal {int(number)}")
-        self.number = int(number)
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
 
 
 def setting(group: str, default, help: str, choices: tuple | None = None):
@@ -295,10 +294,10 @@ PRESETS = {
 MEMORY = {"7b": (21.0, 14.7), "3b": (11.0, 10.6)}
 
 
-def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
+def choose_preset(device: str, memory_limit: float) -> tuple[str, str]:
     """Return the preset for this machine, and the reason for it.
 
-    `memory_limit`, in GiB, replaces the card's memory.
+    `memory_limit`, in GiB, replaces the card's memory if it is above 0.
     """
     if device == "cpu":
         return "tiny", "this preset is for a CPU"
@@ -314,23 +313,21 @@ def choose_preset(device: str, memory_limit: float = 0.0) -> tuple[str, str]:
     why = f"the GPU {name} has {whole:.1f} GiB"
     if memory_limit:
         why = f"the GPU {name} may be used up to --memory-limit {memory_limit:g}"
+    chosen = "tiny"
     too_large = []
     for preset, (card, peak) in MEMORY.items():
-        if whole > card and free > peak:
-            return preset, why + too_little(free, too_large)
-        if whole > card:
-            too_large.append(f"{preset} needs {peak:g} GiB")
-    return "tiny", why + too_little(free, too_large)
+        if whole <= card:
+            continue
+        if free > peak:
+            chosen = preset
+            break
+        too_large.append(f"{preset} needs {peak:g} GiB")
+    if too_large:
+        why += f". {free:.1f} GiB are free, but {' and '.join(too_large)}"
+    return chosen, why
 
 
 SLOW_BF16 = "use fp32 for everything except the 4-bit weights, which is slow and was not measured"
-
-
-def too_little(free: float, too_large: list[str]) -> str:
-    """Return a sentence on presets that need more than `free` GiB, or "" if there are none."""
-    if not too_large:
-        return ""
-    return f". {free:.1f} GiB are free, but {' and '.join(too_large)}"
 
 
 def emulates_bf16() -> bool:
@@ -365,9 +362,11 @@ def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) 
 
     The parsed options then contain only those that the user typed.
     """
+    if names is None:
+        names = {f.name for f in fields(Settings)}
     groups = {}
     for f in fields(Settings):
-        if names is not None and f.name not in names:
+        if f.name not in names:
             continue
         heading = f.metadata["group"]
         if heading not in groups:
@@ -381,7 +380,7 @@ def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) 
         groups[heading].add_argument(option(f.name), default=argparse.SUPPRESS, help=text, **kind)
     larger = []
     for name, value in _FULL_SIZE.items():
-        if names is None or name in names:
+        if name in names:
             larger.append(f"{option(name)} {value}".removesuffix(" True"))
     parser.epilog = (
         "Defaults are those of --preset tiny. The presets 3b and 7b set their own policy, and "
@@ -417,15 +416,13 @@ def make_settings(**given) -> tuple[Settings, str]:
     Raises UserError for values that cannot work.
     """
     preset = given.get("preset", "auto")
-    if preset not in ("auto", *PRESETS):
-        raise UserError(f"--preset must be auto, {', '.join(PRESETS)}, not {preset}")
     why = "asked for"
     if preset == "auto":
         preset, why = choose_preset(given.get("device", "auto"), given.get("memory_limit", 0.0))
     unknown = set(given) - {f.name for f in fields(Settings)}
     if unknown:
         raise UserError(f"no setting is called {min(unknown)}")
-    settings = Settings(**PRESETS[preset] | given | {"preset": preset})
+    settings = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
     if settings.device == "auto":
         settings = replace(settings, device=auto_device())
         if settings.device == "cpu" and why == "asked for":
@@ -497,11 +494,8 @@ OLD_NAMES = {
 def read_settings(file: Path) -> dict:
     """Read settings.json of a run. Settings that no longer exist are left out."""
     known = {f.name for f in fields(Settings)}
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read as a run's settings ({error})") from None
+    saved = parse_json(file.read_bytes(), file, dict, "restore the file")
+    named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
     return {name: value for name, value in named.items() if name in known}
 
 
@@ -548,18 +542,15 @@ MAY_BE_0 = (
 )
 
 
-def check_number(name: str, kind: type, value: float) -> None:
+def check_number(name: str, value: float) -> None:
     """Raise UserError for a number that is too small, infinite or NaN."""
-    if 0 < value < float("inf"):
-        return
-    need = "be above 0"
-    if kind is int:
-        need = "be at least 1"
+    need = "above 0"
+    valid = 0 < value < float("inf")
     if name in MAY_BE_0 or name.endswith("_weight"):
-        if value == 0:
-            return
-        need = "be 0 or more"
-    raise UserError(f"{option(name)} must {need}, not {value}")
+        need = "0 or more"
+        valid = 0 <= value < float("inf")
+    if not valid:
+        raise UserError(f"{option(name)} must be {need}, not {value}")
 
 
 def check(s: Settings) -> None:
@@ -570,7 +561,7 @@ def check(s: Settings) -> None:
         if choices and value not in choices:
             raise UserError(f"{option(f.name)} must be one of {', '.join(choices)}, not {value}")
         if f.type in (int, float):
-            check_number(f.name, f.type, value)
+            check_number(f.name, value)
     if s.seed > 10**12:  # the seed of each step is computed from it
         raise UserError(f"--seed must be at most 10**12, not {s.seed}")
     if s.group < 2:
@@ -624,9 +615,8 @@ def check_size(model, image_size: int) -> None:
         raise UserError(f"--image-size {need}, not {image_size}: try {nearest}")
 
 
-DISK_FULL = [errno.ENOSPC]
-if hasattr(errno, "EDQUOT"):  # a quota is full; Windows lacks this code
-    DISK_FULL.append(errno.EDQUOT)
+# The disk or a quota is full. Windows lacks the second code.
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def first_line(error: Exception) -> str:
@@ -638,6 +628,26 @@ def first_line(error: Exception) -> str:
         )
     message = str(error).strip() or repr(error)
     return message.splitlines()[0]
+
+
+def cause(error: Exception) -> str:
+    """Return an error's type and text in one line. A KeyError's text is only a key."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def parse_json(text: bytes, place: str | Path, kind: type | tuple, advice: str):
+    """Return the value of a JSON text in UTF-8.
+
+    Raises UserError, which names the `place` of the text, if the text is damaged or its value is
+    not of this kind, such as dict.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # errors of JSON and of UTF-8 are ValueErrors
+        raise UserError(f"{place} is not valid JSON ({error}): {advice}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{place} is JSON of the wrong kind ({type(value).__name__}): {advice}")
+    return value
 
 
 def print_anything() -> None:

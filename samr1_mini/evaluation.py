@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .config import Settings, UserError, cell_size
 from .data import Sample
 from .memory import free_memory, questions_per_batch
-from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, tight_box, vote
+from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, mean, tight_box, vote
 from .plots import sample_sheet
 from .decoding import Completion, generate
 from .policy import Policy, Prompt, encode
@@ -67,11 +67,6 @@ class Panel:
     reward: Reward
 
 
-def fraction(values: Iterable[bool]) -> float:
-    """Return the fraction of true values, 0 to 1."""
-    return float(np.mean(list(values)))
-
-
 def scores(rows: list[ScoredAnswer]) -> dict:
     """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the question count."""
     strict = [row.strict for row in rows]
@@ -80,7 +75,7 @@ def scores(rows: list[ScoredAnswer]) -> dict:
         "gIoU": giou(strict),
         "gIoU_lenient": giou(lenient),
         "cIoU": ciou(strict),
-        "format": fraction(row.in_format for row in rows),
+        "format": mean(row.in_format for row in rows),
         "count": len(rows),
     }
 
@@ -102,8 +97,8 @@ class Report:
         lenient = [row.pair for row in rows]
         pictures = [row.picture for row in rows]
         summary = scores(rows)
-        summary["box_accuracy"] = fraction(row.in_format and row.box_iou > 0.5 for row in rows)
-        summary["truncated"] = fraction(row.truncated for row in rows)
+        summary["box_accuracy"] = mean(row.in_format and row.box_iou > 0.5 for row in rows)
+        summary["truncated"] = mean(row.truncated for row in rows)
         summary["gIoU_interval"] = bootstrap_interval(giou, strict, pictures)
         summary["gIoU_lenient_interval"] = bootstrap_interval(giou, lenient, pictures)
         summary["cIoU_interval"] = bootstrap_interval(ciou, strict, pictures)

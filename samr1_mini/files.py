@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 
-from .config import UserError, first_line
+from .config import UserError, cause, parse_json
 
 POINTER = b"version https://git-lfs"  # git-lfs puts a small text in the place of a large file
 AGAIN = "download or copy it again"
@@ -42,11 +42,6 @@ NEEDED = (  # one of each
     ("tokenizer.json", "vocab.json"),
     ("preprocessor_config.json", "processor_config.json"),
 )
-
-
-def cause(error: Exception) -> str:
-    """Return an error's type and text in one line. A KeyError's text is only a key."""
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 # ------------------------------------------------------------------------- writing
@@ -89,14 +84,29 @@ class Download:
     folder: Path
     advice: str = ""  # another way to get these files
 
+    @property
+    def variable(self) -> str:
+        """Return the environment variable that moves the folder."""
+        if self.folder == Path(HF_HUB_CACHE):
+            return "HF_HOME"
+        return "SAMR1_CACHE"
+
+    @property
+    def place(self) -> Path:
+        """Return the folder, or the first folder above it that exists."""
+        place = self.folder
+        while not place.exists():
+            place = place.parent
+        return place
+
 
 def check_disk_space(downloads: list[Download]) -> None:
     """Raise UserError if a disk lacks the space for the downloads to it."""
     disks = {}  # disk -> the downloads to it
     for one in downloads:
-        disks.setdefault(disk_of(existing_folder(one.folder)), []).append(one)
+        disks.setdefault(disk_of(one.place), []).append(one)
     for on_disk in disks.values():
-        place = existing_folder(on_disk[0].folder)
+        place = on_disk[0].place
         needed = sum(one.size for one in on_disk)
         free = shutil.disk_usage(place).free
         if needed > free:
@@ -105,13 +115,6 @@ def check_disk_space(downloads: list[Download]) -> None:
                 f"{names}: {needed / 1e9:.1f} GB are needed in {place}, and {free / 1e9:.1f} GB "
                 f"are free there. Delete other files, or {other_disk(on_disk)}"
             )
-
-
-def existing_folder(folder: Path) -> Path:
-    """Return the folder, or the first folder above it that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def disk_of(folder: Path) -> tuple[int, str]:
@@ -124,23 +127,18 @@ def disk_of(folder: Path) -> tuple[int, str]:
 
 def other_disk(downloads: list[Download]) -> str:
     """Name the environment variables and options that put the downloads on another disk."""
-    variables = []
-    if any(one.folder == Path(HF_HUB_CACHE) for one in downloads):
-        variables.append("HF_HOME")
-    if any(one.folder != Path(HF_HUB_CACHE) for one in downloads):
-        variables.append("SAMR1_CACHE")
-    advice = [f"set {' and '.join(variables)} to a folder on another disk"]
-    for one in downloads:
-        if one.advice:
-            advice.append(one.advice)
-    return ", or ".join(advice)
+    variables = sorted({one.variable for one in downloads})
+    advice = [one.advice for one in downloads if one.advice]
+    return ", or ".join([f"set {' and '.join(variables)} to a folder on another disk", *advice])
 
 
 # ------------------------------------------------------------------------- reading
 
 
-def refuse_pointer(file: Path, advice: str = AGAIN) -> None:
-    """Raise UserError if a file is empty, or a git-lfs pointer."""
+def check_content(file: Path, advice: str = AGAIN) -> None:
+    """Raise UserError if a file is missing, empty, or a git-lfs pointer."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing: {advice}")
     with file.open("rb") as opened:
         start = opened.read(len(POINTER))
     if start == POINTER:
@@ -150,33 +148,18 @@ def refuse_pointer(file: Path, advice: str = AGAIN) -> None:
         raise UserError(f"{file} is empty: {advice}")
 
 
-def parse_json(text: bytes, place: str | Path, kind: type | tuple, advice: str):
-    """Return the value of a JSON text in UTF-8.
-
-    Raises UserError, which names the `place` of the text, if the text is damaged or its value is
-    not of this kind, such as dict.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # errors of JSON and of UTF-8 are ValueErrors
-        raise UserError(f"{place} is not valid JSON ({error}): {advice}") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{place} is JSON of the wrong kind ({type(value).__name__}): {advice}")
-    return value
-
-
-def read_json(file: Path, kind: type | tuple = dict, advice: str = AGAIN):
+def load_json(file: Path, kind: type | tuple = dict, advice: str = AGAIN):
     """Return the JSON value in a file. Raises UserError as parse_json does."""
-    refuse_pointer(file, advice)
+    check_content(file, advice)
     return parse_json(file.read_bytes(), file, kind, advice)
 
 
-def check_weights(file: Path) -> None:
+def check_safetensors(file: Path) -> None:
     """Raise UserError if a file of weights is incomplete. No tensor is read.
 
     The header of the file holds its size.
     """
-    refuse_pointer(file)
+    check_content(file)
     try:
         with safe_open(file, "pt"):
             pass
@@ -185,34 +168,28 @@ def check_weights(file: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that hold a policy's weights.
-
-    Raises UserError if one of them is missing.
-    """
+    """Return the safetensors files that hold a policy's weights. Raises UserError."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if not (folder / INDEX).is_file():
         return []
-    shards = read_json(folder / INDEX).get("weight_map")
+    shards = load_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{folder / INDEX} names no weights: {AGAIN}")
-    files = [folder / str(name) for name in sorted(set(map(str, shards.values())))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing, and {INDEX} names it: {AGAIN}")
-    return files
+    names = {str(name) for name in shards.values()}
+    return [folder / name for name in sorted(names)]
 
 
 def check_policy_files(folder: Path) -> None:
     """Raise UserError if a file of a policy's folder is damaged, or weights are missing."""
     for name in JSON_FILES:
         if (folder / name).is_file():
-            read_json(folder / name)
+            load_json(folder / name)
     for name in TEXT_FILES:
         if (folder / name).is_file():
-            refuse_pointer(folder / name)
+            check_content(folder / name)
     for file in weight_files(folder):
-        check_weights(file)
+        check_safetensors(file)
 
 
 def check_policy_is_whole(folder: Path) -> None:
@@ -222,7 +199,7 @@ def check_policy_is_whole(folder: Path) -> None:
     for names in NEEDED:
         if not any((folder / name).is_file() for name in names):
             raise UserError(f"{folder} has no {' or '.join(names[:2])}: {AGAIN}")
-    config = read_json(folder / "config.json")
+    config = load_json(folder / "config.json")
     text = config.get("text_config", config)  # older files have its sizes at the top
     for part, key in ((text, "hidden_size"), (config, "vision_config")):
         # Without these the library would take the sizes of a far larger model.
@@ -240,11 +217,11 @@ def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
     for file in (config, weights):
         if not file.is_file():
             raise UserError(f"{option} {folder} has no {file.name}: {AGAIN}")
-    content = read_json(config)
+    content = load_json(config)
     kind = content.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{config}: peft_type must be LORA, not {kind}")
-    check_weights(weights)
+    check_safetensors(weights)
     return content
 
 

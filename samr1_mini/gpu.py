@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -39,8 +39,7 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
     is translated for every newer GPU. Code with the suffix "a" runs only on its own version. Code
     with the suffix "f" needs the same major version.
     """
-    known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry) for entry in built_for]
-    known = [entry.groups() for entry in known if entry]
+    known = re.findall(r"\b(sm|compute)_(\d+)(\d)([af]?)\b", " ".join(built_for))
     if not known:  # a build for GPUs of another maker has other names
         return True
     for kind, major, minor, ending in known:
@@ -81,13 +80,11 @@ def missing_cuda(found: str) -> str:
     if torch.version.cuda or torch.version.hip or sys.platform == "darwin":
         return found
     torch_version = torch.__version__.split("+")[0]
-    try:
-        vision = f" torchvision=={version('torchvision').split('+')[0]}+cu130"
-    except PackageNotFoundError:
-        vision = ""
+    vision_version = version("torchvision").split("+")[0]
     return (
         f"{found}, and PyTorch {torch.__version__} was built without CUDA. An NVIDIA GPU needs: "
-        f"pip install torch=={torch_version}+cu130{vision} --extra-index-url {WHEELS}"
+        f"pip install torch=={torch_version}+cu130 torchvision=={vision_version}+cu130 "
+        f"--extra-index-url {WHEELS}"
     )
 
 
@@ -97,9 +94,7 @@ def driver_version() -> str | None:
         return first_version(DRIVER_FILE.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         pass
-    tool = shutil.which("nvidia-smi")
-    if tool is None and WSL_TOOL.exists():
-        tool = str(WSL_TOOL)
+    tool = shutil.which("nvidia-smi") or shutil.which(WSL_TOOL)
     if tool is None:
         return "" if WSL_DEVICE.exists() else None
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -156,26 +151,22 @@ def windows_lends_memory() -> bool:
     return sys.platform == "win32" or under_wsl()
 
 
-def card_memory(limit: float = 0.0) -> tuple[float, float]:
+def card_memory(limit: float) -> tuple[float, float]:
     """Return the free and the total memory of this process's GPU in GiB.
 
     A `limit` above 0 (GiB) is the upper bound of both. With several processes the free memory is
-    not read, and the total memory takes its place. Otherwise the processes could choose different
-    presets.
+    not read. Otherwise the processes could choose different presets. If the free memory is not
+    known, the total memory takes its place.
     """
     whole = torch.cuda.get_device_properties(0).total_memory / GIB
     free = whole
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        free = min(free, free_gib(whole))
+    try:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            free = torch.cuda.mem_get_info()[0] / GIB
+    except (RuntimeError, AssertionError) as error:
+        # If other programs have filled the GPU, this call itself runs out of memory.
+        if "out of memory" in str(error):
+            free = 0.0
     if limit:
         free, whole = min(free, limit), min(whole, limit)
     return free, whole
-
-
-def free_gib(whole: float) -> float:
-    """Return the free GPU memory in GiB. If it is unknown, return `whole`, the total memory."""
-    try:
-        return torch.cuda.mem_get_info()[0] / GIB
-    except (RuntimeError, AssertionError) as error:
-        # If other programs have filled the GPU, this call itself runs out of memory.
-        return 0.0 if "out of memory" in str(error) else whole

@@ -27,7 +27,7 @@ from .config import Settings, UserError
 from .data import Sample
 from .decoding import Completion, generate_groups
 from .evaluation import encode_questions
-from .loading import load_parts, open_sets
+from .loading import load_models, open_sets
 from .memory import peak_memory
 from .policy import Policy, Prompt, logprobs
 from .processes import add_up_gradients, average, fail_together, from_first, is_first
@@ -125,7 +125,7 @@ def grpo_loss(
     if reference is not None:
         kl, above = kl_to_base(logp, reference, s.kl_bound)  # [S], [S]
         objective = objective - s.beta * kl
-        values |= {"kl": kl, "kl_held": above}
+        values |= {"kl": kl, "kl_bounded": above}
     weight = token_weights(lengths, s.normalise).to(logp.device)  # [S]
     # (4)  (1 / sum_i |o_i|) sum_i sum_t [ min(rho A, clip(rho) A) - beta KL ]
     return -(weight * objective).sum(), values
@@ -381,7 +381,7 @@ def train(
     data, validation, test = sets
     folder = from_first(open_run(s) if is_first() else None)
     missing = known_missing(folder) if s.resume else None
-    policy, segmenter = load_parts(s, sets, missing=missing, segmenter=segmenter)
+    policy, segmenter = load_models(s, sets, missing=missing, segmenter=segmenter)
     parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
     run = Run(folder, s, policy, parts.optimizer, sets, begun)
     resumed = run.start > 0

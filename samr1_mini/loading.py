@@ -17,21 +17,18 @@ from .processes import first_before_others, from_first, is_first
 
 
 def check_models(s: Settings) -> None:
-    """Raise UserError if the policy or the segmenter cannot be used. No weights are loaded."""
+    """Raise UserError if the models, the prompt or the adapter cannot be used.
+
+    No weights are loaded. load_policy repeats some checks, because others call it without this one.
+    """
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam, s.sam_checkpoint)
     if s.prompt_file:
         load_prompt(s.prompt_file)
     if s.start_from and not s.resume:
-        check_start(s)
-
-
-def check_start(s: Settings) -> None:
-    """Raise UserError if --start-from is not an adapter with the rank --rank."""
-    config = check_adapter_files(Path(s.start_from), "--start-from")
-    rank = config.get("r")
-    if rank != s.rank:
-        raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
+        rank = check_adapter_files(Path(s.start_from), "--start-from").get("r")
+        if rank != s.rank:
+            raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
 
 
 def open_sets(s: Settings, sets: list | None = None) -> list:
@@ -83,8 +80,8 @@ def hub_bytes(name: str) -> int:
     return sum(f.file_size for f in files if f.will_download)
 
 
-def downloads_of(s: Settings, sets: list) -> list[Download]:
-    """List the models and pictures that are not downloaded yet."""
+def check_downloads(s: Settings, sets: list) -> None:
+    """Print the downloads in GB. Raises UserError if a disk has too little space."""
     hub = Path(HF_HUB_CACHE)
     coco_advice = ""
     if {s.data, s.eval_data} & {"refcoco", "refcocog", "refcocoplus"}:
@@ -101,12 +98,7 @@ def downloads_of(s: Settings, sets: list) -> list[Download]:
         Download("pictures", picture_bytes, PICTURES, coco_advice),
         sam,
     ]
-    return [one for one in downloads if one.size]
-
-
-def check_downloads(s: Settings, sets: list) -> None:
-    """Print the downloads in GB. Raises UserError if a disk has too little space."""
-    downloads = downloads_of(s, sets)
+    downloads = [one for one in downloads if one.size]
     if downloads:
         sizes = [f"{one.name} {one.size / 1e9:.1f} GB" for one in downloads]
         print(f"to download: {', '.join(sizes)}", flush=True)
@@ -116,7 +108,7 @@ def check_downloads(s: Settings, sets: list) -> None:
 def fetch_sets(s: Settings, sets: list, missing: list | None) -> None:
     """Download the missing files of the data sets in the first process.
 
-    Then the other processes use the same files. The arguments are those of load_parts.
+    Then the other processes use the same files. The arguments are those of load_models.
     """
     if missing is None:
         missing = [[] for _ in sets]
@@ -133,7 +125,7 @@ def fetch_sets(s: Settings, sets: list, missing: list | None) -> None:
             data.download(names)
 
 
-def load_parts(
+def load_models(
     s: Settings,
     sets: list,
     adapter: str | None = None,

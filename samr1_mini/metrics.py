@@ -4,9 +4,15 @@ gIoU is the mean IoU over questions. cIoU is the sum of all intersections over t
 unions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean of numbers or booleans."""
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def intersection_union(
@@ -42,10 +48,13 @@ def iou(intersection: int, union: int) -> float:
     return intersection / union
 
 
-def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]:
+AGREE = 0.85  # the IoU from which two masks are neighbours
+
+
+def vote(masks: list[np.ndarray]) -> tuple[int, np.ndarray]:
     """Return the index of the middle mask, and the bool mask [H, W] that most masks agree on.
 
-    `masks` holds at least one mask. Two masks are neighbours if their IoU is at least `agree`. A
+    `masks` holds at least one mask. Two masks are neighbours if their IoU is at least AGREE. A
     mask is also its own neighbour. The middle mask has the most neighbours. If several masks have
     the most neighbours, the first of them is the middle mask. A pixel is in the result if more than
     half of the middle mask's neighbours contain the pixel.
@@ -53,7 +62,7 @@ def vote(masks: list[np.ndarray], agree: float = 0.85) -> tuple[int, np.ndarray]
     near = np.zeros((len(masks), len(masks)), bool)  # [n, n]
     for i, a in enumerate(masks):
         for j, b in enumerate(masks):
-            near[i, j] = iou(*intersection_union(a, b)) >= agree
+            near[i, j] = iou(*intersection_union(a, b)) >= AGREE
     middle = int(near.sum(1).argmax())
     neighbours = [mask for mask, close in zip(masks, near[middle]) if close]
     counts = np.sum(neighbours, axis=0, dtype=np.uint16)  # [H, W]
@@ -107,28 +116,23 @@ def ciou(pairs) -> float:
 def bootstrap_interval(
     measure: Callable,
     pairs: list[tuple[int, int]],
-    pictures: list[str] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
+    pictures: list[str],
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of `measure` (giou or ciou) over resampled pictures.
 
     `pictures` names the picture of each pair. Questions about one picture are drawn together,
     because they are not independent. A pair with the picture name "" has its own picture. The same
-    `seed` gives the same interval.
+    pairs give the same interval.
     """
-    names = pictures or [""] * len(pairs)
     number = {}  # picture -> its number
     cluster = []  # the number of each pair's picture
-    for i, name in enumerate(names):
-        key = name or i
-        number.setdefault(key, len(number))
-        cluster.append(number[key])
+    for i, name in enumerate(pictures):
+        cluster.append(number.setdefault(name or i, len(number)))
     pairs = np.asarray(pairs)
     count = len(number)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values = []
-    for _ in range(draws):
+    for _ in range(1000):
         drawn = rng.integers(count, size=count)
         times = np.bincount(drawn, minlength=count)  # [count], how often each picture is drawn
         values.append(measure(np.repeat(pairs, times[cluster], axis=0)))

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from .columns import new_terms, weight_option
+from .columns import new_terms
+from .config import option
 
 # Questions and answers can be in any script. matplotlib's own font, DejaVu Sans, has Latin, Greek,
 # Cyrillic and Arabic letters. The other fonts are used for other letters, if they are installed.
@@ -104,8 +105,9 @@ def draw_answer(axes, panel, size: int) -> None:
     sx = sample.image.width / size / fine
     sy = sample.image.height / size / fine
     if answer.box:
-        x1, x2 = answer.box[0] * sx - 0.5, answer.box[2] * sx - 0.5
-        y1, y2 = answer.box[1] * sy - 0.5, answer.box[3] * sy - 0.5
+        x1, y1, x2, y2 = answer.box
+        x1, x2 = x1 * sx - 0.5, x2 * sx - 0.5
+        y1, y2 = y1 * sy - 0.5, y2 * sy - 0.5
         xs, ys = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
         for colour, width in (("white", 3.2), (BLUE, 1.6)):
             axes.plot(xs, ys, color=colour, lw=width)
@@ -182,10 +184,11 @@ def smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
 
 
 def draw_mean(
-    axes, log: list[dict], values: np.ndarray, colour: str, label: str, width=1.8
+    axes, log: list[dict], name: str, colour: str, label: str, scale: float = 1, width: float = 1.8
 ) -> None:
-    """Draw the running mean of `values`, float [steps]."""
-    axes.plot(column(log, "step"), smooth(values), color=colour, lw=width, label=label)
+    """Draw the running mean of a column, times `scale`."""
+    values = scale * smooth(column(log, name))
+    axes.plot(column(log, "step"), values, color=colour, lw=width, label=label)
 
 
 def draw_reward(axes, log: list[dict]) -> None:
@@ -195,11 +198,10 @@ def draw_reward(axes, log: list[dict]) -> None:
         ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4"),
     ]
     for name, colour in zip(new_terms(log[0]), itertools.cycle((GREEN, PINK, BLACK))):
-        terms.append((name, colour, f"{name} ({weight_option(name)})"))
+        terms.append((name, colour, f"{name} ({option(name)}-weight)"))
     for name, colour, label in terms:
-        values = column(log, name)
-        axes.plot(column(log, "step"), values, color=colour, alpha=0.25, lw=1)
-        draw_mean(axes, log, values, colour, label)
+        axes.plot(column(log, "step"), column(log, name), color=colour, alpha=0.25, lw=1)
+        draw_mean(axes, log, name, colour, label)
     axes.set(title="Reward of the sampled answers", ylabel="mean reward")
     axes.legend(**LEGEND)
 
@@ -231,10 +233,10 @@ def draw_held_out(axes, log: list[dict], summary: dict | None) -> None:
 
 def draw_format(axes, log: list[dict]) -> None:
     """Draw the shares of both formats, of flat groups and of unique answers."""
-    draw_mean(axes, log, column(log, "reasoning_format"), BLUE, "reasoning format", width=4.5)
-    draw_mean(axes, log, column(log, "segmentation_format"), ORANGE, "segmentation format")
-    draw_mean(axes, log, column(log, "zero_variance"), GREEN, "groups without variance")
-    draw_mean(axes, log, column(log, "unique"), PINK, "unique answers")
+    draw_mean(axes, log, "reasoning_format", BLUE, "reasoning format", width=4.5)
+    draw_mean(axes, log, "segmentation_format", ORANGE, "segmentation format")
+    draw_mean(axes, log, "zero_variance", GREEN, "groups without variance")
+    draw_mean(axes, log, "unique", PINK, "unique answers")
     axes.set(title="Format and variety", ylabel="fraction", ylim=(-0.03, 1.03))
     # Most lines are near the top. The line of the groups without variance is low.
     axes.legend(**LEGEND, loc="center right", bbox_to_anchor=(1, 0.67))
@@ -247,23 +249,23 @@ def draw_distance(axes, log: list[dict]) -> None:
     probability under the base model. So the scale is logarithmic, and the KL has no running mean.
     """
     axes.plot(column(log, "step"), column(log, "kl"), color=BLUE, lw=1.2, label="KL to the base")
-    draw_mean(axes, log, column(log, "entropy"), ORANGE, "entropy")
+    draw_mean(axes, log, "entropy", ORANGE, "entropy")
     axes.set(title="KL and entropy", ylabel="nats a token", yscale="log")
     axes.legend(**LEGEND)
 
 
 def draw_clip(axes, log: list[dict]) -> None:
     """Draw the shares of clipped tokens, in percent."""
-    draw_mean(axes, log, 100 * column(log, "clip_low"), BLUE, "lower side, 1 - eps_low")
-    draw_mean(axes, log, 100 * column(log, "clip_high"), ORANGE, "upper side, 1 + eps_high")
+    draw_mean(axes, log, "clip_low", BLUE, "lower side, 1 - eps_low", scale=100)
+    draw_mean(axes, log, "clip_high", ORANGE, "upper side, 1 + eps_high", scale=100)
     axes.set(title="Clipped tokens", ylabel="percent of tokens")
     axes.legend(**LEGEND)
 
 
 def draw_answers(axes, log: list[dict]) -> None:
     """Draw the mean length of the answers in tokens, and their mean number of points."""
-    draw_mean(axes, log, column(log, "length"), BLUE, "answer length, tokens")
-    draw_mean(axes, log, 10 * column(log, "points"), ORANGE, "points an answer, x 10")
+    draw_mean(axes, log, "length", BLUE, "answer length, tokens")
+    draw_mean(axes, log, "points", ORANGE, "points an answer, x 10", scale=10)
     axes.set(title="Answers", ylabel="tokens", ylim=(0, None))
     axes.legend(**LEGEND)
 

@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .attention import IMPLEMENTATION, PackedRow
-from .config import UserError, check_size, first_line
-from .files import cause, read_adapter
-from .files import check_adapter_files, check_policy_files, check_policy_is_whole
+from .config import UserError, cause, check_size, first_line
+from .files import check_adapter_files, check_policy_files, check_policy_is_whole, read_adapter
 from .memory import compute_dtype
 from .prompt import PROMPT, instruction
 from .tokens import banned_ids, opened_answer, stop_ids, token_logits

@@ -13,8 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-from .config import UserError
-from .files import cause
+from .config import UserError, cause
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads 19 GB
 
@@ -46,11 +45,7 @@ def share(items: Sequence | torch.Tensor) -> Sequence | torch.Tensor:
 
 
 class FailedElsewhere(Exception):
-    """Another process has failed. `error` is what fail_together raises in this process."""
-
-    def __init__(self, error: Exception):
-        super().__init__(str(error))
-        self.error = error
+    """Another process has failed. The argument is the error that fail_together raises here."""
 
 
 @contextmanager
@@ -65,7 +60,7 @@ def fail_together():
         yield
         wait_for_all()
     except FailedElsewhere as failed:
-        raise failed.error from None
+        raise failed.args[0] from None
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             traceback.clear_frames(error.__traceback__)  # frees the tensors that its frames hold

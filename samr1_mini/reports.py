@@ -1,11 +1,11 @@
 """Compute and write the reports of a run: log columns, scores, sheets, curves and summary."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 from .config import Settings
 from .evaluation import before_after, draw_sheet, evaluate
 from .files import write_json
+from .metrics import mean
 from .plots import curves
 from .policy import Policy
 from .processes import is_first
@@ -15,27 +15,22 @@ from .segmenter import Segmenter
 # ----------------------------------------------------------------- sampled answers
 
 
-def mean(values: list) -> float:
-    """Return the mean of numbers or booleans."""
-    return float(sum(values)) / len(values)
-
-
 def describe(rollouts: list) -> dict:
     """Return the log columns that describe the answers of a step. Most are means over answers."""
     rewards = [reward for rollout in rollouts for reward in rollout.rewards]
     answers = [answer for rollout in rollouts for answer in rollout.completions]
     flat = [not rollout.advantage.any() for rollout in rollouts]
     texts = [{answer.text for answer in rollout.completions} for rollout in rollouts]
-    line = {"reward": mean([r.total for r in rewards])}
+    line = {"reward": mean(r.total for r in rewards)}
     for name in rewards[0].terms:
-        line[name] = mean([r.terms[name] for r in rewards])
+        line[name] = mean(r.terms[name] for r in rewards)
     return line | {
-        "iou": mean([r.iou for r in rewards]),
+        "iou": mean(r.iou for r in rewards),
         "zero_variance": mean(flat),  # share of groups with equal rewards
-        "truncated": mean([a.truncated for a in answers]),
+        "truncated": mean(a.truncated for a in answers),
         "unique": sum(len(group) for group in texts) / len(answers),
-        "points": mean([len(r.answer.points) for r in rewards]),
-        "length": mean([len(a.ids) for a in answers]),
+        "points": mean(len(r.answer.points) for r in rewards),
+        "length": mean(len(a.ids) for a in answers),
     }
 
 
@@ -65,7 +60,7 @@ def token_means(forwards: list[dict]) -> dict:
     if not forwards:
         nothing = ("approx_kl", "clip_low", "clip_high", "entropy")
         return {"ratio_min": 1.0, "ratio_max": 1.0} | dict.fromkeys(nothing, 0.0)
-    names = set().union(*forwards) - {"ratio", "sampling_gap"}
+    names = forwards[0].keys() - {"ratio", "sampling_gap"}
     log = {name: token_mean(forwards, name) for name in sorted(names)}
     if "ratio" in forwards[0]:
         log["ratio_min"] = min(1.0, *(values["ratio"].min().item() for values in forwards))
@@ -97,28 +92,27 @@ def base_summary(rollouts: list, s: Settings) -> str:
 
     The line contains a warning if training can learn almost nothing from such answers.
     """
-    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    answers = [answer for rollout in rollouts for answer in rollout.completions]
-    in_format = mean([r.answer.in_format for r in rewards])
-    iou = mean([r.iou for r in rewards])
-    truncated = mean([a.truncated for a in answers])
+    means = describe(rollouts)
+    answers = [reward.answer for rollout in rollouts for reward in rollout.rewards]
+    in_format = mean(answer.in_format for answer in answers)
     line = (
         f"the base model's answers to {len(rollouts)} questions, {s.group} each: in the format "
-        f"{in_format:.2f}, mean IoU {iou:.2f}, truncated {truncated:.2f}"
+        f"{in_format:.2f}, mean IoU {means['iou']:.2f}, truncated {means['truncated']:.2f}"
     )
-    if truncated > 0.5:
+    if means["truncated"] > 0.5:
         return (
             f"{line}. Warning: most answers are cut off. A truncated answer gets no reward for the "
             "reasoning format, and often no box. "
             f"Raise --max-new-tokens {s.max_new_tokens}"
         )
-    first = f"The first answer: {' '.join(answers[0].text.split())[:120]!r}"
-    if not any(r.answer.segmentation_format for r in rewards):
+    text = " ".join(rollouts[0].answers[0].text.split())
+    first = f"The first answer: {text[:120]!r}"
+    if not any(answer.segmentation_format for answer in answers):
         return (
             f"{line}. Warning: no answer is in the requested format, so the policy cannot learn. "
             f"Try a larger --group, a higher --temperature, or another policy. {first}"
         )
-    if not any(r.answer.reasoning_format for r in rewards):
+    if not any(answer.reasoning_format for answer in answers):
         return (
             f"{line}. Warning: no answer has the form <think>...</think><answer>...</answer>, so "
             f"no answer gets the reward for the reasoning format. The other rewards remain. {first}"
@@ -136,14 +130,10 @@ def score_base(
 
     A resumed run reads these scores from base.json.
     """
-    adapter_off = nullcontext()  # a new adapter has no effect
-    if resumed:
-        base = read_base(folder)
-        if base is not None:
-            return base
-    if resumed or s.start_from:
-        adapter_off = policy.as_reference()
-    with adapter_off:
+    base = read_base(folder) if resumed else None
+    if base is not None:
+        return base
+    with policy.as_reference():
         report = evaluate(policy, segmenter, test, s, "test base", with_ceiling=True)
         base = report.summary() | {"ceiling": report.ceiling}
         if is_first():
@@ -166,11 +156,8 @@ def validate(
         title = f"Validation after {step} steps" if step else "Validation before training"
         path = folder / f"sheet-{step:05d}.png"
         draw_sheet(path, title, policy, segmenter, validation, report.rows[:12], s)
-    columns = {}
-    for name, value in report.summary().items():
-        if isinstance(value, float):
-            columns[f"validation_{name}"] = value
-    return columns
+    scores = report.summary().items()
+    return {f"validation_{name}": value for name, value in scores if isinstance(value, float)}
 
 
 def summarise(

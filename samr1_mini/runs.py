@@ -28,12 +28,13 @@ import torch
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from .config import Settings, Terminated, UserError, read_settings
-from .files import AGAIN, cause, parse_json, read_json, refuse_pointer, replace_file, write_json
+from .config import Settings, Terminated, UserError, cause, parse_json, read_settings
+from .files import AGAIN, load_json, check_content, replace_file, write_json
+from .metrics import mean
 from .policy import Policy
 from .processes import gather, is_first, process_count
 from .segmenter import SAM_FILES
-from .stops import ignore_signals, lasting_output, signals_ignored, stop_on_signals
+from .stops import handlers_put_back, ignore_signals, lasting_output, stop_on_signals
 
 # --------------------------------------------------------------------------- state
 
@@ -102,7 +103,7 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
 
 def read_state(file: Path) -> dict:
     """Read what save_state wrote. Raises UserError if the file is damaged or has other content."""
-    refuse_pointer(file)
+    check_content(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can raise any exception
@@ -147,18 +148,6 @@ def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
         why = f"{file} does not fit this run ({cause(error)})"
         raise UserError(f"{why}: {AGAIN}, or start another run") from None
     return state["step"], state["seconds"]
-
-
-def adapter_is_zero(adapter: dict) -> bool:
-    """Return whether an adapter has no effect: all of LoRA's matrices B are 0, as at the start."""
-    return not any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
-
-
-def adapter_changed(before: dict, after: dict) -> bool:
-    """Return whether the adapter has an effect and any of its weights has changed."""
-    if adapter_is_zero(after):
-        return False
-    return any(not torch.equal(before[name], after[name]) for name in after)
 
 
 # -------------------------------------------------------------------------- folder
@@ -216,7 +205,7 @@ def check_segmenter_kind(folder: Path, s: Settings) -> None:
 def check_saved_files(folder: Path) -> None:
     """Raise UserError if a JSON file of the run is damaged."""
     read_base(folder)
-    read_list(folder / "samples.json")
+    read_saved(folder / "samples.json", list, [])
     read_test_answers(folder)
     known_missing(folder)
 
@@ -243,20 +232,21 @@ def resume_command(folder: Path, s: Settings) -> str:
 DELETE = "restore the file, or delete it and run the same command again"
 
 
-def read_list(file: Path) -> list:
-    """Return the list in a JSON file, [] if there is no file. Raises UserError if it is damaged."""
+def read_saved(file: Path, kind: type | tuple, default):
+    """Return the JSON value in a file of the run, or `default` if there is no file.
+
+    Raises UserError if the file is damaged.
+    """
     if not file.exists():
-        return []
-    return read_json(file, list, DELETE)
+        return default
+    return load_json(file, kind, DELETE)
 
 
 def read_base(folder: Path) -> dict | None:
     """Return the base model's scores on the test set, or None if they are not saved."""
     file = folder / "base.json"
-    if not file.exists():
-        return None
-    base = read_json(file, dict, DELETE)
-    if "gIoU" not in base or "ceiling" not in base:
+    base = read_saved(file, dict, None)
+    if base is not None and not {"gIoU", "ceiling"} <= base.keys():
         raise UserError(f"{file} lacks gIoU or ceiling: {DELETE}")
     return base
 
@@ -264,7 +254,7 @@ def read_base(folder: Path) -> dict | None:
 def read_test_answers(folder: Path) -> list[dict]:
     """Return the base model's answers to the test questions, [] if they are not saved."""
     file = folder / "test-base.json"
-    answers = read_list(file)
+    answers = read_saved(file, list, [])
     for answer in answers:
         if not isinstance(answer, dict) or "id" not in answer:
             raise UserError(f"{file} holds an answer without an id: {DELETE}")
@@ -279,10 +269,7 @@ def known_missing(folder: Path) -> list[list[str]]:
 
     Other questions have replaced theirs, so they are not requested again.
     """
-    file = folder / "missing.json"
-    if not file.exists():
-        return [[] for _ in SET_NAMES]
-    names = read_json(file, (dict, list), DELETE)
+    names = read_saved(folder / "missing.json", (dict, list), {})
     if isinstance(names, list):  # runs of older versions have one list for all sets
         return [names for _ in SET_NAMES]
     return [names.get(name, []) for name in SET_NAMES]
@@ -318,15 +305,15 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
     are those of the test set.
     """
     train, _, test = sets
-    for old, new in zip(read_list(folder / "samples.json"), train.ids):
+    for old, new in zip(read_saved(folder / "samples.json", list, []), train.ids):
         if old != new:
-            raise UserError(other_questions(s.data, folder))
+            refuse_questions(s.data, folder)
     # test-base.json may lack questions (--empty-truth excluded). `in` moves the iterator on, so
     # the ids must have the same order.
     ids = iter(test.ids)
     for answer in read_test_answers(folder)[: len(test.ids)]:
         if answer["id"] not in ids:
-            raise UserError(other_questions(s.eval_data or s.data, folder))
+            refuse_questions(s.eval_data or s.data, folder)
 
 
 def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
@@ -336,25 +323,24 @@ def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
     """
     train, _, test = sets
     train_answers = read_log(folder, s.questions, "answers")
-    check_texts(train, train_answers, s.data, folder, s.questions)
-    check_texts(test, read_test_answers(folder), s.eval_data or s.data, folder, s.questions)
+    known = (
+        (train, train_answers, s.data),
+        (test, read_test_answers(folder), s.eval_data or s.data),
+    )
+    for data, answers, name in known:
+        asked = defaultdict(set)  # id -> questions, because an id may come twice
+        for answer in answers:
+            if "question" in answer:
+                asked[answer.get("id")].add(answer["question"])
+        for i in range(min(s.questions, len(data))):
+            sample = data[i]
+            if sample.id in asked and sample.question not in asked[sample.id]:
+                refuse_questions(name, folder)
 
 
-def check_texts(data, answers: list[dict], option: str, folder: Path, count: int) -> None:
-    """Raise UserError if one of the first `count` questions differs from that in `answers`."""
-    known = defaultdict(set)  # id -> questions, because an id may come twice
-    for answer in answers:
-        if "question" in answer:
-            known[answer.get("id")].add(answer["question"])
-    for i in range(min(count, len(data))):
-        sample = data[i]
-        if sample.id in known and sample.question not in known[sample.id]:
-            raise UserError(other_questions(option, folder))
-
-
-def other_questions(data: str, folder: Path) -> str:
-    """Return the message that refuses changed data."""
-    return (
+def refuse_questions(data: str, folder: Path) -> None:
+    """Raise UserError for changed data."""
+    raise UserError(
         f"--resume: {data} asks other questions than when {folder} began, so its data has changed. "
         "If the data was moved, name its folder with --data or --eval-data. Otherwise start "
         "another run"
@@ -398,9 +384,7 @@ class Run:
         self.begun = begun - earlier
         self.state = take_state(policy, optimizer, self.start, self.seconds())
         self.last_save = time.perf_counter()
-        self.first_adapter = self.state["adapter"]  # these three are for report_first_steps
-        self.step_seconds = []
-        self.zero_variance = []
+        self.first_adapter = self.state["adapter"]  # for report_first_steps
         if is_first():
             self.prepare_folder(sets)
 
@@ -409,20 +393,18 @@ class Run:
         write_settings(self.folder, self.s)
         if self.s.prompt_file:
             (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")
-        self.cut_log("metrics", self.start)
-        self.cut_log("answers", self.start * self.s.questions)
+        for name, count in (("metrics", self.start), ("answers", self.start * self.s.questions)):
+            self.write_log(name, read_log(self.folder, count, name), "w")
         write_json(self.folder / "samples.json", sets[0].ids)
-        missing = {
-            name: sorted(set(data.missing)) for name, data in zip(SET_NAMES, sets) if data.missing
-        }
-        if missing:
+        missing = {name: sorted(set(data.missing)) for name, data in zip(SET_NAMES, sets)}
+        if any(missing.values()):
             write_json(self.folder / "missing.json", missing)
 
-    def cut_log(self, name: str, count: int) -> None:
-        """Keep only the first `count` lines of a log."""
-        lines = read_log(self.folder, count, name)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    def write_log(self, name: str, lines: list[dict], mode: str = "a") -> None:
+        """Append lines to metrics.jsonl or answers.jsonl. With the mode "w", replace its lines."""
+        with (self.folder / f"{name}.jsonl").open(mode, encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line) + "\n")
 
     def seconds(self) -> float:
         """Return the run's total time, including the time before each --resume."""
@@ -449,41 +431,33 @@ class Run:
         stopped = any(gather([self.stop.is_set()]))
         answers = gather(answers)
         if is_first():
-            self.append_to_log("metrics", [line])
-            self.append_to_log("answers", [{"step": line["step"]} | answer for answer in answers])
+            self.write_log("metrics", [line])
+            self.write_log("answers", [{"step": line["step"]} | answer for answer in answers])
         self.state = take_state(self.policy, self.optimizer, line["step"], self.seconds())
-        minutes = (time.perf_counter() - self.last_save) / 60
-        saved = False
-        if due or stopped or minutes > self.s.save_minutes:
-            saved = self.save()
-        self.report_first_steps(line)
+        if line["step"] == self.start + FIRST_STEPS:
+            self.report_first_steps()
         shown = ("reward", "iou", "segmentation_format", "zero_variance")
         self.bar.set_postfix({name: f"{line[name]:.2f}" for name in shown})
         if stopped:
             self.bar.close()
-            if saved:
-                self.print_resume_command()
+            self.save_to_continue()
             sys.exit(130)
+        minutes = (time.perf_counter() - self.last_save) / 60
+        if due or minutes > self.s.save_minutes:
+            self.save()
 
-    def append_to_log(self, name: str, lines: list[dict]) -> None:
-        """Append lines to metrics.jsonl or answers.jsonl."""
-        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            for line in lines:
-                file.write(json.dumps(line) + "\n")
-
-    def report_first_steps(self, line: dict) -> None:
+    def report_first_steps(self) -> None:
         """After ten steps, print the time that is left, and a warning if nothing is learnt."""
-        seconds = [line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update")]
-        self.step_seconds.append(sum(seconds))
-        self.zero_variance.append(line["zero_variance"])
-        if len(self.step_seconds) != FIRST_STEPS:
-            return
-        changed = adapter_changed(self.first_adapter, self.state["adapter"])
+        before, after = self.first_adapter, self.state["adapter"]
         self.first_adapter = None  # it is large, and not needed any more
         if not is_first():
             return
-        tqdm.write(time_left(self.step_seconds, self.total - self.start))
-        warning = learning_warning(sum(self.zero_variance) / FIRST_STEPS, changed)
+        changed = any(not torch.equal(before[name], after[name]) for name in after)
+        log = read_log(self.folder)[self.start :]
+        phases = ("seconds_rollout", "seconds_reward", "seconds_update")
+        seconds = [sum(line[phase] for phase in phases) for line in log]
+        tqdm.write(time_left(seconds, self.total - self.start))
+        warning = learning_warning(mean([line["zero_variance"] for line in log]), changed)
         if warning:
             tqdm.write(warning)
 
@@ -491,14 +465,14 @@ class Run:
         """Save the state after the last whole step. Returns whether this process has saved it."""
         if not is_first():
             return False
-        saved = save_state(self.folder, self.policy, self.state)
         self.last_save = time.perf_counter()
-        return saved
+        return save_state(self.folder, self.policy, self.state)
 
-    def print_resume_command(self) -> None:
-        """Print the saved step and the command that continues the run."""
-        command = resume_command(self.folder, self.s)
-        print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
+    def save_to_continue(self) -> None:
+        """Save the state, and print the command that continues the run."""
+        if self.save():
+            command = resume_command(self.folder, self.s)
+            print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
 
     @contextmanager
     def saved_whatever_happens(self):
@@ -512,21 +486,22 @@ class Run:
                 yield
             except (Exception, KeyboardInterrupt, Terminated) as error:
                 ignore_signals()
-                if self.save():
-                    self.print_resume_command()
+                self.save_to_continue()
                 if isinstance(error, OSError):  # most likely the log's disk is full
                     raise UserError(f"{self.folder}: {error}") from None
                 raise
 
     def finish(self) -> None:
         """Save the last state. Raises UserError if nothing was learnt, or if the disk is full."""
-        if adapter_is_zero(self.state["adapter"]):
+        adapter = self.state["adapter"]
+        # LoRA's matrices B are 0 at the start.
+        if not any(weight.any() for name, weight in adapter.items() if "lora_B" in name):
             raise UserError(
                 "the adapter never changed, because in each group all answers got the same reward "
-                "(zero_variance in metrics.jsonl). Start another run with a larger --group, a "
-                "higher --temperature, other --data, or another --policy"
+                f"(zero_variance in metrics.jsonl). {LEARN_MORE}"
             )
-        with signals_ignored():
+        with handlers_put_back():
+            ignore_signals()
             saved = self.save()
         if is_first() and not saved:
             again = resume_command(self.folder, self.s)
@@ -537,6 +512,10 @@ class Run:
 
 
 FIRST_STEPS = 10  # after so many steps Run reports the time left
+LEARN_MORE = (
+    "Start another run with a larger --group, a higher --temperature, other --data, or another "
+    "--policy"
+)
 
 
 def learning_warning(zero_variance: float, changed: bool) -> str:
@@ -548,8 +527,7 @@ def learning_warning(zero_variance: float, changed: bool) -> str:
     if zero_variance > 0.9:
         return (
             f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same "
-            "reward (zero_variance), so almost nothing is learnt. Start another run with a larger "
-            "--group, a higher --temperature, other --data, or another --policy"
+            f"reward (zero_variance), so almost nothing is learnt. {LEARN_MORE}"
         )
     if not changed:
         return (

@@ -10,18 +10,16 @@ from tqdm import tqdm
 from .config import Terminated
 
 
-def in_main_thread() -> bool:
-    """Return whether this is the main thread. Python allows signal handlers only there."""
-    return threading.current_thread() is threading.main_thread()
+def handled_signals() -> list[signal.Signals]:
+    """List the signals that stop a run: Ctrl-C, SIGTERM, and the signal of a closed terminal.
 
-
-def ending_signals() -> list[signal.Signals]:
-    """List the signals that end a run at once: SIGTERM, and the signal of a closed terminal.
-
-    The signal of a closed terminal is SIGHUP, on Windows SIGBREAK. Signals that are ignored
-    already, as under nohup, are left out.
+    The signal of a closed terminal is SIGHUP, on Windows SIGBREAK. If it is ignored already, as
+    under nohup, it is left out. Python allows signal handlers only in the main thread. In another
+    thread the list is empty.
     """
-    kinds = [signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    kinds = [signal.SIGINT, signal.SIGTERM]
     for name in ("SIGHUP", "SIGBREAK"):
         kind = getattr(signal, name, None)
         if kind is not None and signal.getsignal(kind) != signal.SIG_IGN:
@@ -30,20 +28,15 @@ def ending_signals() -> list[signal.Signals]:
 
 
 def ignore_signals() -> None:
-    """Ignore Ctrl-C and the ending signals from now on, so that no save is interrupted."""
-    if in_main_thread():
-        for kind in (signal.SIGINT, *ending_signals()):
-            signal.signal(kind, signal.SIG_IGN)
+    """Ignore the handled signals from now on, so that no save is interrupted."""
+    for kind in handled_signals():
+        signal.signal(kind, signal.SIG_IGN)
 
 
 @contextmanager
 def handlers_put_back():
     """Context manager: after the block, signals are handled as before it."""
-    if not in_main_thread():
-        yield
-        return
-    kinds = (signal.SIGINT, *ending_signals())
-    before = {kind: signal.getsignal(kind) for kind in kinds}
+    before = {kind: signal.getsignal(kind) for kind in handled_signals()}
     try:
         yield
     finally:
@@ -53,39 +46,27 @@ def handlers_put_back():
 
 
 @contextmanager
-def signals_ignored():
-    """Context manager form of ignore_signals."""
-    with handlers_put_back():
-        ignore_signals()
-        yield
-
-
-@contextmanager
 def stop_on_signals():
     """Context manager: handle signals inside the block, and yield an event that Ctrl-C sets.
 
     The first Ctrl-C sets the event, so that the step in progress ends first. A second Ctrl-C stops
     at once. SIGTERM and the signal of a closed terminal raise Terminated, because their sender
-    seldom waits for a step. Outside the main thread no signal is handled.
+    seldom waits for a step.
     """
     stop = threading.Event()
-    if not in_main_thread():
-        yield stop
-        return
 
-    def finish_step(*_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def handle(number, _):
+        if number != signal.SIGINT:
+            ignore_signals()  # a second signal must not interrupt the save
+            raise Terminated(number)
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
         tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
-    def end_at_once(number, _):
-        ignore_signals()  # a second signal must not interrupt the save
-        raise Terminated(number)
-
     with handlers_put_back():
-        signal.signal(signal.SIGINT, finish_step)
-        for kind in ending_signals():
-            signal.signal(kind, end_at_once)
+        for kind in handled_signals():
+            signal.signal(kind, handle)
         yield stop
 
 

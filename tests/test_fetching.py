@@ -348,7 +348,11 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
     assert len(json.loads((tmp_path / "run/samples.json").read_text())) == 8
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     assert len(stored(tmp_path / "cache")) == 8 + 8 + 4
-    assert json.loads((tmp_path / "run/missing.json").read_text()) == {"validation": [names[15]]}
+    assert json.loads((tmp_path / "run/missing.json").read_text()) == {
+        "train": [],
+        "validation": [names[15]],
+        "test": [],
+    }
     server.asked.clear()
     train.main(["--resume", "--run", str(tmp_path / "run")])
     assert not server.asked  # what could not be had is remembered, what could is there

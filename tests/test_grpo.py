@@ -135,7 +135,7 @@ def test_one_token_that_the_base_finds_far_likelier_cannot_rule_an_update_and_is
     wild, free = call(float("inf"))
     tame, held = call(5.0)
     assert wild.abs().max() > 1e4 and tame.abs().max() < 0.74 and tame[0] == wild[0]
-    assert held["kl_held"].sum() == 2 and free["kl_held"].sum() == 0
+    assert held["kl_bounded"].sum() == 2 and free["kl_bounded"].sum() == 0
     expected = np.exp(-0.5) - 0.5 + 2 * (np.exp(5) - 6)
     assert held["kl"].sum().item() == pytest.approx(expected, rel=1e-4)
 
@@ -252,7 +252,7 @@ def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
     still = replace(settings, lr=0.0, updates=2, passes=2, micro=4)
     log = update(Parts(policy, None, optimizer, replace(still, beta=0.0)), rollouts, 0)
     assert (
-        not switched_off and not {"kl", "kl_held"} & log.keys()
+        not switched_off and not {"kl", "kl_bounded"} & log.keys()
     )  # a KL of 0 would look like a policy that stays
     log = update(Parts(policy, None, optimizer, still), rollouts, 0)
     assert len(switched_off) == 1 and log["kl"] > 0
@@ -391,7 +391,7 @@ def test_the_sampling_gap_is_that_of_a_batchs_first_update_alone(segmenter, sett
 
 LOGGED = """step reward accuracy iou reasoning_format segmentation_format zero_variance truncated
 unique points length loss kl approx_kl
-clip_low clip_high entropy ratio_min ratio_max sampling_gap sampling_gap_max kl_held grad_norm lr
+clip_low clip_high entropy ratio_min ratio_max sampling_gap sampling_gap_max kl_bounded grad_norm lr
 seconds_rollout seconds_reward seconds_update tokens_per_second peak_memory_gib"""
 
 
@@ -809,7 +809,7 @@ def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its
     assert (
         log["loss"] == pytest.approx(loss.item(), rel=1e-3)
         and log["approx_kl"] > 0
-        and log["kl_held"] > 0
+        and log["kl_bounded"] > 0
     )
     assert log["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
 
@@ -1053,7 +1053,7 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
     for name, stand_in in dict(
         open_sets=lambda *_: [[], "validation", []],
         open_run=lambda s: None,
-        load_parts=lambda *_, **__: (None, None),
+        load_models=lambda *_, **__: (None, None),
         new_optimizer=lambda *_: None,
         Run=lambda *_: run,
         score_base=lambda *_, **__: {},

@@ -74,7 +74,7 @@ def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
         sam="vit_b",
         sam_checkpoint="x.pth",
     )
-    loading.load_parts(s, [], "adapter")
+    loading.load_models(s, [], "adapter")
     assert asked == [
         ("vit_b", "x.pth", "cpu"),
         ("tiny", "bf16", 3, "adapter", "cpu", True, "thousandths"),
@@ -85,7 +85,7 @@ def test_a_seed_draws_the_same_new_adapter_whatever_was_drawn_before(settings):
     adapters = []
     for before in (1, 2):
         torch.manual_seed(before)
-        policy, _ = loading.load_parts(settings, [])
+        policy, _ = loading.load_models(settings, [])
         adapters.append(torch.cat([p.flatten() for p in policy.trained]))
     assert (adapters[0] == adapters[1]).all() and adapters[0].any()
 
@@ -261,7 +261,7 @@ def test_a_second_ctrl_c_or_a_broken_picture_leaves_the_state_before_the_step(
     assert "step 1 is saved; " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error, code", [(Terminated(), 143), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("error, code", [(Terminated(15), 143), (KeyboardInterrupt(), 130)])
 def test_memory_is_capped_before_the_training_and_a_program_that_was_stopped_says_so_by_its_code(
     error, code, monkeypatch
 ):

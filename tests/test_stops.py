@@ -104,6 +104,7 @@ def in_a_terminal(folder, samples, ignored):
             assert process.poll() is None and time.monotonic() < end
             if select.select([ours], [], [], 0.1)[0]:
                 os.read(ours, 10000)
+        time.sleep(0.5)  # the state of the step is taken just after its line is written
         yield process, ours
     finally:
         if process.poll() is None:
@@ -635,7 +636,7 @@ DAMAGES = {
 def test_a_damaged_file_of_a_run_is_named_in_one_line_before_anything_is_loaded(
     name, kind, settings, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(grpo, "load_parts", lambda *_, **__: pytest.fail("models were loaded"))
+    monkeypatch.setattr(grpo, "load_models", lambda *_, **__: pytest.fail("models were loaded"))
     folder = runs.open_run(settings)
     for file, content in WHOLE.items():
         runs.write_json(folder / file, content)
