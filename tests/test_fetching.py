@@ -305,8 +305,8 @@ def test_training_on_a_copy_of_refcocog_comes_to_its_end_over_a_bad_connection(
 
     real = decoding.generate
 
-    def one_in_the_format(*arguments):
-        groups = real(*arguments)
+    def one_in_the_format(*arguments, **named):
+        groups = real(*arguments, **named)
         for group in groups:
             group[0].text = (
                 '<think>There.</think><answer>{"bbox": [19, 14, 56, 70], "points": [[40, 40, 1]]}</answer>'
