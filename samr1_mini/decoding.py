@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from .attention import BLOCK, attend_answers, attend_prompt
 from .config import Settings, first_line
-from .memory import free_memory, questions_per_batch
+from .memory import free_memory
 from .policy import Policy, Prompt, deepstack
+from .sizes import questions_per_batch
 from .tokens import answer_text, token_logits
 
 CHECK_EVERY = 8  # tokens between two checks for ended answers; each check waits for the GPU

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .config import Settings, UserError, cell_size
 from .data import Sample
-from .memory import free_memory, questions_per_batch
+from .memory import free_memory
 from .metrics import bootstrap_interval, ciou, giou, intersection_union, iou, mean, tight_box, vote
 from .plots import sample_sheet
 from .decoding import Completion, generate
@@ -27,6 +27,7 @@ from .processes import gather, is_first, join_processes, share
 from .lenient import read_leniently
 from .reward import Reward, score_group
 from .segmenter import Segmenter
+from .sizes import EVALUATED_TOKENS, questions_per_batch
 
 GREY = (128, 128, 128)
 
@@ -258,8 +259,9 @@ def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     """
     if s.eval_batch:
         return s.eval_batch
-    tokens = (s.image_size // cell_size(policy.base.config)) ** 2 + 160
-    most = max(1, 16384 // tokens // votes)
+    picture_tokens = (s.image_size // cell_size(policy.base.config)) ** 2
+    tokens = picture_tokens + 160  # a prompt has about 150 text tokens
+    most = max(1, EVALUATED_TOKENS // tokens // votes)
     if s.device == "cpu":
         return most
     return questions_per_batch(policy.base, most, tokens, replace(s, group=votes), free_memory(s))

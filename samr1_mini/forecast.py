@@ -12,8 +12,8 @@ from .config import PRESETS, Settings, UserError
 from .full_size import SHAPES, shape_config
 from .gpu import GIB, card_memory
 from .memory import memory_warning, smaller_weights
-from .policy import check_policy
-from .sizes import FP32, FP64, Sizes
+from .policy import CHUNK_LOGITS, check_policy
+from .sizes import FP32, Sizes, sam_sizes, sampling_bytes
 from .speed import CARDS, hours, known_card
 
 CONTEXT, GAPS = 0.6, 0.1  # GiB of CUDA's libraries, share of memory lost between tensors
@@ -22,13 +22,12 @@ CONTEXT, GAPS = 0.6, 0.1  # GiB of CUDA's libraries, share of memory lost betwee
 def staying_bytes(n: Sizes) -> dict[str, float]:
     """Return the bytes of each part that stays in memory from the first update on."""
     return {
-        "language layers": n.linear * n.weight,
-        "embeddings and head": (n.embeddings + n.head) * n.number,
-        "vision tower": n.vision * n.number,
-        "SAM": n.sam * FP32,
-        "adapter": n.adapter * FP32,
-        "gradients": n.adapter * FP32,
-        "moments": 2 * n.adapter * FP32,
+        "language layers": n.linear_weights * n.linear_weight_bytes,
+        "embeddings and head": (n.embedding_weights + n.head_weights) * n.number_bytes,
+        "vision tower": n.vision_weights * n.number_bytes,
+        "SAM": sam_sizes(n.s.sam).weights * FP32,
+        "adapter": n.adapter_weights * FP32,
+        "moments": 2 * n.adapter_weights * FP32,
     }
 
 
@@ -38,48 +37,41 @@ def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     The update has two peaks, "logits" and "layers". The higher peak counts.
     """
     s = n.s
-    asked = s.questions * n.prompt  # prompt tokens of a batch
-    answered = s.questions * n.answers
-    token = n.layers * 2 * n.keys * n.number  # keys and values of a token
-    chunk = min(2**26, n.at_once * n.answers * n.vocabulary)  # logits, see policy.logprobs
-    forward = forward_bytes(n)
-    phases = {"load": {}, "prefill": {}, "decode": {}, "reward": {}, "logits": {}, "layers": {}}
+    prompts = s.questions * n.prompt_tokens * n.vision_outputs * n.hidden_width * n.number_bytes
+    phases = {"load": {}}
     for name in ("prefill", "decode", "reward", "logits", "layers"):
-        phases[name]["encoded prompts"] = asked * n.features * n.hidden * n.number
-    phases["prefill"]["keys and values"] = asked * token
-    phases["prefill"]["activations of a layer"] = asked * prefill_bytes(n)
-    phases["decode"]["keys and values"] = (asked + answered) * token
-    # Log-probabilities are fp32. Probabilities and their running sums are fp64.
-    phases["decode"]["choice of tokens"] = s.questions * s.group * n.vocabulary * (FP32 + 2 * FP64)
-    phases["reward"]["SAM's attention scores, and two position terms"] = 3 * n.sam_scores * FP32
-    phases["logits"]["activations of the forward"] = forward
+        phases[name] = {"encoded prompts": prompts}
+    for name, parts in sampling_bytes(n).items():
+        for part, size in parts.items():
+            phases[name][part] = s.questions * size
+    scores = 3 * sam_sizes(s.sam).scores * FP32
+    phases["reward"]["SAM's attention scores, and two position terms"] = scores
+    for name in ("logits", "layers"):
+        phases[name]["gradients"] = n.adapter_weights * FP32
+        phases[name]["activations of the forward"] = forward_bytes(n)
+    chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
     phases["logits"]["a chunk of logits, and gradients"] = 5 * chunk * FP32
-    phases["layers"]["activations of the forward"] = forward
     if s.checkpointing:
-        phases["layers"]["activations of the recomputed layer"] = n.row * recomputed_bytes(n)
+        recomputed = n.row_tokens * recomputed_bytes(n)
+        phases["layers"]["activations of the recomputed layer"] = recomputed
     return phases
-
-
-def prefill_bytes(n: Sizes) -> int:
-    """Return the peak bytes of one token in a layer of the prefill, in an adapter of the MLP."""
-    inputs = n.hidden * (FP32 + 4 * n.number)  # adapter (fp32), input, residual, sum, normed
-    return inputs + n.mlp * (2 * FP32 + 2 * n.number)  # output, scaled output, gate, up
-
-
-def recomputed_bytes(n: Sizes) -> int:
-    """Return the bytes of one token in the layer that the backward recomputes."""
-    inputs = n.hidden * 9 * FP32  # of six adapters and two norms, and a gradient
-    states = n.hidden * 5 * n.number  # gradient, query, seen, sum, normed
-    return inputs + states + n.mlp * (2 * FP32 + 3 * n.number)  # as in the prefill, and SiLU
 
 
 def forward_bytes(n: Sizes) -> int:
     """Return the bytes of a forward of the update that are kept for its backward."""
     if n.s.checkpointing:  # the embeddings, and the input of each layer
-        return (n.layers + 1) * n.row * n.hidden * n.number
-    token = n.hidden * (8 * FP32 + 2 * n.number)  # inputs of adapters and norms, query, seen
-    token += n.mlp * (FP32 + 3 * n.number)  # an adapter's input, gate, SiLU, up
-    return n.layers * n.row * token
+        return (n.layers + 1) * n.row_tokens * n.hidden_width * n.number_bytes
+    token = n.hidden_width * (8 * FP32 + 2 * n.number_bytes)  # adapters, norms, query, seen
+    token += n.mlp_width * (FP32 + 3 * n.number_bytes)  # an adapter's input, gate, SiLU, up
+    return n.layers * n.row_tokens * token
+
+
+def recomputed_bytes(n: Sizes) -> int:
+    """Return the bytes of one token in the layer that the backward recomputes."""
+    token = n.hidden_width * 9 * FP32  # inputs of six adapters and two norms, and a gradient
+    token += n.hidden_width * 5 * n.number_bytes  # gradient, query, seen, sum, normed
+    # Output and scaled output of an adapter, gate, SiLU, up.
+    return token + n.mlp_width * (2 * FP32 + 3 * n.number_bytes)
 
 
 def peaks(n: Sizes) -> dict[str, float]:
@@ -88,7 +80,7 @@ def peaks(n: Sizes) -> dict[str, float]:
     gib = {}
     for phase, parts in phase_bytes(n).items():
         gib[phase] = (sum(stay.values()) + sum(parts.values())) / GIB
-    gib["load"] -= (stay["gradients"] + stay["moments"]) / GIB  # not there before the update
+    gib["load"] -= stay["moments"] / GIB  # they do not exist before the first update
     gib["update"] = max(gib.pop("logits"), gib.pop("layers"))
     return gib
 
@@ -111,20 +103,18 @@ def policy_sizes(s: Settings) -> Sizes:
 
 
 def forecast_line(s: Settings) -> str:
+    """Return one line with the forecast for this machine's GPU. See card_line."""
+    free, whole = card_memory(s.memory_limit)
+    return card_line(s, torch.cuda.get_device_name(), free, whole)
+
+
+def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     """Return one line with the forecast of a training: peak memory in GiB, and hours.
 
-    If the free memory is smaller than the peak, a second line is a warning. Raises UserError if the
-    free memory cannot hold the weights.
+    `free` and `whole` are GiB of the card called `name`. If the free memory is smaller than the
+    peak, a second line is a warning. Raises UserError if the free memory cannot hold the weights.
     """
-    n = policy_sizes(s)
-    gib = peaks(n)
-    name = "a machine without a GPU"
-    free = float("inf")
-    of = ""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        free, whole = card_memory(s.memory_limit)
-        of = f" of this card's {whole:.1f}"
+    gib = peaks(policy_sizes(s))
     check_weights(s, gib["load"], free)
     # With little free memory, a batch of the rollout has fewer questions.
     sampling = min(free * (1 - GAPS), max(gib["prefill"], gib["decode"]))
@@ -134,7 +124,7 @@ def forecast_line(s: Settings) -> str:
     if card:
         short = policy_sizes(replace(s, max_new_tokens=128))
         time = f"about {hours(short, card):.1f} hours at answers of 128 tokens"
-    line = f"forecast: peak {peak:.1f} GiB{of}, {time}"
+    line = f"forecast: peak {peak:.1f} GiB of this card's {whole:.1f}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)
     if warning:
         return f"{line}\n{warning}"

@@ -260,7 +260,6 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     questions = len(rollouts) * process_count()  # of this update, in all processes
     used = [rollout for rollout in rollouts if rollout.takes_part(s)]  # see takes_part
     total, forwards = 0.0, []
-    parts.optimizer.zero_grad()
     for i in range(0, len(used), s.micro):
         loss, values = batch_loss(parts, used[i : i + s.micro])
         (loss / questions).backward()  # eq. (4) is a mean over questions
@@ -270,6 +269,7 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
     if norm.isfinite():
         parts.optimizer.step()
+    parts.optimizer.zero_grad()  # now, so that sampling has the memory of the gradients
     return total, norm.item(), forwards
 
 

@@ -1,13 +1,11 @@
-"""Limit and measure memory, and choose the number of questions in a sampled batch."""
+"""Limit and measure the memory of this process, and advise how to use less."""
 
-import math
 import os
 import platform
 import sys
 
 import torch
 
-from .attention import BLOCK
 from .config import Settings, emulates_bf16
 from .gpu import GIB, gpu_is_usable, windows_lends_memory
 
@@ -118,35 +116,3 @@ def free_memory(s: Settings) -> float:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         free = min(free, torch.cuda.get_per_process_memory_fraction() * total - taken)
     return free
-
-
-def bytes_a_question(model, prompt_tokens: int, s: Settings) -> int:
-    """Return the peak bytes of sampling G answers to one question.
-
-    The peak is either in the prefill of the prompt, or at the last token of the answers.
-    """
-    text = model.config.text_config
-    size = model.dtype.itemsize
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # Bytes of the keys and values of one token in all layers (`token`), and of the activations of
-    # one prompt token in one layer (`states`).
-    token = 2 * text.num_key_value_heads * head * size * text.num_hidden_layers
-    states = (4 * text.intermediate_size + 5 * text.hidden_size) * size
-    answer_tokens = s.group * math.ceil(s.max_new_tokens / BLOCK) * BLOCK
-    # Each logit needs 20 bytes: log-probabilities are fp32, and probabilities and sums are fp64.
-    choosing = s.group * text.vocab_size * 20
-    at_prompt = prompt_tokens * (token + states)
-    at_last_token = (prompt_tokens + answer_tokens) * token + choosing
-    return max(at_prompt, at_last_token)
-
-
-def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
-    """Return the number of questions to sample in one batch.
-
-    Each batch fits in half of the `free` bytes. The number of batches is as small as possible, and
-    their sizes are nearly equal.
-    """
-    fitting = free / 2 / bytes_a_question(model, prompt_tokens, s)  # may be infinite
-    most = max(1, int(min(questions, fitting)))
-    parts = math.ceil(questions / most)
-    return math.ceil(questions / parts)

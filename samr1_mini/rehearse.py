@@ -21,26 +21,18 @@ from tqdm import tqdm
 
 from .config import Settings, UserError, check_size
 from .data import Sample
-from .evaluation import evaluate, encode_questions
+from .decoding import Completion, generate
+from .evaluation import encode_questions, evaluate
 from .forecast import GAPS, GIB, has_known_shape, peaks, staying_bytes, usable
 from .full_size import SHAPES, random_policy, shape_config
-from .grpo import (
-    Parts,
-    Rollout,
-    advantages,
-    batch_loss,
-    new_optimizer,
-    roll_out,
-    update,
-)
-from .memory import free_memory, peak_memory, questions_per_batch
-from .decoding import Completion, generate, generate_groups
+from .grpo import Parts, Rollout, advantages, batch_loss, new_optimizer, roll_out, update
+from .memory import free_memory, peak_memory
 from .policy import Policy, Prompt
 from .processes import is_first
 from .reports import base_summary
-from .reward import read_answer, score_group
-from .segmenter import SAM_FILES, SamSegmenter, Segmenter, random_sam, small_folder
-from .sizes import Sizes
+from .reward import Answer, score_group
+from .segmenter import SAM_FILES, SamSegmenter, random_sam, small_folder
+from .sizes import Sizes, questions_per_batch
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
 
@@ -60,7 +52,7 @@ def forecast(config, s: Settings) -> dict:
     """
     n = Sizes(config, s)
     table = {
-        "prompt_tokens": n.prompt,
+        "prompt_tokens": n.prompt_tokens,
         "staying_gib": {name: size / GIB for name, size in staying_bytes(n).items()},
         "peak_gib": peaks(n),
         "update_peak_gib": {},
@@ -125,7 +117,7 @@ def beside(seconds: dict, gib: dict, forecast_gib: dict, forecast_seconds: dict)
     """Return a table that compares measured seconds and peak GiB of each phase with the forecast.
 
     The forecast describes the second step and later steps. During rollout and reward of the first
-    step, gradients and moments do not exist yet.
+    step, AdamW's moments do not exist yet.
     """
     expected = {name: forecast_gib.get(name) for name in ("load", "reward", "update")}
     if forecast_gib:
@@ -162,14 +154,14 @@ class Meter:
         self.peak = {}  # phase -> peak GiB
         self.phase = ""  # the current or last phase
 
-    def __call__(self, phase: str, work):
-        """Run `work()`, count its time and memory for `phase`, and return its result."""
+    def __call__(self, phase: str, work, *args):
+        """Run `work(*args)`, count its time and memory for `phase`, and return its result."""
         self.phase = phase
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        result = work()
+        result = work(*args)
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.seconds.setdefault(phase, []).append(time.perf_counter() - start)
@@ -191,43 +183,36 @@ def forecast_sam(s: Settings) -> str:
     return "vit_h"
 
 
-def full_answer(policy: Policy, s: Settings) -> str:
-    """Return a well-formed answer with the largest allowed number of points."""
-    size = policy.answer_side(s.image_size)
-    third, middle = size // 3, size // 2
-    box = [third, third, 2 * third, 2 * third]
-    answer = {"bbox": box, "points": [[middle, middle, 1]] * s.max_points}
-    return f"<think>.</think><answer>{json.dumps(answer)}</answer>"
+def random_parts(shape: str, s: Settings) -> Parts:
+    """Return policy, SAM and optimizer with random weights. No answer can stop early."""
+    sam = random_sam(forecast_sam(s)).to(s.device).requires_grad_(False)
+    policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
+    policy.banned[policy.stop] = True
+    return Parts(policy, SamSegmenter(SamPredictor(sam)), new_optimizer(policy, s), s)
 
 
-def one_step(
-    policy: Policy, segmenter: Segmenter, optimizer, data: Shapes, s: Settings, meter: Meter
-) -> tuple[Prompt, int]:
-    """Run a whole step with answers of full length.
+def reward_full_answers(parts: Parts, samples: list[Sample]) -> None:
+    """Reward groups of equal answers. An answer has a box and the most allowed points."""
+    s = parts.settings
+    side = parts.policy.answer_side(s.image_size)
+    third, middle = side // 3, side // 2
+    points = [(middle, middle, 1)] * s.max_points
+    answer = Answer(side, box=(third, third, 2 * third, 2 * third), points=points)
+    for sample in samples:
+        score_group(parts.segmenter, sample, [answer] * s.group, s)
 
-    Returns a prompt, and the number of sampled tokens.
-    """
-    samples = [data[i] for i in range(s.questions)]
 
-    def rollout():
-        prompts = encode_questions(policy, samples, s.image_size)
-        uniforms = torch.rand(s.questions, s.group, s.max_new_tokens)
-        return prompts, generate_groups(policy, prompts, s, uniforms)
-
-    def reward():
-        size = policy.answer_side(s.image_size)
-        answer = read_answer(full_answer(policy, s), size, s.max_points)
-        return [score_group(segmenter, sample, [answer] * s.group, s) for sample in samples]
-
-    prompts, groups = meter("rollout", rollout)
-    rewards = meter("reward", reward)
-    drawn = advantages(torch.rand(len(samples), s.group))
-    rollouts = [Rollout(*parts) for parts in zip(samples, prompts, groups, rewards, drawn)]
-    parts = Parts(policy, segmenter, optimizer, s)
-    meter("update", lambda: update(parts, rollouts, 0))
-    meter("evaluation", lambda: evaluate(policy, segmenter, samples[:1], s))
-    tokens = sum(len(answer.ids) for group in groups for answer in group)
-    return prompts[0], tokens
+def measure_step(parts: Parts, samples: list[Sample], meter: Meter) -> tuple[Prompt, int]:
+    """Run a whole step with answers of full length. Returns a prompt and the number of tokens."""
+    # SAM does not run here, because it cannot read the sampled text of a random policy.
+    rollouts, _ = meter("rollout", roll_out, parts, samples)
+    meter("reward", reward_full_answers, parts, samples)
+    random = advantages(torch.rand(len(samples), parts.settings.group))
+    for rollout, advantage in zip(rollouts, random):
+        rollout.advantage = advantage
+    meter("update", update, parts, rollouts, 0)
+    meter("evaluation", evaluate, parts.policy, parts.segmenter, samples[:1], parts.settings)
+    return rollouts[0].prompt, sum(sum(rollout.lengths) for rollout in rollouts)
 
 
 def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
@@ -250,22 +235,20 @@ def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
     return taken
 
 
-def update_peak(
-    policy: Policy, optimizer, prompt: Prompt, s: Settings, group: int, length: int
-) -> float | None:
+def update_peak(parts: Parts, prompt: Prompt, group: int, length: int) -> float | None:
     """Return the peak GiB of an update of one question with `group` answers of `length` tokens.
 
     Returns None if memory runs out.
     """
-    one = replace(s, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
+    s = replace(parts.settings, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
     try:
         torch.cuda.reset_peak_memory_stats()
-        update(Parts(policy, None, optimizer, one), full_rollouts(policy, [prompt], one), 0)
+        update(replace(parts, settings=s), full_rollouts(parts.policy, [prompt], s), 0)
         return peak_memory("cuda")
     except torch.OutOfMemoryError:
         return None
     finally:
-        optimizer.zero_grad(set_to_none=True)
+        parts.optimizer.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -289,36 +272,29 @@ def checked_shape(s: Settings) -> str:
     return s.preset
 
 
-def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple:
-    """Run `s.rehearse` steps.
+def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple[Parts, Prompt, int]:
+    """Run `s.rehearse` steps. Returns the parts, a prompt, and the sampled tokens of a step.
 
-    Returns the policy, the optimizer, a prompt, and the number of sampled tokens of a step. Raises
-    UserError if memory runs out.
+    Raises UserError if memory runs out.
     """
     torch.manual_seed(s.seed)
-
-    def load():
-        sam = random_sam(forecast_sam(s)).to(s.device).requires_grad_(False)
-        policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
-        return policy, SamSegmenter(SamPredictor(sam))
-
     data = Shapes("train", s.questions)
+    samples = [data[i] for i in range(s.questions)]
     try:
-        policy, segmenter = meter("load", load)
-        policy.banned[policy.stop] = True  # no answer can stop before its full length
-        optimizer = new_optimizer(policy, s)
+        parts = meter("load", random_parts, shape, s)
         for _ in tqdm(range(s.rehearse), desc="rehearse"):
-            prompt, tokens = one_step(policy, segmenter, optimizer, data, s, meter)
+            prompt, tokens = measure_step(parts, samples, meter)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"memory ran out in the phase {meter.phase}; lower --group, --max-new-tokens or "
             f"--image-size, or take --load-in nf4 ({error})"
         ) from None
-    return policy, optimizer, prompt, tokens
+    return parts, prompt, tokens
 
 
-def measure_gpu(policy: Policy, optimizer, prompt: Prompt, s: Settings) -> dict:
+def measure_gpu(parts: Parts, prompt: Prompt) -> dict:
     """Print and return measurements that need a GPU: time of a token, peaks of other updates."""
+    s, policy = parts.settings, parts.policy
     free = free_memory(s)
     at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free)
     milliseconds = token_ms(policy, [prompt] * at_once, s.group)
@@ -329,55 +305,10 @@ def measure_gpu(policy: Policy, optimizer, prompt: Prompt, s: Settings) -> dict:
     updates = {}
     for group, tokens in GRID:
         size = f"{group} x {tokens}"
-        updates[size] = update_peak(policy, optimizer, prompt, s, group, tokens)
+        updates[size] = update_peak(parts, prompt, group, tokens)
         fits = "does not fit" if updates[size] is None else f"{updates[size]:.1f} GiB"
         print(f"update with {size} tokens: {fits}")
     return {"questions_at_a_time": at_once, "token_ms": milliseconds, "update_peak_gib": updates}
-
-
-def rehearse(s: Settings) -> dict:
-    """Run full steps, print the table, and return it. With --run also write rehearsal.json."""
-    shape = checked_shape(s)
-    check_size(shape_config(shape), s.image_size)
-    expected, times = {}, {}
-    if shape != "small":
-        known = replace(s, sam=forecast_sam(s))
-        expected = forecast(shape_config(shape), known)
-        print(*forecast_lines(expected, known), sep="\n", flush=True)
-    if s.device == "cuda":
-        device = torch.cuda.get_device_name()
-        if known_card(device):
-            times = expected["seconds_per_step"][known_card(device)][str(s.max_new_tokens)]
-    else:
-        device, shape = "cpu", "small"
-        tokens = min(s.max_new_tokens, 32)
-        s = replace(s, questions=2, updates=2, max_new_tokens=tokens, sam="tiny")
-        print(
-            "no GPU, so the lines above are not measured. The table below measures a small policy "
-            f"and the tiny SAM with 2 questions and {tokens} tokens. Its memory is that of the "
-            "whole process. These figures say nothing about a GPU"
-        )
-    meter = Meter(s.device)
-    policy, optimizer, prompt, tokens = measure_steps(shape, s, meter)
-    table = step_table(s, policy, meter, len(prompt.ids), tokens)
-    table |= {"forecast": expected, "shape": shape, "device": device}
-    print(
-        f"\n{device}, policy {shape} in {s.load_in}, {s.questions} questions x {s.group} answers "
-        f"of {s.max_new_tokens} tokens, prompts of {len(prompt.ids)} tokens"
-    )
-    compared = expected.get("peak_gib", {}) if s.device == "cuda" else {}
-    print(*beside(table["seconds"], meter.peak, compared, times), sep="\n")
-    print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
-    if s.device == "cuda":
-        table |= measure_gpu(policy, optimizer, prompt, s)
-        total = table["seconds_per_step"] * (3000 // s.questions) / 3600
-        table["hours_for_3000_samples"] = total
-        print(f"training on 3,000 samples: about {total:.1f} hours with answers of this length")
-    if s.run:
-        Path(s.run).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(table, indent=1)
-        (Path(s.run) / "rehearsal.json").write_text(text, encoding="utf-8")
-    return table
 
 
 REPORTED = (
@@ -392,18 +323,74 @@ REPORTED = (
 )
 
 
-def step_table(s: Settings, policy: Policy, meter: Meter, prompt_tokens: int, tokens: int) -> dict:
+def step_table(shape: str, parts: Parts, prompt: Prompt, tokens: int, meter: Meter) -> dict:
     """Return settings and measurements of the steps. `tokens` is the sampled tokens of one step."""
+    s = parts.settings
+    device = "cpu"
+    if s.device == "cuda":
+        device = torch.cuda.get_device_name()
     mean = meter.means()
     return {
-        "parameters": sum(p.numel() for p in policy.base.parameters()),
+        "shape": shape,
+        "device": device,
+        "parameters": sum(p.numel() for p in parts.policy.base.parameters()),
         **{name: getattr(s, name) for name in REPORTED},
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(prompt.ids),
         "seconds": mean,
         "peak_gib": meter.peak,
         "tokens_per_second": tokens / mean["rollout"],
         "seconds_per_step": mean["rollout"] + mean["reward"] + mean["update"],
     }
+
+
+def print_steps(table: dict, expected: dict) -> None:
+    """Print the measurements. On a GPU the forecast `expected` stands beside them."""
+    print(
+        f"\n{table['device']}, policy {table['shape']} in {table['load_in']}, "
+        f"{table['questions']} questions x {table['group']} answers of {table['max_new_tokens']} "
+        f"tokens, prompts of {table['prompt_tokens']} tokens"
+    )
+    gib, times = {}, {}
+    if table["device"] != "cpu":
+        gib = expected["peak_gib"]
+    card = known_card(table["device"])
+    if card:
+        times = expected["seconds_per_step"][card][str(table["max_new_tokens"])]
+    print(*beside(table["seconds"], table["peak_gib"], gib, times), sep="\n")
+    print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
+
+
+def rehearse(s: Settings) -> dict:
+    """Run full steps, print the table, and return it. With --run also write rehearsal.json."""
+    shape = checked_shape(s)
+    check_size(shape_config(shape), s.image_size)
+    expected = {}
+    if shape != "small":
+        known = replace(s, sam=forecast_sam(s))
+        expected = forecast(shape_config(shape), known)
+        print(*forecast_lines(expected, known), sep="\n", flush=True)
+    if s.device != "cuda":
+        shape, tokens = "small", min(s.max_new_tokens, 32)
+        s = replace(s, questions=2, updates=2, max_new_tokens=tokens, sam="tiny")
+        print(
+            "no GPU, so the lines above are not measured. The table below measures a small policy "
+            f"and the tiny SAM with 2 questions and {tokens} tokens. Its memory is that of the "
+            "whole process. These figures say nothing about a GPU"
+        )
+    meter = Meter(s.device)
+    parts, prompt, tokens = measure_steps(shape, s, meter)
+    table = step_table(shape, parts, prompt, tokens, meter) | {"forecast": expected}
+    print_steps(table, expected)
+    if s.device == "cuda":
+        table |= measure_gpu(parts, prompt)
+        total = table["seconds_per_step"] * (3000 // s.questions) / 3600
+        table["hours_for_3000_samples"] = total
+        print(f"training on 3,000 samples: about {total:.1f} hours with answers of this length")
+    if s.run:
+        Path(s.run).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(table, indent=1)
+        (Path(s.run) / "rehearsal.json").write_text(text, encoding="utf-8")
+    return table
 
 
 # -------------------- before a training

@@ -1,88 +1,86 @@
-"""Count the widths, weights and tokens of one training. The forecast multiplies these numbers."""
+"""Count the widths, weights, tokens and bytes of one training.
 
+The forecasts (forecast.py, speed.py) multiply these numbers. Sampling uses them to choose the
+number of questions in a batch.
+"""
+
+import math
 from functools import cache
+from typing import NamedTuple
 
 from accelerate import init_empty_weights
 from segment_anything.modeling import Sam
 from transformers import AutoConfig, AutoModelForMaskGeneration
 
+from .attention import BLOCK
 from .config import Settings, cell_size, emulates_bf16
 from .segmenter import SAM_FILES, random_sam, small_folder
 
 BF16, FP32, FP64 = 2, 4, 8  # bytes of one number
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 64 weights share an 8-bit scale, 256 scales a 32-bit one
-TEXT = 200  # text tokens of a prompt: 174 for the instruction, the rest for the question
+TEXT_TOKENS = 200  # of a prompt: Qwen's tokenizer makes 174 and the tokens of the question
+EVALUATED_TOKENS = 16384  # prompt tokens in one batch of an evaluation, if memory holds them
 
 
 class Sizes:
-    """Hold the widths, weights and tokens of one training. Weights are counted, not loaded."""
+    """Hold the sizes of one training. Weights are counted, not loaded."""
 
-    def __init__(self, config, s: Settings, text_tokens: int = TEXT):
+    def __init__(self, config, s: Settings, prompt_tokens: int = 0):
         """Read the configuration of a policy and the settings.
 
-        `text_tokens` is the text tokens of a prompt, without the picture tokens.
+        If `prompt_tokens` is 0, a prompt has one picture of the settings' size and 200 text tokens.
         """
         text = config.text_config
         self.s = s
-        self.number = number_bytes(s)
         self.layers = text.num_hidden_layers
-        self.hidden = text.hidden_size
-        self.mlp = text.intermediate_size
+        self.hidden_width = text.hidden_size
+        self.mlp_width = text.intermediate_size
         self.vocabulary = text.vocab_size
         self.heads = text.num_attention_heads
-        head = getattr(text, "head_dim", None) or self.hidden // self.heads
-        self.queries = head * self.heads  # width of a token's queries
-        self.keys = head * text.num_key_value_heads
+        head_width = getattr(text, "head_dim", None) or self.hidden_width // self.heads
+        self.query_width = head_width * self.heads  # of one token, all heads
+        self.key_width = head_width * text.num_key_value_heads
+        self.number_bytes = number_bytes(s)
+        self.cache_bytes = self.layers * 2 * self.key_width * self.number_bytes  # of one token
         self.count_weights(config)
         self.read_vision(config)
-        self.sam, self.sam_tokens, self.sam_scores = sam_sizes(s.sam)
-        self.prompt = (s.image_size // cell_size(config)) ** 2 + text_tokens
-        self.answers = s.group * s.max_new_tokens  # tokens of all answers to a question
+        picture_tokens = (s.image_size // cell_size(config)) ** 2
+        self.prompt_tokens = prompt_tokens or picture_tokens + TEXT_TOKENS
+        self.answer_tokens = s.group * s.max_new_tokens  # of all answers to a question
         # Questions and input tokens of one forward of an update. The last token of an answer is not
         # an input.
-        self.at_once = min(s.micro, max(1, s.questions // s.updates))
-        self.row = self.at_once * (self.prompt + self.answers - s.group)
+        self.row_questions = min(s.micro, max(1, s.questions // s.updates))
+        self.row_tokens = self.row_questions * (self.prompt_tokens + self.answer_tokens - s.group)
 
     def count_weights(self, config) -> None:
         """Count the weights of the language model and of the adapter."""
-        self.linear = self.layers * self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.mlp)
-        self.weight = self.number  # bytes of one weight
-        if self.s.load_in == "nf4":
-            self.weight = NF4
         # Input and output widths of the projections of a layer, summed: q, k, v, o, gate, up, down.
-        self.inputs = 5 * self.hidden + self.queries + self.mlp
-        self.outputs = 2 * self.hidden + self.queries + 2 * self.keys + 2 * self.mlp
-        self.adapter = self.layers * self.s.rank * (self.inputs + self.outputs)
-        self.head = self.vocabulary * self.hidden
-        self.embeddings = self.head
+        self.input_widths = 5 * self.hidden_width + self.query_width + self.mlp_width
+        self.output_widths = 2 * (self.hidden_width + self.key_width + self.mlp_width)
+        self.output_widths += self.query_width
+        layer = 2 * self.query_width + 2 * self.key_width + 3 * self.mlp_width
+        self.linear_weights = self.layers * self.hidden_width * layer
+        self.linear_weight_bytes = self.number_bytes  # of one weight
+        if self.s.load_in == "nf4":
+            self.linear_weight_bytes = NF4
+        adapter_width = self.input_widths + self.output_widths
+        self.adapter_weights = self.layers * self.s.rank * adapter_width
+        self.head_weights = self.vocabulary * self.hidden_width
+        self.embedding_weights = self.head_weights
         if config.tie_word_embeddings:
-            self.embeddings = 0
+            self.embedding_weights = 0
 
     def read_vision(self, config) -> None:
-        """Count the weights of the vision tower (within 1 %), its features and its patches."""
+        """Count the weights of the vision tower (within 1 %), its outputs and its patches."""
         vision = config.vision_config
         width = getattr(vision, "embed_dim", None) or vision.hidden_size
         cell = width * vision.spatial_merge_size**2
-        self.features = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))  # Qwen3-VL: 4
-        self.vision = vision.depth * 12 * width**2 + self.features * cell * (cell + self.hidden)
+        # Outputs for each picture token. Qwen3-VL has 4, the others have 1.
+        self.vision_outputs = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
         self.vision_layers = vision.depth
+        self.vision_weights = vision.depth * 12 * width**2
+        self.vision_weights += self.vision_outputs * cell * (cell + self.hidden_width)
         self.patches = (self.s.image_size // vision.patch_size) ** 2
-
-
-@cache
-def sam_sizes(kind: str) -> tuple[int, int, int]:
-    """Return three counts of a SAM: weights, tokens of a picture, scores of a global attention."""
-    with init_empty_weights():
-        if small_folder(kind) or kind in SAM_FILES:
-            sam = random_sam(kind)
-        else:
-            sam = AutoModelForMaskGeneration.from_config(AutoConfig.from_pretrained(kind))
-    weights = sum(p.numel() for p in sam.parameters())
-    if not isinstance(sam, Sam):  # the fused attention of SAM 2 and 3 keeps no scores
-        return weights, 64 * 64, 0
-    encoder = sam.image_encoder
-    tokens = (encoder.img_size // encoder.patch_embed.proj.kernel_size[0]) ** 2
-    return weights, tokens, encoder.blocks[-1].attn.num_heads * tokens**2
 
 
 def number_bytes(s: Settings) -> int:
@@ -93,3 +91,68 @@ def number_bytes(s: Settings) -> int:
     if s.load_in == "fp32" or (s.device == "cuda" and emulates_bf16()):
         return FP32
     return BF16
+
+
+class SamSizes(NamedTuple):
+    weights: int
+    tokens: int  # of one picture
+    scores: int  # of one global attention, in all heads
+
+
+@cache
+def sam_sizes(kind: str) -> SamSizes:
+    """Count the weights, tokens and attention scores of a SAM: a name, a folder or a hub id."""
+    with init_empty_weights():
+        if small_folder(kind) or kind in SAM_FILES:
+            sam = random_sam(kind)
+        else:
+            sam = AutoModelForMaskGeneration.from_config(AutoConfig.from_pretrained(kind))
+    weights = sum(p.numel() for p in sam.parameters())
+    if not isinstance(sam, Sam):  # the fused attention of SAM 2 and 3 keeps no scores
+        return SamSizes(weights, 64 * 64, 0)
+    encoder = sam.image_encoder
+    tokens = (encoder.img_size // encoder.patch_embed.proj.kernel_size[0]) ** 2
+    return SamSizes(weights, tokens, encoder.blocks[-1].attn.num_heads * tokens**2)
+
+
+# -------------------- the memory of sampling
+
+
+def sampling_bytes(n: Sizes) -> dict[str, dict[str, float]]:
+    """Return the bytes that sampling G answers to one question adds at its two peaks, by part.
+
+    The peaks are in the prefill of the prompt ("prefill"), and at the last token ("decode").
+    """
+    # One token in a layer of the prefill, at an adapter of the MLP. Of the hidden width: input of
+    # the adapter (fp32), input of the layer, residual, sum, normed.
+    states = n.hidden_width * (FP32 + 4 * n.number_bytes)
+    states += n.mlp_width * (2 * FP32 + 2 * n.number_bytes)  # output, scaled output, gate, up
+    capacity = math.ceil(n.s.max_new_tokens / BLOCK) * BLOCK  # tokens of an answer in the cache
+    cached_tokens = n.prompt_tokens + n.s.group * capacity
+    logit_bytes = FP32 + 2 * FP64  # log-probability, probability, running sum
+    prefill = {
+        "keys and values": n.prompt_tokens * n.cache_bytes,
+        "activations of a layer": n.prompt_tokens * states,
+    }
+    decode = {
+        "keys and values": cached_tokens * n.cache_bytes,
+        "choice of tokens": n.s.group * n.vocabulary * logit_bytes,
+    }
+    return {"prefill": prefill, "decode": decode}
+
+
+def question_bytes(n: Sizes) -> float:
+    """Return the peak bytes of sampling G answers to one question."""
+    return max(sum(parts.values()) for parts in sampling_bytes(n).values())
+
+
+def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
+    """Return the number of questions to sample in one batch.
+
+    Each batch fits in half of the `free` bytes. The number of batches is as small as possible, and
+    their sizes are nearly equal.
+    """
+    fitting = free / 2 / question_bytes(Sizes(model.config, s, prompt_tokens))  # may be infinite
+    most = max(1, int(min(questions, fitting)))
+    batches = math.ceil(questions / most)
+    return math.ceil(questions / batches)

@@ -6,7 +6,7 @@ hours are right within a factor of 1.5.
 
 import re
 
-from .sizes import FP32, Sizes
+from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_sizes
 
 CARDS = {  # published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32
     "RTX 3090": (936, 71, 35.6),
@@ -33,7 +33,7 @@ def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
     half_speed = half_peak * 1e12 * FLOP_SHARE
     single_speed = single_peak * 1e12 * FLOP_SHARE
-    if n.number == FP32:
+    if n.number_bytes == FP32:
         half_speed = single_speed
     longer = max(products / half_speed, weights / bytes_a_second)
     return longer + single / single_speed + moved / bytes_a_second
@@ -41,22 +41,23 @@ def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.
 
 def moved_bytes(n: Sizes) -> float:
     """Return the bytes that the small operations of a forward read and write for one token."""
-    layer = 2 * 36 * n.hidden  # two norms: to fp32, square, mean, scale, to bf16, weight
-    layer += 2 * 6 * n.hidden  # two sums with the residual
-    layer += 20 * (n.queries + n.keys)  # rotation by position
-    layer += 10 * n.mlp  # SiLU of the gate, times up
-    layer += 10 * n.inputs  # adapters: to fp32, read by the product
-    layer += 28 * n.outputs  # adapters: scale, add in fp32, back to bf16
+    layer = 2 * 36 * n.hidden_width  # two norms: to fp32, square, mean, scale, to bf16, weight
+    layer += 2 * 6 * n.hidden_width  # two sums with the residual
+    layer += 20 * (n.query_width + n.key_width)  # rotation by position
+    layer += 10 * n.mlp_width  # SiLU of the gate, times up
+    layer += 10 * n.input_widths  # adapters: to fp32, read by the product
+    layer += 28 * n.output_widths  # adapters: scale, add in fp32, back to bf16
     return n.layers * layer
 
 
 def prefill_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of the prefill of one question: its picture, then its prompt."""
-    vision = seconds(n, card, products=2 * n.vision * n.patches)
+    vision = seconds(n, card, products=2 * n.vision_weights * n.patches)
     vision = max(vision, n.vision_layers * OPERATIONS * LAUNCH)
-    products = 2 * n.linear * n.prompt + 2 * n.layers * n.queries * n.prompt**2
-    adapter = 2 * n.adapter * n.prompt
-    return vision + seconds(n, card, products, adapter, n.prompt * moved_bytes(n))
+    products = 2 * n.linear_weights * n.prompt_tokens
+    products += 2 * n.layers * n.query_width * n.prompt_tokens**2  # causal attention
+    adapter = 2 * n.adapter_weights * n.prompt_tokens
+    return vision + seconds(n, card, products, adapter, n.prompt_tokens * moved_bytes(n))
 
 
 def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
@@ -66,15 +67,16 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     """
     rows = questions * group
     middle = n.s.max_new_tokens / 2
-    weights = n.linear * n.weight + n.head * n.number
+    weights = n.linear_weights * n.linear_weight_bytes + n.head_weights * n.number_bytes
     if n.s.load_in == "nf4" and rows > 64:  # bitsandbytes writes and reads a bf16 copy
-        weights += 2 * n.linear * n.number
-    moved = questions * (n.prompt + group * middle) * n.layers * 2 * n.keys * n.number  # the cache
-    moved += rows * n.layers * n.heads * (n.prompt + middle) * 30  # attention scores
+        weights += 2 * n.linear_weights * n.number_bytes
+    moved = questions * (n.prompt_tokens + group * middle) * n.cache_bytes
+    moved += rows * n.layers * n.heads * (n.prompt_tokens + middle) * 30  # attention scores
     moved += rows * n.vocabulary * 68  # logits, softmax, sums in fp64
     moved += rows * moved_bytes(n)
-    products = 2 * rows * (n.linear + n.head)
-    token = seconds(n, card, products, 2 * rows * n.adapter, moved, weights)
+    products = 2 * rows * (n.linear_weights + n.head_weights)
+    adapter = 2 * rows * n.adapter_weights
+    token = seconds(n, card, products, adapter, moved, weights)
     start = REPLAYED + LAUNCH * 2 / 64  # of 64 tokens, Python starts one and records one
     return n.s.max_new_tokens * (token + n.layers * OPERATIONS * start)
 
@@ -87,21 +89,24 @@ def update_seconds(n: Sizes, card: str) -> float:
     reference = int(n.s.beta > 0) / n.s.passes
     forwards = 1 + int(n.s.checkpointing)
     passes = reference + forwards
-    row = n.row / n.at_once
-    pairs = n.prompt**2 / 2 + n.answers * (n.prompt + n.s.max_new_tokens / 2)
-    products = 2 * n.linear * row * (passes + 1)  # frozen weights have no gradients
-    products += 2 * n.head * n.answers * (reference + 3)  # logits are always recomputed
-    products += 4 * n.layers * n.queries * pairs * (passes + 2.5)  # attention
-    adapter = 2 * n.adapter * row * (forwards + 2)  # the reference has no adapter
-    moved = row * moved_bytes(n) * (0.2 * reference + forwards + 1.4)
-    moved += n.answers * n.vocabulary * FP32 * (11 * (reference + 2) + 18)  # logits
-    operations = OPERATIONS * (passes + 2) / n.at_once + 28 * n.s.group  # attention: 28 an answer
+    tokens = n.row_tokens / n.row_questions
+    pairs = n.prompt_tokens**2 / 2  # of a token and a token that it sees
+    pairs += n.answer_tokens * (n.prompt_tokens + n.s.max_new_tokens / 2)
+    products = 2 * n.linear_weights * tokens * (passes + 1)  # frozen weights have no gradients
+    products += 2 * n.head_weights * n.answer_tokens * (reference + 3)  # logits are recomputed
+    products += 4 * n.layers * n.query_width * pairs * (passes + 2.5)  # attention
+    adapter = 2 * n.adapter_weights * tokens * (forwards + 2)  # the reference has no adapter
+    moved = tokens * moved_bytes(n) * (0.2 * reference + forwards + 1.4)
+    moved += n.answer_tokens * n.vocabulary * FP32 * (11 * (reference + 2) + 18)  # logits
+    operations = OPERATIONS * (passes + 2) / n.row_questions
+    operations += 28 * n.s.group  # the attention of an answer
     return max(seconds(n, card, products, adapter, moved), n.layers * operations * LAUNCH)
 
 
 def sam_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of SAM for one picture."""
-    work = n.sam * n.sam_tokens
+    sam = sam_sizes(n.s.sam)
+    work = sam.weights * sam.tokens
     return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
 
 
@@ -122,7 +127,7 @@ def hours(n: Sizes, card: str) -> float:
     evaluated = 2 * s.test_samples  # questions before and after training
     if s.eval_every:
         evaluated += (1 + steps // s.eval_every) * s.eval_samples
-    batch = max(1, 16384 // n.prompt)  # questions in one batch of an evaluation
+    batch = max(1, EVALUATED_TOKENS // n.prompt_tokens)  # questions in one batch
     question = prefill_seconds(n, card) + sam_seconds(n, card)
     question += decode_seconds(n, card, batch, 1) / batch
     training = steps * sum(step_seconds(n, card).values())

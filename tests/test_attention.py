@@ -15,7 +15,7 @@ from benchmark import compare_decoding, masked_rows
 from samr1_mini.decoding import Cache, FixedCache, generate
 from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.policy import encode, logprobs, prompt_text
-from samr1_mini.memory import bytes_a_question, questions_per_batch
+from samr1_mini.sizes import Sizes, question_bytes, questions_per_batch
 from samr1_mini.tokens import products
 
 H, KV, D = 6, 2, 8
@@ -287,7 +287,7 @@ def test_the_estimate_of_what_a_question_takes_is_what_is_counted(samples, setti
     """At a shape whose prompts take most and at one whose answers do: what a third question adds to the peak of two."""
     policy = random_policy(shape_config("small"), "fp32", 4, "cpu", False)
     policy.banned[policy.processor.tokenizer.eos_token_id] = True  # answers of full length
-    s = replace(settings, group=8, max_new_tokens=tokens)
+    s = replace(settings, load_in="fp32", group=8, max_new_tokens=tokens)
     with torch.no_grad():
         prompts = encode(
             policy, [samples[0].image.resize((size, size))] * 3, [samples[0].question] * 3
@@ -297,12 +297,12 @@ def test_the_estimate_of_what_a_question_takes_is_what_is_counted(samples, setti
         with Live() as live:
             generate(policy, prompts[:n], s.group, tokens)
         peaks.append(live.peak)
-    estimate = bytes_a_question(policy.base, len(prompts[0].ids), s)
+    estimate = question_bytes(Sizes(policy.base.config, s, len(prompts[0].ids)))
     assert estimate == pytest.approx((peaks[1] - peaks[0]) / 2, rel=0.15)
 
 
 def test_the_questions_of_a_batch_go_in_equal_parts(policy, settings):
-    one = bytes_a_question(policy.base, 160, settings)
+    one = question_bytes(Sizes(policy.base.config, settings, 160))
     parts = lambda questions, most: questions_per_batch(
         policy.base, questions, 160, settings, 2 * one * (most + 0.5)
     )

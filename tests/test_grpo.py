@@ -42,7 +42,7 @@ from samr1_mini.decoding import Completion
 from samr1_mini.policy import TINY, load_policy, logprobs
 from samr1_mini.reward import Answer, Reward
 from samr1_mini import files, loading, runs
-from samr1_mini.memory import questions_per_batch
+from samr1_mini.sizes import questions_per_batch
 from samr1_mini import rehearse
 from samr1_mini.rehearse import try_largest_update
 from samr1_mini.reports import describe, base_summary
@@ -51,6 +51,14 @@ from samr1_mini.tiny.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 GOOD = '<think>Left.</think><answer>{"bbox": [10, 20, 60, 70], "points": [[30, 40, 1]]}</answer>'
+
+
+class Watched(torch.optim.SGD):
+    """Keep the gradients of the last step, because an update frees them."""
+
+    def step(self):
+        [group] = self.param_groups
+        self.gradients = [p.grad.clone() for p in group["params"]]
 
 
 def naive_loss(logp, old, reference, advantage, normalise, eps_low, eps_high, beta):
@@ -216,11 +224,9 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, 
     rollouts = rollouts_of(policy, segmenter, settings)
     for i, rollout in enumerate(rollouts):
         rollout.advantage = torch.linspace(-1, 1 + i, settings.group)
-    parameters, gradients = [p for p in policy.model.parameters() if p.requires_grad], []
+    gradients = []
     for micro in (1, 3, 4):
-        for p in parameters:
-            p.grad = None
-        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        optimizer = Watched(policy.trained, lr=0.0)
         update(
             Parts(
                 policy,
@@ -231,13 +237,27 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(policy, segmenter, 
             rollouts,
             0,
         )
-        gradients.append([p.grad.clone() for p in parameters])
+        gradients.append(optimizer.gradients)
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other):
             torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-3)
-    for p in parameters:
-        p.grad = None
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_an_update_leaves_no_gradients_that_would_take_memory_while_sampling(
+    finite, segmenter, settings
+):
+    policy = with_live_adapter(load_policy("tiny", "fp32", rank=4))
+    rollouts = rollouts_of(policy, segmenter, settings)
+    for rollout in rollouts:
+        rollout.advantage = torch.linspace(-1, 1, settings.group)
+    if not finite:
+        rollouts[-1].advantage = torch.full((settings.group,), float("nan"))
+    optimizer = new_optimizer(policy, settings)
+    log = update(Parts(policy, None, optimizer, settings), rollouts, 0)
+    assert optimizer.state and log.get("skipped_updates", 0) == int(not finite)
+    assert all(p.grad is None for p in policy.trained)
 
 
 def test_beta_0_needs_no_reference_and_a_positive_beta_one_pass_a_rollout_batch(
@@ -303,7 +323,7 @@ def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(
             torch.linspace(-1, 1, settings.group) if i == 1 else torch.zeros(settings.group)
         )
     one = replace(settings, updates=1, beta=0.1, lr=0.0, max_grad_norm=1e9)
-    parameters, gradients = [p for p in policy.model.parameters() if p.requires_grad], []
+    gradients = []
     for s, part in (
         (one, rollouts),
         (replace(one, skip_flat=True), rollouts),
@@ -311,8 +331,9 @@ def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(
     ):
         for rollout in rollouts:
             rollout.reference = None
-        update(Parts(policy, None, torch.optim.SGD(parameters, lr=0.0), s), part, 0)
-        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        optimizer = Watched(policy.trained, lr=0.0)
+        update(Parts(policy, None, optimizer, s), part, 0)
+        gradients.append(torch.cat([g.flatten() for g in optimizer.gradients]))
         assert [r.reference is not None for r in part] == [
             not s.skip_flat or r is rollouts[1] for r in part
         ]
@@ -798,13 +819,9 @@ def test_the_gradient_of_an_update_is_that_of_plain_loops_with_no_setting_at_its
                 loss -= (surrogate - 0.3 * (gap.exp() - gap - 1)) / (3 * len(a.ids)) / 2
                 place += 1
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.trained)])
-    log = update(
-        Parts(policy, None, torch.optim.SGD(policy.trained, lr=0.0), replace(s, lr=0.0)),
-        rollouts,
-        0,
-    )
-    found = torch.cat([p.grad.flatten() for p in policy.trained])
-    policy.model.zero_grad()
+    optimizer = Watched(policy.trained, lr=0.0)
+    log = update(Parts(policy, None, optimizer, replace(s, lr=0.0)), rollouts, 0)
+    found = torch.cat([g.flatten() for g in optimizer.gradients])
     assert (found - expected).norm() < 1e-3 * expected.norm()
     assert (
         log["loss"] == pytest.approx(loss.item(), rel=1e-3)
@@ -880,14 +897,14 @@ def test_the_rate_climbs_and_gradients_are_scaled_down_to_their_norm(odd, segmen
     s = replace(s, questions=4, updates=4, warmup=8, max_grad_norm=0.25)
     data, used, norms = Shapes("train", 4, 5), [], []
 
-    class Watched(torch.optim.SGD):
+    class Logging(torch.optim.SGD):
         def step(self):
             used.append(self.param_groups[0]["lr"])
             norms.append(torch.cat([p.grad.flatten() for p in policy.trained]).norm().item())
 
     torch.manual_seed(1)
     rollouts, _ = roll_out(Parts(policy, segmenter, None, s), [data[i] for i in range(4)])
-    log = update(Parts(policy, None, Watched(policy.trained, lr=9.0), s), rollouts, 2)
+    log = update(Parts(policy, None, Logging(policy.trained, lr=9.0), s), rollouts, 2)
     assert used == pytest.approx([3 / 8, 4 / 8, 5 / 8, 6 / 8]) and log["lr"] == used[-1]
     assert max(norms) <= 0.2501 and log["grad_norm"] > 0.25
 

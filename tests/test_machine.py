@@ -453,6 +453,7 @@ def test_an_evaluation_answers_fewer_questions_in_a_batch_where_memory_is_short(
     base = SimpleNamespace(config=shape_config("7b"), dtype=torch.bfloat16)
     policy, free = SimpleNamespace(base=base), {"gib": 0.0}
     monkeypatch.setattr(evaluation, "free_memory", lambda s: free["gib"] * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     s = replace(make_settings(preset="7b", device="cpu")[0], device="cuda")
     sizes = []
     for gib in (0.1, 2.0, 4.0, 60.0):

@@ -204,7 +204,7 @@ def rehearsal_rows():
     forecast = load("forecast-7b.json")["forecast"]
     stay, peaks = forecast["staying_gib"], forecast["peak_gib"]
     weights = ("language layers", "embeddings and head", "vision tower", "adapter")
-    parts = [sum(stay[name] for name in weights), stay["gradients"] + stay["moments"], stay["SAM"]]
+    parts = [sum(stay[name] for name in weights), stay["moments"], stay["SAM"]]
     parts += [peaks[name] for name in ("prefill", "decode", "reward", "update")]
     yield row("7B, GiB", *(f"{part:.2f}" for part in parts))
 

@@ -237,6 +237,7 @@ def fake_policy(config, s: Settings, dtype: torch.dtype, counter: Counter) -> Po
                 setattr(module, name, new)
         base.tie_weights()
         policy.banned = torch.zeros(policy.banned.shape, dtype=torch.bool)
+        policy.stop = torch.zeros(0, dtype=torch.long)  # answers have the full length
     return policy
 
 
@@ -271,8 +272,8 @@ def count_sampling(policy: Policy, prompts: list[Prompt], s: Settings, counter: 
 def count_phases(policy: Policy, counter: Counter, s: Settings, prompt_tokens: int) -> dict:
     """Return laps of prefill, decode (one token) and update (one forward and backward).
 
-    Also returns the bytes of "weights" (call it when nothing else is held) and of "training":
-    gradients and moments. The update has two forwards, so that the second one holds gradients.
+    Also returns the bytes of "weights" (call it when nothing else is held) and of AdamW's
+    "moments". The update has two forwards, so that the second one holds gradients.
     """
     found = {"weights": counter.live}
     with counting(counter):
@@ -280,7 +281,8 @@ def count_phases(policy: Policy, counter: Counter, s: Settings, prompt_tokens: i
         for p in policy.trained:
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        found["training"] = counter.live - found["weights"]
+        optimizer.zero_grad()
+        found["moments"] = counter.live - found["weights"]
         prompts = plain_prompts(policy, s.questions, prompt_tokens)
         counter.lap()
         found |= count_sampling(policy, prompts, s, counter)
@@ -305,7 +307,7 @@ def main() -> None:
     counter = fake_counter()
     policy = fake_policy(shape_config(args.shape), s, torch.bfloat16, counter)
     found = count_phases(policy, counter, s, prompt_tokens=1100)
-    print(f"weights {found['weights'] / 2**30:.2f} GiB, training {found['training'] / 2**30:.2f}")
+    print(f"weights {found['weights'] / 2**30:.2f} GiB, moments {found['moments'] / 2**30:.2f}")
     for phase in ("prefill", "decode", "update"):
         lap = found[phase]
         print(
