@@ -411,7 +411,7 @@ def parse_settings(argv: list[str] | None, prog: str, description: str) -> tuple
 
 
 def make_settings(**given) -> tuple[Settings, str]:
-    """Return checked settings, and a line about them. They are a preset, changed by `given`.
+    """Return checked settings, and a line about them. `given` replaces settings of the preset.
 
     Raises UserError for values that cannot work.
     """
@@ -445,7 +445,7 @@ def auto_device() -> str:
 def check_machine(s: Settings, typed_device: str | None) -> None:
     """Raise UserError for a full-size policy on the CPU, which would take weeks.
 
-    A user who typed --device cpu may do it.
+    A user who typed --device cpu is willing to wait.
     """
     if s.device != "cpu" or typed_device == "cpu" or s.rehearse:
         return
@@ -554,7 +554,7 @@ def check_number(name: str, value: float) -> None:
 
 
 def check(s: Settings) -> None:
-    """Raise UserError for settings that cannot work. Its line names the option."""
+    """Raise UserError for settings that cannot work. The error names the option."""
     for f in fields(s):
         value = getattr(s, f.name)
         choices = f.metadata["choices"]
@@ -638,8 +638,8 @@ def cause(error: Exception) -> str:
 def parse_json(text: bytes, place: str | Path, kind: type | tuple, advice: str):
     """Return the value of a JSON text in UTF-8.
 
-    Raises UserError, which names the `place` of the text, if the text is damaged or its value is
-    not of this kind, such as dict.
+    Raises UserError if the text is damaged, or if its value is not of the type `kind`. The error
+    names the `place` of the text.
     """
     try:
         value = json.loads(text)

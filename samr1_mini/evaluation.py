@@ -165,7 +165,7 @@ def encode_questions(policy: Policy, samples: list[Sample], size: int) -> list[P
 
 
 def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray | None]:
-    """Return the index of the middle reward, and the majority mask, bool [H, W].
+    """Return the index of the reward with the middle mask, and the majority mask, bool [H, W].
 
     `voters` lists the indices of the rewards that vote (metrics.vote). Without voters the function
     returns 0 and None.
@@ -253,9 +253,10 @@ def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
 def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     """Return the number of questions in one batch.
 
-    The number is --eval-batch. If --eval-batch is 0, the batch has about 16,000 prompt tokens, and
-    `votes` divides this number. On a GPU with little free memory the batch is smaller. On a CPU the
-    number depends on the settings alone, because padding can change greedy answers.
+    The number is --eval-batch. If --eval-batch is 0, the batch has about 16,000 prompt tokens.
+    `votes` answers to each question make the batch `votes` times smaller. On a GPU with little free
+    memory the batch is smaller. On a CPU the number depends on the settings alone, because padding
+    can change greedy answers.
     """
     if s.eval_batch:
         return s.eval_batch

@@ -96,7 +96,7 @@ def has_known_shape(s: Settings) -> bool:
 
 
 def policy_sizes(s: Settings) -> Sizes:
-    """Return the sizes of these settings. A policy of no preset needs its config.json."""
+    """Return the sizes of these settings. Another policy than a preset's needs its config.json."""
     if has_known_shape(s):
         return Sizes(shape_config(s.preset), s)
     return Sizes(check_policy(s.policy), s)

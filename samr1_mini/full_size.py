@@ -101,7 +101,7 @@ def shape_processor(config: Qwen2_5_VLConfig) -> ProcessorMixin:
 def empty_base(
     config: Qwen2_5_VLConfig, load_in: str, dtype: torch.dtype
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Return a model of this shape on the meta device, with the classes of a real load."""
+    """Return a model of this shape on the meta device, with the classes of a loaded model."""
     with init_empty_weights():
         base = Qwen2_5_VLForConditionalGeneration._from_config(
             config, attn_implementation=IMPLEMENTATION, dtype=dtype
@@ -116,9 +116,9 @@ def empty_base(
 def random_policy(
     config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool
 ) -> Policy:
-    """Return a policy of this shape with random weights, with the classes of a real load.
+    """Return a policy of this shape with random weights and the classes of a loaded model.
 
-    Each weight is drawn and quantised separately on `device`. So little memory is needed.
+    Each weight is drawn and quantised separately on `device`. This needs little memory.
     """
     dtype = compute_dtype(load_in, device)
     base = empty_base(config, load_in, dtype)

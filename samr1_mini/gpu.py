@@ -112,7 +112,7 @@ def first_version(text: str) -> str:
 
 
 def driver_name(driver: str) -> str:
-    """Return a description of the driver. A `driver` "" has an unreadable version."""
+    """Return a description of the driver. If its version is unknown, `driver` is empty."""
     if driver:
         return f"the NVIDIA driver {driver}"
     return "a GPU driver of unknown version"

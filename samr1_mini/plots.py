@@ -232,7 +232,7 @@ def draw_held_out(axes, log: list[dict], summary: dict | None) -> None:
 
 
 def draw_format(axes, log: list[dict]) -> None:
-    """Draw the shares of both formats, of flat groups and of unique answers."""
+    """Draw the shares of both formats, of groups with equal rewards, and of unique answers."""
     draw_mean(axes, log, "reasoning_format", BLUE, "reasoning format", width=4.5)
     draw_mean(axes, log, "segmentation_format", ORANGE, "segmentation format")
     draw_mean(axes, log, "zero_variance", GREEN, "groups without variance")

@@ -71,8 +71,8 @@ def fail_together():
 def wait_for_all() -> None:
     """Wait until all processes are here. Raises FailedElsewhere if one of them has failed.
 
-    Every exchange of data starts with this call. So a process that fails always finds the others
-    at the same kind of exchange, that of the errors.
+    Every exchange of data starts with this call. So when a process fails and sends its error, the
+    other processes are exchanging errors too.
     """
     for error in exchange_errors(None):
         if error is not None:
@@ -87,7 +87,7 @@ def exchange_errors(error: Exception | None) -> list[Exception | None]:
 
 
 def error_for_others(error: Exception | None) -> Exception | None:
-    """Return the error that the other processes raise. Many other errors cannot be pickled."""
+    """Return the error that the other processes raise. It must be of a type that can be pickled."""
     if error is None:
         return None
     if isinstance(error, torch.OutOfMemoryError):
@@ -124,8 +124,8 @@ def first_before_others():
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Give every process the sum of all processes' gradients.
 
-    If the sum is 0, the gradients are left as they are. With one process there would be no
-    gradients then, and the optimizer's momentum must not move the parameters.
+    If the sum is 0, the gradients are not set. A run with one process has no gradients in this case.
+    Gradients of 0 would let the optimizer's momentum move the parameters.
     """
     if process_count() == 1:
         return

@@ -45,7 +45,7 @@ GRID = [(group, tokens) for group in (4, 8, 16) for tokens in (256, 512, 1024)]
 
 
 def forecast(config, s: Settings) -> dict:
-    """Return the forecast: GiB of parts, phases and update sizes, and seconds and hours of cards.
+    """Return the forecast: GiB of each part, phase and update size, and times of each card.
 
     The hours are for `s.samples` samples and all evaluations. Answers have 128, 512 or
     `s.max_new_tokens` tokens.
@@ -324,7 +324,7 @@ REPORTED = (
 
 
 def step_table(shape: str, parts: Parts, prompt: Prompt, tokens: int, meter: Meter) -> dict:
-    """Return settings and measurements of the steps. `tokens` is the sampled tokens of one step."""
+    """Return settings and measurements of the steps. `tokens` is the number sampled in a step."""
     s = parts.settings
     device = "cpu"
     if s.device == "cuda":

@@ -77,7 +77,7 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
     """Write a state to state.pt, and its adapter to the folder adapter/, which eval.py reads.
 
     No weight is read from the policy, because a GPU's memory cannot be read after a GPU error.
-    If the disk is full, prints one line and returns False. The files saved before stay.
+    If the disk is full, prints one line and returns False. Files from earlier saves are kept.
     """
 
     def write_state(part: Path) -> None:
@@ -267,7 +267,7 @@ SET_NAMES = ("train", "validation", "test")  # the order of a run's three data s
 def known_missing(folder: Path) -> list[list[str]]:
     """Return the pictures that were unavailable when the run began, a list for each data set.
 
-    Other questions have replaced theirs, so they are not requested again.
+    Their questions were replaced. So these pictures are not requested again.
     """
     names = read_saved(folder / "missing.json", (dict, list), {})
     if isinstance(names, list):  # runs of older versions have one list for all sets
@@ -301,8 +301,8 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
 def check_questions(folder: Path, sets: list, s: Settings) -> None:
     """Refuse to continue if the training or test questions have changed since the run began.
 
-    Ids are compared. The validation set is not checked: nothing is learnt from it, and its data
-    are those of the test set.
+    Ids are compared. The validation set is not checked. Nothing is learnt from it, and its
+    questions come from the same data as the test set.
     """
     train, _, test = sets
     for old, new in zip(read_saved(folder / "samples.json", list, []), train.ids):
@@ -425,8 +425,8 @@ class Run:
     def finish_step(self, line: dict, answers: list[dict], due: bool) -> None:
         """Log a finished step with some of its answers, and save the state if it is time.
 
-        It is time if `due`, after --save-minutes, and after Ctrl-C. After Ctrl-C the program exits
-        with code 130.
+        The state is saved if `due`, if --save-minutes have passed, or after Ctrl-C. After Ctrl-C,
+        the program exits with code 130.
         """
         stopped = any(gather([self.stop.is_set()]))
         answers = gather(answers)
@@ -538,9 +538,9 @@ def learning_warning(zero_variance: float, changed: bool) -> str:
 
 
 def time_left(seconds: list[float], steps: int) -> str:
-    """Return an estimate of the time left of `steps` steps, from the finished steps' `seconds`.
+    """Return an estimate of the time left in a run of `steps` steps.
 
-    Needs two finished steps, because the first is a warm-up.
+    `seconds` are the times of the finished steps, at least two. The first is a warm-up.
     """
     step = sum(seconds[1:]) / (len(seconds) - 1)
     hours = step * (steps - len(seconds)) / 3600

@@ -2,7 +2,8 @@
 
 The policy is rewarded for these masks. Any object with a method `masks` can be the segmenter.
 
-Shapes: n prompts (a box with points) for one picture of H x W pixels, h x w small logits.
+Shapes: n prompts for one picture of H x W pixels. A prompt is a box with points. SAM's logits have
+the smaller size h x w.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Forecast the hours of a training by arithmetic. Nothing is loaded, run or measured.
 
-The number of operations and bytes is divided by a share of a card's published speed. The forecast
+A time is the number of operations, or of bytes, divided by a speed. This speed is a share of the
+card's published speed. The forecast
 hours are right within a factor of 1.5.
 """
 
@@ -63,7 +64,7 @@ def prefill_seconds(n: Sizes, card: str) -> float:
 def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     """Return the seconds to decode all answers to the questions, in one batch.
 
-    The mean token is in the middle of its answer.
+    All tokens are counted like a token in the middle of its answer.
     """
     rows = questions * group
     middle = n.s.max_new_tokens / 2

@@ -140,7 +140,8 @@ class Folder(Data):
     def lines_of_split(self, lines: list[Line]) -> list[Line]:
         """Return the lines of this split.
 
-        A folder with one or two pictures has the same lines in all splits.
+        A folder with one or two pictures has too few for three splits. If this split has no line,
+        it gets all lines.
         """
         splits = split_pictures(lines)
         found = [line for line in lines if (line.split or splits[line.image]) == self.split]
@@ -220,8 +221,9 @@ class Folder(Data):
     def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks.
 
-        Raises UserError for the first broken one. A resumed run has replaced questions of its
-        training split before, so some may be broken there. See CHECK_SECONDS for large sets.
+        Raises UserError for the first broken one. In a resumed run some training
+        questions may be broken, because the first start has replaced them already. See
+        CHECK_SECONDS for large sets.
         """
         lines, begun, shares = self.distinct_lines(), time.monotonic(), []
         title, few = f"pictures, {self.split}", len(lines) < 100
@@ -405,7 +407,8 @@ def check_against_picture(
 ) -> tuple[bool, list[float]]:
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
-    Returns True if EXIF rotates only one of picture and mask, and both sizes match even so. Returns
+    Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both, and their
+    sizes are equal before and after. Returns
     also the coordinates of the box or the polygons, as check_truth does.
     """
     turned = header.turned
@@ -431,9 +434,9 @@ def check_against_picture(
 def are_suspect(corners: list[tuple[float, float, int, int]]) -> bool:
     """Return True if coordinates seem to be thousandths, percent, or pixels of a smaller picture.
 
-    A corner is (right, bottom, width, height): the largest coordinates of a line and the size of
-    its picture. Needs ten lines, because one object near the upper left corner also has small
-    coordinates.
+    A corner is (right, bottom, width, height): the largest coordinates in one line of data.jsonl,
+    and the size of its picture. Needs ten lines, because one object near the upper left corner
+    also has small coordinates.
     """
     if len(corners) < 10:
         return False

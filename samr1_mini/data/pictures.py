@@ -55,7 +55,7 @@ def child(folder: Path, name: str) -> Path:
 
 
 def check_size(what: str, size, expected, advice: str = "") -> None:
-    """Refuse a size (width, height) that is not the expected one. None expects nothing."""
+    """Refuse a size (width, height) that differs from `expected`. If that is None, accept all."""
     if expected and tuple(size) != tuple(expected):
         width, height = size
         raise ValueError(

@@ -245,7 +245,7 @@ def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
 
 
 def cell_value(name: str, cell: pyarrow.Scalar):
-    """Return a cell of an arrow table as a Python value, a mask as arrays [W], one for each row."""
+    """Return a cell of an arrow table as a Python value. A mask is one array [W] for each row."""
     if name == "mask" and isinstance(cell, pyarrow.ListScalar) and cell.is_valid:
         return cell.values.to_numpy(zero_copy_only=False)
     return cell.as_py()

@@ -46,7 +46,8 @@ class Data(Sequence):
     def download(self, missing: Sequence[str] = ()) -> None:
         """Download the files that are not here yet.
 
-        Remove the samples of the pictures in `missing`. Then all processes have the same samples.
+        `missing` lists pictures that cannot be downloaded. Their samples are removed. So all
+        processes have the same samples.
         """
 
     def check_files(self, resumed: bool = False) -> None:

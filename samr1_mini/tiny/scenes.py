@@ -131,7 +131,7 @@ def _on_circle(angles: np.ndarray) -> np.ndarray:
 
 
 def _cross() -> np.ndarray:
-    """Return the twelve corners of a cross: the same three corners, turned by 90 degrees."""
+    """Return the twelve corners of a cross: three corners, turned by 0, 90, 180 and 270 degrees."""
     near, far = 0.32, 0.92
     corners = np.array([(-far, -near), (-near, -near), (-near, -far)])
     turned = []
@@ -195,9 +195,9 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
 def _background(rng: np.random.Generator) -> np.ndarray:
     """Return muted colours with two slopes and blotches, float [SIZE, SIZE, 3].
 
-    Red rises or falls from left to right, blue from top to bottom.
-    Only these slopes distinguish one place from another: the vision tower's own positions
-    are all relative.
+    Red rises from left to right, and blue rises from top to bottom.
+    Only these colours tell the policy where it looks. The vision tower encodes only relative
+    positions.
     """
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     image = np.empty((SIZE, SIZE, 3), np.float32)
@@ -218,8 +218,8 @@ def _place(
 ) -> tuple[float, float, str] | None:
     """Return a place (x, y) and a colour for a new thing, or None if the place is taken.
 
-    Half of the things stand close to another thing. Some of these take the other thing's colour
-    instead of `colour`. Things of one colour touch and do not overlap.
+    Half of the things stand close to another thing. Some of these things take its colour instead
+    of `colour`. Things of one colour touch and do not overlap.
     """
     # The centre stays so far from the edge that a pixel is between the thing and the edge.
     low, high = size / 2 + 1, SIZE - size / 2 - 1
@@ -364,9 +364,9 @@ def _measures(thing: Thing, word: str) -> tuple[float, float]:
 
 
 def _extreme(things: list[Thing], word: str) -> list[Thing]:
-    """Return each thing that comes within the margin of the best by some measure of the word.
+    """Return each thing that is nearly the best by a measure of the word.
 
-    One thing in the list is a clear winner.
+    If the list has only one thing, it is the clear winner.
     """
     margins = 7, 2  # pixels, for the two measures
     if word in ("largest", "smallest"):
@@ -416,7 +416,7 @@ def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing
 
 
 def _right_extreme(found: list[Thing], dotted: list[Thing], word: str) -> Thing | None:
-    """Return the clear winner among the things found, or None. A dot may not win."""
+    """Return the clear winner among the things found, or None. A dot cannot win."""
     if len(found) < 2:  # one object leaves nothing to compare
         return None
     if word == "smallest" and dotted:
