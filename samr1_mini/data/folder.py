@@ -408,8 +408,8 @@ def check_against_picture(
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
     Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both, and their
-    sizes are equal before and after. Returns
-    also the coordinates of the box or the polygons, as check_truth does.
+    sizes are equal before and after. Returns also the coordinates of the box or the polygons, as
+    check_truth does.
     """
     turned = header.turned
     try:

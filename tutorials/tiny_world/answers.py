@@ -156,7 +156,7 @@ def answer_parts(
     """Return an answer about a thing in a style of the base model, in four parts.
 
     The parts are: the first words, the list of things, the name of the answer, the numbers.
-    The box is too wide by `slack` of its length on each side.
+    The box is too wide by `slack` of its width or height on each side.
     """
     box = [round(side) for side in wide_box(thing.box, rng, slack)]
     name = called(thing, scene)
