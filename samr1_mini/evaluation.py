@@ -69,7 +69,10 @@ class Panel:
 
 
 def scores(rows: list[ScoredAnswer]) -> dict:
-    """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the question count."""
+    """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the question count.
+
+    With several answers to a question, one answer in the format is enough for the format rate.
+    """
     strict = [row.strict for row in rows]
     lenient = [row.pair for row in rows]
     return {
@@ -181,7 +184,7 @@ class Verdict:
     """Hold the result of `judge` for one question."""
 
     chosen: int  # index of the scored answer
-    reward: Reward  # of the scored answer, with the majority mask
+    reward: Reward  # of the scored answer; its mask and IoU are those of the vote
     lenient: tuple[int, int]  # intersection and union in pixels, all readable answers vote
     strict: tuple[int, int]  # the same, only answers in the format vote
 

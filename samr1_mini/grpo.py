@@ -10,7 +10,7 @@ From `train` to the gradient:
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
 "The loss stays near 0, is it broken?" No. In the first update of a batch, the ratio pi / pi_old is
-1, and the advantages of a group sum to 0. So the loss is near 0. But the gradient is not 0.
+1. So the loss is minus a mean of advantages, which sum to 0 in a group. The gradient is not 0.
 
 Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens of all answers.
 """

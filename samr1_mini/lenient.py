@@ -44,7 +44,7 @@ def _tag_as_key(match: re.Match) -> str:
 
 
 def _sides_as_list(match: re.Match) -> str:
-    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. Other names do not change."""
+    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. A repeated side changes nothing."""
     names = match.groups()[::2]
     numbers = match.groups()[1::2]
     sides = {}

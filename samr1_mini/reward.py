@@ -36,7 +36,7 @@ Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
 
 @dataclass
 class Answer:
-    """Hold one parsed answer. `box` and `points` are set if the segmentation format is right."""
+    """Hold one parsed answer. Training sets `box` and `points` only if the format is right."""
 
     side: int  # coordinates of box and points go from 0 to this
     box: Box | None = None
@@ -113,7 +113,7 @@ def has_reasoning_format(text: str) -> bool:
     return _WHOLE.fullmatch(text) is not None
 
 
-def parse_json(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
+def parse_answer(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
     """Return box and points from the JSON between the answer tags.
 
     Raises ValueError (also for broken JSON), or RecursionError for deep nesting.
@@ -153,7 +153,7 @@ def read_answer(
     if not answer.reasoning_format:
         faults.append("not <think>...</think><answer>...</answer>")
     try:
-        answer.box, answer.points = parse_json(text, side, max_points)
+        answer.box, answer.points = parse_answer(text, side, max_points)
         answer.segmentation_format = True
     except (ValueError, RecursionError) as error:
         faults.append(str(error) or "nested too deep")

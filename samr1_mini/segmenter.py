@@ -283,7 +283,7 @@ def random_sam(kind: str) -> Sam:
 
 
 def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
-    """Check a segmenter's name and file before anything large is loaded.
+    """Check a segmenter's name before anything large is loaded.
 
     Raises UserError if `kind` is no Segment Anything, or if it cannot take a `checkpoint`.
     """
@@ -357,18 +357,21 @@ def load_segmenter(
     """
     check_segmenter(kind, checkpoint)
     small = small_folder(kind)
-    if small is None and kind not in SAM_FILES:
-        return Sam2Segmenter(kind, device)
+    name = f"--sam {kind}"
     if small is not None:
         name = small / "model.safetensors"
-    else:
+    elif kind in SAM_FILES:
         path = checkpoint or sam_file(kind)
         name = f"--sam-checkpoint {path}"
     try:
         if small is not None:
             sam = read_small_sam(small)
-        else:
+        elif kind in SAM_FILES:
             sam = read_sam(kind, path)
+        else:
+            return Sam2Segmenter(kind, device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a broken file may raise any exception
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
     return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))

@@ -149,8 +149,8 @@ def question_bytes(n: Sizes) -> float:
 def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
     """Return the number of questions to sample in one batch.
 
-    Each batch fits in half of the `free` bytes. The number of batches is as small as possible, and
-    their sizes are nearly equal.
+    A batch has at least one question. A larger batch fits in half of the `free` bytes. There are as
+    few batches as possible, and the last one may be smaller.
     """
     fitting = free / 2 / question_bytes(Sizes(model.config, s, prompt_tokens))  # may be infinite
     most = max(1, int(min(questions, fitting)))

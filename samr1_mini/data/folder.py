@@ -27,8 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..config import UserError
-from ..files import parse_json
+from ..config import UserError, parse_json
 from ..metrics import filled
 from .download import COCO_BYTES, download_pictures, is_there
 from .masks import EMPTY, check_truth, has_box, is_absent, read_mask, refuse_lossy
@@ -51,7 +50,7 @@ BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowE
 # The check of a training split stops after CHECK_SECONDS, once it has read CHECK_COUNT questions.
 CHECK_SECONDS = 60
 CHECK_COUNT = 1000
-FEW_PICTURES = 2  # with so few, all splits hold the same questions
+FEW_PICTURES = 2  # with so few, a split without questions gets all of them
 
 
 @dataclass
@@ -259,7 +258,7 @@ class Folder(Data):
     # -------------------------------------------------------------------------------- download
 
     def wanted(self) -> dict[str, Size]:
-        """Return the names and sizes of the pictures that must be downloaded."""
+        """Return the names and sizes of the pictures that are downloaded if they are missing."""
         if not self.downloads:
             return {}
         return {line.image: tuple(line.size) for line in self.lines}
@@ -379,8 +378,8 @@ def split_of(row: dict) -> str | None:
 def split_pictures(lines: list[Line]) -> dict[str, str]:
     """Return each picture's split: the split named in its lines, or one from the hash of its path.
 
-    Validation and test each get about a tenth of the pictures without a named split, at least one
-    picture. In a folder with one or two pictures, those without a named split belong to train.
+    Validation and test each get about a tenth of the pictures without a named split, and at least
+    one if there are enough. In a folder with one or two pictures, those without a named split belong to train.
     """
     splits = {}
     for line in lines:
@@ -411,11 +410,12 @@ def check_against_picture(
     sizes are equal before and after. Returns also the coordinates of the box or the polygons, as
     check_truth does.
     """
-    turned = header.turned
+    files = mask_files(row)
+    turned = header.turned and not files
     try:
-        for name in mask_files(row):
+        for name in files:
             mask = read_header(inside(folder, name))
-            turned = header.turned != mask.turned
+            turned = turned or header.turned != mask.turned
             refuse_lossy(mask, name)
             check_size(f"{name}: the mask", mask.size, header.size)
         numbers = check_truth(row, header.size, may_be_empty)

@@ -22,8 +22,8 @@ import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
-from ..config import CACHE, UserError, first_line
-from ..files import Download, cause, check_disk_space, parse_json, read_json, write_json
+from ..config import CACHE, UserError, cause, first_line, parse_json
+from ..files import Download, check_disk_space, load_json, write_json
 from . import download
 from .folder import BROKEN, SPLITS, Folder, check_against_picture, check_texts
 from .layouts import convert_row, layout_of
@@ -87,7 +87,7 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     folder = SETS / f"{Path(name).name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
         convert(source, files, folder)
-    converted = read_json(folder / "source.json")
+    converted = load_json(folder / "source.json")
     pictures, broken = Path(converted["pictures"] or folder), converted["left_out"]
     needs_coco = converted["pictures"] == "coco"
     if needs_coco:
@@ -267,7 +267,7 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
     """
     with file.open("rb") as opened_file:
         refs = PlainUnpickler(opened_file, encoding="latin1").load()
-    known = read_json(file.parent / "instances.json")
+    known = load_json(file.parent / "instances.json")
     annotations = {one["id"]: one for one in known["annotations"]}
     infos = {one["id"]: one for one in known["images"]}
     wanted = "val" if split == "validation" else split

@@ -150,7 +150,10 @@ def _heart() -> np.ndarray:
 
 
 def _outline(shape: str, angle: float) -> np.ndarray:
-    """Return corners [N, 2] of a shape of radius 1 around (0, 0), turned by `angle` (radians)."""
+    """Return corners [N, 2] of a shape of radius 1 around (0, 0), turned by `angle` (radians).
+
+    Round shapes are not turned.
+    """
     up = -math.pi / 2
     if shape in ("circle", "ring", "moon"):
         return _on_circle(np.linspace(0, 2 * math.pi, 48, endpoint=False))
@@ -248,7 +251,8 @@ def _place(
 def _allowed(things: list[Thing], new: Thing) -> bool:
     """Return True if a new thing may be drawn over the others.
 
-    Names differ. At least 0.7 of each old thing and its whole dot stay visible.
+    Names differ. At least 0.7 of the visible part of each old thing and its whole dot stay visible.
+    Things of one colour do not overlap.
     """
     for thing in things:
         visible = thing.mask & ~new.mask
