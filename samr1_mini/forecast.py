@@ -112,7 +112,8 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     """Return one line with the forecast of a training: peak memory in GiB, and hours.
 
     `free` and `whole` are GiB of the card called `name`. If the peak and its gaps do not fit in
-    the free memory, a second line is a warning. Raises UserError if the free memory cannot hold the weights.
+    the free memory, a second line is a warning. Raises UserError if the free memory cannot hold the
+    weights.
     """
     gib = peaks(policy_sizes(s))
     check_weights(s, gib["load"], free)

@@ -77,8 +77,8 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
     """Write a state to state.pt, and its adapter to the folder adapter/, which eval.py reads.
 
     No weight is read from the policy, because a GPU's memory cannot be read after a GPU error.
-    If the disk is full, prints one line and returns False. Each of the two
-    is replaced only when the new one is complete.
+    If the disk is full, prints one line and returns False. Each of the two is
+    replaced only when the new one is complete.
     """
 
     def write_state(part: Path) -> None:

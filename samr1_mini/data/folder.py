@@ -379,7 +379,8 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
     """Return each picture's split: the split named in its lines, or one from the hash of its path.
 
     Validation and test each get about a tenth of the pictures without a named split, and at least
-    one if there are enough. In a folder with one or two pictures, those without a named split belong to train.
+    one if there are enough. In a folder with one or two pictures, those without a named split
+    belong to train.
     """
     splits = {}
     for line in lines:
