@@ -514,6 +514,15 @@ def test_a_turn_by_exif_that_sizes_do_not_tell_is_a_warning(mask, tmp_path):
     assert len(data.warnings) == 1 and "EXIF" in data.warnings[0]
 
 
+def test_a_mask_before_the_turn_is_noticed_beside_an_upright_ignore_file(tmp_path):
+    photo().save(tmp_path / "a.png", exif=UPSIDE_DOWN)
+    grey(square()).save(tmp_path / "m.png")
+    grey(square()).save(tmp_path / "i.png", exif=UPSIDE_DOWN)
+    write(tmp_path, mask="m.png", ignore="i.png")
+    data = open_data(str(tmp_path), "test", 5)
+    assert any("EXIF" in line for line in data.warnings)
+
+
 def many(folder, count, **options):
     """A folder with many questions for training, each about a picture of its own."""
     lines = [

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -574,6 +575,16 @@ def test_sam_2_and_3_give_the_masks_of_their_own_processors(version, sam2_folder
         ]
         assert mask.shape == image.shape[:2] and (theirs.numpy() == mask).mean() > 0.999
         assert 0 < mask.mean() < 1
+
+
+def test_a_damaged_sam_2_is_named_in_one_line(sam2_folder, tmp_path):
+    folder = tmp_path / "sam2"
+    shutil.copytree(sam2_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="--sam") as caught:
+        load_segmenter(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):
