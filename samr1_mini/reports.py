@@ -105,7 +105,7 @@ def base_summary(rollouts: list, s: Settings) -> str:
             "reasoning format, and often no box. "
             f"Raise --max-new-tokens {s.max_new_tokens}"
         )
-    text = " ".join(rollouts[0].answers[0].text.split())
+    text = " ".join(rollouts[0].completions[0].text.split())
     first = f"The first answer: {text[:120]!r}"
     if not any(answer.segmentation_format for answer in answers):
         return (
