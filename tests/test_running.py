@@ -126,7 +126,7 @@ def test_the_answer_that_is_kept_of_a_question_stands_beside_its_own_reward():
     answers = [SimpleNamespace(text=text, ids=[0] * n) for text, n in (("a", 1), ("b", 2))]
     rewards = [SimpleNamespace(total=6.0, iou=0.91234), SimpleNamespace(total=1.0, iou=0.1)]
     x = SimpleNamespace(id="7", kind="side", question="?")
-    assert first_answers([SimpleNamespace(sample=x, answers=answers, rewards=rewards)]) == [
+    assert first_answers([SimpleNamespace(sample=x, completions=answers, rewards=rewards)]) == [
         {
             "id": "7",
             "kind": "side",
