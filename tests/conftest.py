@@ -45,6 +45,8 @@ SLOW = ("train", "evaluat", "command", "linear", "checkpoint", "vit_b", "memory_
 
 
 def pytest_collection_modifyitems(items):
+    # Notebooks take minutes, so they start first. Otherwise one worker would wait for the other.
+    items.sort(key=lambda item: "notebook_runs" not in item.name)
     for item in items:
         slow = any(word in item.name for word in SLOW)
         equation = any(word in item.name for word in EQUATIONS)
