@@ -4,6 +4,7 @@ Each process works on its share of the questions. The first process prints, and 
 With one process these functions change nothing.
 """
 
+import atexit
 import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first process downlo
 
 def join_processes(device: str) -> PartialState:
     """Connect this process with the others that were started together with it."""
-    return PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    # Otherwise a process sometimes aborts at its end, because gloo's threads still run.
+    atexit.register(state.destroy_process_group)
+    return state
 
 
 def process_count() -> int:

@@ -1,12 +1,15 @@
 """Shared parts: the tiny policy and the tiny SAM of the package, loaded once."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 # One thread here and in every process that a test starts. Threads of OpenMP wait for each other by
 # spinning, so beside other work two of them are far slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and tests send it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch
