@@ -21,10 +21,14 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first process downlo
 
 def join_processes(device: str) -> PartialState:
     """Connect this process with the others that were started together with it."""
-    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-    # Otherwise a process sometimes aborts at its end, because gloo's threads still run.
-    atexit.register(state.destroy_process_group)
-    return state
+    atexit.register(leave_processes)
+    return PartialState(cpu=device == "cpu", timeout=PATIENCE)
+
+
+def leave_processes() -> None:
+    """End the connection. Otherwise gloo's threads sometimes abort a process at its end."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def process_count() -> int:
