@@ -68,15 +68,24 @@ def leave(error: Exception) -> None:
 
     The first process knows the errors of all processes (processes.fail_together).
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not first_started():
         sys.exit(2)
     exit_with(error, "train.py")
 
 
-def main(argv: list[str] | None = None) -> None:
-    print_anything()
-    settings, line = parse_settings(argv, "train.py", __doc__)
-    print(line, flush=True)
+def first_started() -> bool:
+    """Return whether this is the first of the processes that were started together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_once(line: str) -> None:
+    """Print a line on stderr in the first process."""
+    if first_started():
+        print(line, file=sys.stderr)
+
+
+def run_or_exit(settings: Settings) -> None:
+    """Train or rehearse. Prints a user's mistake in one line, and exits with a code above 0."""
     try:
         cap_memory(settings)
         run(settings)
@@ -87,11 +96,27 @@ def main(argv: list[str] | None = None) -> None:
             raise  # an error of the GPU or of the code, which needs its traceback
         leave(UserError(f"{OUT_OF_MEMORY} ({error})"))
     except Terminated as error:
-        print(f"train.py: terminated ({error})", file=sys.stderr)
+        print_once(f"train.py: terminated ({error})")
         sys.exit(128 + error.number)
     except KeyboardInterrupt:  # before the first step, after the last step, or a second Ctrl-C
-        print("\nstopped. Saved states remain, see --resume", file=sys.stderr)
+        print_once("\nstopped. Saved states remain, see --resume")
         sys.exit(130)
+
+
+def main(argv: list[str] | None = None) -> None:
+    print_anything()
+    settings, line = parse_settings(argv, "train.py", __doc__)
+    from samr1_mini.launch import choose_processes, start_processes
+
+    count = choose_processes(settings)
+    if count == 1:
+        print(line, flush=True)
+        run_or_exit(settings)
+        return
+    print(f"{line}; {count} processes", flush=True)
+    code = start_processes(run_or_exit, settings, count)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

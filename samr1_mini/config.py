@@ -76,7 +76,7 @@ class Settings:
     seed: int = setting(
         "run",
         0,
-        "seed of all random numbers. On the same type of CPU with the same number of threads, the "
+        "seed of all random numbers. On the same type of CPU with the same number of processes, the "
         "same seed gives the same run. On a GPU, rounding differs from run to run",
     )
     rehearse: int = setting(
@@ -86,6 +86,12 @@ class Settings:
         "Nothing is downloaded",
     )
     device: str = setting("run", "auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    processes: int = setting(
+        "run",
+        0,
+        "processes of a training on a CPU, with one thread each. 0: one for each physical core, at "
+        "most 4. For debugging, use 1",
+    )
     save_minutes: float = setting(
         "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
     )
@@ -509,7 +515,8 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    saved = asdict(Settings()) | read_settings(file)  # newer settings get their defaults
+    # Newer settings get their defaults. Older runs had one process.
+    saved = asdict(Settings()) | {"processes": 1} | read_settings(file)
     changed = {}
     for name, value in given.items():
         if name in MAY_CHANGE:
@@ -530,6 +537,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 
 MAY_BE_0 = (
+    "processes",
     "rehearse",
     "memory_limit",
     "beta",
@@ -574,6 +582,8 @@ def check(s: Settings) -> None:
     if s.updates > s.questions:
         why = f"more than --questions {s.questions}: each update needs at least one question"
         raise UserError(f"--updates {s.updates} is {why}")
+    if s.processes > 1:
+        check_processes(s)
     if s.samples < s.questions:
         why = f"less than one rollout batch: lower --questions {s.questions}"
         raise UserError(f"--samples {s.samples} is {why}")
@@ -584,6 +594,15 @@ def check(s: Settings) -> None:
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
     if s.device == "cuda":
         check_gpu(s)
+
+
+def check_processes(s: Settings) -> None:
+    """Raise UserError if --processes cannot share the questions, or if there is a GPU."""
+    if s.device == "cuda":
+        raise UserError("--processes is for a CPU. For several GPUs, start train.py with torchrun")
+    if s.questions % (s.updates * s.processes):
+        need = f"--processes {s.processes} x --updates {s.updates}"
+        raise UserError(f"--questions {s.questions} is no multiple of {need}")
 
 
 def check_gpu(s: Settings) -> None:

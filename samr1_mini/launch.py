@@ -17,7 +17,7 @@ import torch.multiprocessing as multiprocessing
 
 from .config import Settings
 from .gpu import GIB
-from .stops import ending_signals, outlive_terminal
+from .stops import handled_signals, handlers_put_back, outlive_terminal
 
 MOST = 4  # processes: the reading of prompts and the evaluations gain little from more
 PROCESS_GIB = 1.5  # memory of one process with the tiny policy
@@ -114,9 +114,9 @@ def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -
 
 @contextmanager
 def signals_passed_on(processes: list):
-    """Context manager: send Ctrl-C and ending signals to `processes` instead of handling them.
+    """Context manager: send Ctrl-C and ending signals to `processes`, and do not handle them here.
 
-    In Windows, these signals reach all programs of a console, so nothing is sent.
+    In Windows these signals reach all programs of a console, so nothing is sent.
     """
 
     def pass_on(number, _):
@@ -126,10 +126,7 @@ def signals_passed_on(processes: list):
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    kinds = (signal.SIGINT, *ending_signals())
-    before = {kind: signal.signal(kind, pass_on) for kind in kinds}
-    try:
+    with handlers_put_back():
+        for kind in handled_signals():
+            signal.signal(kind, pass_on)
         yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -1,4 +1,5 @@
-"""Work with several processes, one for each GPU, started by torchrun or `accelerate launch`.
+"""Work with several processes. On GPUs, torchrun or `accelerate launch` starts one for each GPU.
+On a CPU, launch.py starts them.
 
 Each process works on its share of the questions. The first process prints, and writes the files.
 With one process these functions change nothing.
@@ -20,9 +21,15 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first process downlo
 
 
 def join_processes(device: str) -> PartialState:
-    """Connect this process with the others that were started together with it."""
+    """Connect this process with the others that were started together with it.
+
+    On a CPU, each of several processes computes with one thread. launch.py says why.
+    """
     atexit.register(leave_processes)
-    return PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    if device == "cpu" and state.num_processes > 1:
+        torch.set_num_threads(1)
+    return state
 
 
 def leave_processes() -> None:

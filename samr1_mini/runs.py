@@ -14,6 +14,7 @@ test-trained.json, summary.json, sheet-test.png, curves.png
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -217,7 +218,7 @@ def resume_command(folder: Path, s: Settings) -> str:
     if Path(sys.argv[0]).name == script:  # as the user typed it, from any folder
         script = sys.argv[0]
     start = ["python"]
-    if process_count() > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun or accelerate has started this process
         # Accelerate's launcher would start one process on a CPU. Without "--" torchrun takes
         # --run for its own option.
         count = str(process_count())
@@ -391,7 +392,10 @@ class Run:
 
     def prepare_folder(self, sets: list) -> None:
         """Write settings and questions, and remove the log lines after the saved state."""
-        write_settings(self.folder, self.s)
+        s = self.s
+        if s.device == "cpu":  # a resumed run keeps its number of processes
+            s = replace(s, processes=process_count())
+        write_settings(self.folder, s)
         if self.s.prompt_file:
             (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")
         for name, count in (("metrics", self.start), ("answers", self.start * self.s.questions)):

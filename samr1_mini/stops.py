@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from .config import Terminated
+from .processes import is_first
 
 
 def handled_signals() -> list[signal.Signals]:
@@ -62,7 +63,8 @@ def stop_on_signals():
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
+        if is_first():
+            tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
     with handlers_put_back():
         for kind in handled_signals():
