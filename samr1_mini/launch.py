@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import psutil
 import torch.multiprocessing as multiprocessing
+import transformers
 
 from .config import Settings
 from .gpu import GIB
@@ -102,6 +103,8 @@ def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -
         # gets the signal once, from start_processes.
         os.setpgrp()
     outlive_terminal()
+    if rank > 0:
+        transformers.utils.logging.disable_progress_bar()  # of the loading of weights
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
