@@ -323,25 +323,25 @@ def answer_and_score(
 class KeptRows:
     """Keep the rows of an evaluation in a file. A later call can continue the same evaluation.
 
-    The first line, `what`, describes the evaluation. Each further line holds the rows of one batch.
+    The first line is `description`. Each further line holds the rows of one batch.
     """
 
-    def __init__(self, path: Path, what: str):
+    def __init__(self, path: Path, description: str):
         self.path = path
-        self.what = what
+        self.description = description
 
     def read(self) -> dict[int, ScoredAnswer]:
         """Return the kept rows by index. A file of another evaluation is emptied first."""
         try:
             # A kill can leave an incomplete last line. This line is removed.
             first, *lines, _ = self.path.read_text(encoding="utf-8").split("\n")
-            if first == self.what:
+            if first == self.description:
                 self.path.write_text("\n".join([first, *lines, ""]), encoding="utf-8")
                 rows = [ScoredAnswer(**row) for line in lines for row in json.loads(line)]
                 return {row.index: row for row in rows}
         except (OSError, ValueError, TypeError):
             pass  # the file holds nothing usable
-        self.path.write_text(f"{self.what}\n", encoding="utf-8")
+        self.path.write_text(f"{self.description}\n", encoding="utf-8")
         return {}
 
     def append(self, rows: Iterable[ScoredAnswer]) -> None:

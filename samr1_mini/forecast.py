@@ -52,7 +52,7 @@ def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
     phases["logits"]["a chunk of logits, and gradients"] = 5 * chunk * FP32
     if s.checkpointing:
-        recomputed = n.row_tokens * recomputed_bytes(n)
+        recomputed = n.row_tokens * recomputed_token_bytes(n)
         phases["layers"]["activations of the recomputed layer"] = recomputed
     return phases
 
@@ -66,7 +66,7 @@ def forward_bytes(n: Sizes) -> int:
     return n.layers * n.row_tokens * token
 
 
-def recomputed_bytes(n: Sizes) -> int:
+def recomputed_token_bytes(n: Sizes) -> int:
     """Return the bytes of one token in the layer that the backward recomputes."""
     token = n.hidden_width * 9 * FP32  # inputs of six adapters and two norms, and a gradient
     token += n.hidden_width * 5 * n.number_bytes  # gradient, query, seen, sum, normed

@@ -89,7 +89,7 @@ def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tup
     gap = reference - logp  # [S] log(pi_ref / pi)
     bounded = gap.clamp(max=bound)
     # (3)  KL = pi_ref / pi - log(pi_ref / pi) - 1
-    return bounded.exp() - bounded - 1, gap > bound
+    return bounded.expm1() - bounded, gap > bound
 
 
 def grpo_loss(
@@ -246,7 +246,7 @@ def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dic
     advantage = advantage.to(policy.device)
     loss, values = parts.loss(logp, old, reference, advantage, lengths, s)
     gap = logp - old  # [S]
-    values |= {"entropy": entropy, "approx_kl": gap.exp() - 1 - gap, "sampling_gap": gap.abs()}
+    values |= {"entropy": entropy, "approx_kl": gap.expm1() - gap, "sampling_gap": gap.abs()}
     return loss, {name: value.detach() for name, value in values.items()}
 
 

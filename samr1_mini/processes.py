@@ -139,8 +139,7 @@ def first_before_others():
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Give every process the sum of all processes' gradients.
 
-    If the sum is 0, the gradients are not set. A run with one process has no gradients in this case.
-    Gradients of 0 would let the optimizer's momentum move the parameters.
+    If the sum is 0, the gradients are not set. With one process there would be none. Gradients of 0 would let the optimizer's momentum move the parameters.
     """
     if process_count() == 1:
         return

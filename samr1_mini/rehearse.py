@@ -113,7 +113,9 @@ def gib_list(sizes: dict, digits: int) -> str:
     return ", ".join(f"{name} {value:.{digits}f}" for name, value in sizes.items())
 
 
-def beside(seconds: dict, gib: dict, forecast_gib: dict, forecast_seconds: dict) -> list[str]:
+def comparison_table(
+    seconds: dict, gib: dict, forecast_gib: dict, forecast_seconds: dict
+) -> list[str]:
     """Return a table that compares measured seconds and peak GiB of each phase with the forecast.
 
     The forecast describes the second step and later steps. During rollout and reward of the first
@@ -356,7 +358,7 @@ def print_steps(table: dict, expected: dict) -> None:
     card = known_card(table["device"])
     if card:
         times = expected["seconds_per_step"][card][str(table["max_new_tokens"])]
-    print(*beside(table["seconds"], table["peak_gib"], gib, times), sep="\n")
+    print(*comparison_table(table["seconds"], table["peak_gib"], gib, times), sep="\n")
     print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
 
 

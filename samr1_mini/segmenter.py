@@ -49,7 +49,7 @@ class SamSegmenter:
 
     def __init__(self, predictor: SamPredictor):
         self.predictor = predictor
-        self.seen = b""  # key of the picture that is encoded
+        self.encoded_key = b""  # of the picture that is encoded
 
     def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
         """Return masks as described in Segmenter. Encodes a repeated picture only once."""
@@ -93,7 +93,7 @@ class Sam2Segmenter:
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.device = device
-        self.seen = b""  # key of the picture that is encoded
+        self.encoded_key = b""  # of the picture that is encoded
 
     def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
         """Return masks as described in Segmenter. Encodes a repeated picture only once."""
@@ -134,11 +134,11 @@ def encode_once(segmenter, image: np.ndarray) -> None:
     """Encode a picture, uint8 RGB [H, W, 3], unless it is the last encoded picture."""
     digest = blake2b(np.ascontiguousarray(image), digest_size=16).digest()
     key = digest + str(image.shape).encode()
-    if key == segmenter.seen:
+    if key == segmenter.encoded_key:
         return
-    segmenter.seen = b""  # stays so if the encoder fails
+    segmenter.encoded_key = b""  # stays so if the encoder fails
     segmenter.encode(image)
-    segmenter.seen = key
+    segmenter.encoded_key = key
 
 
 @torch.no_grad()

@@ -41,7 +41,9 @@ class Sizes:
         self.query_width = head_width * self.heads  # of one token, all heads
         self.key_width = head_width * text.num_key_value_heads
         self.number_bytes = number_bytes(s)
-        self.cache_bytes = self.layers * 2 * self.key_width * self.number_bytes  # of one token
+        self.cache_token_bytes = (
+            self.layers * 2 * self.key_width * self.number_bytes
+        )  # of one token
         self.count_weights(config)
         self.read_vision(config)
         picture_tokens = (s.image_size // cell_size(config)) ** 2
@@ -131,11 +133,11 @@ def sampling_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     cached_tokens = n.prompt_tokens + n.s.group * capacity
     logit_bytes = FP32 + 2 * FP64  # log-probability, probability, running sum
     prefill = {
-        "keys and values": n.prompt_tokens * n.cache_bytes,
+        "keys and values": n.prompt_tokens * n.cache_token_bytes,
         "activations of a layer": n.prompt_tokens * states,
     }
     decode = {
-        "keys and values": cached_tokens * n.cache_bytes,
+        "keys and values": cached_tokens * n.cache_token_bytes,
         "choice of tokens": n.s.group * n.vocabulary * logit_bytes,
     }
     return {"prefill": prefill, "decode": decode}

@@ -71,7 +71,7 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     weights = n.linear_weights * n.linear_weight_bytes + n.head_weights * n.number_bytes
     if n.s.load_in == "nf4" and rows > 64:  # bitsandbytes writes and reads a bf16 copy
         weights += 2 * n.linear_weights * n.number_bytes
-    moved = questions * (n.prompt_tokens + group * middle) * n.cache_bytes
+    moved = questions * (n.prompt_tokens + group * middle) * n.cache_token_bytes
     moved += rows * n.layers * n.heads * (n.prompt_tokens + middle) * 30  # attention scores
     moved += rows * n.vocabulary * 68  # logits, softmax, sums in fp64
     moved += rows * moved_bytes(n)

@@ -19,7 +19,7 @@ from samr1_mini.config import make_settings
 from samr1_mini.forecast import GIB, card_line, forecast_line, peaks, phase_bytes
 from samr1_mini.forecast import policy_sizes, staying_bytes, usable
 from samr1_mini.full_size import random_policy, shape_config
-from samr1_mini.rehearse import beside, forecast, forecast_lines
+from samr1_mini.rehearse import comparison_table, forecast, forecast_lines
 from samr1_mini.runs import time_left
 from samr1_mini.sizes import Sizes, number_bytes, sam_sizes
 from samr1_mini.speed import CARDS, hours, known_card, step_seconds, update_seconds
@@ -294,7 +294,7 @@ def test_measured_figures_stand_beside_the_forecast_of_their_phase():
     expected = dict(load=9.0, prefill=15.5, decode=14.0, reward=13.0, update=12.5)
     measured = dict(rollout=30.0, reward=8.0, update=84.0, evaluation=2.0)
     times = {"rollout": 31.5, "update": 80.25}
-    lines = beside(measured, dict.fromkeys(measured, 11.0), expected, times)
+    lines = comparison_table(measured, dict.fromkeys(measured, 11.0), expected, times)
     assert [line.split() for line in lines[1:]] == [
         ["rollout", "30.0", "31.5", "11.000", "15.500"],
         ["reward", "8.0", "-", "11.000", "13.000"],

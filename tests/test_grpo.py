@@ -128,6 +128,13 @@ def test_the_kl_is_k3_and_its_mean_is_the_true_kl():
     assert kl.mean().item() == pytest.approx(exact.item(), rel=0.02)
 
 
+def test_the_kl_of_nearly_equal_probabilities_keeps_its_digits():
+    gap = torch.logspace(-5, -1, 60, dtype=torch.float64)
+    exact = gap**2 / 2 + gap**3 / 6 + gap**4 / 24 + gap**5 / 120  # the series of e^gap - gap - 1
+    kl, _ = kl_to_base(torch.zeros(60), gap.float(), 5.0)
+    assert kl.double().tolist() == pytest.approx(exact.tolist(), rel=2e-2)
+
+
 def test_one_token_that_the_base_finds_far_likelier_cannot_rule_an_update_and_is_counted():
     """In the gradient as in the value; below the bound nothing changes. With bound 5 and beta 0.005 its pull is at most
     0.74 advantages."""

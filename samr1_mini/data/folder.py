@@ -412,24 +412,24 @@ def check_against_picture(
     check_truth does.
     """
     files = mask_files(row)
-    turned = header.turned and not files
+    unclear = header.turned and not files
     try:
         for name in files:
             mask = read_header(inside(folder, name))
-            turned = turned or header.turned != mask.turned
+            unclear = unclear or header.turned != mask.turned
             refuse_lossy(mask, name)
             check_size(f"{name}: the mask", mask.size, header.size)
         numbers = check_truth(row, header.size, may_be_empty)
     except ValueError as error:
-        if turned:
+        if unclear:
             raise ValueError(
                 f"{error}. EXIF rotates the picture or the mask, but not both; save both upright"
             ) from None
         raise
     width, height = header.size
     if not numbers and header.sideways and width != height:
-        turned = False  # with the other rotation, the sizes would not match
-    return turned, numbers
+        unclear = False  # with the other rotation, the sizes would not match
+    return unclear, numbers
 
 
 def are_suspect(corners: list[tuple[float, float, int, int]]) -> bool:
