@@ -50,6 +50,7 @@ CPU = Settings(device="cpu")  # 16 questions, 4 updates
 def test_the_number_of_processes_follows_cores_memory_and_questions(
     cores, free, settings, count, monkeypatch
 ):
+    monkeypatch.setattr(launch, "MOST", 4)
     monkeypatch.setattr(launch, "cpu_cores", lambda: cores)
     memory = SimpleNamespace(available=free * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -57,6 +58,7 @@ def test_the_number_of_processes_follows_cores_memory_and_questions(
 
 
 def test_processes_of_another_launcher_start_no_more_processes(monkeypatch):
+    monkeypatch.setattr(launch, "MOST", 4)
     monkeypatch.setattr(launch, "cpu_cores", lambda: 4)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch.choose_processes(CPU) == 1
