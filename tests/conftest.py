@@ -12,9 +12,9 @@ if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and tests send it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Each worker of pytest-xdist has a core of its own. So a training that a test starts as a program
 # has one process, unless the test asks for more.
-if hasattr(os, "sched_setaffinity"):
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 import pytest
