@@ -17,7 +17,7 @@ from samr1_mini.config import (
 )
 from samr1_mini.gpu import card_memory
 from samr1_mini.memory import cap_memory, memory_warning
-from samr1_mini.stops import outlive_terminal
+from samr1_mini.stops import first_started, outlive_terminal
 
 OUT_OF_MEMORY = (
     "GPU memory ran out. If a step was saved, continue with --resume and a lower --max-new-tokens "
@@ -71,11 +71,6 @@ def leave(error: Exception) -> None:
     if not first_started():
         sys.exit(2)
     exit_with(error, "train.py")
-
-
-def first_started() -> bool:
-    """Return whether this is the first of the processes that were started together."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def print_once(line: str) -> None:

@@ -20,7 +20,7 @@ from .config import Settings
 from .gpu import GIB
 from .stops import handled_signals, handlers_put_back, outlive_terminal
 
-MOST = 4  # processes: the reading of prompts and the evaluations gain little from more
+MOST = 4  # processes, because an update of the default settings has four questions
 PROCESS_GIB = 1.5  # memory of one process with the tiny policy
 GRACE = 600.0  # seconds to save a run after one process has ended
 

@@ -1,5 +1,6 @@
 """Stop a run by Ctrl-C, by a signal that ends a program, or by closing the terminal."""
 
+import os
 import signal
 import sys
 import threading
@@ -8,7 +9,11 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from .config import Terminated
-from .processes import is_first
+
+
+def first_started() -> bool:
+    """Return whether this is the first of the processes that were started together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def handled_signals() -> list[signal.Signals]:
@@ -63,7 +68,7 @@ def stop_on_signals():
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        if is_first():
+        if first_started():
             tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
     with handlers_put_back():
