@@ -76,8 +76,8 @@ class Settings:
     seed: int = setting(
         "run",
         0,
-        "seed of all random numbers. On the same type of CPU with the same number of processes, the "
-        "same seed gives the same run. On a GPU, rounding differs from run to run",
+        "seed of all random numbers. On the same type of CPU with the same number of threads and "
+        "processes, the same seed gives the same run. On a GPU, rounding differs from run to run",
     )
     rehearse: int = setting(
         "run",
@@ -88,9 +88,9 @@ class Settings:
     device: str = setting("run", "auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     processes: int = setting(
         "run",
-        0,
-        "processes of a training on a CPU, with one thread each. 0: one for each physical core, at "
-        "most 4. For debugging, use 1",
+        1,
+        "processes of a training on a CPU, with one thread each. Use at most one for each core. "
+        "Several processes are faster, and each needs 1.5 GiB of memory",
     )
     save_minutes: float = setting(
         "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
@@ -515,8 +515,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    # Newer settings get their defaults. Older runs had one process.
-    saved = asdict(Settings()) | {"processes": 1} | read_settings(file)
+    saved = asdict(Settings()) | read_settings(file)  # newer settings get their defaults
     changed = {}
     for name, value in given.items():
         if name in MAY_CHANGE:
@@ -537,7 +536,6 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 
 MAY_BE_0 = (
-    "processes",
     "rehearse",
     "memory_limit",
     "beta",
@@ -599,7 +597,7 @@ def check(s: Settings) -> None:
 def check_processes(s: Settings) -> None:
     """Raise UserError if --processes cannot share the questions, or if there is a GPU."""
     if s.device == "cuda":
-        raise UserError("--processes is for a CPU. For several GPUs, start train.py with torchrun")
+        raise UserError("--processes is for a CPU: add --device cpu. Several GPUs need torchrun")
     if s.questions % (s.updates * s.processes):
         need = f"--processes {s.processes} x --updates {s.updates}"
         raise UserError(f"--questions {s.questions} is no multiple of {need}")

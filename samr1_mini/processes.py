@@ -139,7 +139,8 @@ def first_before_others():
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Give every process the sum of all processes' gradients.
 
-    If the sum is 0, the gradients are not set. With one process there would be none. Gradients of 0 would let the optimizer's momentum move the parameters.
+    If the sum is 0, no gradient is set, as with one process. Gradients of 0 would let the
+    optimizer's momentum move the parameters.
     """
     if process_count() == 1:
         return

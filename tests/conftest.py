@@ -10,12 +10,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and tests send it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Each worker of pytest-xdist has a core of its own. So a training that a test starts as a program
-# has one process, unless the test asks for more.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 import pytest
 import torch
@@ -27,7 +21,7 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "benchmarks"))
 sys.path.insert(0, str(TESTS.parent))  # train.py and eval.py stand there
 
-from samr1_mini import attention, launch
+from samr1_mini import attention
 from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.data import public
@@ -35,8 +29,6 @@ from samr1_mini.policy import load_policy
 from samr1_mini.lenient import read_leniently
 from samr1_mini.reward import read_answer, score_group
 from samr1_mini.segmenter import load_segmenter
-
-launch.MOST = 1  # so that train.main in this process starts no others, on macOS too
 
 # On a machine with a GPU, too, all but the tests that ask for one run on the CPU, in this process and in others.
 VISIBLE, HAS_GPU = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available()
