@@ -21,10 +21,10 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first process downlo
 
 def join_processes(device: str) -> PartialState:
     """Connect this process with the others that were started together with it."""
-    atexit.register(leave_processes)
     return PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
+@atexit.register
 def leave_processes() -> None:
     """End the connection. Otherwise gloo's threads sometimes abort a process at its end."""
     if torch.distributed.is_initialized():
