@@ -25,13 +25,13 @@ def join_processes(device: str) -> PartialState:
 
     On a CPU, each of several processes computes with one thread. launch.py says why.
     """
-    atexit.register(leave_processes)
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if device == "cpu" and state.num_processes > 1:
         torch.set_num_threads(1)
     return state
 
 
+@atexit.register
 def leave_processes() -> None:
     """End the connection. Otherwise gloo's threads sometimes abort a process at its end."""
     if torch.distributed.is_initialized():

@@ -1,8 +1,7 @@
 """Forecast the hours of a training by arithmetic. Nothing is loaded, run or measured.
 
 A time is the number of operations, or of bytes, divided by a speed. This speed is a share of the
-card's published speed. The forecast
-hours are right within a factor of 1.5.
+card's published speed. The forecast hours are right within a factor of 1.5.
 """
 
 import re

@@ -4,21 +4,16 @@
 JSON. The objects, questions and masks are those of the test scenes.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from samr1_mini.config import make_settings
 from samr1_mini.data import Sample, load_data
-from samr1_mini.evaluation import evaluate
-from samr1_mini.policy import load_policy
-from samr1_mini.segmenter import load_segmenter
 from samr1_mini.tiny.scenes import make_scene
 
-from .mirror import ADAPTER
+from .mirror import print_scores
 
 GREY = 128
 
@@ -41,13 +36,5 @@ class OnGrey(Sequence):
         return replace(sample, image=Image.fromarray(pixels))
 
 
-def main() -> None:
-    settings, _ = make_settings(preset="tiny", device="cpu")
-    policy = load_policy("tiny", adapter=ADAPTER)
-    scenes = OnGrey(load_data("shapes", "test", 500))
-    report = evaluate(policy, load_segmenter("tiny"), scenes, settings)
-    print(json.dumps(report.summary(), indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    print_scores(OnGrey(load_data("shapes", "test", 500)))
