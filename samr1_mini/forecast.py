@@ -13,7 +13,8 @@ from .full_size import SHAPES, shape_config
 from .gpu import GIB, card_memory
 from .memory import memory_warning, smaller_weights
 from .policy import CHUNK_LOGITS, check_policy
-from .sizes import FP32, Sizes, sam_sizes, sampling_bytes
+from .sizes import FP32, Sizes, backward_bytes, forward_bytes, layer_bytes, sam_sizes
+from .sizes import sampling_bytes
 from .speed import CARDS, hours, known_card
 
 CONTEXT, GAPS = 0.6, 0.1  # GiB of CUDA's libraries, share of memory lost between tensors
@@ -51,27 +52,10 @@ def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
         phases[name]["activations of the forward"] = forward_bytes(n)
     chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
     phases["logits"]["a chunk of logits, and gradients"] = 5 * chunk * FP32
+    phases["layers"]["gradients of activations"] = backward_bytes(n)
     if s.checkpointing:
-        recomputed = n.row_tokens * recomputed_token_bytes(n)
-        phases["layers"]["activations of the recomputed layer"] = recomputed
+        phases["layers"]["activations of the recomputed layer"] = layer_bytes(n)
     return phases
-
-
-def forward_bytes(n: Sizes) -> int:
-    """Return the bytes of a forward of the update that are kept for its backward."""
-    if n.s.checkpointing:  # the embeddings, and the input of each layer
-        return (n.layers + 1) * n.row_tokens * n.hidden_width * n.number_bytes
-    token = n.hidden_width * (8 * FP32 + 2 * n.number_bytes)  # adapters, norms, query, seen
-    token += n.mlp_width * (FP32 + 3 * n.number_bytes)  # an adapter's input, gate, SiLU, up
-    return n.layers * n.row_tokens * token
-
-
-def recomputed_token_bytes(n: Sizes) -> int:
-    """Return the bytes of one token in the layer that the backward recomputes."""
-    token = n.hidden_width * 9 * FP32  # inputs of six adapters and two norms, and a gradient
-    token += n.hidden_width * 5 * n.number_bytes  # gradient, query, seen, sum, normed
-    # Output and scaled output of an adapter, gate, SiLU, up.
-    return token + n.mlp_width * (2 * FP32 + 3 * n.number_bytes)
 
 
 def peaks(n: Sizes) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, PackedRow
 from .config import UserError, cause, check_size, first_line
 from .files import check_adapter_files, check_policy_files, check_policy_is_whole, read_adapter
+from .lora import compute_in_input_dtype, new_adapter
 from .memory import compute_dtype
 from .prompt import PROMPT, instruction
 from .tokens import banned_ids, opened_answer, stop_ids, token_logits
@@ -30,10 +31,6 @@ TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for
 
 # Model types that can be the policy, with their units: pixels, or thousandths of a side.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
-
-# Only the language model gets an adapter. Layers of the vision tower have the same names. So the
-# pattern asks for "language_model".
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 TOWER_PIXELS = 4096 * 14 * 14  # most pixels in one call of the vision tower: 4,096 patches
 CHUNK_LOGITS = 2**26  # most logits that logprobs computes at once: 256 MB in fp32
@@ -232,10 +229,10 @@ def add_adapter(
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is None:
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
-        model = get_peft_model(base, config)
+        model = new_adapter(base, rank)
     else:
         model = read_adapter(base, adapter)
+    compute_in_input_dtype(model)
     return Policy(model.eval(), processor, coordinates)
 
 

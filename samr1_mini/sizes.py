@@ -125,10 +125,10 @@ def sampling_bytes(n: Sizes) -> dict[str, dict[str, float]]:
 
     The peaks are in the prefill of the prompt ("prefill"), and at the last token ("decode").
     """
-    # One token in a layer of the prefill, at an adapter of the MLP. Of the hidden width: input of
-    # the adapter (fp32), input of the layer, residual, sum, normed.
-    states = n.hidden_width * (FP32 + 4 * n.number_bytes)
-    states += n.mlp_width * (2 * FP32 + 2 * n.number_bytes)  # output, scaled output, gate, up
+    # One token in a layer of the prefill, at the adapter of up_proj. Of the hidden width: prompt,
+    # input of the layer, residual, normed. Of the width of the MLP: SiLU, and output without and
+    # with the adapter.
+    states = (4 * n.hidden_width + 3 * n.mlp_width) * n.number_bytes
     capacity = math.ceil(n.s.max_new_tokens / BLOCK) * BLOCK  # tokens of an answer in the cache
     cached_tokens = n.prompt_tokens + n.s.group * capacity
     logit_bytes = FP32 + 2 * FP64  # log-probability, probability, running sum
@@ -158,3 +158,31 @@ def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, 
     most = max(1, int(min(questions, fitting)))
     batches = math.ceil(questions / most)
     return math.ceil(questions / batches)
+
+
+# -------------------- the memory of an update
+
+
+def layer_bytes(n: Sizes) -> int:
+    """Return the bytes that one layer keeps of a row for its backward."""
+    token = n.hidden_width * (2 * FP32 + 2 * n.number_bytes)  # two norms, in fp32 and as outputs
+    token += (3 * n.query_width + 2 * n.key_width) * n.number_bytes  # query, seen twice, key, value
+    token += 4 * n.mlp_width * n.number_bytes  # gate, SiLU, up, product
+    # Each answer has a copy of its prompt's keys and values, and of its own.
+    copied = n.s.group * n.prompt_tokens + n.answer_tokens
+    copied *= n.row_questions * 2 * n.key_width * n.number_bytes
+    return n.row_tokens * token + copied
+
+
+def backward_bytes(n: Sizes) -> int:
+    """Return the bytes that the backward of a layer adds at its peak, in the MLP."""
+    # One gradient of the hidden width. Of the width of the MLP: gradients of the frozen layer and
+    # of the adapter, and their sum.
+    return n.row_tokens * (n.hidden_width + 3 * n.mlp_width) * n.number_bytes
+
+
+def forward_bytes(n: Sizes) -> int:
+    """Return the bytes of a forward of the update that are kept for its backward."""
+    if n.s.checkpointing:  # the embeddings, and the input of each layer
+        return (n.layers + 1) * n.row_tokens * n.hidden_width * n.number_bytes
+    return n.layers * layer_bytes(n)
