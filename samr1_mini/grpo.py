@@ -9,8 +9,8 @@ From `train` to the gradient:
                                                             -> grpo_loss  eq. (4)
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
-"The loss stays near 0, is it broken?" No. In the first update of a batch, the ratio pi / pi_old is
-1. So the loss is minus a mean of advantages, which sum to 0 in a group. The gradient is not 0.
+"The loss stays near 0, is it broken?" No. In the first update of a batch, the policy pi is still
+the one that sampled. So the loss is minus a mean of advantages, near 0. The gradient is not 0.
 
 Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens of all answers.
 """
@@ -44,7 +44,7 @@ from .segmenter import Segmenter
 def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     """Compare each answer with its group: rewards [B, G] -> advantages [B, G].
 
-    A group with equal rewards gets exactly 0. The kind "mean" (Dr. GRPO) does not divide by std.
+    A group with equal rewards gets exactly 0. The kind "mean" (Dr. GRPO) is eq. (1) without std.
 
     >>> advantages(torch.tensor([[6.0, 2.0], [1.0, 1.0]])).tolist()
     [[1.0, -1.0], [0.0, 0.0]]
@@ -81,9 +81,9 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tuple:
-    """Return two values for each token [S]: the KL to the base model, and True above the bound.
+    """Return two tensors [S]: each token's KL to the base model, and True if it was bounded.
 
-    Eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide the whole update.
+    The KL of eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide an update.
     So log(pi_ref / pi) is limited to `bound`. Above the bound, a token has no gradient of the KL.
     """
     gap = reference - logp  # [S] log(pi_ref / pi)
@@ -174,7 +174,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. With equal rewards, only the KL needs it."""
+        """Return True if the updates use this group. With equal rewards, only the KL does."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())

@@ -6,8 +6,8 @@ No network is trained here. The policy gets no reward for its box. It gets rewar
 Segment Anything draws from the box and the points.
 
 Coordinates of an answer go from 0 to `side`. For answers in pixels, `side` is the size of the
-policy's picture. For answers in thousandths, `side` is 1,000. SAM and the true mask keep the
-picture's own size [H, W].
+policy's scaled picture. For answers in thousandths, `side` is 1,000. SAM and the true mask use the
+original size of the picture, [H, W].
 
 A new term is one line in `reward_terms` and one setting NAME_weight in config.py. The log, the
 curves and the drawn sheets of answers then show the term.
@@ -36,7 +36,7 @@ Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
 
 @dataclass
 class Answer:
-    """Hold one parsed answer. Training sets `box` and `points` only if the format is right."""
+    """Hold one parsed answer. In training, a wrong format leaves `box` and `points` empty."""
 
     side: int  # coordinates of box and points go from 0 to this
     box: Box | None = None
@@ -187,7 +187,7 @@ TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))  # limit, and reward of an IoU abov
 
 
 def tiered(value: float) -> float:
-    """Return the tier of eq. (5) for an IoU: 0, 2, 3 or 4."""
+    """Return the reward of eq. (5) for an IoU: 0, 2, 3 or 4."""
     # (5)  4 if IoU > 0.8, 3 if IoU > 0.7, 2 if IoU > 0.5, else 0
     for limit, reward in TIERS:
         if value > limit:
