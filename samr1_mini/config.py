@@ -89,8 +89,8 @@ class Settings:
     processes: int = setting(
         "run",
         1,
-        "processes of a training on a CPU, with one thread each. Use at most one for each core. "
-        "Several processes are faster, and each needs 1.5 GiB of memory",
+        "processes of a training on a CPU, with one thread each. Several are faster. Use at most "
+        "one for each core. 0 chooses a number for this machine and the tiny preset",
     )
     save_minutes: float = setting(
         "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
@@ -545,6 +545,7 @@ MAY_BE_0 = (
     "seed",
     "eps_low",
     "eps_high",
+    "processes",
 )
 
 

@@ -15,13 +15,18 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from pathlib import Path
 
+import psutil  # accelerate depends on psutil
 import torch
 
 from .config import Settings
+from .gpu import GIB
 from .stops import handled_signals, handlers_put_back, outlive_terminal
 
 GRACE = 60.0  # seconds to save a run after one process has ended
+MOST = 4  # processes that --processes 0 starts
+PROCESS_BYTES = 1.5 * GIB  # memory of one process of the tiny preset
 CRASHES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGABRT")
 
 
@@ -30,7 +35,44 @@ def choose_processes(s: Settings) -> int:
     started_already = "WORLD_SIZE" in os.environ  # by torchrun or accelerate
     if started_already or s.device != "cpu" or s.rehearse:
         return 1
-    return s.processes
+    return s.processes or automatic_number(s)
+
+
+def automatic_number(s: Settings) -> int:
+    """Return the number of processes for --processes 0: one for each physical core, at most 4.
+
+    The number divides the questions of an update, and all processes fit in memory. Only the tiny
+    preset's memory is known. So other models get one process.
+    """
+    if s.policy != "tiny" or s.sam != "tiny":
+        return 1
+    most = min(MOST, usable_cores(), int(usable_memory() / PROCESS_BYTES))
+    for count in range(most, 1, -1):
+        if s.questions % (s.updates * count) == 0:
+            return count
+    return 1
+
+
+def usable_cores() -> int:
+    """Return the number of physical cores. Cores that this process may not use do not count."""
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
+        cores = min(cores, len(psutil.Process().cpu_affinity()))
+    return cores
+
+
+# Limits of a container's memory in bytes, in Linux: cgroup version 2, and version 1.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def usable_memory() -> int:
+    """Return the bytes of memory that programs can still take, or the container's limit if less."""
+    usable = psutil.virtual_memory().available
+    for file in map(Path, LIMITS):
+        limit = file.read_text().strip() if file.is_file() else ""
+        if limit.isdecimal():  # "max" means no limit
+            usable = min(usable, int(limit))
+    return usable
 
 
 def start_processes(work: Callable[[Settings], None], s: Settings, count: int) -> int:

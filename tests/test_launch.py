@@ -37,6 +37,48 @@ def test_only_a_training_on_a_cpu_starts_several_processes(settings, count):
     assert launch.choose_processes(replace(CPU, **settings)) == count
 
 
+@pytest.mark.parametrize(
+    "cores, gib, given, count",
+    [
+        (2, 16, {}, 2),
+        (1, 16, {}, 1),
+        (64, 64, {}, 4),
+        (3, 16, {}, 2),  # 4 questions of an update are not shared by 3
+        (8, 16, {"questions": 6, "updates": 2}, 3),
+        (8, 3.2, {}, 2),  # each process needs 1.5 GiB
+        (8, 1, {}, 1),
+        (8, 16, {"policy": "a/folder"}, 1),
+        (8, 16, {"sam": "vit_b"}, 1),
+    ],
+)
+def test_the_automatic_number_fits_cores_memory_and_questions(
+    cores, gib, given, count, monkeypatch
+):
+    monkeypatch.setattr(launch, "usable_cores", lambda: cores)
+    monkeypatch.setattr(launch, "usable_memory", lambda: gib * 2**30)
+    assert launch.choose_processes(replace(CPU, processes=0, **given)) == count
+
+
+def test_cores_that_a_process_may_not_use_do_not_count(monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None if logical else 6)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0, 5], raising=False)
+    assert launch.usable_cores() == 2
+    monkeypatch.delattr(psutil.Process, "cpu_affinity")  # macOS
+    assert launch.usable_cores() == 6
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)  # unknown
+    assert launch.usable_cores() == 1
+
+
+@pytest.mark.parametrize("text, limit", [("max\n", None), ("123456789\n", 123456789)])
+def test_the_limit_of_a_container_limits_the_usable_memory(text, limit, tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(launch, "LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
+    if limit:
+        assert launch.usable_memory() == limit
+    else:
+        assert launch.usable_memory() > 2**30
+
+
 def test_processes_of_another_launcher_start_no_more_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch.choose_processes(replace(CPU, processes=4)) == 1
