@@ -160,7 +160,8 @@ def stop_without_parent() -> None:
 def signals_passed_on(processes: list):
     """Context manager: send the handled signals to `processes`. This process itself continues.
 
-    In Windows the signals reach all programs of a console, so this process ignores them.
+    Ctrl-Z stops all processes until the shell continues this one. In Windows the signals reach all
+    programs of a console, so this process ignores them.
     """
 
     def pass_on(number, _):
@@ -168,9 +169,16 @@ def signals_passed_on(processes: list):
             if process.is_alive():
                 os.kill(process.pid, number)
 
+    def pause(_, frame):
+        pass_on(signal.SIGSTOP, frame)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        pass_on(signal.SIGCONT, frame)  # the shell has continued this process
+
     handler = pass_on
     if sys.platform == "win32":
         handler = signal.SIG_IGN
+    elif handled_signals():  # in the main thread
+        signal.signal(signal.SIGTSTP, pause)
     with handlers_put_back():
         for kind in handled_signals():
             signal.signal(kind, handler)

@@ -167,16 +167,13 @@ def started(folder, samples):
     return process
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
-)
-def test_a_signal_saves_a_run_of_two_processes_and_the_printed_command_continues_it(
-    number, code, whole_run, tmp_path
+def test_ctrl_c_saves_a_run_of_two_processes_and_the_printed_command_continues_it(
+    whole_run, tmp_path
 ):
     process = started(tmp_path / "run", 4000)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == code and "Traceback" not in err
+    assert process.returncode == 130 and "Traceback" not in err
     steps = saved_state(tmp_path / "run")["step"]
     assert 1 <= steps == len(log_of(tmp_path / "run"))
     [line] = [line.strip() for line in out.splitlines() if "--resume" in line]
@@ -191,17 +188,41 @@ def test_a_signal_saves_a_run_of_two_processes_and_the_printed_command_continues
     assert len(log) == steps + 1 and log[:3] == log_of(whole_run)[: len(log)]
 
 
+def test_ctrl_z_stops_all_processes_and_sigterm_saves_them_after_they_continue(tmp_path):
+    process = started(tmp_path / "run", 4000)
+    process.send_signal(signal.SIGTSTP)
+    trainings = training_processes(process)
+    end = time.monotonic() + 60
+    while any(one.status() != psutil.STATUS_STOPPED for one in trainings):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    assert saved_state(tmp_path / "run")["step"] == len(log_of(tmp_path / "run"))
+
+
+def training_processes(process):
+    """The processes of a run that train."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    found = [one for one in found if any("spawn_main" in word for word in one.cmdline())]
+    assert len(found) == 2
+    return found
+
+
 def test_a_process_that_is_killed_ends_the_run_with_one_line_and_its_last_step_is_saved(tmp_path):
     process = started(tmp_path / "run", 4000)
     workers = psutil.Process(process.pid).children(recursive=True)
-    trainings = [one for one in workers if any("spawn_main" in word for word in one.cmdline())]
-    assert len(trainings) == 2
-    max(trainings, key=lambda one: one.pid).kill()  # not the first process, which saves
+    max(
+        training_processes(process), key=lambda one: one.pid
+    ).kill()  # not the first process, which saves
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL
     assert err.count("train.py:") == 1 and "SIGKILL" in err
     assert saved_state(tmp_path / "run")["step"] == len(log_of(tmp_path / "run"))
-    assert not any(one.is_running() for one in workers)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
 
 
 def test_a_mistake_of_the_user_is_one_line_with_several_processes_too(tmp_path):
