@@ -72,7 +72,7 @@ def test_cores_that_a_process_may_not_use_do_not_count(monkeypatch):
 @pytest.mark.parametrize("text, limit", [("max\n", None), ("123456789\n", 123456789)])
 def test_the_limit_of_a_container_limits_the_usable_memory(text, limit, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(text)
-    monkeypatch.setattr(launch, "LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
+    monkeypatch.setattr(launch, "LIMIT_FILES", (tmp_path / "memory.max", tmp_path / "absent"))
     if limit:
         assert launch.usable_memory() == limit
     else:
@@ -209,6 +209,26 @@ def training_processes(process):
     found = [one for one in found if any("spawn_main" in word for word in one.cmdline())]
     assert len(found) == 2
     return found
+
+
+def test_a_signal_before_the_processes_exist_reaches_them_later():
+    reached, before = [], signal.getsignal(signal.SIGTERM)
+
+    class Process:
+        pid = 0
+
+        def is_alive(self):
+            reached.append("alive?")
+            return False
+
+    processes = []
+    with launch.signals_passed_on(processes) as missed:
+        signal.raise_signal(signal.SIGTERM)
+        assert missed == [signal.SIGTERM] and not reached
+        processes.append(Process())
+        signal.raise_signal(signal.SIGTERM)
+        assert missed == [signal.SIGTERM] and reached == ["alive?"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_process_that_is_killed_ends_the_run_with_one_line_and_its_last_step_is_saved(tmp_path):
