@@ -182,9 +182,9 @@ class Settings:
     redraw: int = setting(
         "rollout",
         0,
-        "replace groups with equal rewards by new questions, up to this many times in a step "
-        "(dynamic sampling, DAPO). --samples still counts the questions of the updates, and "
-        "groups that stay equal fill them up",
+        "replace groups with equal rewards by new questions, at most this many times in a step "
+        "(dynamic sampling, DAPO). The number of steps stays --samples / --questions. Groups that "
+        "are equal after the last time stay in the update",
     )
     max_new_tokens: int = setting("rollout", 112, "maximum number of tokens in an answer")
     temperature: float = setting(

@@ -53,9 +53,9 @@ def saving_line(log: list[dict]) -> str:
     seconds = sum(line["seconds_update"] for line in log)
     saved = sum(line.get("flat_tokens", 0.0) * line["seconds_update"] for line in log)
     return (
-        f"groups with equal rewards: {share:.0%}. --skip-flat would have saved about "
-        f"{saved / 60:.1f} of the updates' {seconds / 60:.1f} minutes, without the KL of these "
-        "groups"
+        f"groups with equal rewards: {100 * share:.0f} %. With --skip-flat, the updates would have "
+        f"taken about {100 * saved / seconds:.0f} % less time ({saved / 60:.1f} minutes), but "
+        "these groups would have no KL"
     )
 
 
@@ -225,7 +225,7 @@ def summarise(
         log = read_log(folder)
         curves(folder / "curves.png", log, summary)
         print(before_after(summary))
-        if s.beta and not s.skip_flat:
+        if log and s.beta and not s.skip_flat:
             print(saving_line(log))
         print(f"adapter, log, curves and sheets are in {folder}")
     return summary

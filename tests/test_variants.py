@@ -252,7 +252,7 @@ def test_the_last_line_of_a_run_weighs_the_flat_share_of_each_step_with_its_seco
         {"zero_variance": 0.0, "seconds_update": 60.0},  # of an older version
     ]
     line = saving_line(log)
-    assert "20%" in line and "0.4 of the updates' 5.0 minutes" in line
+    assert "20 %" in line and "8 % less time (0.4 minutes)" in line
 
 
 @pytest.mark.parametrize(
