@@ -12,6 +12,7 @@ from samr1_mini import grpo, processes, variants
 from samr1_mini.config import UserError, make_settings
 from samr1_mini.grpo import Parts, advantages, one_step, train
 from samr1_mini.reports import flat_tokens, saving_line
+from samr1_mini.tiny.shapes import Shapes
 from samr1_mini.variants import gdpo_advantages, redraw, scale_to_batch
 
 
@@ -107,7 +108,7 @@ def test_a_step_with_gdpo_has_the_advantages_of_its_own_rewards(
 ):
     seen = []
     monkeypatch.setattr(grpo, "update", lambda parts, rollouts, done: seen.extend(rollouts) or {})
-    data = SimpleShapes(8)
+    data = Shapes("train", 8, 5)
     s = replace(settings, advantage="gdpo", accuracy="iou", segmentation_format_weight=0.25)
     one_step(Parts(policy, segmenter, None, s), data, 0, 0)
     terms = [[reward.terms for reward in rollout.rewards] for rollout in seen]
@@ -118,12 +119,6 @@ def test_a_step_with_gdpo_has_the_advantages_of_its_own_rewards(
 
 
 # ---------------------------------------------------------------------------------------- redraw
-
-
-def SimpleShapes(count):
-    from samr1_mini.tiny.shapes import Shapes
-
-    return Shapes("train", count, 5)
 
 
 def fake_roll_out(flat):
@@ -203,17 +198,20 @@ def test_the_first_batch_has_the_random_numbers_of_a_run_without_redraw(
 
     def roll_out(parts, samples, uniforms):
         seen.append((samples, uniforms))
-        flat = SimpleNamespace(advantage=torch.zeros(2))
-        return [flat] * len(samples), {"seconds_rollout": 1.0, "seconds_reward": 1.0}
+        new = [SimpleNamespace(q=q, advantage=torch.zeros(2)) for q in samples]
+        return new, {"seconds_rollout": 1.0, "seconds_reward": 1.0}
 
     monkeypatch.setattr(grpo, "roll_out", roll_out)
-    for name in ("describe", "flat_tokens", "update"):
-        monkeypatch.setattr(grpo, name, lambda *_: {"length": 1.0})
+    described = []
+    monkeypatch.setattr(grpo, "update", lambda *_: {})
+    monkeypatch.setattr(
+        grpo, "describe", lambda rollouts: described.append(list(rollouts)) or {"length": 1.0}
+    )
+    monkeypatch.setattr(grpo, "flat_tokens", lambda _: 0.0)
     monkeypatch.setattr(grpo, "first_answers", lambda rollouts: list(rollouts))
     lines = []
     for count in (0, 2):
         s = replace(settings, seed=seed, redraw=count)
-        monkeypatch.setattr(grpo, "flat_tokens", lambda _: 0.0)
         line, answers = one_step(Parts(None, None, None, s), range(20), step, 18)
         lines.append(line)
         assert len(answers) == 4 * (1 + count)
@@ -223,11 +221,13 @@ def test_the_first_batch_has_the_random_numbers_of_a_run_without_redraw(
     assert [samples for samples, _ in seen[1:]] == [[18, 19, 0, 1], [2, 3, 4, 5], [6, 7, 8, 9]]
     sums = {numbers.sum().item() for _, numbers in seen[1:]}
     assert len(sums) == 3
+    # the log describes the first batch, which is not selected
+    assert [[one.q for one in groups] for groups in described] == [[18, 19, 0, 1]] * 2
     assert "drawn" not in lines[0] and lines[1]["drawn"] == 12
     assert lines[1]["seconds_rollout"] == 3 * lines[0]["seconds_rollout"]
 
 
-def test_redraw_cannot_be_negative_and_cannot_change_in_a_resumed_run(settings, capsys):
+def test_a_negative_number_of_redraws_is_refused():
     with pytest.raises(UserError, match="--redraw must be 0 or more"):
         make_settings(preset="tiny", device="cpu", redraw=-1)
 
