@@ -179,6 +179,13 @@ class Settings:
 
     questions: int = setting("rollout", 16, "questions in a rollout batch")
     group: int = setting("rollout", 8, "answers to each question, G (in TRL: num_generations)")
+    redraw: int = setting(
+        "rollout",
+        0,
+        "replace groups with equal rewards by new questions, at most this many times in a step "
+        "(dynamic sampling, DAPO). The number of steps stays --samples / --questions. Groups that "
+        "are equal after the last time stay in the update",
+    )
     max_new_tokens: int = setting("rollout", 112, "maximum number of tokens in an answer")
     temperature: float = setting(
         "rollout", 1.0, "sampling temperature; the loss uses the same temperature"
@@ -233,8 +240,9 @@ class Settings:
     advantage: str = setting(
         "optimisation",
         "std",
-        "std: eq. (1). mean: eq. (1) without the division by the standard deviation",
-        ("std", "mean"),
+        "std: eq. (1). mean: eq. (1) without the division by the standard deviation. gdpo: eq. (1) "
+        "for each reward term, added, then scaled to the batch (GDPO, arXiv 2601.05242)",
+        ("std", "mean", "gdpo"),
     )
     updates: int = setting(
         "optimisation",
@@ -537,6 +545,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 MAY_BE_0 = (
     "rehearse",
+    "redraw",
     "memory_limit",
     "beta",
     "warmup",
