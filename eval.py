@@ -39,6 +39,7 @@ USED = {  # the settings that an evaluation uses
     "sentences",
     "ignore",
     "empty_truth",
+    "objects",
     "image_size",
     "coordinates",
     "max_new_tokens",
@@ -191,6 +192,7 @@ def open_input(settings: Settings, options: Namespace):
         settings.sentences,
         settings.coco_dir,
         settings.ignore,
+        settings.objects,
     )
 
 

@@ -176,6 +176,13 @@ class Settings:
         "evaluation. excluded: leave these questions out",
         ("correct", "excluded"),
     )
+    objects: str = setting(
+        "data",
+        "one",
+        "objects in an answer. one: exactly one, as in the paper. several: a list of objects, "
+        "which is empty if nothing in the picture fits the question",
+        ("one", "several"),
+    )
 
     questions: int = setting("rollout", 16, "questions in a rollout batch")
     group: int = setting("rollout", 8, "answers to each question, G (in TRL: num_generations)")

@@ -55,7 +55,9 @@ def open_three(s: Settings) -> list:
     sets = []
     for name, split, count in wanted:
         try:
-            sets.append(open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore))
+            sets.append(
+                open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore, s.objects)
+            )
         except UserError as error:  # open_data always names --data, so name the right option
             if split == "train" or not s.eval_data:
                 raise
