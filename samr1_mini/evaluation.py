@@ -87,20 +87,24 @@ def nothing_scores(rows: list[ScoredAnswer]) -> dict:
     return found
 
 
-def scores(rows: list[ScoredAnswer]) -> dict:
+def scores(rows: list[ScoredAnswer], with_nothing: bool = False) -> dict:
     """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the question count.
 
     With several answers to a question, one answer in the format is enough for the format rate.
+    `with_nothing` adds the entries of nothing_scores.
     """
     strict = [row.strict for row in rows]
     lenient = [row.pair for row in rows]
-    return {
+    found = {
         "gIoU": giou(strict),
         "gIoU_lenient": giou(lenient),
         "cIoU": ciou(strict),
         "format": mean(row.in_format for row in rows),
         "count": len(rows),
     }
+    if with_nothing:
+        found |= nothing_scores(rows)
+    return found
 
 
 @dataclass
@@ -115,23 +119,18 @@ class Report:
         """True if the report needs nothing_scores."""
         return self.several or any(row.no_target for row in self.rows)
 
-    def scores(self, rows: list[ScoredAnswer]) -> dict:
-        """Return the scores of some rows, with nothing_scores if the report needs them."""
-        if self.with_nothing:
-            return scores(rows) | nothing_scores(rows)
-        return scores(rows)
-
     def summary(self) -> dict:
         """Return the scores of all questions and of each kind, with 95 % intervals over pictures.
 
         box_accuracy (REC accuracy) is a share of all answers: those in the format with a box IoU
-        above 0.5. truncated is the share of answers that were cut off.
+        above 0.5. The box of several objects is the box around all of them. truncated is the share
+        of answers that were cut off.
         """
         rows = self.rows
         strict = [row.strict for row in rows]
         lenient = [row.pair for row in rows]
         pictures = [row.picture for row in rows]
-        summary = self.scores(rows)
+        summary = scores(rows, self.with_nothing)
         summary["box_accuracy"] = mean(row.in_format and row.box_iou > 0.5 for row in rows)
         summary["truncated"] = mean(row.truncated for row in rows)
         summary["gIoU_interval"] = bootstrap_interval(giou, strict, pictures)
@@ -139,7 +138,8 @@ class Report:
         summary["cIoU_interval"] = bootstrap_interval(ciou, strict, pictures)
         summary["by_kind"] = {}
         for kind in dict.fromkeys(row.kind for row in rows):
-            summary["by_kind"][kind] = self.scores([row for row in rows if row.kind == kind])
+            of_kind = [row for row in rows if row.kind == kind]
+            summary["by_kind"][kind] = scores(of_kind, self.with_nothing)
         return summary
 
     def each(self) -> list[dict]:
