@@ -323,6 +323,15 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     print(f"answers and sheet are in {out}")
 
 
+def print_objects(objects: list) -> None:
+    """Print the boxes of an answer's objects, in pixels of the picture."""
+    if not objects:
+        print("the answer says that nothing in the picture fits the question")
+    for one in objects:
+        box = ", ".join(f"{value:.0f}" for value in one.box)
+        print(f"box in pixels of the picture: [{box}], with {len(one.points)} points")
+
+
 def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
     """Ask about one picture, print the answer, and write its mask and an overlay."""
     from PIL import Image
@@ -342,11 +351,8 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
     print(panel.text)
     if reward.answer.objects is None:
         print(f"no box can be read from this answer: {reward.answer.why}")
-    elif not reward.objects:
-        print("the answer says that nothing in the picture fits the question")
-    for one in reward.objects:
-        box = ", ".join(f"{value:.0f}" for value in one.box)
-        print(f"box [{box}] and {len(one.points)} points, in pixels of the picture")
+    elif settings.objects == "several":
+        print_objects(reward.objects)
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
     if mask is not None:

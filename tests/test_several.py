@@ -236,7 +236,7 @@ def test_the_rewards_of_lists_are_those_computed_by_hand():
     # the union does not change, but two of four boxes match, and two repeat the first
     assert (twice.pair, twice.total) == ((200, 200), 4 + 1 + 1 + 0.5 - 0.5)
     # 200 / 300 is in the tier above 0.5; two of three boxes are matched
-    assert (more.pair, more.total) == ((200, 300), 2 + 1 + 1 + pytest.approx(2 / 3))
+    assert (more.pair, more.total) == ((200, 300), pytest.approx(2 + 1 + 1 + 2 / 3))
     # one object without a list has only the reasoning format
     assert (single.pair, single.mask, single.total) == ((0, 200), None, 1)
     assert [both.terms[name] for name in ("matching", "repeats")] == [1, 0]
@@ -305,7 +305,7 @@ def test_boxes_and_points_of_all_objects_are_scaled_to_the_picture():
     answer = Answer(100, [Object((0, 0, 50, 100), [(25, 100, 1)]), Object((50, 0, 100, 50))])
     [reward] = score_group(BoxSegmenter(), sample, [answer], SEVERAL)
     first, second = reward.objects
-    assert first.box == pytest.approx((0, 0, 320, 427)) and second.box[3] == 213.5
+    assert first.box == pytest.approx((0, 0, 320, 427)) and second.box[3] == pytest.approx(213.5)
     assert first.points == [(160, pytest.approx(427), 1)] and second.points == []
     [alone] = score_group(BoxSegmenter(), sample, [answer], replace(SEVERAL, points=False))
     assert [one.points for one in alone.objects] == [[], []]
@@ -383,10 +383,10 @@ def test_the_matching_is_the_best_of_all_permutations():
 
 
 def test_a_greedy_matching_would_be_worse():
-    wide, left = (0, 0, 20, 10), (0, 0, 12, 10)
-    # the pair with the largest IoU leaves nothing for the other box
-    boxes, true_boxes = [left, (0, 0, 4, 10)], [(0, 0, 10, 10), wide]
-    assert matched_iou(boxes, true_boxes) == pytest.approx((12 / 20 + 4 / 10) / 2)
+    boxes = [(0, 0, 12, 10), (0, 0, 8, 10)]
+    true_boxes = [(0, 0, 10, 10), (0, 0, 20, 10)]
+    # greedy: the largest IoU first, 10 / 12, and then 8 / 20
+    assert matched_iou(boxes, true_boxes) == pytest.approx((12 / 20 + 8 / 10) / 2)
 
 
 def test_repeats_are_boxes_with_more_than_half_in_common_with_an_earlier_box():
@@ -563,7 +563,7 @@ def test_an_adapter_is_evaluated_with_the_objects_of_its_run(policy, tmp_path):
 
 
 def test_a_training_logs_and_draws_both_terms(settings, tmp_path):
-    s = replace(settings, objects="several", samples=4, test_samples=2, max_new_tokens=24)
+    s = replace(settings, objects="several", samples=4, test_samples=2)
     train(s, [Shapes(split, 4, 0) for split in ("train", "validation", "test")])
     folder = tmp_path / "run"
     [line] = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
