@@ -526,7 +526,7 @@ def test_boxes_are_exact_in_the_first_half_and_40_percent_too_wide_in_the_second
     for step, exact in ((0, True), (499, True), (500, False), (999, False)):
         overlaps = []
         for scene, row in lessons.of(step):
-            box = read_leniently(taught(row)[2], 112).box
+            box = read_leniently(taught(row)[2], 112).objects[0].box
             dots = [t.dot for t in scene.things if t.dot]
             overlaps.append(max(box_iou(box, t.box) for t in scene.things + dots))
         assert (min(overlaps) == 1) if exact else (np.mean(overlaps) < 0.6), step
@@ -588,7 +588,7 @@ def test_an_astray_answer_learns_the_list_of_its_picture_and_the_box_of_the_name
             for t in scene.things
             if t.name == " ".join(said.removesuffix(" fits best").split()[-2:])
         ]
-        assert tuple(read_leniently(answer, 112).box) == named.box
+        assert tuple(read_leniently(answer, 112).objects[0].box) == named.box
         pieces = [
             piece
             for piece in "".join(

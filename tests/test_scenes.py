@@ -457,7 +457,7 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
         assert style_of(text) == style and answer.in_format == (
             style in ("short", "names", "places")
         )
-        overlaps.append(box_iou(read_leniently(text, 112).box, thing.box))
+        overlaps.append(box_iou(read_leniently(text, 112).objects[0].box, thing.box))
         named = (
             f"dot of the {next(t.name for t in scene.things if t.dot is thing)}"
             if thing.shape == "dot"

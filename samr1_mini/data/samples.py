@@ -24,6 +24,9 @@ class Sample:
     box_only: bool = False  # the truth is a box: `mask` is filled, and the box's IoU is scored
     masks: list[np.ndarray] | None = None  # of the single objects; None: not known, []: nothing
     picture: str = ""  # name of the picture: questions about one picture are not independent
+    # Masks of the single objects, bool [H, W]; None if the data set gives only one mask, [] for
+    # "nothing".
+    masks: list[np.ndarray] | None = None
 
 
 def union(masks: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
