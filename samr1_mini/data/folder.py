@@ -364,7 +364,7 @@ class Folder(Data):
                 mask = union(masks, image.size)
             if row.get("mask"):  # one mask, and perhaps of several objects
                 masks = None
-        return Sample(image, question, mask, line.id, kind, ignore, line.box_only, masks, picture)
+        return Sample(image, question, mask, line.id, kind, ignore, line.box_only, picture, masks)
 
 
 # -------------------------------------------------------------------------------- one line

@@ -22,7 +22,6 @@ class Sample:
     kind: str = ""  # kind of question, if the data set names one
     ignore: np.ndarray | None = None  # pixels that the data set leaves undecided, bool [H, W]
     box_only: bool = False  # the truth is a box: `mask` is filled, and the box's IoU is scored
-    masks: list[np.ndarray] | None = None  # of the single objects; None: not known, []: nothing
     picture: str = ""  # name of the picture: questions about one picture are not independent
     # Masks of the single objects, bool [H, W]; None if the data set gives only one mask, [] for
     # "nothing".
