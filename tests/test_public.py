@@ -739,12 +739,20 @@ def test_grefcoco_for_one_object_is_refused_where_a_question_means_nothing(tmp_p
     assert (validation.mask == validation.masks[0] | validation.masks[1]).all()
 
 
-@pytest.mark.parametrize("ann_id", [[10, 99], [14], "x", None])
-def test_a_row_of_grefcoco_without_its_annotations_is_broken(ann_id, tmp_path, coco_dir):
+@pytest.mark.parametrize(
+    "ann_id, words",
+    [
+        ([10, 99], "instances.json has no annotation"),
+        ([14], "crowds"),
+        ("x", "instances.json has no annotation"),
+        (None, "instances.json has no annotation"),
+    ],
+)
+def test_a_row_of_grefcoco_without_its_annotations_is_broken(ann_id, words, tmp_path, coco_dir):
     sentences = [{"raw": "those", "sent": "those"}]
     row = {"ref_id": 7, "ann_id": ann_id, "image_id": 1, "split": "val", "sentences": sentences}
     folder = grefcoco_folder(tmp_path, [row])
-    with pytest.raises(UserError, match=r"1 of 2 rows are broken.*grefs\(unc\).json row 6"):
+    with pytest.raises(UserError, match=rf"1 of 2 rows.*grefs\(unc\).json row 6.*{words}"):
         open_data(folder, "validation", 3, coco_dir=str(coco_dir), objects="several")
 
 
