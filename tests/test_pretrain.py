@@ -20,9 +20,11 @@ from samr1_mini.data import load_data
 from samr1_mini.lenient import read_leniently
 from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
+from samr1_mini.reward import read_answer
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
-from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
+from samr1_mini.tiny.scenes import SIZE, SPLITS, ask_group, fair_questions, make_scene
 from tutorials.tiny_world import answers, ground, language, measure, pretrain, sam, training
+from tutorials.tiny_world import warm_start
 from tutorials.tiny_world.answers import STYLES, answer_parts, style_of, wide_box
 from tutorials.tiny_world.build import build_policy, build_processor
 from tutorials.tiny_world.ground import line_up_numbers, new_policy
@@ -823,3 +825,23 @@ def test_the_note_names_files_and_functions_that_exist():
             assert re.search(rf"^(def )?{name}\b", file.read_text(), re.M), (place, name)
     for file in re.findall(r"\| `(\w+\.py)` \|", text):
         assert (ROOT / "tutorials/tiny_world" / file).exists(), file
+
+
+def test_answers_of_the_warm_start_are_lists_in_the_format_and_short_enough(processor):
+    rng, longest = np.random.default_rng(0), 0
+    for seed in range(40):
+        scene = make_scene(seed)
+        for kind in warm_start.KINDS:
+            found = ask_group(scene, rng, kind)
+            if not found:
+                continue
+            question, things = found
+            style = warm_start.draw_style(things, rng)
+            text = warm_start.list_answer(things, scene, rng, style, question)
+            answer = read_answer(text, SIZE, objects="several")
+            assert answer.in_format and len(answer.objects) == len(things), text
+            for one in answer.objects:
+                assert [label for _, _, label in one.points] == [1]
+            assert ("Nothing fits" in text) == (kind == "none")
+            longest = max(longest, len(processor.tokenizer(text).input_ids))
+    assert 60 < longest < 128  # tokens

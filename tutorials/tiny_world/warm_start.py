@@ -5,7 +5,7 @@ sampled answer would be in the format, and GRPO would have nothing to reward. Th
 the language model and its head on drawn questions for a few minutes. The vision tower stays as it
 is. The result is a policy folder:
 
-    python train.py --policy runs/tiny-several --objects several
+    python train.py --policy runs/tiny-several --objects several --max-new-tokens 128
 
 The boxes are too wide, and some answers miss an object. No question is indirect or combined. So
 GRPO has something to find. An interrupted command continues where it stopped.
@@ -27,7 +27,7 @@ from .ground import cut, policy_optimizers
 from .language import A_WORD, TURN, Written, written
 from .training import DEVICE, learn, scenes_from
 
-STEPS = 200  # updates
+STEPS = 160  # updates
 PICTURES = 4  # in one update
 QUESTIONS = 5  # about a picture, of different kinds
 KINDS = ("all", "two", "dots", "none", "attribute", "part", "relation")
@@ -75,7 +75,7 @@ def some_forgotten(things: list[Thing], rng: np.random.Generator) -> list[Thing]
 
 
 def draw_style(things: list[Thing], rng: np.random.Generator) -> str:
-    """Draw a style. A list of places and several objects would be longer than --max-new-tokens."""
+    """Draw a style. Answers with a list of places and several objects would be too long."""
     style = str(rng.choice(list(STYLES), p=list(STYLES.values())))
     if style == "places" and len(things) > 1:
         return "names"
