@@ -56,6 +56,9 @@ def setting(group: str, default, help: str, choices: tuple | None = None):
     return field(default=default, metadata=dict(help=help, choices=choices, group=group))
 
 
+SEVERAL_WEIGHTS = ("matching_weight", "repeats_weight")  # of terms for --objects several only
+
+
 @dataclass(frozen=True)
 class Settings:
     """One field for each option of train.py. Defaults are those of --preset tiny."""
@@ -176,6 +179,13 @@ class Settings:
         "evaluation. excluded: leave these questions out",
         ("correct", "excluded"),
     )
+    objects: str = setting(
+        "data",
+        "one",
+        "objects in an answer. one: exactly one, as in the paper. several: a list of objects, "
+        "which is empty if nothing in the picture fits the question",
+        ("one", "several"),
+    )
 
     questions: int = setting("rollout", 16, "questions in a rollout batch")
     group: int = setting("rollout", 8, "answers to each question, G (in TRL: num_generations)")
@@ -203,6 +213,17 @@ class Settings:
     )
     segmentation_format_weight: float = setting(
         "reward", 1.0, "weight of the segmentation-format term (0 or 1)"
+    )
+    matching_weight: float = setting(
+        "reward",
+        1.0,
+        "weight of the matching term (0 to 1) of --objects several: the mean IoU of matched boxes",
+    )
+    repeats_weight: float = setting(
+        "reward",
+        1.0,
+        "weight of the repeats term (-1 to 0) of --objects several: minus the share of boxes that "
+        "repeat an earlier box",
     )
     points: bool = setting(
         "reward", True, "prompt SAM with box and points (--no-points: with the box alone)"
@@ -282,6 +303,8 @@ class Settings:
     def reward_weights(self) -> dict[str, float]:
         """The weight of each reward term by its name."""
         names = [f.name for f in fields(self) if f.name.endswith("_weight")]
+        if self.objects == "one":
+            names = [name for name in names if name not in SEVERAL_WEIGHTS]
         return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
 

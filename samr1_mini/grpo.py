@@ -198,7 +198,7 @@ def roll_out(
     side = policy.answer_side(s.image_size)
     rollouts = []
     for sample, prompt, completions in zip(samples, prompts, groups):
-        answers = [read_answer(c.text, side, s.max_points, c.ids) for c in completions]
+        answers = [read_answer(c.text, side, s.max_points, c.ids, s.objects) for c in completions]
         rewards = score_group(parts.segmenter, sample, answers, s, parts.reward_terms)
         rollouts.append(Rollout(sample, prompt, completions, rewards))
     if s.advantage == "gdpo":

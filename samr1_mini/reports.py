@@ -23,6 +23,7 @@ def describe(rollouts: list) -> dict:
     answers = [answer for rollout in rollouts for answer in rollout.completions]
     flat = [not rollout.advantage.any() for rollout in rollouts]
     texts = [{answer.text for answer in rollout.completions} for rollout in rollouts]
+    points = [sum(len(one.points) for one in r.answer.objects or []) for r in rewards]
     line = {"reward": mean(r.total for r in rewards)}
     for name in rewards[0].terms:
         line[name] = mean(r.terms[name] for r in rewards)
@@ -31,7 +32,7 @@ def describe(rollouts: list) -> dict:
         "zero_variance": mean(flat),  # share of groups with equal rewards
         "truncated": mean(a.truncated for a in answers),
         "unique": sum(len(group) for group in texts) / len(answers),
-        "points": mean(len(r.answer.points) for r in rewards),
+        "points": mean(points),
         "length": mean(len(a.ids) for a in answers),
     }
 

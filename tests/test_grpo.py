@@ -40,7 +40,7 @@ from samr1_mini.grpo import (
 from samr1_mini.metrics import tight_box
 from samr1_mini.decoding import Completion
 from samr1_mini.policy import TINY, load_policy, logprobs
-from samr1_mini.reward import Answer, Reward
+from samr1_mini.reward import Answer, Object, Reward
 from samr1_mini import files, loading, runs
 from samr1_mini.sizes import questions_per_batch
 from samr1_mini import rehearse
@@ -919,7 +919,9 @@ def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(
     ended, cut, marked = r.rewards
     assert [a.truncated for a in r.completions] == [False, True, False] and ended.answer.in_format
     assert (
-        not cut.answer.in_format and cut.total < ended.total and r.completions[1].text.endswith("[cut]")
+        not cut.answer.in_format
+        and cut.total < ended.total
+        and r.completions[1].text.endswith("[cut]")
     )
     assert not marked.answer.in_format and ended.iou > 0  # within a JSON string neither has a place
 
@@ -945,7 +947,7 @@ def test_what_is_logged_of_a_rollout_is_what_its_answers_are():
     completion = lambda text, n, cut: Completion(torch.ones(n), torch.zeros(n), cut, text)
 
     def reward(total, points):
-        answer = Answer(112, points=[(1, 1, 1)] * points, reasoning_format=True)
+        answer = Answer(112, [Object((1, 1, 9, 9), [(1, 1, 1)] * points)], reasoning_format=True)
         return Reward(None, answer, iou=total / 4, terms={"reasoning_format": 1.0}, total=total)
 
     some = [completion("a", 4, True), completion("a", 2, False)]
@@ -1033,7 +1035,8 @@ def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(
     for name in ("loss", "grad_norm"):
         assert both[name] == pytest.approx(np.mean([half[name] for half in halves]), rel=1e-3), name
     counts = [
-        sum(len(a.ids) for r in part for a in r.completions) for part in (rollouts[:2], rollouts[2:])
+        sum(len(a.ids) for r in part for a in r.completions)
+        for part in (rollouts[:2], rollouts[2:])
     ]
     assert both["entropy"] == pytest.approx(
         np.average([half["entropy"] for half in halves], weights=counts), rel=1e-3

@@ -39,12 +39,13 @@ def test_what_is_set_about_data_reaches_all_three_sets(settings, monkeypatch):
             sentences="all",
             coco_dir="c",
             ignore="excluded",
+            objects="several",
             samples=8,
             eval_samples=5,
             test_samples=6,
         )
     )
-    rest = (7, "all", "c", "excluded")
+    rest = (7, "all", "c", "excluded", "several")
     assert asked == [
         ("a", "train", 8, *rest),
         ("b", "validation", 5, *rest),
