@@ -18,8 +18,9 @@ ASKED_SEVERAL += ("all", "indirect", "none", "relation", "dots", "combined")
 class Shapes(Data):
     """`count` questions about drawn scenes, one question a scene.
 
-    The kinds of questions follow ASKED, or ASKED_SEVERAL if `objects` is "several". Each scene is drawn when its sample is read. Training seeds
-    0 to 999 have different scenes. Validation and test have the same scenes for every seed.
+    The kinds of questions follow ASKED, or ASKED_SEVERAL if `objects` is "several". Each scene is
+    drawn when its sample is read. Training seeds 0 to 999 have different scenes. Validation and
+    test have the same scenes for every seed.
     """
 
     def __init__(self, split: str, count: int, seed: int = 0, objects: str = "one"):
