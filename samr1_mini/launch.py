@@ -70,7 +70,7 @@ def usable_memory() -> int:
     """Return the bytes of memory that are free, at most the limit of this container."""
     usable = psutil.virtual_memory().available
     for file in map(Path, LIMIT_FILES):
-        limit = file.read_text().strip() if file.is_file() else ""
+        limit = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
         if limit.isdecimal():  # "max" means no limit
             usable = min(usable, int(limit))
     return usable

@@ -213,7 +213,7 @@ def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     options += ["--test-samples", str(SCENES), "--samples", str(SAMPLES)]
     options += ["--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
     program = [str(ROOT / "train.py")]
-    if False:
+    if row in BY_FUNCTION:
         program = [str(ROOT / "tutorials" / "row_functions.py"), row]
     command = [sys.executable, *program, *options]
     if (folder / "state.pt").exists():

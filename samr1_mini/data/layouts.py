@@ -89,29 +89,29 @@ def from_masks(row: dict) -> dict:
 
     These copies count undecided pixels as foreground.
     """
-    line = {"image": picture_bytes(row), "mask": to_mask(row["mask"]), "texts": row["text"]}
+    line = {"image": picture_bytes(row), "mask": to_mask(row["mask"], "mask"), "texts": row["text"]}
     line["id"] = row.get("ann_id", row.get("id", row.get("image_id")))
     line["picture"] = row.get("image_id")
     line["kind"] = row.get("reasoning_type")
     return line
 
 
-def to_mask(rows) -> np.ndarray:
-    """Return the rows of a mask in a table as bool [H, W]."""
+def to_mask(rows, column: str) -> np.ndarray:
+    """Return the rows of a mask in a column of a table as bool [H, W]."""
     if not isinstance(rows, np.ndarray):
         raise ValueError(
-            "the column of masks holds no rows of true and false. To use masks that are pictures, "
+            f"the column {column} holds no rows of true and false. To use masks that are pictures, "
             "write a folder with data.jsonl and PNG files"
         )
     mask = np.stack(rows)  # refuses rows of different lengths
     if mask.ndim != 2 or not np.isfinite(mask).all():  # a missing value is NaN or None
-        raise ValueError("a mask has missing values, or holds no rows")
+        raise ValueError(f"the column {column} has missing values, or holds no rows")
     return mask > 0
 
 
 def from_several(row: dict) -> dict:
     """Convert a row with a list of masks, one for each object."""
-    masks = [to_rle(to_mask(rows)) for rows in row["solution_mask"]]
+    masks = [to_rle(to_mask(rows, "solution_mask")) for rows in row["solution_mask"]]
     texts = row["problem"]
     return {"id": row.get("id"), "image": picture_bytes(row), "masks": masks, "texts": texts}
 
