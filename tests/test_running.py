@@ -63,7 +63,8 @@ def test_boxes_without_masks_are_trained_on_by_their_boxes_alone(settings, monke
 
 def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
     asked = []
-    monkeypatch.setattr(loading, "load_policy", lambda *a: asked.append(a))
+    policy = SimpleNamespace(prompt="")
+    monkeypatch.setattr(loading, "load_policy", lambda *a: asked.append(a) or policy)
     monkeypatch.setattr(loading, "load_segmenter", lambda *a: asked.append(a))
     monkeypatch.setattr(loading, "check_segmenter", lambda *_: None)
     s = replace(
