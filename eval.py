@@ -39,6 +39,7 @@ USED = {  # the settings that an evaluation uses
     "sentences",
     "ignore",
     "empty_truth",
+    "objects",
     "image_size",
     "coordinates",
     "max_new_tokens",
@@ -191,6 +192,7 @@ def open_input(settings: Settings, options: Namespace):
         settings.sentences,
         settings.coco_dir,
         settings.ignore,
+        settings.objects,
     )
 
 
@@ -268,6 +270,9 @@ def print_scores(summary: dict, data, settings: Settings, options: Namespace, ba
     print(f"{answers}, {batch} questions in one batch. SAM's mask with the highest score counts")
     if options.votes > 1:
         print("'format' is the share of questions with at least one answer in the format")
+    if "N_acc" in summary or "T_acc" in summary:
+        print("N-acc: questions without a target that are answered with nothing")
+        print("T-acc: questions with a target that are answered with something")
     print("an answer outside the format counts 0. 'lenient' uses its last box instead")
     print("an answer that cannot be read counts 0 for every true mask")
 
@@ -319,6 +324,15 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     print(f"answers and sheet are in {out}")
 
 
+def print_objects(objects: list) -> None:
+    """Print the boxes of an answer's objects, in pixels of the picture."""
+    if not objects:
+        print("the answer says that nothing in the picture fits the question")
+    for one in objects:
+        box = ", ".join(f"{value:.0f}" for value in one.box)
+        print(f"box in pixels of the picture: [{box}], with {len(one.points)} points")
+
+
 def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
     """Ask about one picture, print the answer, and write its mask and an overlay."""
     from PIL import Image
@@ -332,11 +346,14 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
         return
     size = policy.answer_side(settings.image_size)
     [panel] = shown(segmenter, data, report.rows, settings, size)
-    mask = panel.reward.mask
+    reward = panel.reward
+    mask = reward.mask
     stem = Path(options.out) / Path(options.image).stem
     print(panel.text)
-    if mask is None:
-        print(f"no box can be read from this answer: {panel.reward.answer.why}")
+    if reward.answer.objects is None:
+        print(f"no box can be read from this answer: {reward.answer.why}")
+    elif settings.objects == "several":
+        print_objects(reward.objects)
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
     if mask is not None:

@@ -51,7 +51,7 @@ class PackedRow:
     """Lay B questions in one row without padding: [prompt 1, its answers, prompt 2, ...]."""
 
     def __init__(self, prompts: list[int], answers: list[list[int]]):
-        """Take the lengths of the B prompts, and the number of tokens read of each answer."""
+        """Take the lengths of the B prompts, and how many tokens of each answer the model reads."""
         self.sizes = []  # tokens of each part of the row
         self.masks = []  # the mask of each answer, None for a prompt
         for prompt, group in zip(prompts, answers):
@@ -91,7 +91,7 @@ def attend_answers(
     query [b, H, G, d] -> [b, G, H, d].
     prompt [2, b, KV, P, d]: keys and values of the prompts.
     answers [2, b, KV, G, t, d]: keys and values of the answers, including the next token.
-    padding: bool [b, p] for the last p columns of the prompts, True for padding.
+    padding: bool [b, p], True for padding. Only the last p columns of prompts can be padding.
     empty: bool [t], True where a column of the answers is empty; None if all are full.
     """
     prompt_k, prompt_v = prompt  # [b, KV, P, d]

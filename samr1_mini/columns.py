@@ -13,11 +13,14 @@ COLUMNS = {
     "iou": "IoU of SAM's mask with the true mask, 0 to 1, mean over the answers; 0 without a box",
     "reasoning_format": "share of answers <think>...</think><answer>...</answer>; a reward term",
     "segmentation_format": "share of answers with box and points in the asked JSON; a reward term",
-    "zero_variance": "share of groups whose answers all have the same reward",
+    "zero_variance": "share of groups whose answers all have the same reward, before --redraw "
+    "(gdpo: the same value in each term)",
     "truncated": "share of answers cut off at --max-new-tokens",
     "unique": "share of different texts among the answers of a group, mean over groups",
     "points": "number of points in an answer, mean",
     "length": "tokens of an answer, mean",
+    "flat_tokens": "share of the update's tokens, prompts included, in groups with equal rewards "
+    "(after --redraw)",
     "ratio_min": "smallest ratio pi / pi_old of a token, eq. (4), at most 1",
     "ratio_max": "largest ratio pi / pi_old of a token, eq. (4), at least 1",
     "loss": "loss, which is minus eq. (4), mean over the questions",
@@ -36,6 +39,7 @@ COLUMNS = {
     "seconds_update": "seconds of the updates",
     "seconds_rollout": "seconds of sampling the answers",
     "seconds_reward": "seconds of SAM and the reward",
+    "drawn": "questions asked in this step; only with --redraw",
     "peak_memory_gib": "peak memory so far, GiB: of the GPU, or of the process on a CPU",
     "tokens_per_second": "sampled tokens in a second of the rollout",
     "validation_gIoU": "mean IoU of the validation questions; 0 outside the format",

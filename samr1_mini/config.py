@@ -56,6 +56,9 @@ def setting(group: str, default, help: str, choices: tuple | None = None):
     return field(default=default, metadata=dict(help=help, choices=choices, group=group))
 
 
+SEVERAL_WEIGHTS = ("matching_weight", "repeats_weight")  # of terms for --objects several only
+
+
 @dataclass(frozen=True)
 class Settings:
     """One field for each option of train.py. Defaults are those of --preset tiny."""
@@ -89,8 +92,8 @@ class Settings:
     processes: int = setting(
         "run",
         1,
-        "processes of a training on a CPU, with one thread each. Use at most one for each core. "
-        "Several processes are faster, and each needs 1.5 GiB of memory",
+        "processes of a training on a CPU, with one thread each. Several are faster. Use at most "
+        "one for each core. 0 chooses a number for this machine and the tiny preset",
     )
     save_minutes: float = setting(
         "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
@@ -176,9 +179,23 @@ class Settings:
         "evaluation. excluded: leave these questions out",
         ("correct", "excluded"),
     )
+    objects: str = setting(
+        "data",
+        "one",
+        "objects in an answer. one: exactly one, as in the paper. several: a list of objects, "
+        "which is empty if nothing in the picture fits the question",
+        ("one", "several"),
+    )
 
     questions: int = setting("rollout", 16, "questions in a rollout batch")
     group: int = setting("rollout", 8, "answers to each question, G (in TRL: num_generations)")
+    redraw: int = setting(
+        "rollout",
+        0,
+        "replace groups with equal rewards by new questions, at most this many times in a step "
+        "(dynamic sampling, DAPO). The number of steps stays --samples / --questions. Groups that "
+        "are equal after the last time stay in the update",
+    )
     max_new_tokens: int = setting("rollout", 112, "maximum number of tokens in an answer")
     temperature: float = setting(
         "rollout", 1.0, "sampling temperature; the loss uses the same temperature"
@@ -196,6 +213,17 @@ class Settings:
     )
     segmentation_format_weight: float = setting(
         "reward", 1.0, "weight of the segmentation-format term (0 or 1)"
+    )
+    matching_weight: float = setting(
+        "reward",
+        1.0,
+        "weight of the matching term (0 to 1) of --objects several: the mean IoU of matched boxes",
+    )
+    repeats_weight: float = setting(
+        "reward",
+        1.0,
+        "weight of the repeats term (-1 to 0) of --objects several: minus the share of boxes that "
+        "repeat an earlier box",
     )
     points: bool = setting(
         "reward", True, "prompt SAM with box and points (--no-points: with the box alone)"
@@ -233,8 +261,9 @@ class Settings:
     advantage: str = setting(
         "optimisation",
         "std",
-        "std: eq. (1). mean: eq. (1) without the division by the standard deviation",
-        ("std", "mean"),
+        "std: eq. (1). mean: eq. (1) without the division by the standard deviation. gdpo: eq. (1) "
+        "for each reward term, added, then scaled to the batch (GDPO, arXiv 2601.05242)",
+        ("std", "mean", "gdpo"),
     )
     updates: int = setting(
         "optimisation",
@@ -274,6 +303,8 @@ class Settings:
     def reward_weights(self) -> dict[str, float]:
         """The weight of each reward term by its name."""
         names = [f.name for f in fields(self) if f.name.endswith("_weight")]
+        if self.objects == "one":
+            names = [name for name in names if name not in SEVERAL_WEIGHTS]
         return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
 
@@ -537,6 +568,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 MAY_BE_0 = (
     "rehearse",
+    "redraw",
     "memory_limit",
     "beta",
     "warmup",
@@ -545,6 +577,7 @@ MAY_BE_0 = (
     "seed",
     "eps_low",
     "eps_high",
+    "processes",
 )
 
 

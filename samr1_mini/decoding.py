@@ -252,7 +252,8 @@ def choose_tokens(logp: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     The probabilities of all tokens are laid end to end. Each uniform number lies in the interval of
     one token, and this token is chosen. A banned token has an empty interval. After
-    rounding, all probabilities may sum to less than 1. So each number is multiplied by their sum.
+    rounding, all probabilities may sum to less than 1. So each uniform number is multiplied by this
+    sum.
     """
     cumulative = logp.double().exp().cumsum(-1)
     target = uniforms.double()[..., None] * cumulative[..., -1:]
@@ -314,9 +315,10 @@ def sample_tokens(
     temperature: float,
     uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample tokens -> ids and their log-probabilities, both [B, G, L], which is `shape`.
+    """Sample tokens. Returns their ids and log-probabilities, both [B, G, L]. `shape` is (B, G, L).
 
-    Tokens after an answer's first stop id have no meaning. Without `uniforms`, sampling is greedy.
+    Tokens after an answer's first stop id have no meaning. If `uniforms` is None, the likeliest
+    token is taken.
     """
     questions, group, length = shape
     device = policy.device

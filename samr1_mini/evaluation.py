@@ -51,7 +51,9 @@ class ScoredAnswer:
     box_iou: float
     pair: tuple[int, int]  # intersection and union in pixels, for the lenient score
     strict: tuple[int, int]  # the same for the strict score: intersection 0 outside the format
-    ceiling: float | None = None  # IoU of SAM's mask from the true box, None without an object
+    ceiling: float | None = None  # IoU of SAM's mask from the true boxes, None without an object
+    no_target: bool = False  # nothing is to be found: the true mask is empty
+    nothing: bool | None = None  # the strict mask is empty; None if there is no strict mask
 
     @property
     def iou(self) -> float:
@@ -68,20 +70,41 @@ class Panel:
     reward: Reward
 
 
-def scores(rows: list[ScoredAnswer]) -> dict:
+def nothing_scores(rows: list[ScoredAnswer]) -> dict:
+    """Return N_acc and T_acc of gRefCOCO (arXiv 2306.00968), each 0 to 1.
+
+    N_acc is the share of questions without a target that are answered with nothing. T_acc is the
+    share of questions with a target that are answered with something. An answer outside the format
+    is neither. A share of no questions is left out.
+    """
+    found = {}
+    without_target = [row.nothing is True for row in rows if row.no_target]
+    if without_target:
+        found["N_acc"] = mean(without_target)
+    with_target = [row.nothing is False for row in rows if not row.no_target]
+    if with_target:
+        found["T_acc"] = mean(with_target)
+    return found
+
+
+def scores(rows: list[ScoredAnswer], with_nothing: bool = False) -> dict:
     """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the question count.
 
     With several answers to a question, one answer in the format is enough for the format rate.
+    `with_nothing` adds the entries of nothing_scores.
     """
     strict = [row.strict for row in rows]
     lenient = [row.pair for row in rows]
-    return {
+    found = {
         "gIoU": giou(strict),
         "gIoU_lenient": giou(lenient),
         "cIoU": ciou(strict),
         "format": mean(row.in_format for row in rows),
         "count": len(rows),
     }
+    if with_nothing:
+        found |= nothing_scores(rows)
+    return found
 
 
 @dataclass
@@ -89,18 +112,25 @@ class Report:
     """Hold the scored answers of an evaluation, in the order of the data."""
 
     rows: list[ScoredAnswer]
+    several: bool = False  # True with --objects several
+
+    @property
+    def with_nothing(self) -> bool:
+        """True if the report needs nothing_scores."""
+        return self.several or any(row.no_target for row in self.rows)
 
     def summary(self) -> dict:
         """Return the scores of all questions and of each kind, with 95 % intervals over pictures.
 
         box_accuracy (REC accuracy) is a share of all answers: those in the format with a box IoU
-        above 0.5. truncated is the share of answers that were cut off.
+        above 0.5. The box of several objects is the box around all of them. truncated is the share
+        of answers that were cut off.
         """
         rows = self.rows
         strict = [row.strict for row in rows]
         lenient = [row.pair for row in rows]
         pictures = [row.picture for row in rows]
-        summary = scores(rows)
+        summary = scores(rows, self.with_nothing)
         summary["box_accuracy"] = mean(row.in_format and row.box_iou > 0.5 for row in rows)
         summary["truncated"] = mean(row.truncated for row in rows)
         summary["gIoU_interval"] = bootstrap_interval(giou, strict, pictures)
@@ -108,15 +138,19 @@ class Report:
         summary["cIoU_interval"] = bootstrap_interval(ciou, strict, pictures)
         summary["by_kind"] = {}
         for kind in dict.fromkeys(row.kind for row in rows):
-            summary["by_kind"][kind] = scores([row for row in rows if row.kind == kind])
+            of_kind = [row for row in rows if row.kind == kind]
+            summary["by_kind"][kind] = scores(of_kind, self.with_nothing)
         return summary
 
     def each(self) -> list[dict]:
         """Return the answer and the scores of each question. Two runs can then be compared."""
+        left_out = ["index", "texts", "truncated", "ceiling"]
+        if not self.with_nothing:
+            left_out += ["no_target", "nothing"]
         lines = []
         for row in self.rows:
             line = asdict(row)
-            for name in ("index", "texts", "truncated", "ceiling"):
+            for name in left_out:
                 del line[name]
             lines.append(line | {"iou": row.iou, "iou_strict": iou(*row.strict)})
         return lines
@@ -132,13 +166,21 @@ class Report:
 
 
 def score_table(title: str, rows: dict[str, dict]) -> str:
-    """Return a table of scores as text, with one line for each row. A row may have gIoU alone."""
-    lines = [f"{title:<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"]
+    """Return a table of scores as text, with one line for each row. A row may have gIoU alone.
+
+    The columns N-acc and T-acc stand there if a row has these scores.
+    """
+    more = [name for name in ("N_acc", "T_acc") if any(name in x for x in rows.values())]
+    head = f"{title:<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"
+    head += "".join(f"{name.replace('_', '-'):>8}" for name in more)
+    lines = [head]
     for name, x in rows.items():
         line = f"{name:<24}{x['gIoU']:>8.3f}"
         if "cIoU" in x:
             line += f"{x['gIoU_lenient']:>9.3f}{x['cIoU']:>8.3f}{x['format']:>8.3f}"
-        lines.append(line)
+        for name in more:
+            line += f"{x[name]:>8.3f}" if name in x else " " * 8
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -187,6 +229,7 @@ class Verdict:
     reward: Reward  # of the scored answer; its mask and IoU are those of the vote
     lenient: tuple[int, int]  # intersection and union in pixels, all readable answers vote
     strict: tuple[int, int]  # the same, only answers in the format vote
+    nothing: bool | None  # the strict mask is empty; None if no answer is in the format
 
 
 def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: int) -> Verdict:
@@ -196,7 +239,7 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
     vote all answers with a readable box vote. The scored answer is the middle answer of the strict
     vote. Without strict voters it is the middle answer of the lenient vote, or the first answer.
     """
-    answers = [read_leniently(text, side, s.max_points) for text in texts]
+    answers = [read_leniently(text, side, s.max_points, s.objects) for text in texts]
     rewards = score_group(segmenter, x, answers, s)
     read = [i for i, reward in enumerate(rewards) if reward.mask is not None]
     in_format = [i for i in read if rewards[i].answer.in_format]
@@ -208,7 +251,10 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
     if in_format:
         chosen, mask, pair = strict_chosen, strict_mask, strict
     reward = replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair))
-    return Verdict(chosen, reward, lenient, strict)
+    nothing = None
+    if strict_mask is not None:
+        nothing = not strict_mask.any()
+    return Verdict(chosen, reward, lenient, strict, nothing)
 
 
 def score_question(
@@ -237,17 +283,26 @@ def score_question(
         box_iou=verdict.reward.box_iou,
         pair=verdict.lenient,
         strict=verdict.strict,
+        no_target=not x.mask.any(),
+        nothing=verdict.nothing,
     )
 
 
-def true_box_iou(segmenter: Segmenter, x: Sample) -> float | None:
-    """Return the IoU of SAM's mask from the true box, or None if the true mask is empty."""
+def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float | None:
+    """Return the IoU of SAM's mask from the true box, or None if the true mask is empty.
+
+    With `objects` "several" each true object has its own box, if the data set knows the objects.
+    """
     if x.box_only:
         return 1.0  # boxes are compared with boxes
     if not x.mask.any():
         return None
-    [mask] = segmenter.masks(np.asarray(x.image), [tight_box(x.mask)], [[]])
-    return iou(*intersection_union(mask, x.mask, x.ignore))
+    true_masks = [x.mask]
+    if objects == "several" and x.masks:
+        true_masks = x.masks
+    boxes = [tight_box(mask) for mask in true_masks]
+    masks = segmenter.masks(np.asarray(x.image), boxes, [[] for _ in boxes])  # [n, H, W]
+    return iou(*intersection_union(masks.any(0), x.mask, x.ignore))
 
 
 # -------------------------------------------------------------------------------- a data set
@@ -316,7 +371,7 @@ def answer_and_score(
     for (i, x), answers in zip(samples.items(), groups):
         rows[i] = score_question(segmenter, i, x, answers, s, side)
         if with_ceiling:
-            rows[i].ceiling = true_box_iou(segmenter, x)
+            rows[i].ceiling = true_box_iou(segmenter, x, s.objects)
     return rows
 
 
@@ -406,7 +461,7 @@ def evaluate(
     if not every:
         asked = s.eval_data or s.data
         raise UserError(f"{asked}: every true mask is empty, and --empty-truth is excluded")
-    return Report(every)
+    return Report(every, s.objects == "several")
 
 
 # ---------------------------------------------------------------------------------- pictures

@@ -9,8 +9,8 @@ From `train` to the gradient:
                                                             -> grpo_loss  eq. (4)
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
-"The loss stays near 0, is it broken?" No. In the first update of a batch, the ratio pi / pi_old is
-1. So the loss is minus a mean of advantages, which sum to 0 in a group. The gradient is not 0.
+"The loss stays near 0, is it broken?" No. In the first update of a batch, the policy pi is still
+the one that sampled. So the loss is minus a mean of advantages, near 0. The gradient is not 0.
 
 Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens of all answers.
 """
@@ -21,22 +21,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from .config import Settings, UserError
+from .config import Settings
 from .data import Sample
 from .decoding import Completion, generate_groups
 from .evaluation import encode_questions
 from .loading import load_models, open_sets
 from .memory import peak_memory
 from .policy import Policy, Prompt, logprobs
-from .processes import add_up_gradients, average, fail_together, from_first, is_first
-from .processes import join_processes, process_count, share
-from .reports import describe, first_answers, sampling_gap, score_base
+from .processes import add_up_gradients, average, check_share, fail_together, from_first
+from .processes import is_first, join_processes, process_count, share
+from .reports import count_skipped, describe, first_answers, flat_tokens, sampling_gap, score_base
 from .reports import summarise, token_means, validate
 from .reward import Reward, read_answer, reward_terms, score_group
 from .runs import Run, known_missing, open_run
 from .segmenter import Segmenter
+from .variants import gdpo_advantages, redraw, scale_to_batch
 
 # --------------------------------------------------------------------------------- the equations
 
@@ -44,7 +44,7 @@ from .segmenter import Segmenter
 def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     """Compare each answer with its group: rewards [B, G] -> advantages [B, G].
 
-    A group with equal rewards gets exactly 0. The kind "mean" (Dr. GRPO) does not divide by std.
+    A group with equal rewards gets exactly 0. The kind "mean" (Dr. GRPO) is eq. (1) without std.
 
     >>> advantages(torch.tensor([[6.0, 2.0], [1.0, 1.0]])).tolist()
     [[1.0, -1.0], [0.0, 0.0]]
@@ -81,9 +81,9 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tuple:
-    """Return two values for each token [S]: the KL to the base model, and True above the bound.
+    """Return two tensors [S]: each token's KL to the base model, and True if it was bounded.
 
-    Eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide the whole update.
+    The KL of eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide an update.
     So log(pi_ref / pi) is limited to `bound`. Above the bound, a token has no gradient of the KL.
     """
     gap = reference - logp  # [S] log(pi_ref / pi)
@@ -174,7 +174,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. With equal rewards, only the KL needs it."""
+        """Return True if the updates use this group. With equal rewards, only the KL does."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -198,11 +198,15 @@ def roll_out(
     side = policy.answer_side(s.image_size)
     rollouts = []
     for sample, prompt, completions in zip(samples, prompts, groups):
-        answers = [read_answer(c.text, side, s.max_points, c.ids) for c in completions]
+        answers = [read_answer(c.text, side, s.max_points, c.ids, s.objects) for c in completions]
         rewards = score_group(parts.segmenter, sample, answers, s, parts.reward_terms)
         rollouts.append(Rollout(sample, prompt, completions, rewards))
-    totals = [[reward.total for reward in rollout.rewards] for rollout in rollouts]  # B x G
-    for rollout, advantage in zip(rollouts, advantages(torch.tensor(totals), s.advantage)):
+    if s.advantage == "gdpo":
+        each = gdpo_advantages([rollout.rewards for rollout in rollouts], s.reward_weights)
+    else:
+        totals = [[reward.total for reward in rollout.rewards] for rollout in rollouts]  # B x G
+        each = advantages(torch.tensor(totals), s.advantage)
+    for rollout, advantage in zip(rollouts, each):
         rollout.advantage = advantage  # [G]
     end = time.perf_counter()
     return rollouts, {"seconds_rollout": middle - start, "seconds_reward": end - middle}
@@ -288,7 +292,8 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
     log = {"loss": 0.0, "grad_norm": 0.0}
     forwards = []
     for k in range(steps):
-        set_learning_rate(parts.optimizer, s, done + k)
+        warm = (done + k + 1) / max(1, s.warmup)
+        parts.optimizer.param_groups[0]["lr"] = s.lr * min(1.0, warm)
         part = k % s.updates
         start, end = part * len(rollouts) // s.updates, (part + 1) * len(rollouts) // s.updates
         total, norm, values = one_update(parts, rollouts[start:end])
@@ -309,49 +314,39 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
     return log
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, s: Settings, done: int) -> None:
-    """Set the learning rate of the next optimizer step. `done` steps came before this step."""
-    warm = (done + 1) / max(1, s.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = s.lr * min(1.0, warm)
-
-
-MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row
-
-
-def count_skipped(parts: Parts, number: int) -> None:
-    """Count a skipped update. `number` is its number. Raises UserError for ten in a row."""
-    if is_first():
-        tqdm.write(f"update {number} skipped: its gradient is not finite. If repeated, lower --lr")
-    parts.skipped += 1
-    if parts.skipped >= MOST_SKIPPED:
-        raise UserError(
-            f"the gradients of {MOST_SKIPPED} updates in a row were not finite, so the policy no "
-            f"longer learns. Start another run with a lower --lr (this run: {parts.settings.lr})"
-        )
-
-
 # -------------------------------------------------------------------------------------- the loop
 
 
-def one_step(parts: Parts, data, step: int) -> tuple[dict, list[dict]]:
+def one_step(parts: Parts, data, step: int, asked: int) -> tuple[dict, list[dict]]:
     """Make step number `step`, counted from 0. Returns its log line and an answer to each question.
 
-    Each process takes its share of the questions. The random numbers depend only on the seed and
-    the step's number. So a resumed run repeats them.
+    `asked` questions came before. Each process takes its share of the questions. The random numbers
+    depend only on the seed, the step and the batch. So a resumed run repeats them.
     """
     s = parts.settings
     torch.manual_seed(s.seed * 10**6 + step)
-    uniforms = torch.rand(s.questions, s.group, s.max_new_tokens)  # [B, G, L] of all processes
-    start = step * s.questions
-    samples = [data[i] for i in share(range(start, start + s.questions))]
-    rollouts, seconds = roll_out(parts, samples, share(uniforms))
+    # [1 + redraw, B, G, L] of all processes. With and without --redraw, the first batch is the same
+    uniforms = torch.rand(1 + s.redraw, s.questions, s.group, s.max_new_tokens)
+    samples = [data[i % len(data)] for i in share(range(asked, asked + s.questions))]
+    rollouts, seconds = roll_out(parts, samples, share(uniforms[0]))
+    described = describe(rollouts)  # of the first batch, which --redraw has not selected
+    answers = first_answers(rollouts)
+    drawn = s.questions
+    for batch in uniforms[1:]:
+        new, count = redraw(parts, data, rollouts, share(batch), asked + drawn, seconds)
+        drawn += count
+        answers += first_answers(new)
+    if s.advantage == "gdpo":
+        scale_to_batch(rollouts)
+    described["flat_tokens"] = flat_tokens(rollouts)
     learnt = update(parts, rollouts, step * s.updates * s.passes)
     memory = {"peak_memory_gib": peak_memory(s.device)}
-    line = average(describe(rollouts) | learnt | seconds | memory)
-    tokens = line["length"] * s.questions * s.group
+    line = average(described | learnt | seconds | memory)
+    tokens = line["length"] * drawn * s.group
     line["tokens_per_second"] = tokens / line["seconds_rollout"]
-    return {"step": step + 1} | line, first_answers(rollouts)
+    if s.redraw:
+        line["drawn"] = drawn
+    return {"step": step + 1} | line, answers
 
 
 @fail_together()
@@ -374,9 +369,7 @@ def train(
 
     begun = time.perf_counter()
     join_processes(s.device)
-    if process_count() > 1 and s.questions % (s.updates * process_count()):
-        need = f"{process_count()} processes x --updates {s.updates}"
-        raise UserError(f"--questions {s.questions} is no multiple of {need}")
+    check_share(s)
     sets = open_sets(s, sets)
     data, validation, test = sets
     folder = from_first(open_run(s) if is_first() else None)
@@ -389,7 +382,7 @@ def train(
     base = score_base(policy, segmenter, validation, test, s, folder, resumed)
     with run.saved_whatever_happens():
         for step in run.steps():
-            line, answers = one_step(parts, data, step)
+            line, answers = one_step(parts, data, step, run.asked)
             due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
             if due:
                 line |= validate(policy, segmenter, validation, s, folder, step + 1)

@@ -1,8 +1,9 @@
 """Start several processes for a training on a CPU. Each process has one thread.
 
-Threads of OpenMP spin while they wait for each other. If another program takes a core, every small
-operation waits for the thread on this core. Processes do not spin. Each process takes its share of
-the questions. One sum of the adapter's gradients ends an update (processes.py).
+OpenMP's threads use their cores while they wait for each other. If another program takes a core,
+every small operation waits for the thread on this core. Several processes with one thread each are
+faster. Each process takes its share of the questions. At the end of an update, the gradients of all
+processes are added up once (processes.py).
 """
 
 import _thread
@@ -13,42 +14,92 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from pathlib import Path
 
+import psutil  # accelerate depends on psutil
 import torch
 
 from .config import Settings
-from .stops import handled_signals, handlers_put_back, outlive_terminal
+from .gpu import GIB
+from .stops import handled_signals, outlive_terminal
 
-GRACE = 60.0  # seconds to save a run after one process has ended
+GRACE = 60.0  # seconds that the other processes have to save the run, if one has failed
+MOST = 4  # the largest number that --processes 0 starts
+PROCESS_BYTES = 1.5 * GIB  # memory of one process of the tiny preset
 CRASHES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGABRT")
 
 
 def choose_processes(s: Settings) -> int:
-    """Return the number of processes to start for these settings."""
+    """Return the number of processes to start. On a GPU and in a rehearsal it is 1."""
     started_already = "WORLD_SIZE" in os.environ  # by torchrun or accelerate
     if started_already or s.device != "cpu" or s.rehearse:
         return 1
-    return s.processes
+    return s.processes or automatic_number(s)
+
+
+def automatic_number(s: Settings) -> int:
+    """Return the number of processes for --processes 0: one for each physical core, at most 4.
+
+    The questions of each update can be shared equally, and all processes fit in memory. Only the
+    tiny preset's memory is known. So other models get one process.
+    """
+    if s.policy != "tiny" or s.sam != "tiny":
+        return 1
+    most = min(MOST, usable_cores(), int(usable_memory() / PROCESS_BYTES))
+    for count in range(most, 1, -1):
+        if s.questions % (s.updates * count) == 0:
+            return count
+    return 1
+
+
+def usable_cores() -> int:
+    """Return the number of physical cores, at most the number that this process may use."""
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
+        cores = min(cores, len(psutil.Process().cpu_affinity()))
+    return cores
+
+
+# Files with the memory limit of a Linux container in bytes: cgroup version 2, and version 1.
+LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def usable_memory() -> int:
+    """Return the bytes of memory that are free, at most the limit of this container."""
+    usable = psutil.virtual_memory().available
+    for file in map(Path, LIMIT_FILES):
+        limit = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        if limit.isdecimal():  # "max" means no limit
+            usable = min(usable, int(limit))
+    return usable
 
 
 def start_processes(work: Callable[[Settings], None], s: Settings, count: int) -> int:
     """Run `work(s)` in `count` new processes, and wait for them. Returns the exit code.
 
-    The exit code is that of the process that fails first, or 0. `work` is a function of a module.
+    The exit code is 0, or that of the first process that failed. `work` must be at the top level of
+    a module, because it is pickled.
     """
-    # The processes find each other with this store. It lives here, so none waits for a dead one.
+    # The processes find each other by this store. It is here, because any of them may fail early.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
-    with signals_passed_on(started):
-        with signals_held_back():  # the new processes inherit this, until they can handle signals
-            context = torch.multiprocessing.start_processes(
-                run_process, (work, s, count, store.port), count, join=False
-            )
+    with signals_passed_on(started) as missed:
+        with signals_held_back():  # in the new processes too, until run_process releases them
+            try:
+                context = torch.multiprocessing.start_processes(
+                    run_process, (work, s, count, store.port), count, join=False
+                )
+            except BaseException:  # some may have started
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
             started += context.processes
+        for number in missed:
+            signal.raise_signal(number)
         try:
-            while not context.join(grace_period=GRACE):
+            while not context.join(grace_period=GRACE):  # returns when one process has ended
                 pass
         except torch.multiprocessing.ProcessExitedException as failed:
             return exit_code(failed)
@@ -56,24 +107,24 @@ def start_processes(work: Callable[[Settings], None], s: Settings, count: int) -
 
 
 def exit_code(failed: torch.multiprocessing.ProcessExitedException) -> int:
-    """Return the exit code of a failed process. Prints a line if a signal has ended it."""
+    """Return the exit code of a failed process. Prints a line if a signal ended the process."""
     if failed.exit_code >= 0:
         return failed.exit_code
     why = f"terminated ({failed.signal_name})"
     if failed.signal_name in CRASHES:
         why = (
-            f"a process was ended by {failed.signal_name}. Perhaps the memory was full. Continue "
-            "with --resume and the run's folder as --run, or start again with --processes 1"
+            f"a process was ended by {failed.signal_name}. Perhaps memory ran out. Continue with "
+            "--resume --run FOLDER, or start again with --processes 1"
         )
     print(f"train.py: {why}", file=sys.stderr)
-    return 128 - failed.exit_code
+    return 128 - failed.exit_code  # its exit code is minus the signal's number
 
 
 def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -> None:
     """Run `work(s)` in this process, number `rank` of `count`."""
     if hasattr(os, "setpgrp"):
-        # Ctrl-C in a terminal reaches a whole process group. In a group of its own, this process
-        # gets the signal only from start_processes.
+        # Ctrl-C in a terminal reaches each process of its group. This process leaves the group, so
+        # it gets the signal once, from start_processes.
         os.setpgrp()
     outlive_terminal()
     os.environ |= {
@@ -83,25 +134,25 @@ def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store of start_processes
-        "OMP_NUM_THREADS": "1",  # otherwise accelerate sets more threads
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # use the store, and open no other
+        "OMP_NUM_THREADS": "1",  # otherwise accelerate sets a larger number
     }
-    if sys.platform != "win32":  # all processes are on this machine, whatever its name means
+    if sys.platform != "win32":  # the name of this machine may point to another address
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    if sys.platform != "linux":  # in Linux, torch asks for a signal
+    if sys.platform != "linux":  # in Linux, the kernel sends a signal
         threading.Thread(target=stop_without_parent, daemon=True).start()
     try:
         release_signals()
         if rank > 0:
             import transformers
 
-            transformers.utils.logging.disable_progress_bar()  # of the loading of weights
+            transformers.utils.logging.disable_progress_bar()  # while weights load
         work(s)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:
-        traceback.print_exc()  # of each process: often only one of them has the cause
+        traceback.print_exc()  # in each process, because often only one of them has the cause
         sys.exit(1)
 
 
@@ -116,32 +167,50 @@ def stop_without_parent() -> None:
 
 @contextmanager
 def signals_passed_on(processes: list):
-    """Context manager: send the handled signals to `processes`. This process itself continues.
+    """Context manager: send the handled signals to `processes`. They do not end this process.
 
-    In Windows the signals reach all programs of a console, so this process ignores them.
+    Yields a list of the signals that came before there were processes. Ctrl-Z pauses all processes
+    until the shell continues this one. In Windows the signals reach all programs of a console, so
+    this process ignores them.
     """
+    missed = []
+
+    def send(number):
+        for process in processes:
+            with suppress(ProcessLookupError):  # it has just ended
+                if process.is_alive():
+                    os.kill(process.pid, number)
 
     def pass_on(number, _):
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, number)
+        send(number)
+        if not processes:
+            missed.append(number)
 
-    handler = pass_on
+    def pause(*_):
+        send(signal.SIGSTOP)
+        signal.raise_signal(signal.SIGSTOP)
+        send(signal.SIGCONT)  # the shell has continued this process
+
+    handlers = dict.fromkeys(handled_signals(), pass_on)
     if sys.platform == "win32":
-        handler = signal.SIG_IGN
-    with handlers_put_back():
-        for kind in handled_signals():
+        handlers = dict.fromkeys(handled_signals(), signal.SIG_IGN)
+    elif handlers:
+        handlers[signal.SIGTSTP] = pause
+    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
+    try:
+        yield missed
+    finally:
+        for kind, handler in before.items():
             signal.signal(kind, handler)
-        yield
 
 
 @contextmanager
 def signals_held_back():
-    """Context manager: the handled signals wait until the end of the block. Not in Windows."""
+    """Context manager: the handled signals wait until the end of the block (not in Windows)."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # its start would release the signals
+    resource_tracker.ensure_running()  # a start inside the block would release the signals
     signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
     try:
         yield
@@ -150,6 +219,6 @@ def signals_held_back():
 
 
 def release_signals() -> None:
-    """Handle signals that were held back, and later ones."""
+    """Stop holding signals back. Those that waited arrive now."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals())

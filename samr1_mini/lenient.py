@@ -1,4 +1,4 @@
-"""Find a box in any common notation, for the lenient score of an evaluation.
+"""Find boxes in any common notation, for the lenient score of an evaluation.
 
 Training never uses this file. Its rewards need the exact format (reward.py).
 """
@@ -6,7 +6,7 @@ Training never uses this file. Its rewards need the exact format (reward.py).
 import re
 from dataclasses import replace
 
-from .reward import MAX_TEXT, Answer, Box, check_box, read_answer
+from .reward import MAX_OBJECTS, MAX_TEXT, Answer, Box, Object, check_box, read_answer
 
 # Lenient reading accepts a box in any common notation. It first splits a text into numbers, words
 # and signs, with a blank between them. So line breaks and quotes do not matter. No pattern reads
@@ -56,22 +56,23 @@ def _sides_as_list(match: re.Match) -> str:
     return f"[ {sides[0]} , {sides[1]} , {sides[2]} , {sides[3]} ]"
 
 
-def _last_box(spaced: str, side: int) -> Box | None:
-    """Return the last four numbers in brackets that make a valid box, or None."""
-    for match in reversed(list(_FOUR.finditer(spaced))):
+def _boxes(spaced: str, side: int) -> list[Box]:
+    """Return all valid boxes among the places with four numbers in brackets."""
+    boxes = []
+    for match in _FOUR.finditer(spaced):
         numbers = [float(number) for number in match.groups() if number is not None]
         try:
-            return check_box(numbers, side)
+            boxes.append(check_box(numbers, side))
         except ValueError:
             continue
-    return None
+    return boxes
 
 
-def lenient_box(text: str, side: int) -> Box | None:
-    """Find a box in any common notation.
+def lenient_boxes(text: str, side: int) -> list[Box]:
+    """Find boxes in any common notation.
 
     Reads the text after <answer> first, then the whole text. The tag </answer> may be missing.
-    Prefers the last box with a key or a tag that contains "box". Otherwise takes the last box.
+    Prefers boxes with a key or a tag that contains "box". Otherwise takes all boxes.
     """
     answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
     for part in (answer, text):
@@ -79,15 +80,32 @@ def lenient_box(text: str, side: int) -> Box | None:
         spaced = _SIDES.sub(_sides_as_list, spaced)
         spaced = _POINTS.sub("; ", spaced)  # never a box
         named = " ; ".join(_NAMED.findall(spaced))
-        box = _last_box(named, side) or _last_box(spaced, side)
-        if box is not None:
-            return box
-    return None
+        boxes = _boxes(named, side) or _boxes(spaced, side)
+        if boxes:
+            return boxes
+    return []
 
 
-def read_leniently(text: str, side: int, max_points: int = 8) -> Answer:
-    """Read an answer as read_answer does. Without a valid box, take a box in any notation."""
-    answer = read_answer(text, side, max_points)
-    if answer.box is not None or len(text.strip()) > MAX_TEXT:
+def says_nothing(text: str) -> bool:
+    """Return True if the text after the thinking, or after <answer>, is only an empty list []."""
+    answer = text.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0]
+    return re.sub(r"\s|```(json)?", "", answer) == "[]"
+
+
+def read_leniently(text: str, side: int, max_points: int = 8, objects: str = "one") -> Answer:
+    """Read an answer as read_answer does. If it cannot be read, take boxes in any notation.
+
+    With `objects` "one" the last box counts. With "several" all boxes count, and a plain [] means
+    that nothing is there.
+    """
+    answer = read_answer(text, side, max_points, objects=objects)
+    if answer.objects is not None or len(text.strip()) > MAX_TEXT:
         return answer
-    return replace(answer, box=lenient_box(text.strip(), side))
+    if objects == "several" and says_nothing(text):
+        return replace(answer, objects=[])
+    boxes = lenient_boxes(text.strip(), side)
+    if objects == "one":
+        boxes = boxes[-1:]
+    if not 1 <= len(boxes) <= MAX_OBJECTS:
+        return answer
+    return replace(answer, objects=[Object(box) for box in boxes])

@@ -11,7 +11,7 @@ from .data import open_data
 from .data.download import PICTURES
 from .files import Download, check_adapter_files, check_disk_space
 from .policy import Policy, check_policy, load_policy
-from .prompt import load_prompt
+from .prompt import choose_prompt
 from .segmenter import check_segmenter, load_segmenter, sam_bytes, SAM_FILES, Segmenter
 from .processes import first_before_others, from_first, is_first
 
@@ -23,8 +23,7 @@ def check_models(s: Settings) -> None:
     """
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam, s.sam_checkpoint)
-    if s.prompt_file:
-        load_prompt(s.prompt_file)
+    choose_prompt(s)  # raises UserError for a bad --prompt-file
     if s.start_from and not s.resume:
         rank = check_adapter_files(Path(s.start_from), "--start-from").get("r")
         if rank != s.rank:
@@ -55,7 +54,9 @@ def open_three(s: Settings) -> list:
     sets = []
     for name, split, count in wanted:
         try:
-            sets.append(open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore))
+            sets.append(
+                open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore, s.objects)
+            )
         except UserError as error:  # open_data always names --data, so name the right option
             if split == "train" or not s.eval_data:
                 raise
@@ -148,6 +149,5 @@ def load_models(
         policy = load_policy(
             s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates
         )
-    if s.prompt_file:
-        policy.prompt = load_prompt(s.prompt_file)
+    policy.prompt = choose_prompt(s)
     return policy, segmenter

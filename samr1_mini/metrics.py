@@ -1,4 +1,4 @@
-"""Compute the IoU of masks and boxes, gIoU, cIoU, their intervals, and the vote of masks.
+"""Compute the IoU of masks and boxes, their matching, gIoU, cIoU, intervals, and the vote of masks.
 
 gIoU is the mean IoU over questions. cIoU is the sum of all intersections over the sum of all
 unions.
@@ -7,6 +7,7 @@ unions.
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 
 def mean(values: Iterable[float]) -> float:
@@ -70,13 +71,50 @@ def vote(masks: list[np.ndarray]) -> tuple[int, np.ndarray]:
 
 
 def box_iou(a: tuple, b: tuple) -> float:
-    """Return the IoU of two boxes (x1, y1, x2, y2). x2 and y2 are exclusive."""
+    """Return the IoU of two boxes (x1, y1, x2, y2). x2 and y2 are exclusive.
+
+    Two boxes without an area stand for "nothing". Their IoU is 1.
+    """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     both = max(width, 0) * max(height, 0)
     area_a = (a[2] - a[0]) * (a[3] - a[1])
     area_b = (b[2] - b[0]) * (b[3] - b[1])
-    return both / (area_a + area_b - both)
+    return iou(both, area_a + area_b - both)
+
+
+def hull(boxes: list[tuple]) -> tuple:
+    """Return the smallest box around all boxes (x1, y1, x2, y2). No box gives (0, 0, 0, 0)."""
+    if not boxes:
+        return 0, 0, 0, 0
+    x1, y1, x2, y2 = zip(*boxes)
+    return min(x1), min(y1), max(x2), max(y2)
+
+
+def matched_iou(boxes: list[tuple], true_boxes: list[tuple]) -> float:
+    """Return the mean IoU of boxes that are matched one to one with true boxes, 0 to 1.
+
+    The matching is the one with the largest sum of IoUs. The mean is over the larger number of
+    boxes. So a missing box and a superfluous box count as 0. Without any box the result is 1.
+    """
+    count = max(len(boxes), len(true_boxes))
+    if count == 0:
+        return 1.0
+    overlaps = np.zeros((len(boxes), len(true_boxes)))
+    for i, box in enumerate(boxes):
+        for j, true_box in enumerate(true_boxes):
+            overlaps[i, j] = box_iou(box, true_box)
+    rows, columns = linear_sum_assignment(overlaps, maximize=True)
+    return float(overlaps[rows, columns].sum()) / count
+
+
+def repeated_share(boxes: list[tuple]) -> float:
+    """Return the share of boxes whose IoU with an earlier box is above 0.5, 0 to 1."""
+    repeated = 0
+    for i, box in enumerate(boxes):
+        overlaps = [box_iou(box, earlier) for earlier in boxes[:i]]
+        repeated += max(overlaps, default=0.0) > 0.5
+    return repeated / max(1, len(boxes))
 
 
 def filled(box: tuple, height: int, width: int) -> np.ndarray:

@@ -80,6 +80,19 @@ def draw_outline(axes, area: np.ndarray, colour: str, width: float, style: str =
         axes.contour(area, [0.5], colors=colour, linewidths=width, linestyles=style)
 
 
+def draw_object(axes, one, sx: float, sy: float) -> None:
+    """Draw the box and the points of one object (a reward.Object), scaled by sx and sy."""
+    x1, y1, x2, y2 = one.box
+    x1, x2 = x1 * sx - 0.5, x2 * sx - 0.5
+    y1, y2 = y1 * sy - 0.5, y2 * sy - 0.5
+    xs, ys = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
+    for colour, width in (("white", 3.2), (BLUE, 1.6)):
+        axes.plot(xs, ys, color=colour, lw=width)
+    for x, y, label in one.points:
+        marker, colour = ("o", GREEN) if label else ("X", PINK)
+        axes.plot(x * sx, y * sy, marker, color=colour, mec="white", ms=7)
+
+
 def draw_answer(axes, panel, size: int) -> None:
     """Draw one evaluated answer (an evaluation.Panel) on its picture.
 
@@ -104,16 +117,8 @@ def draw_answer(axes, panel, size: int) -> None:
     draw_outline(axes, truth, BLACK, 1.2, "--")
     sx = sample.image.width / size / fine
     sy = sample.image.height / size / fine
-    if answer.box:
-        x1, y1, x2, y2 = answer.box
-        x1, x2 = x1 * sx - 0.5, x2 * sx - 0.5
-        y1, y2 = y1 * sy - 0.5, y2 * sy - 0.5
-        xs, ys = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
-        for colour, width in (("white", 3.2), (BLUE, 1.6)):
-            axes.plot(xs, ys, color=colour, lw=width)
-    for x, y, label in answer.points:
-        marker, colour = ("o", GREEN) if label else ("X", PINK)
-        axes.plot(x * sx, y * sy, marker, color=colour, mec="white", ms=7)
+    for one in answer.objects or []:
+        draw_object(axes, one, sx, sy)
     # All panels have the same size, for pictures of any shape.
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_box_aspect(1)

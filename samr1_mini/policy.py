@@ -76,7 +76,8 @@ class Policy:
     def answer_side(self, size: int) -> int:
         """Return the side of the square that holds an answer's coordinates.
 
-        The side is `size`, the picture's side, for pixels. It is 1,000 for thousandths.
+        If answers are in pixels, this is `size`, the side of the policy's picture. If they are in
+        thousandths of the picture's sides, it is 1,000.
         """
         if self.coordinates == "thousandths":
             return 1000
@@ -107,8 +108,7 @@ class Prompt:
     def next_position(self) -> int:
         """Return an answer's first position.
 
-        Positions count the rows and columns of a picture, not its tokens. So this position is
-        smaller than P.
+        It is smaller than P: a picture of 30 x 30 tokens takes 30 positions and not 900.
         """
         return int(self.positions.max()) + 1
 
@@ -177,7 +177,7 @@ def load_policy(
     rank: rank of a new adapter. A new adapter does not change the model's output.
     adapter: folder of a saved adapter to take instead of a new one.
     checkpointing: recompute each layer in the backward, which saves memory.
-    coordinates: pixels, thousandths, or auto for the model's own unit.
+    coordinates: unit in answers: pixels, thousandths of the picture, or auto (the model's unit).
     Raises UserError for a model or an adapter that cannot be used.
     """
     check_policy(str(name))
@@ -309,7 +309,7 @@ def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """Return the extra arguments of Qwen3-VL's language model, or {}. picture: bool [B, T]."""
+    """Return arguments that only Qwen3-VL has, or {}. picture: bool [B, T], for picture tokens."""
     if not prompts[0].deep:
         return {}
     layers = zip(*(p.deep for p in prompts))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .config import UserError, first_line
+from .config import Settings, UserError, first_line
 
 PROMPT = """Compare the objects in the picture and find the one that the question means. \
 Think inside <think> </think>, then give the final answer inside <answer> </answer> as JSON: \
@@ -10,6 +10,17 @@ one box that tightly holds the object, and points in the box, each labelled 1 on
 and 0 off it, all in {unit}. Example:
 <think>The left cup is nearer to the plate.</think>\
 <answer>{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}</answer>
+Question: {question}"""
+
+# The prompt for --objects several
+SEVERAL_PROMPT = """Compare the objects in the picture and find all objects that the question \
+means. Think inside <think> </think>, then give the final answer inside <answer> </answer> as a \
+JSON list: for each object, one box that tightly holds the object, and points in the box, each \
+labelled 1 on the object and 0 off it, all in {unit}. Give an empty list [] if nothing fits. \
+Example:
+<think>Two cups stand on the table.</think>\
+<answer>[{"bbox": [12, 30, 58, 94], "points": [[33, 60, 1], [16, 88, 0]]}, \
+{"bbox": [70, 28, 104, 90], "points": [[85, 60, 1]]}]</answer>
 Question: {question}"""
 
 
@@ -25,6 +36,15 @@ def load_prompt(name: str) -> str:
     if "{question}" not in text:
         raise UserError(f"--prompt-file {name}: write {{question}} where the question must stand")
     return text
+
+
+def choose_prompt(s: Settings) -> str:
+    """Return the prompt of --prompt-file, or else the prompt for --objects."""
+    if s.prompt_file:
+        return load_prompt(s.prompt_file)
+    if s.objects == "several":
+        return SEVERAL_PROMPT
+    return PROMPT
 
 
 def instruction(

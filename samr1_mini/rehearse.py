@@ -30,7 +30,7 @@ from .memory import free_memory, peak_memory
 from .policy import Policy, Prompt
 from .processes import is_first
 from .reports import base_summary
-from .reward import Answer, score_group
+from .reward import Answer, Object, score_group
 from .segmenter import SAM_FILES, SamSegmenter, random_sam, small_folder
 from .sizes import Sizes, questions_per_batch
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
@@ -199,7 +199,8 @@ def reward_full_answers(parts: Parts, samples: list[Sample]) -> None:
     side = parts.policy.answer_side(s.image_size)
     third, middle = side // 3, side // 2
     points = [(middle, middle, 1)] * s.max_points
-    answer = Answer(side, box=(third, third, 2 * third, 2 * third), points=points)
+    one = Object((third, third, 2 * third, 2 * third), points)
+    answer = Answer(side, [one])
     for sample in samples:
         score_group(parts.segmenter, sample, [answer] * s.group, s)
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from .config import Settings
+from tqdm import tqdm
+
+from .config import Settings, UserError
 from .evaluation import before_after, draw_sheet, evaluate
 from .files import write_json
 from .metrics import mean
@@ -21,6 +23,7 @@ def describe(rollouts: list) -> dict:
     answers = [answer for rollout in rollouts for answer in rollout.completions]
     flat = [not rollout.advantage.any() for rollout in rollouts]
     texts = [{answer.text for answer in rollout.completions} for rollout in rollouts]
+    points = [sum(len(one.points) for one in r.answer.objects or []) for r in rewards]
     line = {"reward": mean(r.total for r in rewards)}
     for name in rewards[0].terms:
         line[name] = mean(r.terms[name] for r in rewards)
@@ -29,9 +32,32 @@ def describe(rollouts: list) -> dict:
         "zero_variance": mean(flat),  # share of groups with equal rewards
         "truncated": mean(a.truncated for a in answers),
         "unique": sum(len(group) for group in texts) / len(answers),
-        "points": mean(len(r.answer.points) for r in rewards),
+        "points": mean(points),
         "length": mean(len(a.ids) for a in answers),
     }
+
+
+def flat_tokens(rollouts: list) -> float:
+    """Return the share of an update's tokens in groups without an advantage. Prompts count too."""
+    tokens = [len(rollout.prompt.ids) + sum(rollout.lengths) for rollout in rollouts]
+    learnt = [n for n, rollout in zip(tokens, rollouts) if rollout.advantage.any()]
+    return 1 - sum(learnt) / sum(tokens)
+
+
+def saving_line(log: list[dict]) -> str:
+    """Return a line about the time that --skip-flat would have saved.
+
+    `log` holds the lines of metrics.jsonl. The time of an update is about proportional to its
+    tokens.
+    """
+    share = mean(line["zero_variance"] for line in log)
+    seconds = sum(line["seconds_update"] for line in log)
+    saved = sum(line.get("flat_tokens", 0.0) * line["seconds_update"] for line in log)
+    return (
+        f"groups with equal rewards: {100 * share:.0f} %. With --skip-flat, the updates would have "
+        f"taken about {100 * saved / seconds:.0f} % less time ({saved / 60:.1f} minutes), but "
+        "these groups would have no KL"
+    )
 
 
 def token_mean(forwards: list[dict], name: str) -> float:
@@ -66,6 +92,21 @@ def token_means(forwards: list[dict]) -> dict:
         log["ratio_min"] = min(1.0, *(values["ratio"].min().item() for values in forwards))
         log["ratio_max"] = max(1.0, *(values["ratio"].max().item() for values in forwards))
     return log
+
+
+MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row
+
+
+def count_skipped(parts, number: int) -> None:
+    """Count a skipped update. `number` is its number. Raises UserError for ten in a row."""
+    if is_first():
+        tqdm.write(f"update {number} skipped: its gradient is not finite. If repeated, lower --lr")
+    parts.skipped += 1
+    if parts.skipped >= MOST_SKIPPED:
+        raise UserError(
+            f"the gradients of {MOST_SKIPPED} updates in a row were not finite, so the policy no "
+            f"longer learns. Start another run with a lower --lr (this run: {parts.settings.lr})"
+        )
 
 
 def first_answers(rollouts: list) -> list[dict]:
@@ -182,7 +223,10 @@ def summarise(
         path = folder / "sheet-test.png"
         title = "Held-out test questions after training"
         draw_sheet(path, title, policy, segmenter, test, report.rows[:12], s)
-        curves(folder / "curves.png", read_log(folder), summary)
+        log = read_log(folder)
+        curves(folder / "curves.png", log, summary)
         print(before_after(summary))
+        if log and s.beta and not s.skip_flat:
+            print(saving_line(log))
         print(f"adapter, log, curves and sheets are in {folder}")
     return summary

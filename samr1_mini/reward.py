@@ -1,13 +1,17 @@
-"""The reward: text -> box and points -> SAM's mask -> IoU with the true mask -> named terms.
+"""The reward: text -> boxes and points -> SAM's mask -> IoU with the true mask -> named terms.
 
     reward = accuracy (0, 2, 3 or 4) + reasoning_format (0 or 1) + segmentation_format (0 or 1)
+
+An answer is a list of objects. With --objects one the list has one object, as in the paper. With
+--objects several the answer's mask is the union of the objects' masks. Then there are two more
+terms, matching (0 to 1) and repeats (-1 to 0).
 
 No network is trained here. The policy gets no reward for its box. It gets reward for the mask that
 Segment Anything draws from the box and the points.
 
 Coordinates of an answer go from 0 to `side`. For answers in pixels, `side` is the size of the
-policy's picture. For answers in thousandths, `side` is 1,000. SAM and the true mask keep the
-picture's own size [H, W].
+policy's scaled picture. For answers in thousandths, `side` is 1,000. SAM and the true mask use the
+original size of the picture, [H, W].
 
 A new term is one line in `reward_terms` and one setting NAME_weight in config.py. The log, the
 curves and the drawn sheets of answers then show the term.
@@ -23,10 +27,12 @@ import torch
 
 from .config import Settings
 from .data import Sample
-from .metrics import box_iou, filled, intersection_union, iou, tight_box
+from .metrics import box_iou, filled, hull, intersection_union, iou, matched_iou
+from .metrics import repeated_share, tight_box
 from .segmenter import Segmenter
 
 MAX_TEXT = 20_000  # characters. A longer text is not read
+MAX_OBJECTS = 16  # of --objects several. A longer list is not read
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
@@ -35,12 +41,22 @@ Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
 
 
 @dataclass
-class Answer:
-    """Hold one parsed answer. Training sets `box` and `points` only if the format is right."""
+class Object:
+    """Hold the box of one object, and the points that mark the object. They are SAM's prompt."""
 
-    side: int  # coordinates of box and points go from 0 to this
-    box: Box | None = None
+    box: Box
     points: list[Point] = field(default_factory=list)
+
+
+@dataclass
+class Answer:
+    """Hold one parsed answer. In training, `objects` is set only if the format is right.
+
+    An answer that cannot be read has no list of objects. An empty list says that nothing is there.
+    """
+
+    side: int  # coordinates of boxes and points go from 0 to this
+    objects: list[Object] | None = None  # None if the answer cannot be read
     reasoning_format: bool = False
     segmentation_format: bool = False
     why: str = ""  # what is wrong with the format, in words
@@ -59,7 +75,7 @@ def _number(value) -> float:
     return float(value)
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
+def _names_once(pairs: list[tuple[str, object]]) -> dict:
     """Return a JSON object. Raises ValueError for a repeated name: Python would drop a value."""
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -113,8 +129,28 @@ def has_reasoning_format(text: str) -> bool:
     return _WHOLE.fullmatch(text) is not None
 
 
-def parse_answer(text: str, side: int, max_points: int) -> tuple[Box, list[Point]]:
-    """Return box and points from the JSON between the answer tags.
+def read_objects(content, side: int, max_points: int, objects: str) -> list[Object]:
+    """Return the objects of an answer's JSON. Raises ValueError.
+
+    With `objects` "one" the JSON is one object. With "several" it is a list of objects.
+    """
+    wrong = "the answer is not a JSON list of objects"
+    if objects == "one":
+        wrong = "the answer is not a JSON object"
+        content = [content]
+    if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
+        raise ValueError(wrong)
+    if len(content) > MAX_OBJECTS:
+        raise ValueError(f"{len(content)} objects, at most {MAX_OBJECTS} are allowed")
+    found = []
+    for one in content:
+        box = check_box(one.get("bbox"), side)
+        found.append(Object(box, _points(one.get("points"), side, max_points)))
+    return found
+
+
+def parse_answer(text: str, side: int, max_points: int, objects: str = "one") -> list[Object]:
+    """Return the objects from the JSON between the answer tags.
 
     Raises ValueError (also for broken JSON), or RecursionError for deep nesting.
     """
@@ -125,23 +161,25 @@ def parse_answer(text: str, side: int, max_points: int) -> tuple[Box, list[Point
         raise ValueError("</answer> stands before <answer>")
     inside = re.sub("^```(json)?", "", inside.strip(), flags=re.I).removesuffix("```")
     # json.loads accepts NaN and Infinity. For these words it calls parse_constant, which raises.
-    content = json.loads(inside, object_pairs_hook=_object, parse_constant=_number)
-    if not isinstance(content, dict):
-        raise ValueError("the answer is not a JSON object")
-    box = check_box(content.get("bbox"), side)
-    return box, _points(content.get("points"), side, max_points)
+    content = json.loads(inside, object_pairs_hook=_names_once, parse_constant=_number)
+    return read_objects(content, side, max_points, objects)
 
 
 def read_answer(
-    text: str, side: int, max_points: int = 8, tokens: torch.Tensor | None = None
+    text: str,
+    side: int,
+    max_points: int = 8,
+    tokens: torch.Tensor | None = None,
+    objects: str = "one",
 ) -> Answer:
     """Read an answer with coordinates in a `side` x `side` square.
 
-    Never raises, and takes linear time. The answer's field `why` names the faults.
+    `objects` is the setting, "one" or "several". The function never raises, and takes linear time.
+    The answer's field `why` names the faults.
 
     >>> text = '<think>Left.</think><answer>{"bbox": [1, 2, 9, 8], "points": [[5, 5, 1]]}</answer>'
-    >>> read_answer(text, 28).box
-    (1.0, 2.0, 9.0, 8.0)
+    >>> read_answer(text, 28).objects
+    [Object(box=(1.0, 2.0, 9.0, 8.0), points=[(5.0, 5.0, 1)])]
     """
     answer = Answer(side, tokens=tokens)
     text = text.strip()
@@ -153,7 +191,7 @@ def read_answer(
     if not answer.reasoning_format:
         faults.append("not <think>...</think><answer>...</answer>")
     try:
-        answer.box, answer.points = parse_answer(text, side, max_points)
+        answer.objects = parse_answer(text, side, max_points, objects)
         answer.segmentation_format = True
     except (ValueError, RecursionError) as error:
         faults.append(str(error) or "nested too deep")
@@ -168,17 +206,16 @@ def read_answer(
 class Reward:
     """One answer, the mask that SAM draws from it, and its reward.
 
-    Box, points and mask are in the picture's own pixels.
+    Boxes, points and mask are in the picture's own pixels.
     """
 
     sample: Sample
     answer: Answer
-    box: Box | None = None  # None if the answer cannot be read
-    points: list[Point] = field(default_factory=list)
-    mask: np.ndarray | None = None  # bool [H, W]
+    objects: list[Object] = field(default_factory=list)
+    mask: np.ndarray | None = None  # bool [H, W], the union; None: the answer cannot be read
     pair: tuple[int, int] = (0, 0)  # pixels of intersection and union with the true mask
     iou: float = 0.0  # of the mask; 0 if the answer cannot be read
-    box_iou: float = 0.0  # of the answer's box with the tight box around the true mask
+    box_iou: float = 0.0  # of the box around all objects with the tight box of the true mask
     terms: dict[str, float] = field(default_factory=dict)
     total: float = 0.0  # the reward: the weighted sum of the terms
 
@@ -187,7 +224,7 @@ TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))  # limit, and reward of an IoU abov
 
 
 def tiered(value: float) -> float:
-    """Return the tier of eq. (5) for an IoU: 0, 2, 3 or 4."""
+    """Return the reward of eq. (5) for an IoU: 0, 2, 3 or 4."""
     # (5)  4 if IoU > 0.8, 3 if IoU > 0.7, 2 if IoU > 0.5, else 0
     for limit, reward in TIERS:
         if value > limit:
@@ -209,44 +246,78 @@ def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> fl
     raise ValueError(f"no accuracy term is called {kind}")
 
 
+def matching_term(reward: Reward) -> float:
+    """Return the mean IoU of the answer's boxes, matched one to one with the true boxes, 0 to 1.
+
+    The term is 0 if the answer cannot be read, or if the data set does not know single objects.
+    """
+    true_masks = reward.sample.masks
+    if reward.answer.objects is None or true_masks is None:
+        return 0.0
+    boxes = [one.box for one in reward.objects]
+    return matched_iou(boxes, [tight_box(mask) for mask in true_masks])
+
+
+def repeats_term(reward: Reward) -> float:
+    """Return minus the share of boxes that repeat an earlier box, -1 to 0.
+
+    SAM's masks of equal boxes have the same union as one of them. So the accuracy term does not
+    see repeated boxes. The term is negative: an answer without repeats gains nothing.
+    """
+    return -repeated_share([one.box for one in reward.objects])
+
+
 def reward_terms(reward: Reward, s: Settings) -> dict[str, float]:
     """Return the terms of one reward by name. The setting NAME_weight is the weight of a term.
 
     A term may use everything in `reward`. Examples are the true mask, the answer's tokens, SAM's
-    mask, and box and points in the picture's pixels.
+    mask, and boxes and points in the picture's pixels.
     """
-    return {
+    terms = {
         "accuracy": accuracy_term(s.accuracy, reward.iou, reward.box_iou),
         "reasoning_format": float(reward.answer.reasoning_format),
         "segmentation_format": float(reward.answer.segmentation_format),
     }
+    if s.objects == "several":
+        terms["matching"] = matching_term(reward)
+        terms["repeats"] = repeats_term(reward)
+    return terms
 
 
-def to_picture(answer: Answer, sample: Sample) -> tuple[Box, list[Point]]:
-    """Scale box and points of an answer to the picture's own pixels."""
+def to_picture(answer: Answer, sample: Sample) -> list[Object]:
+    """Scale boxes and points of an answer to the picture's own pixels."""
     sx = sample.image.width / answer.side
     sy = sample.image.height / answer.side
-    x1, y1, x2, y2 = answer.box
-    points = [(x * sx, y * sy, label) for x, y, label in answer.points]
-    return (x1 * sx, y1 * sy, x2 * sx, y2 * sy), points
+    objects = []
+    for one in answer.objects:
+        x1, y1, x2, y2 = one.box
+        points = [(x * sx, y * sy, label) for x, y, label in one.points]
+        objects.append(Object((x1 * sx, y1 * sy, x2 * sx, y2 * sy), points))
+    return objects
+
+
+def object_masks(segmenter: Segmenter, sample: Sample, objects: list[Object]) -> np.ndarray:
+    """Return the mask of each object, bool [n, H, W], with one pass of SAM's encoder.
+
+    Some data sets have true boxes but no masks. There, the area of an object's box is its mask.
+    """
+    if not objects:
+        return np.zeros((0, *sample.mask.shape), bool)
+    boxes = [one.box for one in objects]
+    if sample.box_only:
+        return np.stack([filled(box, *sample.mask.shape) for box in boxes])
+    return segmenter.masks(np.asarray(sample.image), boxes, [one.points for one in objects])
 
 
 def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> None:
-    """Set the mask of each reward from its box and points, with one pass of SAM's encoder.
-
-    Some data sets have true boxes but no masks. There, the area of an answer's box is its mask.
-    """
-    if not rewards:
-        return
-    if sample.box_only:
-        for reward in rewards:
-            reward.mask = filled(reward.box, *sample.mask.shape)
-        return
-    boxes = [reward.box for reward in rewards]
-    points = [reward.points for reward in rewards]
-    masks = segmenter.masks(np.asarray(sample.image), boxes, points)  # [readable, H, W]
-    for reward, mask in zip(rewards, masks):
-        reward.mask = mask
+    """Set the mask of each reward: the union of the masks of its objects."""
+    objects = [one for reward in rewards for one in reward.objects]
+    masks = object_masks(segmenter, sample, objects)  # [n, H, W]
+    start = 0  # of the reward's objects
+    for reward in rewards:
+        end = start + len(reward.objects)
+        reward.mask = masks[start:end].any(0)  # all False without objects
+        start = end
 
 
 def score_group(
@@ -264,15 +335,17 @@ def score_group(
     if not all(isinstance(answer, Answer) for answer in answers):
         raise TypeError("score_group takes a list of Answer objects: use read_answer(text, side)")
     rewards = [Reward(sample, answer) for answer in answers]
-    readable = [reward for reward in rewards if reward.answer.box is not None]
+    readable = [reward for reward in rewards if reward.answer.objects is not None]
     true_box = tight_box(sample.mask)
     for reward in readable:
-        reward.box, reward.points = to_picture(reward.answer, sample)
+        reward.objects = to_picture(reward.answer, sample)
         if not s.points:
-            reward.points = []
-        reward.box_iou = box_iou(reward.box, true_box)
+            reward.objects = [Object(one.box) for one in reward.objects]
+        reward.box_iou = box_iou(hull([one.box for one in reward.objects]), true_box)
     draw_masks(segmenter, sample, readable)
     for reward in rewards:
+        if s.objects == "several" and reward.objects and not reward.mask.any():
+            reward.mask = None  # boxes in which SAM finds nothing do not answer "nothing"
         reward.pair = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pair)
         reward.terms = terms(reward, s)

@@ -1,7 +1,7 @@
 """A run's folder: the settings, the log, and the state from which --resume continues.
 
 settings.json               all settings
-samples.json                ids of the training questions
+samples.json                ids of the training questions, in the order in which they are asked
 missing.json                pictures that could not be fetched, if there are any
 base.json, test-base.json   scores and answers of the base model on the test set
 metrics.jsonl               numbers of each step, one line a step
@@ -45,10 +45,14 @@ def adapter_of(policy: Policy) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
-def take_state(policy: Policy, optimizer, step: int, seconds: float) -> dict:
-    """Copy adapter and optimizer to host memory, with the number of steps and their seconds."""
+def take_state(policy: Policy, optimizer, step: int, asked: int, seconds: float) -> dict:
+    """Copy adapter and optimizer to host memory.
+
+    Also keeps the numbers of steps and of asked questions, and the seconds.
+    """
     state = {
         "step": step,
+        "asked": asked,
         "seconds": seconds,
         "adapter": adapter_of(policy),
         "optimizer": optimizer.state_dict(),
@@ -113,6 +117,7 @@ def read_state(file: Path) -> dict:
         why = f"{file} is damaged or cut off ({type(error).__name__})"
         raise UserError(f"{why}: {AGAIN}, or start another run") from None
     kinds = {"step": int, "seconds": (int, float), "adapter": dict, "optimizer": dict}
+    kinds["asked"] = (int, type(None))  # older states lack this number
     for name, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise UserError(f"{file} is not the state of a run: {AGAIN}, or start another run")
@@ -135,21 +140,22 @@ def put_state(state: dict, policy: Policy, optimizer) -> None:
             raise ValueError("the optimizer's state has other shapes")
 
 
-def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, float]:
-    """Load the saved state, and return its number of whole steps and their seconds.
+def load_state(folder: Path, policy: Policy, optimizer, s: Settings) -> tuple[int, int, float]:
+    """Load the saved state. Return its whole steps, the questions asked in them, and the seconds.
 
-    Both are 0 if nothing was saved yet. Raises UserError if the state is damaged or does not fit.
+    All are 0 if nothing was saved yet. Raises UserError if the state is damaged or does not fit.
     """
     file = folder / "state.pt"
     if not file.exists():
-        return 0, 0.0
+        return 0, 0, 0.0
     state = read_state(file)
     try:
         put_state(state, policy, optimizer)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         why = f"{file} does not fit this run ({cause(error)})"
         raise UserError(f"{why}: {AGAIN}, or start another run") from None
-    return state["step"], state["seconds"]
+    asked = state.get("asked", state["step"] * s.questions)  # older runs have no --redraw
+    return state["step"], asked, state["seconds"]
 
 
 # -------------------------------------------------------------------------- folder
@@ -372,10 +378,11 @@ class Run:
         self.optimizer = optimizer
         self.total = len(sets[0]) // s.questions  # steps
         self.start = 0  # steps done before this start of the program
+        self.asked = 0  # questions asked so far, also those that --redraw has replaced
         earlier = 0.0  # seconds of these steps
         if s.resume:
             check_questions(folder, sets, s)
-            self.start, earlier = load_state(folder, policy, optimizer)
+            self.start, self.asked, earlier = load_state(folder, policy, optimizer, s)
         if self.start:
             check_first_questions(folder, sets, s)
         if self.start > self.total:
@@ -384,7 +391,7 @@ class Run:
                 f"--samples {self.start * s.questions}: give this number or a larger one"
             )
         self.begun = begun - earlier
-        self.state = take_state(policy, optimizer, self.start, self.seconds())
+        self.state = take_state(policy, optimizer, self.start, self.asked, self.seconds())
         self.last_save = time.perf_counter()
         self.first_adapter = self.state["adapter"]  # for report_first_steps
         if is_first():
@@ -398,7 +405,7 @@ class Run:
         write_settings(self.folder, s)
         if self.s.prompt_file:
             (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")
-        for name, count in (("metrics", self.start), ("answers", self.start * self.s.questions)):
+        for name, count in (("metrics", self.start), ("answers", self.asked)):
             self.write_log(name, read_log(self.folder, count, name), "w")
         write_json(self.folder / "samples.json", sets[0].ids)
         missing = {name: sorted(set(data.missing)) for name, data in zip(SET_NAMES, sets)}
@@ -438,7 +445,10 @@ class Run:
         if is_first():
             self.write_log("metrics", [line])
             self.write_log("answers", [{"step": line["step"]} | answer for answer in answers])
-        self.state = take_state(self.policy, self.optimizer, line["step"], self.seconds())
+        self.asked += line.get("drawn", self.s.questions)
+        self.state = take_state(
+            self.policy, self.optimizer, line["step"], self.asked, self.seconds()
+        )
         if line["step"] == self.start + FIRST_STEPS:
             self.report_first_steps()
         shown = ("reward", "iou", "segmentation_format", "zero_variance")

@@ -8,6 +8,7 @@ the smaller size h x w.
 
 import json
 import zipfile
+from collections.abc import Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -141,6 +142,17 @@ def encode_once(segmenter, image: np.ndarray) -> None:
     segmenter.encoded_key = key
 
 
+MOST_PROMPTS = 64  # in one pass of the decoder: long lists of objects then fit in memory
+
+
+def same_sizes(points: list) -> Iterator[list[int]]:
+    """Yield the indices of prompts with the same number of points, at most MOST_PROMPTS at once."""
+    for count in sorted({len(labelled) for labelled in points}):
+        rows = [i for i, labelled in enumerate(points) if len(labelled) == count]
+        for start in range(0, len(rows), MOST_PROMPTS):
+            yield rows[start : start + MOST_PROMPTS]
+
+
 @torch.no_grad()
 def best_masks(segmenter, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
     """Return for each prompt the mask with the highest predicted IoU, bool [n, H, W].
@@ -152,8 +164,7 @@ def best_masks(segmenter, image: np.ndarray, boxes: list, points: list) -> np.nd
     """
     encode_once(segmenter, image)
     found = np.zeros((len(boxes), *image.shape[:2]), bool)
-    for count in sorted({len(labelled) for labelled in points}):
-        rows = [i for i, labelled in enumerate(points) if len(labelled) == count]
+    for rows in same_sizes(points):
         logits, scores = segmenter.predict([boxes[i] for i in rows], [points[i] for i in rows])
         for row, three, best in zip(rows, logits, scores.argmax(1)):
             found[row] = segmenter.to_mask(three[best]).cpu().numpy()

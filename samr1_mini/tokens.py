@@ -59,7 +59,7 @@ def banned_ids(model, tokenizer, stop: torch.Tensor) -> torch.Tensor:
 
 
 def opened_answer(text: str, instruction: str) -> str:
-    """Return the answer's first words if the chat template wrote them at the end of `text`, or "".
+    """Return the first words of the answer if they are at the end of the prompt `text`, or "".
 
     Templates of reasoning models write "<think>\\n". If thinking is switched off, they write
     "<think>\\n\\n</think>\\n\\n". Other templates write nothing. The same words inside the user's

@@ -70,6 +70,12 @@ def with_live_adapter(policy, seed: int = 0):
     return policy
 
 
+def lenient_box(text, side=112):
+    """The box that lenient reading finds in an answer with one object, or None."""
+    objects = read_leniently(text, side).objects
+    return objects[0].box if objects else None
+
+
 def score(segmenter, sample, texts, side=112, lenient=False, **settings):
     """Rewards of texts that answer one sample."""
     read = read_leniently if lenient else read_answer

@@ -1,6 +1,7 @@
 """The ablations: what the committed runs say, how they are compared, and how they are made and kept."""
 
 import csv
+import gzip
 import json
 import re
 import shutil
@@ -327,11 +328,13 @@ def test_a_run_leaves_a_line_and_the_giou_of_each_scene_and_both_are_read_again(
     with redirect_stderr(StringIO()):
         ablations.main()
     assert len(ablations.read()) == 2 and [x["row"] for x in ablations.read(mine)] == ["base"]
-    assert (tmp_path / "mine/base-seed0.json").exists()
+    with gzip.open(tmp_path / "mine/base-seed0.json.gz") as file:
+        lists = json.load(file)
+    assert lists == {"ids": ids, "iou_strict": [0.25, 0.0, 0.988], "iou": [1.0, 1.0, 1.0]}
     ids.reverse()
     with pytest.raises(RuntimeError, match="3 test scenes"):
         ablations.one_run("no points", 2)
-    (tmp_path / "results" / "ablations" / "no-points-seed1.json").unlink()
+    (tmp_path / "results" / "ablations" / "no-points-seed1.json.gz").unlink()
     with pytest.raises(SystemExit, match="no-points-seed1.json"):
         ablations.read()
 
@@ -490,6 +493,8 @@ def test_a_run_gets_its_rows_options_its_own_seed_and_one_thread(tmp_path, monke
         with pytest.raises(RuntimeError):
             ablations.one_run(row, 3)
         asked, threads = started.pop()
+        if row in ablations.BY_FUNCTION:
+            assert asked.pop(0) == row
         assert read(asked) == read(common + options.split()) and threads == "1"
 
 
@@ -498,7 +503,9 @@ def a_line(row, seed):
         "row": row,
         "seed": seed,
         "options": ablations.ROWS[row],
+        "ids": ["a", "b", "c"],
         "scenes": [0.4, 0.5, 0.6],
+        "lenient": [0.4, 0.5, 0.7],
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from conftest import score, with_live_adapter
+from conftest import lenient_box, score, with_live_adapter
 from nbclient import NotebookClient
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,7 @@ import train as train_command
 from samr1_mini import policy as policy_module
 from samr1_mini import lenient as lenient_module
 from samr1_mini import reward
-from samr1_mini.config import UserError, make_settings, option
+from samr1_mini.config import Settings, UserError, make_settings, option
 from samr1_mini.evaluation import evaluate
 from samr1_mini.decoding import generate
 from samr1_mini.grpo import Parts, new_optimizer, roll_out
@@ -99,8 +99,8 @@ def asked_format(box: str, points: str = "[[15, 25, 1]]") -> str:
 def test_a_box_in_shares_of_the_picture_is_not_in_the_format(box, size):
     answer = read_answer(asked_format(box), size)
     assert answer.reasoning_format and not answer.segmentation_format
-    assert answer.box is None and "shares" in answer.why
-    assert read_leniently(asked_format(box), size).box is None
+    assert answer.objects is None and "shares" in answer.why
+    assert lenient_box(asked_format(box), size) is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_box_in_shares_of_the_picture_is_not_in_the_format(box, size):
 )
 def test_a_small_box_in_pixels_stays_in_the_format(box):
     answer = read_answer(asked_format(box), 112)
-    assert answer.in_format and answer.box == tuple(json.loads(box))
+    assert answer.in_format and answer.objects[0].box == tuple(json.loads(box))
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_a_small_box_in_pixels_stays_in_the_format(box):
     ],
 )
 def test_shares_are_no_box_in_the_lenient_reading_either(text):
-    assert read_leniently(text, 112).box is None
-    assert read_leniently(f"[10, 20, 30, 40] or {text}", 112).box == (10, 20, 30, 40)
+    assert lenient_box(text) is None
+    assert lenient_box(f"[10, 20, 30, 40] or {text}") == (10, 20, 30, 40)
 
 
 # -------------------------------------------------------------------------------- lenient reading
@@ -153,7 +153,7 @@ def test_shares_are_no_box_in_the_lenient_reading_either(text):
 )
 def test_a_key_that_names_a_box_goes_before_all_other_numbers(text):
     answer = read_answer(text, 112)
-    assert read_leniently(text, 112).box == (10, 20, 30, 40) and answer.box is None
+    assert lenient_box(text) == (10, 20, 30, 40) and answer.objects is None
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_key_that_names_a_box_goes_before_all_other_numbers(text):
     ],
 )
 def test_a_key_that_names_points_and_a_box_with_a_side_too_few_give_none(text):
-    assert read_leniently(text, 112).box is None
+    assert lenient_box(text) is None
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_a_key_that_names_points_and_a_box_with_a_side_too_few_give_none(text):
 )
 def test_named_sides_and_box_tags_are_read_leniently_and_only_so(text):
     answer = read_answer(text, 112)
-    assert read_leniently(text, 112).box == (10, 20, 30, 40)
-    assert answer.box is None and not answer.segmentation_format
+    assert lenient_box(text) == (10, 20, 30, 40)
+    assert answer.objects is None and not answer.segmentation_format
 
 
 PIECES = [
@@ -260,8 +260,11 @@ def test_all_answers_of_the_committed_run_are_read_as_when_it_was_made():
         text = json.loads(line)["text"]
         answer = read_answer(text, 112)
         formats = answer.reasoning_format, answer.segmentation_format
-        lenient = read_leniently(text, 112).box
-        read.update(repr((answer.box, answer.points, formats, lenient)).encode())
+        box, points = None, []
+        if answer.objects:
+            [one] = answer.objects
+            box, points = one.box, one.points
+        read.update(repr((box, points, formats, lenient_box(text))).encode())
     assert read.hexdigest() == "0e104ea0473a8a4e1361021d40b88ffefb5e254c6a7bc44f32a75996ec995dc8"
 
 
@@ -734,7 +737,7 @@ def learner():
 @pytest.fixture(scope="module")
 def taken(learner):
     """Their state. It is taken before a test loads a damaged one into them."""
-    return take_state(*learner, 3, 1.5)
+    return take_state(*learner, 3, 60, 1.5)
 
 
 def test_a_whole_state_is_put_back(learner, taken, tmp_path):
@@ -742,12 +745,20 @@ def test_a_whole_state_is_put_back(learner, taken, tmp_path):
     assert save_state(tmp_path, policy, taken)
     with torch.no_grad():
         policy.trained[0].zero_()
-    assert load_state(tmp_path, policy, optimizer) == (3, 1.5)
-    again = take_state(policy, optimizer, 3, 1.5)
+    assert load_state(tmp_path, policy, optimizer, Settings()) == (3, 60, 1.5)
+    again = take_state(policy, optimizer, 3, 60, 1.5)
     assert all(
         (again["adapter"][name] == tensor).all() for name, tensor in taken["adapter"].items()
     )
     assert again["optimizer"]["state"].keys() == taken["optimizer"]["state"].keys()
+
+
+def test_a_state_of_an_older_version_has_asked_the_questions_of_its_steps(
+    learner, taken, tmp_path
+):
+    old = {name: value for name, value in taken.items() if name != "asked"}
+    assert save_state(tmp_path, learner[0], old)
+    assert load_state(tmp_path, *learner, Settings(questions=5)) == (3, 15, 1.5)
 
 
 @pytest.mark.parametrize("kind", ["cut", "last byte", "pointer", "empty", "words", "bytes", "list"])
@@ -756,7 +767,7 @@ def test_a_damaged_state_is_named_in_one_line(kind, learner, taken, tmp_path):
     torch.save(taken, file)
     damage(file, kind)
     with pytest.raises(UserError) as error:
-        load_state(tmp_path, *learner)
+        load_state(tmp_path, *learner, Settings())
     assert str(file) in str(error.value) and "weights_only" not in str(error.value)
     assert ("git lfs pull" in str(error.value)) == (kind == "pointer")
 
@@ -767,7 +778,7 @@ def test_no_bytes_in_a_states_place_raise_anything_else(learner, tmp_path):
         length = 1 + i // 2
         (tmp_path / "state.pt").write_bytes(bytes(torch.randint(256, (length,)).tolist()))
         with pytest.raises(UserError):
-            load_state(tmp_path, *learner)
+            load_state(tmp_path, *learner, Settings())
 
 
 def other_moments(state):
@@ -802,6 +813,7 @@ def less_adapter(state):
         lambda state: state.pop("step"),
         lambda state: state.pop("adapter"),
         lambda state: state.update(step="3"),
+        lambda state: state.update(asked="60"),
         lambda state: state.update(optimizer={}),
         lambda state: state.update(optimizer=5),
         lambda state: state.update(adapter={"a": 1}),
@@ -813,7 +825,7 @@ def test_a_state_with_other_shapes_or_parts_is_refused(change, learner, taken, t
     change(state)
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(UserError, match="state.pt"):
-        load_state(tmp_path, *learner)
+        load_state(tmp_path, *learner, Settings())
 
 
 def test_resume_refuses_a_cut_state_with_code_2(tmp_path, capsys):

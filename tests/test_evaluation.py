@@ -619,7 +619,7 @@ def test_an_evaluation_that_goes_on_with_another_number_of_processes_answers_eac
 def test_every_column_of_a_log_is_explained_and_every_explained_column_is_logged(settings):
     terms = {f.name.removesuffix("_weight") for f in fields(Settings) if "_weight" in f.name}
     committed = RESULTS / "seed0/metrics.jsonl"
-    run_training(replace(settings, eval_every=1))
+    run_training(replace(settings, eval_every=1, redraw=1))
     logged = set()
     for file in (committed, Path(settings.run) / "metrics.jsonl"):
         names = {name for line in file.read_text().splitlines() for name in json.loads(line)}

@@ -358,3 +358,77 @@ def test_an_evaluation_set_that_is_not_there_is_named_by_its_own_option_and_no_r
             train.main(["--preset", "tiny", "--device", "cpu", "--eval-data", wrong])
         assert f"train.py: error: --eval-data {wrong}" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------------------- several
+
+LEFT, RIGHT = [5, 5, 15, 5, 15, 15, 5, 15], [30, 20, 45, 20, 45, 35, 30, 35]
+
+
+def several_folder(path):
+    """A folder with several objects in all forms of a mask, with one object, and with nothing."""
+    path.mkdir()
+    square().save(path / "square.png")
+    lines = [
+        {"masks": ["square.png", [LEFT, RIGHT], RIGHT, {"size": [40, 60], "counts": GOOD}]},
+        {"masks": [LEFT]},
+        {"mask": [LEFT, RIGHT]},
+        {"mask": []},
+        {"masks": []},
+    ]
+    rows = [{"split": "test", "mask": None, "id": str(i)} | line for i, line in enumerate(lines)]
+    return folder_of(path, rows)
+
+
+def test_masks_are_single_objects_in_every_form_of_a_mask_and_the_mask_is_their_union(tmp_path):
+    data = open_data(several_folder(tmp_path / "mine"), "test", 9, objects="several")
+    data.check_files()
+    assert not data.warnings
+    several, one, parts, nothing, no_masks = data
+    pixels = np.asarray(square()) > 0
+    left, right = (read_mask(polygon, tmp_path, (60, 40)) for polygon in (LEFT, RIGHT))
+    expected = [pixels, left | right, right, pixels]
+    assert all((a == b).all() for a, b in zip(several.masks, expected, strict=True))
+    assert (several.mask == (pixels | left | right)).all()
+    assert len(one.masks) == 1 and (one.masks[0] == left).all() and (one.mask == left).all()
+    assert parts.masks is None and (parts.mask == (left | right)).all()
+    for x in (nothing, no_masks):
+        assert x.masks == [] and x.mask.shape == (40, 60) and not x.mask.any()
+
+
+def test_one_object_takes_the_union_of_several_and_refuses_a_line_without_an_object(tmp_path):
+    folder = several_folder(tmp_path / "mine")
+    with pytest.raises(UserError, match="data.jsonl line 4: .*--objects several"):
+        open_data(folder, "test", 9)
+    file = tmp_path / "mine/data.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:3]))
+    several, one, parts = open_data(folder, "test", 9)
+    assert several.mask.sum() > parts.mask.sum() > one.mask.sum() > 0
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ({"masks": [LEFT], "mask": LEFT}, "mask and masks"),
+        ({"masks": "square.png", "mask": None}, "not a list"),
+        ({"masks": LEFT, "mask": None}, "PNG"),
+        ({"masks": [LEFT, []], "mask": None}, "empty"),
+        ({"masks": [LEFT, "black.png"], "mask": None}, "empty"),
+        ({"masks": [LEFT, "no.png"], "mask": None}, "no.png"),
+        ({"masks": [LEFT, "a.png"], "mask": None}, "same file"),
+        ({"masks": [LEFT, [500, 5, 510, 5, 510, 15]], "mask": None}, "510"),
+    ],
+)
+def test_a_wrong_list_of_masks_is_one_line_that_names_the_line(line, words, tmp_path):
+    (tmp_path / "mine").mkdir()
+    Image.new("L", (60, 40)).save(tmp_path / "mine/black.png")
+    folder = folder_of(tmp_path / "mine", [{"split": "test"}, {"split": "test"} | line])
+    with pytest.raises(UserError, match=f"data.jsonl line 2: .*{words}"):
+        open_data(folder, "test", 2, objects="several").check_files()
+
+
+def test_the_masks_of_single_objects_are_mirrored_too(tmp_path):
+    data = open_data(several_folder(tmp_path / "mine"), "test", 9, objects="several")
+    for x, flipped in zip(data, Mirrored(data)):
+        pairs = zip(x.masks or [], flipped.masks or [], strict=True)
+        assert all((a[:, ::-1] == b).all() for a, b in pairs)

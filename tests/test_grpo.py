@@ -40,7 +40,7 @@ from samr1_mini.grpo import (
 from samr1_mini.metrics import tight_box
 from samr1_mini.decoding import Completion
 from samr1_mini.policy import TINY, load_policy, logprobs
-from samr1_mini.reward import Answer, Reward
+from samr1_mini.reward import Answer, Object, Reward
 from samr1_mini import files, loading, runs
 from samr1_mini.sizes import questions_per_batch
 from samr1_mini import rehearse
@@ -530,6 +530,31 @@ def test_stopped_by_ctrl_c_and_resumed_equals_never_stopped_bit_for_bit(
     same_runs(expected, Path(s.run))
 
 
+def test_a_run_with_redraw_that_was_stopped_equals_one_that_was_never_stopped(
+    settings, whole, monkeypatch
+):
+    """With two answers a group, most groups are flat, so more questions are asked than there are."""
+    s = replace(settings, samples=16, group=2, redraw=2, advantage="gdpo", save_minutes=1e-9)
+    expected, real, steps = whole(s), grpo.update, []
+    log = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["drawn"] for line in log[:2]) > 8 and sum(line["drawn"] for line in log) > 16
+
+    def killed(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(grpo, "update", killed)
+    with pytest.raises(MemoryError):
+        train(s)
+    monkeypatch.setattr(grpo, "update", real)
+    train(replace(s, resume=True))
+    same_runs(expected, Path(s.run))
+    asked = [torch.load(f / "state.pt", weights_only=True)["asked"] for f in (expected, Path(s.run))]
+    assert asked == [sum(line["drawn"] for line in log)] * 2
+
+
 def test_a_killed_run_resumes_from_its_last_saved_state(settings, whole, monkeypatch):
     s = replace(settings, samples=16, eval_every=2)
     expected, real, steps = whole(s), grpo.update, []
@@ -894,7 +919,9 @@ def test_an_answer_that_does_not_end_is_paid_less_than_the_same_one_that_does(
     ended, cut, marked = r.rewards
     assert [a.truncated for a in r.completions] == [False, True, False] and ended.answer.in_format
     assert (
-        not cut.answer.in_format and cut.total < ended.total and r.completions[1].text.endswith("[cut]")
+        not cut.answer.in_format
+        and cut.total < ended.total
+        and r.completions[1].text.endswith("[cut]")
     )
     assert not marked.answer.in_format and ended.iou > 0  # within a JSON string neither has a place
 
@@ -920,7 +947,7 @@ def test_what_is_logged_of_a_rollout_is_what_its_answers_are():
     completion = lambda text, n, cut: Completion(torch.ones(n), torch.zeros(n), cut, text)
 
     def reward(total, points):
-        answer = Answer(112, points=[(1, 1, 1)] * points, reasoning_format=True)
+        answer = Answer(112, [Object((1, 1, 9, 9), [(1, 1, 1)] * points)], reasoning_format=True)
         return Reward(None, answer, iou=total / 4, terms={"reasoning_format": 1.0}, total=total)
 
     some = [completion("a", 4, True), completion("a", 2, False)]
@@ -1008,7 +1035,8 @@ def test_loss_and_gradient_norm_in_the_log_are_means_over_passes_and_updates(
     for name in ("loss", "grad_norm"):
         assert both[name] == pytest.approx(np.mean([half[name] for half in halves]), rel=1e-3), name
     counts = [
-        sum(len(a.ids) for r in part for a in r.completions) for part in (rollouts[:2], rollouts[2:])
+        sum(len(a.ids) for r in part for a in r.completions)
+        for part in (rollouts[:2], rollouts[2:])
     ]
     assert both["entropy"] == pytest.approx(
         np.average([half["entropy"] for half in halves], weights=counts), rel=1e-3
@@ -1046,10 +1074,13 @@ def test_each_step_of_each_seed_has_questions_and_draws_of_its_own_and_knows_the
     )
     monkeypatch.setattr(grpo, "update", lambda *args: done.append(args[-1]) or {})
     monkeypatch.setattr(grpo, "describe", lambda _: {"length": 3})
+    monkeypatch.setattr(grpo, "flat_tokens", lambda _: 0.0)
     monkeypatch.setattr(grpo, "first_answers", lambda rollouts: rollouts)
     for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
         s = replace(settings, seed=seed, updates=2, passes=3)
-        line, (batch, uniforms) = one_step(Parts(None, None, None, s), range(100), step)
+        line, (batch, uniforms) = one_step(
+            Parts(None, None, None, s), range(100), step, 4 * step
+        )
         assert batch == list(range(4 * step, 4 * step + 4)) and line["step"] == step + 1
         assert (
             uniforms.shape == (4, s.group, s.max_new_tokens)
@@ -1069,6 +1100,7 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
     seen, kept = [], []
     run = SimpleNamespace(
         start=0,
+        asked=0,
         steps=lambda: range(5),
         saved_whatever_happens=nullcontext,
         finish=lambda: None,
@@ -1082,7 +1114,7 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
         Run=lambda *_: run,
         score_base=lambda *_, **__: {},
         summarise=lambda *_: {},
-        one_step=lambda *args: ({"step": args[-1] + 1}, []),
+        one_step=lambda parts, data, step, asked: ({"step": step + 1}, []),
         validate=lambda policy, segmenter, data, s, folder, step: seen.append((data, step))
         or {"seen": 1},
     ).items():

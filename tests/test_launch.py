@@ -37,6 +37,48 @@ def test_only_a_training_on_a_cpu_starts_several_processes(settings, count):
     assert launch.choose_processes(replace(CPU, **settings)) == count
 
 
+@pytest.mark.parametrize(
+    "cores, gib, given, count",
+    [
+        (2, 16, {}, 2),
+        (1, 16, {}, 1),
+        (64, 64, {}, 4),
+        (3, 16, {}, 2),  # 4 questions of an update are not shared by 3
+        (8, 16, {"questions": 6, "updates": 2}, 3),
+        (8, 3.2, {}, 2),  # each process needs 1.5 GiB
+        (8, 1, {}, 1),
+        (8, 16, {"policy": "a/folder"}, 1),
+        (8, 16, {"sam": "vit_b"}, 1),
+    ],
+)
+def test_the_automatic_number_fits_cores_memory_and_questions(
+    cores, gib, given, count, monkeypatch
+):
+    monkeypatch.setattr(launch, "usable_cores", lambda: cores)
+    monkeypatch.setattr(launch, "usable_memory", lambda: gib * 2**30)
+    assert launch.choose_processes(replace(CPU, processes=0, **given)) == count
+
+
+def test_cores_that_a_process_may_not_use_do_not_count(monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None if logical else 6)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0, 5], raising=False)
+    assert launch.usable_cores() == 2
+    monkeypatch.delattr(psutil.Process, "cpu_affinity")  # macOS
+    assert launch.usable_cores() == 6
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)  # unknown
+    assert launch.usable_cores() == 1
+
+
+@pytest.mark.parametrize("text, limit", [("max\n", None), ("123456789\n", 123456789)])
+def test_the_limit_of_a_container_limits_the_usable_memory(text, limit, tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(launch, "LIMIT_FILES", (tmp_path / "memory.max", tmp_path / "absent"))
+    if limit:
+        assert launch.usable_memory() == limit
+    else:
+        assert launch.usable_memory() > 2**30
+
+
 def test_processes_of_another_launcher_start_no_more_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch.choose_processes(replace(CPU, processes=4)) == 1
@@ -125,16 +167,13 @@ def started(folder, samples):
     return process
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
-)
-def test_a_signal_saves_a_run_of_two_processes_and_the_printed_command_continues_it(
-    number, code, whole_run, tmp_path
+def test_ctrl_c_saves_a_run_of_two_processes_and_the_printed_command_continues_it(
+    whole_run, tmp_path
 ):
     process = started(tmp_path / "run", 4000)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == code and "Traceback" not in err
+    assert process.returncode == 130 and "Traceback" not in err
     steps = saved_state(tmp_path / "run")["step"]
     assert 1 <= steps == len(log_of(tmp_path / "run"))
     [line] = [line.strip() for line in out.splitlines() if "--resume" in line]
@@ -149,17 +188,61 @@ def test_a_signal_saves_a_run_of_two_processes_and_the_printed_command_continues
     assert len(log) == steps + 1 and log[:3] == log_of(whole_run)[: len(log)]
 
 
+def test_ctrl_z_stops_all_processes_and_sigterm_saves_them_after_they_continue(tmp_path):
+    process = started(tmp_path / "run", 4000)
+    process.send_signal(signal.SIGTSTP)
+    trainings = training_processes(process)
+    end = time.monotonic() + 60
+    while any(one.status() != psutil.STATUS_STOPPED for one in trainings):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
+    assert saved_state(tmp_path / "run")["step"] == len(log_of(tmp_path / "run"))
+
+
+def training_processes(process):
+    """The processes of a run that train."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    found = [one for one in found if any("spawn_main" in word for word in one.cmdline())]
+    assert len(found) == 2
+    return found
+
+
+def test_a_signal_before_the_processes_exist_reaches_them_later():
+    reached, before = [], signal.getsignal(signal.SIGTERM)
+
+    class Process:
+        pid = 0
+
+        def is_alive(self):
+            reached.append("alive?")
+            return False
+
+    processes = []
+    with launch.signals_passed_on(processes) as missed:
+        signal.raise_signal(signal.SIGTERM)
+        assert missed == [signal.SIGTERM] and not reached
+        processes.append(Process())
+        signal.raise_signal(signal.SIGTERM)
+        assert missed == [signal.SIGTERM] and reached == ["alive?"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_process_that_is_killed_ends_the_run_with_one_line_and_its_last_step_is_saved(tmp_path):
     process = started(tmp_path / "run", 4000)
     workers = psutil.Process(process.pid).children(recursive=True)
-    trainings = [one for one in workers if any("spawn_main" in word for word in one.cmdline())]
-    assert len(trainings) == 2
-    max(trainings, key=lambda one: one.pid).kill()  # not the first process, which saves
+    max(
+        training_processes(process), key=lambda one: one.pid
+    ).kill()  # not the first process, which saves
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL
     assert err.count("train.py:") == 1 and "SIGKILL" in err
     assert saved_state(tmp_path / "run")["step"] == len(log_of(tmp_path / "run"))
-    assert not any(one.is_running() for one in workers)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
 
 
 def test_a_mistake_of_the_user_is_one_line_with_several_processes_too(tmp_path):

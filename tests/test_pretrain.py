@@ -20,9 +20,11 @@ from samr1_mini.data import load_data
 from samr1_mini.lenient import read_leniently
 from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
+from samr1_mini.reward import read_answer
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
-from samr1_mini.tiny.scenes import SPLITS, fair_questions, make_scene
+from samr1_mini.tiny.scenes import SIZE, SPLITS, ask_group, fair_questions, make_scene
 from tutorials.tiny_world import answers, ground, language, measure, pretrain, sam, training
+from tutorials.tiny_world import warm_start
 from tutorials.tiny_world.answers import STYLES, answer_parts, style_of, wide_box
 from tutorials.tiny_world.build import build_policy, build_processor
 from tutorials.tiny_world.ground import line_up_numbers, new_policy
@@ -526,7 +528,7 @@ def test_boxes_are_exact_in_the_first_half_and_40_percent_too_wide_in_the_second
     for step, exact in ((0, True), (499, True), (500, False), (999, False)):
         overlaps = []
         for scene, row in lessons.of(step):
-            box = read_leniently(taught(row)[2], 112).box
+            box = read_leniently(taught(row)[2], 112).objects[0].box
             dots = [t.dot for t in scene.things if t.dot]
             overlaps.append(max(box_iou(box, t.box) for t in scene.things + dots))
         assert (min(overlaps) == 1) if exact else (np.mean(overlaps) < 0.6), step
@@ -588,7 +590,7 @@ def test_an_astray_answer_learns_the_list_of_its_picture_and_the_box_of_the_name
             for t in scene.things
             if t.name == " ".join(said.removesuffix(" fits best").split()[-2:])
         ]
-        assert tuple(read_leniently(answer, 112).box) == named.box
+        assert tuple(read_leniently(answer, 112).objects[0].box) == named.box
         pieces = [
             piece
             for piece in "".join(
@@ -823,3 +825,23 @@ def test_the_note_names_files_and_functions_that_exist():
             assert re.search(rf"^(def )?{name}\b", file.read_text(), re.M), (place, name)
     for file in re.findall(r"\| `(\w+\.py)` \|", text):
         assert (ROOT / "tutorials/tiny_world" / file).exists(), file
+
+
+def test_answers_of_the_warm_start_are_lists_in_the_format_and_short_enough(processor):
+    rng, longest = np.random.default_rng(0), 0
+    for seed in range(40):
+        scene = make_scene(seed)
+        for kind in warm_start.KINDS:
+            found = ask_group(scene, rng, kind)
+            if not found:
+                continue
+            question, things = found
+            style = warm_start.draw_style(things, rng)
+            text = warm_start.list_answer(things, scene, rng, style, question)
+            answer = read_answer(text, SIZE, objects="several")
+            assert answer.in_format and len(answer.objects) == len(things), text
+            for one in answer.objects:
+                assert [label for _, _, label in one.points] == [1]
+            assert ("Nothing fits" in text) == (kind == "none")
+            longest = max(longest, len(processor.tokenizer(text).input_ids))
+    assert 60 < longest < 128  # tokens

@@ -106,6 +106,31 @@ def test_two_processes_end_with_the_adapter_of_one(both):
     assert moved > 0 and (apart / moved).sqrt() < 1e-2
 
 
+def test_two_processes_replace_the_same_flat_groups_and_scale_the_same_batch_as_one(tmp_path):
+    """With two answers a group, most groups are flat. GDPO scales with the batch of all processes."""
+    options = ("--redraw", "2", "--group", "2", "--advantage", "gdpo")
+    logs, answers = [], []
+    for n in (1, 2):
+        out = launch(n, tmp_path / str(n), *options)
+        assert out.returncode == 0, out.stderr[-3000:]
+        logs.append(read_lines(tmp_path / str(n) / "metrics.jsonl"))
+        lines = read_lines(tmp_path / str(n) / "answers.jsonl")
+        answers.append(sorted((line["step"], line["id"], line["text"]) for line in lines))
+    assert answers[0] == answers[1]
+    assert [line["drawn"] for line in logs[0]] == [line["drawn"] for line in logs[1]]
+    assert sum(line["drawn"] for line in logs[0]) == len(answers[0]) > 16
+    for one, two in zip(*logs):
+        for name in ("reward", "length", "zero_variance"):
+            assert one[name] == pytest.approx(two[name], abs=1e-9), name
+        assert one["flat_tokens"] == pytest.approx(two["flat_tokens"], abs=0.1)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_an_update_in_which_nobody_has_a_gradient_moves_nothing_in_several_processes_either(
     monkeypatch,
 ):
@@ -153,7 +178,7 @@ def test_an_error_of_memory_lets_go_of_all_that_the_work_had_allocated():
 
 
 def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):
-    monkeypatch.setattr(grpo, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
     with pytest.raises(
         UserError, match="--questions 7 is no multiple of 2 processes x --updates 2"
     ):

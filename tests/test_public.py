@@ -681,3 +681,108 @@ def test_the_splits_of_lmms_labs_set_have_their_names_of_the_hub():
 
 def test_the_corners_of_a_box_are_rounded_and_not_cut():
     assert (filled((10.6, 4.6, 30.4, 24.6), 40, 60) == filled((11, 5, 30, 25), 40, 60)).all()
+
+
+# ---------------------------------------------------------------------------------- several objects
+
+
+def grefcoco_folder(folder, rows=()):
+    """gRefCOCO as it is published: "ann_id" lists the objects, and [-1] stands for none."""
+    ids = [[10, 11], [12], [-1], [11, 13, 12], [10, 14]]
+    splits = ["train", "train", "train", "val", "testA"]
+    refs = []
+    for i, (ann_id, split) in enumerate(zip(ids, splits)):
+        sentences = [{"raw": f"Those {i}", "sent": f"those {i}", "sent_id": i, "tokens": []}]
+        ref = {"ref_id": i, "ann_id": ann_id, "image_id": i, "split": split}
+        ref |= {"no_target": ann_id == [-1], "sentences": sentences}
+        refs.append(ref | {"file_name": f"/etc/COCO_train2014_{i:012}_{i}.jpg"})
+    (folder / "grefs(unc).json").write_text(json.dumps([*refs, *rows]))
+    annotations = []
+    for k in range(5):
+        moved = [value + k * (1 - place % 2) for place, value in enumerate(SQUARE)]
+        one = {"id": 10 + k, "image_id": 0, "segmentation": [moved], "iscrowd": int(k == 4)}
+        annotations.append(one)
+    content = {"annotations": annotations, "images": [coco_info(i) for i in range(6)]}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def shifted(k):
+    """The square, moved to the right by k pixels."""
+    return np.roll(square(), k, axis=1)
+
+
+def same(masks, expected):
+    return all((a == b).mean() > 0.98 for a, b in zip(masks, expected, strict=True))
+
+
+def test_grefcoco_gives_the_single_objects_of_a_question_or_nothing(tmp_path, coco_dir):
+    folder = grefcoco_folder(tmp_path)
+    options = {"coco_dir": str(coco_dir), "objects": "several"}
+    train = {x.id: x for x in load_data(folder, "train", 3, None, **options)}
+    assert train["0-0"].question == "Those 0"
+    assert same(train["0-0"].masks, [shifted(0), shifted(1)])
+    assert (train["0-0"].mask == (train["0-0"].masks[0] | train["0-0"].masks[1])).all()
+    assert same(train["1-0"].masks, [shifted(2)])
+    assert train["2-0"].masks == [] and not train["2-0"].mask.any()
+    [validation] = load_data(folder, "validation", 3, **options)
+    assert same(validation.masks, [shifted(1), shifted(3), shifted(2)])
+    [test] = load_data(folder, "test", 3, **options)  # its second object is a crowd
+    assert same(test.masks, [shifted(0)]) and test.picture == coco_info(4)["file_name"]
+
+
+def test_grefcoco_for_one_object_is_refused_where_a_question_means_nothing(tmp_path, coco_dir):
+    folder = grefcoco_folder(tmp_path)
+    with pytest.raises(UserError, match="line 3: .*--objects several"):
+        open_data(folder, "train", 3, coco_dir=str(coco_dir))
+    [validation] = open_data(folder, "validation", 3, coco_dir=str(coco_dir))
+    assert (validation.mask == validation.masks[0] | validation.masks[1]).all()
+
+
+@pytest.mark.parametrize(
+    "ann_id, words",
+    [
+        ([10, 99], "instances.json has no annotation"),
+        ([14], "crowds"),
+        ("x", "instances.json has no annotation"),
+        (None, "instances.json has no annotation"),
+    ],
+)
+def test_a_row_of_grefcoco_without_its_annotations_is_broken(ann_id, words, tmp_path, coco_dir):
+    sentences = [{"raw": "those", "sent": "those"}]
+    row = {"ref_id": 7, "ann_id": ann_id, "image_id": 1, "split": "val", "sentences": sentences}
+    folder = grefcoco_folder(tmp_path, [row])
+    with pytest.raises(UserError, match=rf"1 of 2 rows.*grefs\(unc\).json row 6.*{words}"):
+        open_data(folder, "validation", 3, coco_dir=str(coco_dir), objects="several")
+
+
+def several_rows(**more):
+    """Rows with the columns of sj9909's sets for training."""
+    masks = [[shifted(0), shifted(9)], [shifted(4)]]
+    rows = []
+    for i, objects in enumerate(masks):
+        row = {"id": f"refcocolvis_{i}", "problem": f"those {i}", "image": png(i)}
+        row |= {"solution": '[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]'}
+        row |= {"solution_mask": [mask.tolist() for mask in objects]}
+        rows.append(row | {"img_height": 480, "img_width": 640} | more)
+    return rows
+
+
+def test_a_set_of_several_objects_by_its_name_has_a_mask_for_each(hub):
+    hub.publish("sj9909/visionreasoner_multi_object_refcocolvis_masks_840", "train", several_rows())
+    data = {x.id: x for x in load_data("refcocolvis", "train", 2, None, objects="several")}
+    first, second = data["refcocolvis_0-0"], data["refcocolvis_1-0"]
+    assert first.question == "those 0" and not first.box_only
+    assert (np.array(first.masks) == [shifted(0), shifted(9)]).all()
+    assert (np.array(second.masks) == [shifted(4)]).all()
+    assert (first.mask == (shifted(0) | shifted(9))).all()
+    assert (np.asarray(second.image) == np.asarray(picture(1))).all()
+
+
+@pytest.mark.parametrize(
+    "broken", [{"solution_mask": [[[True, False], [True]]]}, {"solution_mask": [[[True] * 9] * 9]}]
+)
+def test_a_broken_mask_among_several_leaves_its_row_out(broken, tmp_path):
+    folder = parquet(tmp_path / "set", "train", several_rows(**broken))
+    with pytest.raises(UserError, match="2 of 2 rows are broken"):
+        open_data(folder, "train", 2, objects="several")

@@ -29,15 +29,15 @@ from transformers import (
     Sam3TrackerProcessor,
 )
 
-from conftest import score
+from conftest import lenient_box, score
 from samr1_mini import lenient as lenient_module
 from samr1_mini import reward
 from samr1_mini import segmenter as segmenter_module
 from samr1_mini.config import Settings, UserError
 from samr1_mini.data import Sample
 from samr1_mini.lenient import read_leniently
-from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, vote
-from samr1_mini.reward import Answer, accuracy_term, read_answer, score_group, tight_box, to_picture
+from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, tight_box, vote
+from samr1_mini.reward import Answer, Object, accuracy_term, read_answer, score_group, to_picture
 from samr1_mini.segmenter import (
     SamSegmenter,
     check_segmenter,
@@ -77,7 +77,7 @@ def answer_text(box="[10, 20, 30, 40]", points="[[15, 25, 1]]", think="Left."):
 def test_what_a_careful_reader_accepts_is_accepted(text):
     answer = read_answer(text, 112)
     assert answer.in_format and not answer.why
-    assert answer.box == pytest.approx((10, 20, 30, 40), abs=0.6)
+    assert answer.objects[0].box == pytest.approx((10, 20, 30, 40), abs=0.6)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_a_careful_reader_accepts_is_accepted(text):
 )
 def test_a_broken_answer_earns_no_segmentation_format_and_says_why(text, why):
     answer = read_answer(text, 112)
-    assert not answer.segmentation_format and answer.box is None and answer.points == []
+    assert not answer.segmentation_format and answer.objects is None
     assert answer.why and why in answer.why
 
 
@@ -136,7 +136,7 @@ def test_a_broken_frame_earns_no_reasoning_format(text):
 
 def test_coordinates_are_clipped_to_the_picture():
     answer = read_answer(answer_text(box="[-5, 20, 300, 40]", points="[[500, -3, 1]]"), 112)
-    assert answer.box == (0, 20, 112, 40) and answer.points == [(111, 0, 1)]
+    assert answer.objects == [Object((0, 20, 112, 40), [(111, 0, 1)])]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_coordinates_are_clipped_to_the_picture():
 )
 def test_shapes_in_which_qwen_writes_a_box_are_read_leniently_and_only_so(text):
     answer = read_answer(text, 112)
-    lenient = read_leniently(text, 112).box
+    lenient = lenient_box(text)
     assert lenient == pytest.approx((10, 20, 30, 40), abs=0.05)
-    assert answer.box is None and not answer.in_format
+    assert answer.objects is None and not answer.in_format
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_shapes_in_which_qwen_writes_a_box_are_read_leniently_and_only_so(text):
     ],
 )
 def test_points_and_other_numbers_are_not_taken_for_a_box(text):
-    assert read_leniently(text, 112).box is None
+    assert lenient_box(text) is None
 
 
 def test_a_proper_answer_goes_before_every_other_box():
-    assert read_leniently(answer_text(think="[1, 2, 3, 4]"), 112).box == (10, 20, 30, 40)
+    assert lenient_box(answer_text(think="[1, 2, 3, 4]")) == (10, 20, 30, 40)
     several = answer_text().replace('{"bbox"', '{"second": [1, 2, 3, 4], "bbox"')
     several = several.replace("]]}", ']], "third": [5, 5, 9, 9]}')
-    assert read_leniently(several, 112).box == (10, 20, 30, 40)
+    assert lenient_box(several) == (10, 20, 30, 40)
 
 
 PIECES = [
@@ -234,13 +234,14 @@ PIECES = [
 @hypothesis_settings(max_examples=600, deadline=None)
 def test_no_text_makes_the_parser_raise_and_what_it_accepts_is_sound(text):
     answer = read_answer(text, 112, max_points=3)
-    for box in (answer.box, read_leniently(text, 112, max_points=3).box):
-        if box:
-            assert 0 <= box[0] < box[2] <= 112 and 0 <= box[1] < box[3] <= 112
-    assert (answer.box is not None) == answer.segmentation_format
-    assert len(answer.points) <= 3 and all(
-        0 <= x < 112 and 0 <= y < 112 and label in (0, 1) for x, y, label in answer.points
-    )
+    lenient = read_leniently(text, 112, max_points=3)
+    for one in (answer.objects or []) + (lenient.objects or []):
+        x1, y1, x2, y2 = one.box
+        assert 0 <= x1 < x2 <= 112 and 0 <= y1 < y2 <= 112
+        assert len(one.points) <= 3
+        for x, y, label in one.points:
+            assert 0 <= x < 112 and 0 <= y < 112 and label in (0, 1)
+    assert (answer.objects is not None) == answer.segmentation_format
     assert answer.in_format or answer.why
 
 
@@ -305,7 +306,7 @@ def test_ten_times_the_hostile_text_takes_ten_times_as_long_and_not_a_hundred(pi
 @pytest.mark.parametrize("more", ["</answer>", " <answer>"])
 def test_a_tag_too_many_behind_a_proper_answer_leaves_it_unread(more):
     answer = read_answer(answer_text() + more, 112)
-    assert answer.box is None and not answer.segmentation_format and "exactly one" in answer.why
+    assert answer.objects is None and not answer.segmentation_format and "exactly one" in answer.why
 
 
 # ---------------------------------------------------------------------------------------------------- Segment Anything
@@ -611,7 +612,7 @@ def test_without_points_sam_gets_the_box_alone(segmenter):
     [told], [alone] = (
         score(segmenter, sample, [text], 112, points=points) for points in (True, False)
     )
-    [mask] = segmenter.masks(scene.image, [alone.answer.box], [[]])
+    [mask] = segmenter.masks(scene.image, [alone.answer.objects[0].box], [[]])
     assert (alone.mask == mask).all() and (told.mask != mask).any()
 
 
@@ -763,10 +764,10 @@ def test_the_reward_of_a_perfect_a_wrong_and_an_unreadable_answer(segmenter):
 
 def test_answers_are_scaled_from_the_policys_square_to_the_picture():
     sample = Sample(Image.new("RGB", (640, 427)), "?", np.zeros((427, 640), bool), "x")
-    box, points = to_picture(Answer(840, (0, 0, 840, 840), [(420, 840, 1)]), sample)
-    assert box == pytest.approx((0, 0, 640, 427)) and points == [
-        (pytest.approx(320), pytest.approx(427), 1)
-    ]
+    answer = Answer(840, [Object((0, 0, 840, 840), [(420, 840, 1)])])
+    [one] = to_picture(answer, sample)
+    assert one.box == pytest.approx((0, 0, 640, 427))
+    assert one.points == [(pytest.approx(320), pytest.approx(427), 1)]
 
 
 def test_the_reward_is_the_same_for_a_picture_shown_larger(segmenter):

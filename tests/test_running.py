@@ -39,12 +39,13 @@ def test_what_is_set_about_data_reaches_all_three_sets(settings, monkeypatch):
             sentences="all",
             coco_dir="c",
             ignore="excluded",
+            objects="several",
             samples=8,
             eval_samples=5,
             test_samples=6,
         )
     )
-    rest = (7, "all", "c", "excluded")
+    rest = (7, "all", "c", "excluded", "several")
     assert asked == [
         ("a", "train", 8, *rest),
         ("b", "validation", 5, *rest),
@@ -62,7 +63,8 @@ def test_boxes_without_masks_are_trained_on_by_their_boxes_alone(settings, monke
 
 def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
     asked = []
-    monkeypatch.setattr(loading, "load_policy", lambda *a: asked.append(a))
+    policy = SimpleNamespace(prompt="")
+    monkeypatch.setattr(loading, "load_policy", lambda *a: asked.append(a) or policy)
     monkeypatch.setattr(loading, "load_segmenter", lambda *a: asked.append(a))
     monkeypatch.setattr(loading, "check_segmenter", lambda *_: None)
     s = replace(

@@ -1,6 +1,7 @@
 """The drawn world: fair questions, true masks, disjoint splits, and answer styles."""
 
 import functools
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from samr1_mini.tiny.scenes import (
     COLOUR_OF,
     COLOURS,
     DOTTED,
+    GROUP_KINDS,
     KINDS,
     PRETRAIN,
     SHAPE_WITH,
@@ -31,6 +33,7 @@ from samr1_mini.tiny.scenes import (
     SPLITS,
     Scene,
     Thing,
+    _group_forms,
     ask,
     fair_questions,
     make_scene,
@@ -457,7 +460,7 @@ def test_an_answer_is_known_by_its_style_and_holds_a_box_that_is_too_wide(style)
         assert style_of(text) == style and answer.in_format == (
             style in ("short", "names", "places")
         )
-        overlaps.append(box_iou(read_leniently(text, 112).box, thing.box))
+        overlaps.append(box_iou(read_leniently(text, 112).objects[0].box, thing.box))
         named = (
             f"dot of the {next(t.name for t in scene.things if t.dot is thing)}"
             if thing.shape == "dot"
@@ -579,3 +582,95 @@ def test_training_scenes_of_a_seed_are_a_million_and_seeds_beyond_999_begin_agai
     with pytest.raises(UserError, match="train split .* not 1000001"):
         load_data("shapes", "train", 10**6 + 1)  # they would be those of the next seed
     assert load_data("shapes", "train", 5, 1007).ids == load_data("shapes", "train", 5, 7).ids
+
+
+# ------------------------------------------------------------------------- several objects or none
+
+DIGESTS = {  # of the first 60 samples, from before --objects several
+    "train": "1214fa2cfc0681620705f51a124a6f87dfd2bdc90143c3117eddef6285b06353",
+    "validation": "09f15595ad3d7975e273445d094c9186f7687069341101edc39a97e3c2e6df5c",
+    "test": "e26e2a84848fb6f0c444f6397c460c672171490962e6eb07196165cd413193cc",
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_about_one_object_stay_bit_for_bit_as_they_were(split):
+    digest = hashlib.sha256()
+    for x in load_data("shapes", split, 60):
+        assert x.masks is None
+        digest.update(repr((x.id, x.kind, x.question, x.picture)).encode())
+        digest.update(x.image.tobytes())
+        digest.update(x.mask.tobytes())
+    assert digest.hexdigest() == DIGESTS[split]
+
+
+def read_group(scene, text):
+    """Return every object that a text about a group may mean, from its words alone.
+
+    None means that a reader may take a dot for one of the objects.
+    """
+    dots = [t.dot for t in scene.things if t.dot]
+    words = text.split()
+    if text == "the dots of all things":
+        return dots
+    if words[:2] == ["the", "two"]:
+        if words[2] == "smallest" and dots:
+            return None
+        return sorted(scene.things, key=EXTREMES[words[2]])[-2:]
+    if words[0] == "all":
+        words = [word.removesuffix("s").replace("crosse", "cross") for word in words[1:]]
+    description = " ".join(words).replace("thing with corner", "things with corners")
+    description = description.removesuffix(" thing")
+    if any(fits(description, dot.colour, "circle") for dot in dots):
+        return None
+    return [t for t in scene.things if fits(description, t.colour, t.shape)]
+
+
+@pytest.mark.parametrize("kind", GROUP_KINDS)
+def test_a_question_about_a_group_has_exactly_these_objects(kind):
+    asked = Counter()
+    for seed in range(300):
+        scene = drawn(seed)
+        for text, things in sum(_group_forms(scene, kind), []):
+            found = read_group(scene, text)
+            assert found is not None and set(found) == set(things), (seed, text)
+            assert len(things) == 0 if kind == "none" else 2 <= len(things) <= 3
+            if "corners" in text:
+                assert not {"heart", "moon"} & {t.shape for t in scene.things}
+            asked[" ".join(text.split()[:3])] += 1
+    assert sum(asked.values()) > 30
+    if kind == "two":
+        assert set(asked) == {f"the two {word}" for word in EXTREMES}
+
+
+def test_the_two_extreme_things_leave_room_to_the_third():
+    asked = 0
+    for seed in range(300):
+        scene = drawn(seed)
+        for text, two in sum(_group_forms(scene, "two"), []):
+            rest = [t for t in scene.things if t not in two]
+            if text == "the two leftmost things":
+                assert all(o.x - t.x >= 7 for o in rest for t in two)
+                asked += 1
+            if text == "the two largest things":
+                assert all(t.mask.sum() > o.mask.sum() for o in rest for t in two)
+                assert all(t.extent - o.extent >= 3 for o in rest for t in two)
+                asked += 1
+    assert asked > 60
+
+
+def test_several_objects_come_with_their_masks_their_union_and_every_kind():
+    data = load_data("shapes", "test", 150, objects="several")
+    one = load_data("shapes", "test", 150)
+    counts = Counter()
+    for x, y in zip(data, one):
+        assert (np.asarray(x.image) == np.asarray(y.image)).all() and x.id != y.id
+        union = np.zeros((112, 112), bool)
+        for mask in x.masks:
+            assert mask.any() and not (union & mask).any()
+            union |= mask
+        assert (x.mask == union).all()
+        expected = {"none": (0,)} | dict.fromkeys(("all", "two", "dots"), (2, 3))
+        assert len(x.masks) in expected.get(x.kind, (1,)), x.question
+        counts[x.kind] += 1
+    assert set(counts) == {*GROUP_KINDS, *KINDS} and min(counts.values()) >= 4

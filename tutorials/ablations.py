@@ -6,8 +6,11 @@ Ctrl-C. The same command continues, also halfway through a run (such runs lie in
 
 Every row differs from "base" in the options that it names. A seed draws the same questions for
 every row, and all runs are tested on the same scenes. So a row is compared with base seed by seed
-and scene by scene. For this, each run also leaves the gIoU of each scene, in
-results/ablations/ROW-seedN.json.
+and scene by scene. For this, each run also leaves the IoU of each scene, in
+results/ablations/ROW-seedN.json.gz (older runs: .json, without ids).
+In the tables, "detects" is the smallest true difference from base that so many seeds find with
+80 % power. "within" is the smallest margin within which the row and base are equivalent, and "="
+marks a margin of at most 0.05. paired.py explains both.
 PREDICTED holds the expected result of each row. It was committed before the first run.
 For a row of your own, add a line to TABLES. Keep such rows, and a base from your machine, in a file
 of their own (`--results runs/mine.csv`). Each run has one thread, so that the lines do not depend
@@ -16,6 +19,7 @@ on the number of cores. There are as many runs at a time as cores.
 
 import argparse
 import csv
+import gzip
 import json
 import math
 import os
@@ -40,6 +44,7 @@ sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
 from samr1_mini.config import parse_settings, read_settings
 from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
+from tutorials.paired import MARGIN, equivalence_bound, smallest_difference, student
 from tutorials.tiny_world.answers import style_of
 
 FILE = ROOT / "tutorials" / "results" / "ablations.csv"
@@ -69,14 +74,40 @@ TABLES = {
         "lr 1e-4": "--lr 1e-4",
         "lr 1e-3": "--lr 1e-3",
     },
-    "KL": {"beta 0": "--beta 0", "beta 0.05": "--beta 0.05"},
+    "KL": {
+        "beta 0": "--beta 0",
+        "beta 0.05": "--beta 0.05",
+        "3008 samples, beta 0": "--samples 3008 --beta 0",  # compare it with 3008 samples
+    },
     "samples": {
         "112 samples": "--samples 112",
         "320 samples": "--samples 320",
         "3008 samples": "--samples 3008",
         "10000 samples": "--samples 10000",
     },
+    "later objectives": {
+        "Dr. GRPO": "--advantage mean",
+        "GSPO": "",
+        "GDPO": "--advantage gdpo",
+        "redraw 2": "--redraw 2",
+    },
+    "controls": {"random reward": "", "mask of another question": ""},
+    # half and double the rate of base, 3e-4: is a difference one of the rate alone?
+    "learning rate": {
+        "lr 1.5e-4": "--lr 1.5e-4",
+        "lr 6e-4": "--lr 6e-4",
+        "GRPO, lr 1.5e-4": "--normalise sequence --eps-high 0.2 --lr 1.5e-4",
+        "GRPO, lr 6e-4": "--normalise sequence --eps-high 0.2 --lr 6e-4",
+        "GRPO + clip-higher, lr 1.5e-4": "--normalise sequence --lr 1.5e-4",
+        "GRPO + clip-higher, lr 6e-4": "--normalise sequence --lr 6e-4",
+        "box IoU, lr 1.5e-4": "--accuracy box-iou --lr 1.5e-4",
+        "box IoU, lr 6e-4": "--accuracy box-iou --lr 6e-4",
+        "threshold 0.8, lr 1.5e-4": "--accuracy threshold:0.8 --lr 1.5e-4",
+        "threshold 0.8, lr 6e-4": "--accuracy threshold:0.8 --lr 6e-4",
+    },
 }
+# These rows also need a function: see row_functions.py, which trains them.
+BY_FUNCTION = ("Dr. GRPO", "GSPO", "random reward", "mask of another question")
 # The paper's result for a row: gIoU on ReasonSeg test, or what the paper says.
 PAPER = {
     "base": "60.2",
@@ -115,6 +146,23 @@ PREDICTED = {
     "320 samples": "far lower: the format, and about as many names as before",
     "3008 samples": "higher: places for nearly all, and boxes still get tighter",
     "10000 samples": "as 3008 samples: nothing is left to find but tighter boxes",
+    "3008 samples, beta 0": "below 3008 samples: the policy drifts, but it does not collapse",
+    "Dr. GRPO": "as base or higher: a group with long answers counts more, so places come sooner",
+    "GSPO": "lower: after the first update of a step, its narrow clip stops most answers",
+    "GDPO": "a little lower: a rare fault in the format counts as much as a wrong mask",
+    "redraw 2": "higher: a third of base's groups are flat, and most get a new question",
+    "random reward": "far lower: the format is learnt, but boxes stay those of the base model",
+    "mask of another question": "far lower: as random reward, because hardly any mask is rewarded",
+    "lr 1.5e-4": "lower: half the step, so places come later",
+    "lr 6e-4": "as base: places come sooner, but boxes are less tight",
+    "GRPO, lr 1.5e-4": "below GRPO: half the step, so places come later still",
+    "GRPO, lr 6e-4": "above GRPO and below base: the rate makes up for a part of the difference",
+    "GRPO + clip-higher, lr 1.5e-4": "below GRPO + clip-higher: places come later still",
+    "GRPO + clip-higher, lr 6e-4": "above GRPO + clip-higher and below base: as for GRPO",
+    "box IoU, lr 1.5e-4": "below box IoU: the first rewards are rare, so all comes later",
+    "box IoU, lr 6e-4": "as box IoU: no seed misses the places, but boxes are less tight",
+    "threshold 0.8, lr 1.5e-4": "below threshold 0.8: places come in fewer seeds",
+    "threshold 0.8, lr 6e-4": "above threshold 0.8: places come in more seeds",
 }
 ROWS = {"base": ""}  # row -> options
 for table in TABLES.values():
@@ -155,15 +203,19 @@ def check_options(folder: Path, options: list[str], run: str) -> None:
 def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     """Train and test once, or continue a run that was stopped.
 
-    Returns the CSV line, and under "scenes" the gIoU of each test scene. `keep` is called with them
-    before the run's folder is deleted. Raises RuntimeError if the run fails.
+    Returns the CSV line with "scenes", the gIoU of each test scene, and with "ids" and "lenient".
+    `keep` is called with the line before the run's folder is deleted. Raises RuntimeError if the
+    run fails.
     """
     run = f"{row}, seed {seed}"
     folder = ROOT / "runs" / "ablations" / name_of(row, seed)
     options = FIXED.split()
     options += ["--test-samples", str(SCENES), "--samples", str(SAMPLES)]
     options += ["--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
-    command = [sys.executable, str(ROOT / "train.py"), *options]
+    program = [str(ROOT / "train.py")]
+    if row in BY_FUNCTION:
+        program = [str(ROOT / "tutorials" / "row_functions.py"), row]
+    command = [sys.executable, *program, *options]
     if (folder / "state.pt").exists():
         check_options(folder, options, run)
         command.append("--resume")
@@ -196,7 +248,10 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def figures_of(folder: Path) -> dict:
-    """Return the columns of a finished run, as text, and "scenes". Raises RuntimeError."""
+    """Return the columns of a finished run, as text, and the lists of its test scenes.
+
+    Raises RuntimeError if the test scenes are others.
+    """
     summary = read_json(folder / "summary.json")
     each = read_json(folder / "test-trained.json")
     if [x["id"] for x in each] != Shapes("test", SCENES).ids:
@@ -218,7 +273,9 @@ def figures_of(folder: Path) -> dict:
     for style in STYLES:
         values[style] = styles.count(style) / len(styles)
     line = {name: f"{value:.4g}" for name, value in values.items()}
+    line["ids"] = [x["id"] for x in each]
     line["scenes"] = [round(x["iou_strict"], 3) for x in each]
+    line["lenient"] = [round(x["iou"], 3) for x in each]
     return line
 
 
@@ -226,16 +283,32 @@ def figures_of(folder: Path) -> dict:
 
 
 def scenes_file(line: dict, results: Path) -> Path:
-    """Return the file with the gIoU of each scene of a run."""
-    return results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
+    """Return the file with the IoU of each scene of a run. The first runs have no .gz."""
+    file = results.with_suffix("") / f"{name_of(line['row'], line['seed'])}.json"
+    if file.exists():
+        return file
+    return file.with_suffix(".json.gz")
+
+
+def write_scenes(line: dict, file: Path) -> None:
+    """Write ids and IoUs of the test scenes. Equal lists make equal files."""
+    lists = {"ids": line["ids"], "iou_strict": line["scenes"], "iou": line["lenient"]}
+    text = json.dumps(lists, separators=(",", ":"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def read_scenes(file: Path) -> list[float]:
+    """Return the gIoU of each test scene."""
+    if file.suffix == ".gz":
+        return json.loads(gzip.decompress(file.read_bytes()))["iou_strict"]
+    return read_json(file)
 
 
 def write(line: dict, results: Path | None = None) -> None:
     """Keep the line of one_run. Its scenes come first: then each line in the CSV has its scenes."""
     results = results or FILE
-    file = scenes_file(line, results)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(line["scenes"], separators=(",", ":")), encoding="utf-8")
+    write_scenes(line, scenes_file(line, results))
     new = not results.exists()
     with results.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
@@ -265,7 +338,7 @@ def read_line(line: dict, results: Path) -> dict:
     numbers = {"row": row, "seed": int(seed), "options": line["options"]}
     for name in (*TESTED, *LAST, *STYLES):
         numbers[name] = float(line[name])
-    numbers["scenes"] = read_json(scenes)
+    numbers["scenes"] = read_scenes(scenes)
     return numbers
 
 
@@ -285,16 +358,6 @@ def read(results: Path | None = None) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------- intervals
-
-
-def student(freedom: float) -> float:
-    """Return the 97.5 % quantile of Student's t, by summing up its density."""
-    x = np.linspace(0, 20, 20_001)
-    gammas = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
-    height = math.exp(gammas) / math.sqrt(math.pi * freedom)
-    density = height * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    half = 0.001 * (np.cumsum(density) - (density + density[0]) / 2)  # from 0 to x
-    return float(np.interp(0.475, half, x))
 
 
 def interval(values) -> tuple[float, float]:
@@ -403,6 +466,19 @@ def cells(lines: list[dict], row: str) -> tuple[str, str, str, str, str]:
     return str(len(runs)), with_interval(runs), apart, PAPER.get(row, ""), PREDICTED.get(row, "")
 
 
+def paired_cells(lines: list[dict], row: str) -> tuple[str, str]:
+    """Return the smallest difference that is found, and the margin of equivalence, as text.
+
+    Both are "" for base, and for a row with fewer than two seeds.
+    """
+    apart = [float(np.mean(x)) for x in differences(lines, row)]
+    if row == "base" or len(apart) < 2:
+        return "", ""
+    bound = equivalence_bound(apart)
+    mark = "=" if bound <= MARGIN else ""
+    return f"{smallest_difference(len(apart), np.std(apart, ddof=1)):.3f}", f"{bound:.3f}{mark}"
+
+
 def rows_of(lines: list[dict], title: str) -> list[str]:
     """Return the rows of one table that have runs, base first."""
     there = {line["row"] for line in lines}
@@ -411,11 +487,14 @@ def rows_of(lines: list[dict], title: str) -> list[str]:
 
 def print_table(lines: list[dict], title: str) -> None:
     """Print one of the TABLES, as far as its rows have runs."""
-    print(f"\n{title:<26}{'runs':>5}{'gIoU':>22}{'against base':>24}   {'paper':<10}predicted")
+    heads = f"{'gIoU':>22}{'against base':>24}{'detects':>9}{'within':>8}"
+    print(f"\n{title:<30}{'runs':>5}{heads}   {'paper':<10}predicted")
     one_seed = False
     for row in rows_of(lines, title):
         runs, mean, apart, paper, predicted = cells(lines, row)
-        print(f"{row:<26}{runs:>5}{mean:>22}{apart:>24}   {paper:<10}{predicted}")
+        detects, within = paired_cells(lines, row)
+        numbers = f"{mean:>22}{apart:>24}{detects:>9}{within:>8}"
+        print(f"{row:<30}{runs:>5}{numbers}   {paper:<10}{predicted}")
         one_seed = one_seed or "*" in mean + apart
     if one_seed:
         print("* one seed: the interval is over scenes only, and says nothing of other seeds")

@@ -18,6 +18,7 @@ def open_data(
     sentences: str = "first",
     coco_dir: str = "",
     ignore: str = "foreground",
+    objects: str = "one",
 ) -> Data:
     """Open up to `count` samples of a split (train, validation, test) of "shapes", a public data
     set, or a folder.
@@ -25,7 +26,8 @@ def open_data(
     A training split repeats its samples until it has `count`. With `seed` None, each sample comes
     once. Three arguments are for public sets. `sentences` uses the "first" or "all" expressions of
     an object. `coco_dir` is a folder with COCO's train2014 pictures. `ignore` counts undecided
-    pixels as "foreground", or as "excluded".
+    pixels as "foreground", or as "excluded". `objects` is "one", or "several": then a question may
+    mean several objects or none.
 
     Lines and file headers are checked here. Raises UserError. `Data.download` downloads pictures.
     """
@@ -33,18 +35,22 @@ def open_data(
         # Imported late, here and below: other data do not wait for these imports.
         from ..tiny.shapes import Shapes
 
-        return Shapes(split, count, seed or 0)
+        return Shapes(split, count, seed or 0, objects)
     if (Path(name) / "data.jsonl").is_file():
         found = Folder(Path(name), split, count, seed)
         found.check_headers()
-        return found
-    from .public import HUB, Source, open_public
+    else:
+        from .public import HUB, Source, open_public
 
-    if name in HUB or Path(name).is_dir():
-        return open_public(Source(name, split, sentences, ignore), count, seed, coco_dir)
-    raise UserError(
-        f"--data {name} is unknown; write shapes, a public data set ({', '.join(HUB)}), or a folder"
-    )
+        if name not in HUB and not Path(name).is_dir():
+            raise UserError(
+                f"--data {name} is unknown; write shapes, a public data set ({', '.join(HUB)}), "
+                "or a folder"
+            )
+        found = open_public(Source(name, split, sentences, ignore), count, seed, coco_dir)
+    if objects == "one":
+        found.refuse_nothing()
+    return found
 
 
 def load_data(*arguments, **options) -> Data:

@@ -3,10 +3,15 @@
 A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" and "ignore".
 
     image    path of a picture in the folder
-    mask     path of a PNG, COCO RLE, polygons, or rows of 0 and 1
+    mask     path of a PNG, COCO RLE, polygons, or rows of 0 and 1. [] means that the picture has
+             no such object
+    masks    [mask, mask, ...], one for each of several objects, instead of a mask
     box      [x1, y1, x2, y2], instead of a mask
     ignore   same forms as mask; these pixels are left out of the score
     split    train, validation (or val, valid, dev) or test
+
+Lines with "masks" or with "mask": [] are for --objects several. With --objects one, the true mask
+is the union of "masks", and a line with "mask": [] is refused.
 
 Without "split", about a tenth of the pictures is for validation, and a tenth for test. With a few
 dozen pictures or more, a picture keeps its split when lines are added. All coordinates are pixels
@@ -30,7 +35,7 @@ from tqdm import tqdm
 from ..config import UserError, parse_json
 from ..metrics import filled
 from .download import COCO_BYTES, download_pictures, is_there
-from .masks import EMPTY, check_truth, has_box, is_absent, read_mask, refuse_lossy
+from .masks import EMPTY, check_truth, has_box, is_absent, read_mask, refuse_lossy, truth_of
 from .pictures import (
     Header,
     Size,
@@ -40,7 +45,7 @@ from .pictures import (
     open_picture,
     read_header,
 )
-from .samples import Data, Sample, clean_question, in_order
+from .samples import Data, Sample, clean_question, in_order, union
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
@@ -67,6 +72,7 @@ class Line:
     split: str | None
     size: Size | None  # of the picture, in converted sets
     box_only: bool
+    nothing: bool  # the picture has no such object
 
 
 class Folder(Data):
@@ -133,8 +139,9 @@ class Folder(Data):
             name = row.get("id")
             if is_absent(name):
                 name = f"line-{number}"
-            size = row.get("size")
-            return Line(number, text, str(name), row["image"], split_of(row), size, has_box(row))
+            split, size, box_only = split_of(row), row.get("size"), has_box(row)
+            nothing = not box_only and not truth_of(row)
+            return Line(number, text, str(name), row["image"], split, size, box_only, nothing)
 
     def lines_of_split(self, lines: list[Line]) -> list[Line]:
         """Return the lines of this split.
@@ -213,6 +220,15 @@ class Folder(Data):
                 "coordinates are pixels of these pictures"
             )
 
+    def refuse_nothing(self) -> None:
+        """Refuse questions without an object. Raises UserError for the first one."""
+        for line in self.candidates:
+            if line.nothing:
+                raise UserError(
+                    f"{self.file} line {line.number}: the picture has no such object; use "
+                    "--objects several, or remove such lines"
+                )
+
     def distinct_lines(self) -> list[Line]:
         """Return the chosen lines, each once. A training split may repeat them."""
         return list({line.number: line for line in self.lines}.values())
@@ -237,7 +253,9 @@ class Folder(Data):
                     if resumed and self.repeats and job.exception():
                         self.count_broken(line, job.exception())
                         continue
-                    shares.append(job.result())
+                    share = job.result()
+                    if not line.nothing:
+                        shares.append(share)
             finally:
                 pool.shutdown(cancel_futures=True)
         if 1 in shares:
@@ -250,10 +268,11 @@ class Folder(Data):
 
     def mask_share(self, line: Line) -> float:
         """Read a line's picture and mask; return the mask's share of the picture."""
-        mask = self.read_sample(line).mask
-        if not mask.any() and not self.converted:
+        sample = self.read_sample(line)
+        masks = [sample.mask] if sample.masks is None else sample.masks
+        if not self.converted and not all(mask.any() for mask in masks):
             raise UserError(f"{self.file} line {line.number}: {EMPTY}")
-        return mask.mean()
+        return sample.mask.mean()
 
     # -------------------------------------------------------------------------------- download
 
@@ -335,14 +354,17 @@ class Folder(Data):
             image = open_picture(inside(self.pictures, line.image))
             question = clean_question(row["question"])
             kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
-            ignore = None
+            ignore = masks = None
             if row.get("ignore"):
                 ignore = read_mask(row["ignore"], self.folder, image.size)
             if line.box_only:
                 mask = filled(row["box"], image.height, image.width)
             else:
-                mask = read_mask(row["mask"], self.folder, image.size)
-        return Sample(image, question, mask, line.id, kind, ignore, line.box_only, picture)
+                masks = [read_mask(value, self.folder, image.size) for value in truth_of(row)]
+                mask = union(masks, image.size)
+            if row.get("mask"):  # one mask, and perhaps of several objects
+                masks = None
+        return Sample(image, question, mask, line.id, kind, ignore, line.box_only, picture, masks)
 
 
 # -------------------------------------------------------------------------------- one line
@@ -355,13 +377,13 @@ def check_texts(row: dict) -> None:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{key} missing; write a text in quotes, or remove the line")
     clean_question(row["question"])
-    if row["image"] == row.get("mask"):
+    if row["image"] in mask_files(row):
         raise ValueError("image and mask are the same file; name the file of the mask")
 
 
 def mask_files(row: dict) -> list[str]:
-    """Return the paths of the files that hold a line's mask and its undecided pixels."""
-    values = (row.get("mask"), row.get("ignore"))
+    """Return the paths of the files that hold a line's masks and its undecided pixels."""
+    values = (*truth_of(row), row.get("ignore"))
     return [value for value in values if isinstance(value, str) and value]
 
 

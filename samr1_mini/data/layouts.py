@@ -1,8 +1,10 @@
 """Layouts of public data sets: each function converts a published row to a line of data.jsonl.
 
     from_refcoco    jxu124's tables, and REFER's refs(...).p with instances.json; COCO's pictures
+    from_grefcoco   gRefCOCO's grefs(unc).json with instances.json: several objects, one or none
     from_lmms       lmms-lab/RefCOCOg: polygons
     from_masks      Ricky06662's and sj9909's sets: masks as rows of true and false
+    from_several    sj9909's sets for training: a mask for each of several objects
     from_boxes      boxes without masks: refCOCOg_*_840, and JSON lists as LISA-Grounding has them
     from_labelme    ReasonSeg's pairs of picture and labelme JSON, as its authors publish it
 
@@ -27,13 +29,35 @@ from .download import picture_name
 from .masks import check_range, flat_polygon, has_area, to_rle
 from .pictures import Size, check_size, child, inside, opened, read_header
 
+NO_INSTANCE = "instances.json has no annotation or no picture for this row"
+
 
 def from_refcoco(row: dict) -> dict:
     """Convert a row of jxu124's tables, or of REFER's files. The picture is one of COCO's."""
     annotation, info = row["annotation"], row["info"]
     if annotation is None or info is None:
-        raise ValueError("instances.json has no annotation or no picture for this row")
+        raise ValueError(NO_INSTANCE)
     line = {"id": row["ref_id"], "mask": annotation["segmentation"]}
+    return line | coco_texts(row)
+
+
+def from_grefcoco(row: dict) -> dict:
+    """Convert a row of gRefCOCO. Its "ann_id" lists the objects; [-1] means that none is there.
+
+    As in the authors' code, annotations of crowds are left out.
+    """
+    annotations = row["annotations"]
+    if row["info"] is None or None in annotations:
+        raise ValueError(NO_INSTANCE)
+    masks = [one["segmentation"] for one in annotations if not one.get("iscrowd")]
+    if annotations and not masks:
+        raise ValueError("all objects of this row are crowds")
+    return {"id": row["ref_id"], "masks": masks} | coco_texts(row)
+
+
+def coco_texts(row: dict) -> dict:
+    """Return the picture's name and size, and the expressions, of a row of REFER's files."""
+    info, line = row["info"], {}
     line["image"] = picture_name(info["file_name"])
     line["size"] = [info["width"], info["height"]]
     line["texts"] = [one.get("raw") or one["sent"] for one in row["sentences"]]
@@ -65,19 +89,31 @@ def from_masks(row: dict) -> dict:
 
     These copies count undecided pixels as foreground.
     """
-    if not isinstance(row["mask"], np.ndarray):
-        raise ValueError(
-            "the column mask holds no rows of true and false. To use masks that are pictures, "
-            "write a folder with data.jsonl and PNG files"
-        )
-    mask = np.stack(row["mask"])  # refuses rows of different lengths
-    if mask.ndim != 2 or not np.isfinite(mask).all():  # a missing value is NaN or None
-        raise ValueError("the column mask has missing values, or holds no rows")
-    line = {"image": picture_bytes(row), "mask": mask > 0, "texts": row["text"]}
+    line = {"image": picture_bytes(row), "mask": to_mask(row["mask"], "mask"), "texts": row["text"]}
     line["id"] = row.get("ann_id", row.get("id", row.get("image_id")))
     line["picture"] = row.get("image_id")
     line["kind"] = row.get("reasoning_type")
     return line
+
+
+def to_mask(rows, column: str) -> np.ndarray:
+    """Return the rows of a mask in a column of a table as bool [H, W]."""
+    if not isinstance(rows, np.ndarray):
+        raise ValueError(
+            f"the column {column} holds no rows of true and false. To use masks that are pictures, "
+            "write a folder with data.jsonl and PNG files"
+        )
+    mask = np.stack(rows)  # refuses rows of different lengths
+    if mask.ndim != 2 or not np.isfinite(mask).all():  # a missing value is NaN or None
+        raise ValueError(f"the column {column} has missing values, or holds no rows")
+    return mask > 0
+
+
+def from_several(row: dict) -> dict:
+    """Convert a row with a list of masks, one for each object."""
+    masks = [to_rle(to_mask(rows, "solution_mask")) for rows in row["solution_mask"]]
+    texts = row["problem"]
+    return {"id": row.get("id"), "image": picture_bytes(row), "masks": masks, "texts": texts}
 
 
 def from_boxes(row: dict) -> dict:
@@ -120,8 +156,10 @@ def from_labelme(row: dict) -> dict:
 LAYOUTS = {
     "raw_anns": from_tables,
     "annotation": from_refcoco,
+    "annotations": from_grefcoco,
     "mask": from_masks,
     "segmentation": from_lmms,
+    "solution_mask": from_several,
     "solution": from_boxes,
     "shapes": from_labelme,
 }

@@ -1,6 +1,7 @@
 """Read true masks: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
-`check_truth` checks a mask without reading any pixels. `read_mask` returns pixels.
+`truth_of` lists the masks of a line. `check_truth` checks them without reading any pixels.
+`read_mask` returns pixels.
 """
 
 import math
@@ -13,14 +14,35 @@ from pycocotools import mask as coco
 from .pictures import Header, Size, check_size, inside, opened, read_header, upright
 
 TOLERANCE = 5  # pixels by which annotators' coordinates may leave the picture
-EMPTY = "the mask is empty; remove the line if the picture has no such object"
+EMPTY = (
+    "the mask is empty; if the picture has no such object, remove the line, or write "
+    '"mask": [] and use --objects several'
+)
 
 
 # -------------------------------------------------------------------------------- check
 
 
+def truth_of(row: dict) -> list:
+    """Return the masks of a line, in any form: those of "masks", or one of "mask".
+
+    The list is empty for "mask": [], which means that the picture has no such object. Raises
+    ValueError for a line with both keys.
+    """
+    mask, masks = row.get("mask"), row.get("masks")
+    if is_absent(masks):
+        if mask == []:
+            return []
+        return [mask]
+    if not is_absent(mask):
+        raise ValueError("the line has mask and masks; remove one of them")
+    if not isinstance(masks, list):
+        raise ValueError("masks is not a list; write one mask for each object: [mask, mask]")
+    return masks
+
+
 def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False) -> list[float]:
-    """Check the mask or box of a line, and its undecided pixels. Raises ValueError.
+    """Check the masks or the box of a line, and its undecided pixels. Raises ValueError.
 
     Without the picture's size, the range of coordinates is not checked. Returns the coordinates
     x, y, x, y, ... of the box or the polygons, and [] for other masks. The pixels of a PNG are not
@@ -31,7 +53,15 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
     if has_box(row):
         check_box(row["box"], size)
         return row["box"]
-    mask = parse_mask(row.get("mask"), size)
+    numbers = []
+    for value in truth_of(row):
+        numbers += check_mask(value, size, may_be_empty)
+    return numbers
+
+
+def check_mask(value, size: Size | None, may_be_empty: bool) -> list[float]:
+    """Check one mask as check_truth does, and return its coordinates."""
+    mask = parse_mask(value, size)
     if isinstance(mask, str):
         return []
     polygons = mask if isinstance(mask, list) else []
@@ -43,7 +73,8 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
 
 def has_box(row: dict) -> bool:
     """Return True if a line has a box instead of a mask."""
-    return is_absent(row.get("mask")) and not is_absent(row.get("box"))
+    has_mask = not is_absent(row.get("mask")) or not is_absent(row.get("masks"))
+    return not has_mask and not is_absent(row.get("box"))
 
 
 def is_absent(value) -> bool:

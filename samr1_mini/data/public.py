@@ -58,6 +58,9 @@ HUB = {
     "refcocog_test": {"test": ("Ricky06662/refcocog_test", "test")},
     "refCOCOg_2k_840": {"train": ("Ricky06662/refCOCOg_2k_840", "train")},
     "refCOCOg_9k_840": {"train": ("Ricky06662/refCOCOg_9k_840", "train")},
+    "refcocolvis": {
+        "train": ("sj9909/visionreasoner_multi_object_refcocolvis_masks_840", "train"),
+    },
 }
 
 
@@ -215,7 +218,7 @@ def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
     """
     for file in map(Path, files):
         try:
-            if file.suffix == ".p":
+            if file.suffix == ".p" or file.name.startswith("grefs("):
                 yield from refer_rows(file, source.split)
             elif file.suffix == ".json":
                 yield from json_rows(file)
@@ -230,12 +233,12 @@ def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
 def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
     """Yield the rows of a table.
 
-    A column "mask" comes as one array for each row of pixels. Python's lists would take megabytes.
+    A mask comes as one array for each row of pixels. Python's lists would take megabytes.
     """
     table = pyarrow.parquet.ParquetFile(file)
     columns = table.schema_arrow.names
     layout_of(columns, ignore)
-    at_once = 4 if "mask" in columns else 256
+    at_once = 4 if {"mask", "solution_mask"} & set(columns) else 256
     number = 0
     for batch in table.iter_batches(at_once):
         for i in range(batch.num_rows):
@@ -246,8 +249,11 @@ def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
 
 def cell_value(name: str, cell: pyarrow.Scalar):
     """Return a cell of an arrow table as a Python value. A mask is one array [W] for each row."""
-    if name == "mask" and isinstance(cell, pyarrow.ListScalar) and cell.is_valid:
-        return cell.values.to_numpy(zero_copy_only=False)
+    if isinstance(cell, pyarrow.ListScalar) and cell.is_valid:
+        if name == "mask":
+            return cell.values.to_numpy(zero_copy_only=False)
+        if name == "solution_mask":
+            return [cell_value("mask", mask) for mask in cell.values]
     return cell.as_py()
 
 
@@ -262,11 +268,14 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the rows of REFER's refs(umd).p or refs(google).p, with the annotations of
-    instances.json.
+    """Yield the rows of REFER's refs(umd).p or refs(google).p, or of gRefCOCO's grefs(unc).json,
+    with the annotations of instances.json.
     """
-    with file.open("rb") as opened_file:
-        refs = PlainUnpickler(opened_file, encoding="latin1").load()
+    if file.suffix == ".json":
+        refs = load_json(file, list)
+    else:
+        with file.open("rb") as opened_file:
+            refs = PlainUnpickler(opened_file, encoding="latin1").load()
     known = load_json(file.parent / "instances.json")
     annotations = {one["id"]: one for one in known["annotations"]}
     infos = {one["id"]: one for one in known["images"]}
@@ -275,8 +284,13 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
         wanted = "testA"  # RefCOCO and RefCOCO+ have two
     for number, ref in enumerate(refs, 1):
         if ref["split"] == wanted:
-            annotation, info = annotations.get(ref.get("ann_id")), infos.get(ref.get("image_id"))
-            yield f"{file.name} row {number}", ref | {"annotation": annotation, "info": info}
+            ids, info = ref.get("ann_id"), infos.get(ref.get("image_id"))
+            if isinstance(ids, list):
+                found = [annotations.get(one) for one in ids if one != -1]
+                row = ref | {"annotations": found, "info": info}
+            else:
+                row = ref | {"annotation": annotations.get(ids), "info": info}
+            yield f"{file.name} row {number}", row
 
 
 def json_rows(file: Path) -> Iterator[tuple[str, dict]]:
@@ -323,7 +337,7 @@ def find_files(name: str, split: str) -> list[Path]:
     Files whose path names no split are for testing. Raises UserError if there are none.
     """
     folder = Path(name)
-    refs = sorted(folder.glob("refs(*).p"))
+    refs = sorted(folder.glob("refs(*).p")) or sorted(folder.glob("grefs(*).json"))
     if refs:
         return refs[-1:]
     files = {}

@@ -17,12 +17,23 @@ class Sample:
 
     image: Image.Image  # RGB
     question: str
-    mask: np.ndarray  # the true mask, bool [H, W]
+    mask: np.ndarray  # the true mask, bool [H, W]; of several objects, their union
     id: str
     kind: str = ""  # kind of question, if the data set names one
     ignore: np.ndarray | None = None  # pixels that the data set leaves undecided, bool [H, W]
     box_only: bool = False  # the truth is a box: `mask` is filled, and the box's IoU is scored
     picture: str = ""  # name of the picture: questions about one picture are not independent
+    # Masks of the single objects, bool [H, W]; None if the data set gives only one mask, [] for
+    # "nothing".
+    masks: list[np.ndarray] | None = None
+
+
+def union(masks: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Return the union of masks bool [H, W] of a picture of this size. No mask gives all False."""
+    found = np.zeros(size[::-1], bool)
+    for mask in masks:
+        found |= mask
+    return found
 
 
 class Data(Sequence):

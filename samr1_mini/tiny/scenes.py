@@ -16,6 +16,13 @@ A box that is too wide holds a part of a neighbour. Questions come in five kinds
 `make_scene(seed)` depends on its seed alone.
 Train, validation and test scenes come from disjoint ranges of seeds (`SPLITS`).
 A question is asked only if `right_object` finds one object for it.
+
+Four more kinds, for --objects several, mean a group of objects (`fair_groups`):
+
+    all         "all red things", "all stars", "all things with corners"
+    two         "the two largest things", "the two leftmost things"
+    dots        "the dots of all things"
+    none        "the green star" where there is none
 """
 
 import math
@@ -35,6 +42,8 @@ SPLITS = {
 }
 PRETRAIN = (3 * 10**9, 4 * 10**9)  # the base networks learn from scenes that no split holds
 KINDS = ("attribute", "part", "relation", "indirect", "combined")
+GROUP_KINDS = ("all", "two", "dots", "none")
+MOST_OBJECTS = 3  # in one answer
 
 COLOURS = {
     "red": (215, 40, 40),
@@ -120,6 +129,7 @@ class Scene:
 
 
 Pairs = list[tuple[str, Thing]]  # questions: a text and the right object
+Groups = list[tuple[str, list[Thing]]]  # questions: a text and all right objects
 
 
 # ------------------------------------------------------------------------------------- drawing
@@ -348,6 +358,9 @@ class Description:
         return self.colour in (None, colour) and shape in self.shapes
 
 
+WITH_CORNERS = Description("things with corners", shapes=CORNERED)
+
+
 def _measures(thing: Thing, word: str) -> tuple[float, float]:
     """Return the two values in pixels by which an extreme compares things.
 
@@ -385,6 +398,15 @@ def _distance(thing: Thing, anchor: Thing, side: str) -> float:
     return _measures(thing, _SIDES[side])[0] - _measures(anchor, _SIDES[side])[0]
 
 
+def _found(scene: Scene, what: Description) -> tuple[list[Thing], list[Thing]]:
+    """Return the things that a description fits, and the things whose dot it fits if a reader
+    takes the dot for a circle.
+    """
+    found = [t for t in scene.things if what.fits(t.colour, t.shape)]
+    dotted = [t for t in scene.things if t.dot and what.fits(t.dot.colour, "circle")]
+    return found, dotted
+
+
 def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing | None:
     """Return the only object that a reader can take for the answer, or None if there are more.
 
@@ -398,9 +420,7 @@ def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing
     A dot is the answer only if the question asks for a dot.
     The question is unfair if a reader may take a dot for a small circle.
     """
-    found = [t for t in scene.things if what.fits(t.colour, t.shape)]
-    # Things whose dot the description fits, if a reader takes the dot for a circle.
-    dotted = [t for t in scene.things if t.dot and what.fits(t.dot.colour, "circle")]
+    found, dotted = _found(scene, what)
     if form == "extreme":
         return _right_extreme(found, dotted, word)
     if len(found) != 1:
@@ -476,7 +496,7 @@ def _forms(scene: Scene, kind: str) -> list[Pairs]:
         raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
     compared = _of_colour("things that have the colour of")
     if not {"heart", "moon"} & set(shapes):
-        compared += [Description("things with corners", shapes=CORNERED)] * 4  # asked more often
+        compared += [WITH_CORNERS] * 4  # asked more often
     sides = _fair(scene, "side", "the object * the", indirect, _SIDES)
     return [sides, _fair(scene, "extreme", "the * of the", compared, _EXTREMES)]
 
@@ -491,8 +511,68 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] 
 
     All forms of the kind that have a fair question are equally likely.
     """
-    forms = [form for form in _forms(scene, kind) if form]
+    return _pick(rng, _forms(scene, kind))
+
+
+def _pick(rng: np.random.Generator, forms: list[list]):
+    """Return a question of a random form that is not empty, or None if all forms are empty."""
+    forms = [form for form in forms if form]
     if not forms:
         return None
     questions = forms[rng.integers(len(forms))]
     return questions[rng.integers(len(questions))]
+
+
+# ------------------------------------------------------------------------------------- groups
+
+
+def right_group(scene: Scene, what: Description) -> list[Thing] | None:
+    """Return all objects of a description, or None if a reader may take a dot for one of them."""
+    found, dotted = _found(scene, what)
+    return None if dotted else found
+
+
+def right_two(scene: Scene, word: str) -> list[Thing] | None:
+    """Return the two things that win by `word` ("leftmost"), or None without clear winners.
+
+    Each of them has to win clearly against all other things. A dot may be the smallest thing.
+    """
+    two = sorted(scene.things, key=lambda t: _measures(t, word)[0])[-2:]
+    rest = [t for t in scene.things if t not in two]
+    if not rest or (word == "smallest" and any(t.dot for t in scene.things)):
+        return None
+    if any(_extreme([thing, *rest], word) != [thing] for thing in two):
+        return None
+    return two
+
+
+def _group_forms(scene: Scene, kind: str) -> list[Groups]:
+    """Return the fair questions of a kind in GROUP_KINDS, one list for each form."""
+    if kind == "two":
+        pairs = [(f"the two {word} things", right_two(scene, word)) for word in _EXTREMES]
+        return [[pair for pair in pairs if pair[1]]]
+    if kind == "dots":
+        dots = [t.dot for t in scene.things if t.dot]
+        return [[("the dots of all things", dots)]] if 2 <= len(dots) <= MOST_OBJECTS else []
+    if kind == "none":
+        names = [Description(f"{c} {shape}", c, (shape,)) for c in COLOURS for shape in SHAPES]
+        return [[(f"the {one.text}", []) for one in names if right_group(scene, one) == []]]
+    plurals = [shape.replace("cross", "crosse") + "s" for shape in SHAPES]
+    of_colour = [Description(f"{colour} things", colour) for colour in COLOURS]
+    of_shape = [Description(text, shapes=(shape,)) for text, shape in zip(plurals, SHAPES)]
+    cornered = [WITH_CORNERS]
+    if {"heart", "moon"} & {t.shape for t in scene.things}:
+        cornered = []
+    forms = []
+    for what in (of_colour, of_shape, cornered):
+        groups = [(f"all {one.text}", right_group(scene, one) or []) for one in what]
+        forms.append([group for group in groups if 2 <= len(group[1]) <= MOST_OBJECTS])
+    return forms
+
+
+def ask_group(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, list[Thing]] | None:
+    """Draw a fair question of any kind, with the list of its objects, as `ask` does."""
+    if kind in GROUP_KINDS:
+        return _pick(rng, _group_forms(scene, kind))
+    found = ask(scene, rng, kind)
+    return found and (found[0], [found[1]])

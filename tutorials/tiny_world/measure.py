@@ -102,12 +102,19 @@ def answers(policy: Policy, samples: list, hint: str, group: int, temperature: f
     return generate(policy, prompts, group, MAX_TOKENS, temperature=temperature)
 
 
+def last_box(answer):
+    """Return the box of the last object of an answer (reward.Answer), or None."""
+    if not answer.objects:
+        return None
+    return answer.objects[-1].box
+
+
 def score_sampled(segmenter, sample, scene: Scene, texts: list[str]) -> list[tuple]:
     """Return (about the object, box IoU, mask IoU) of each answer. Any text with a box counts."""
     rows = []
     read = [read_leniently(text, SIZE) for text in texts]
     for reward in score_group(segmenter, sample, read):
-        right = about(reward.answer.box, sample.mask, scene)
+        right = about(last_box(reward.answer), sample.mask, scene)
         rows.append((right, reward.box_iou, reward.iou))
     return rows
 
@@ -163,7 +170,7 @@ def measure_hint(policy, samples: list, scenes: list[Scene], style: str, kinds: 
     """Add the greedy answers with a style's hint to `kinds`, a dict of lists of booleans."""
     groups = answers(policy, samples, STYLES[style].hint, 1, 0.0)
     for sample, scene, [answer] in zip(samples, scenes, groups):
-        box = read_leniently(answer.text, SIZE).box
+        box = last_box(read_leniently(answer.text, SIZE))
         right = about(box, sample.mask, scene)
         kinds[sample.kind].append(right)
         kinds["all"].append(right)

@@ -49,10 +49,13 @@ class Mirrored(Sequence):
         words = rf"\b({'|'.join(self.SIDES)})(most|MOST|est|hand|side)?\b"
         question = re.sub(words, self.other_side, sample.question)
         image = ImageOps.mirror(sample.image)
-        mask, ignore = flipped(sample.mask), sample.ignore
+        mask, ignore, masks = flipped(sample.mask), sample.ignore, sample.masks
         if ignore is not None:
             ignore = flipped(ignore)
-        return replace(sample, image=image, question=question, mask=mask, ignore=ignore)
+        if masks is not None:
+            masks = [flipped(one) for one in masks]
+        new = {"image": image, "question": question, "mask": mask, "ignore": ignore}
+        return replace(sample, masks=masks, **new)
 
     def other_side(self, found: re.Match) -> str:
         """Exchange the side in a word such as "leftmost"."""

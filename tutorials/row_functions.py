@@ -1,0 +1,100 @@
+"""Rows of the ablations that no option of train.py makes: two losses, a reward, and other masks.
+
+`python tutorials/row_functions.py ROW [options of train.py]` trains one of them. ablations.py runs
+this command.
+"""
+
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
+
+from samr1_mini.config import Settings, parse_settings, print_anything
+from samr1_mini.data import Data, Sample
+from samr1_mini.grpo import grpo_loss, kl_to_base, token_weights, train
+from samr1_mini.loading import open_three
+from samr1_mini.reward import Reward, reward_terms
+
+
+def dr_grpo_loss(logp, old, reference, advantage, lengths, s):
+    """Return the loss of Dr. GRPO (arXiv 2503.20783). Use it with --advantage mean.
+
+    A group's sum over tokens is divided by a constant, and not by its number of tokens. The
+    constant is the largest number of tokens of a group. The arguments are those of grpo_loss.
+    """
+    total = 0.0
+    logged = []
+    start = 0
+    for group in lengths:
+        tokens = slice(start, start + sum(group))
+        start = tokens.stop
+        base = None if reference is None else reference[tokens]
+        loss, values = grpo_loss(logp[tokens], old[tokens], base, advantage[tokens], [group], s)
+        total = total + loss * sum(group) / (len(group) * s.max_new_tokens)
+        logged.append(values)
+    return total, {name: torch.cat([values[name] for values in logged]) for name in logged[0]}
+
+
+def gspo_loss(logp, old, reference, advantage, lengths, s):
+    sizes = [length for group in lengths for length in group]
+    means = torch.stack([gap.mean() for gap in (logp - old).split(sizes)])  # one for each answer
+    ratio = means.exp().repeat_interleave(torch.tensor(sizes, device=logp.device))  # [S]
+    clipped = ratio.clamp(1 - 3e-4, 1 + 4e-4)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    values = {"ratio": ratio, "clip_high": (ratio > 1 + 4e-4) & (advantage > 0)}
+    values["clip_low"] = (ratio < 1 - 3e-4) & (advantage < 0)
+    if reference is not None:
+        values["kl"], _ = kl_to_base(logp, reference, s.kl_bound)
+        objective = objective - s.beta * values["kl"]
+    weight = token_weights(lengths, "sequence").to(logp.device)
+    return -(weight * objective).sum(), values
+
+
+def random_accuracy(reward: Reward, s: Settings) -> dict[str, float]:
+    """Return the reward terms, with a random tier as the accuracy.
+
+    The tier depends only on the seed, the question and the answer, so a resumed run repeats it.
+    """
+    key = (s.seed, reward.sample.id, reward.answer.tokens.tolist())
+    number = zlib.crc32(repr(key).encode())
+    return reward_terms(reward, s) | {"accuracy": (0.0, 2.0, 3.0, 4.0)[number % 4]}
+
+
+class OtherMasks(Data):
+    """Questions with the true mask of the next question. All pictures must have the same size."""
+
+    def __init__(self, data: Data):
+        self.data = data
+        self.ids = data.ids
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def sample_at(self, i: int) -> Sample:
+        other = self.data[(i + 1) % len(self.data)]
+        return replace(self.data[i], mask=other.mask)
+
+
+def arguments(row: str, s: Settings) -> dict:
+    """Return the arguments of `train` that make a row."""
+    if row == "mask of another question":
+        data, validation, test = open_three(s)
+        return {"sets": [OtherMasks(data), validation, test]}
+    functions = {
+        "Dr. GRPO": {"loss": dr_grpo_loss},
+        "GSPO": {"loss": gspo_loss},
+        "random reward": {"reward_terms": random_accuracy},
+    }
+    return functions[row]
+
+
+if __name__ == "__main__":
+    print_anything()
+    settings, line = parse_settings(sys.argv[2:], "row_functions.py", __doc__)
+    print(line, flush=True)
+    train(settings, **arguments(sys.argv[1], settings))

@@ -1,0 +1,145 @@
+"""Teach the tiny policy to answer with lists: `python -m tutorials.tiny_world.warm_start`.
+
+The base model of the package has never written a list of objects. With --objects several, no
+sampled answer would be in the format, and GRPO would have nothing to reward. This command trains
+the language model and its head on drawn questions for a few minutes. The vision tower stays as it
+is. The result is a policy folder:
+
+    python train.py --policy runs/tiny-several --objects several --max-new-tokens 128
+
+The boxes are too wide, and some answers miss an object. No question is indirect or combined. So
+GRPO has something to find. An interrupted command continues where it stopped.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from samr1_mini.config import Parser, UserError, exit_with
+from samr1_mini.policy import Policy, encode, load_base, logprobs
+from samr1_mini.prompt import SEVERAL_PROMPT
+from samr1_mini.tiny.scenes import Scene, Thing, ask_group
+from .answers import called, in_order, listed, loose_points, wide_box
+from .ground import cut, policy_optimizers
+from .language import A_WORD, TURN, Written, written
+from .training import DEVICE, learn, scenes_from
+
+STEPS = 160  # updates
+PICTURES = 4  # in one update
+QUESTIONS = 5  # about a picture, of different kinds
+KINDS = ("all", "two", "dots", "none", "attribute", "part", "relation")
+STYLES = {"short": 0.5, "names": 0.3, "places": 0.2}  # shares of the thoughts, see answers.py
+SLACK = 0.25  # how much too wide the boxes are on each side, in lengths of the box
+FORGETS = 0.25  # share of the answers with several objects that miss one of them
+FIRST_SCENE = 2 * 10**8  # no other stage of pretraining reaches these scenes
+
+
+def thought(things: list[Thing], scene: Scene, style: str, question: str) -> str:
+    """Return the thought of an answer that lists these things."""
+    names = ", the ".join(called(thing, scene) for thing in things)
+    nothing = "Nothing fits."
+    if style == "short":
+        conclusion = f"The {names} fit best." if things else nothing
+        return f"<think>{conclusion}</think>"
+    listing = listed(scene, style, question)  # it ends with "It is the"
+    if things:
+        return f"{listing} {names}.</think>"
+    return f"{listing.removesuffix('It is the')}{nothing}</think>"
+
+
+def list_answer(
+    things: list[Thing], scene: Scene, rng: np.random.Generator, style: str, question: str
+) -> str:
+    """Return an answer with one entry for each thing, from left to right.
+
+    Each box is too wide by SLACK. Each entry has one point, on the thing.
+    """
+    things = in_order(things, "")
+    entries = []
+    for thing in things:
+        box = [round(side) for side in wide_box(thing.box, rng, SLACK)]
+        points = [p for p in loose_points(thing, rng, SLACK) if p[2] == 1]
+        entries.append(f'{{"bbox": {box}, "points": {points}}}')
+    return f"{thought(things, scene, style, question)}<answer>[{', '.join(entries)}]</answer>"
+
+
+def some_forgotten(things: list[Thing], rng: np.random.Generator) -> list[Thing]:
+    """Return the things of an answer: in FORGETS of the answers, one of several is missing."""
+    if len(things) < 2 or rng.random() >= FORGETS:
+        return things
+    missing = rng.integers(len(things))
+    return [thing for i, thing in enumerate(things) if i != missing]
+
+
+def draw_style(things: list[Thing], rng: np.random.Generator) -> str:
+    """Draw a style. Answers with a list of places and several objects would be too long."""
+    style = str(rng.choice(list(STYLES), p=list(STYLES.values())))
+    if style == "places" and len(things) > 1:
+        return "names"
+    return style
+
+
+def rows_about(policy: Policy, scene: Scene, rng: np.random.Generator) -> list[Written]:
+    """Return up to QUESTIONS questions about a scene with their answers. The answers are learnt."""
+    rows = []
+    for kind in rng.permutation(KINDS):
+        found = ask_group(scene, rng, str(kind))
+        if found and len(rows) < QUESTIONS:
+            question, things = found
+            answered = some_forgotten(things, rng)
+            style = draw_style(things, rng)
+            answer = list_answer(answered, scene, rng, style, question)
+            texts = (f" {question}{TURN}", False), (f"{answer}<|im_end|>", True)
+            rows.append(written(policy, *texts))
+    return rows
+
+
+def warm_start(policy: Policy, steps: int, seed: int, work: Path) -> None:
+    """Train language model and head of a policy to answer with lists.
+
+    The rows of a picture share its tokens in one packed row, as in the stage "language".
+    """
+    model = policy.base.train()
+    model.model.visual.requires_grad_(False)
+    tail = len(policy.processor.tokenizer(f" {A_WORD}{TURN}").input_ids)
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict]:
+        rng = np.random.default_rng([4, seed, step])
+        scenes = scenes_from(FIRST_SCENE + (seed * steps + step) * PICTURES, PICTURES)
+        images = [Image.fromarray(scene.image) for scene in scenes]
+        prompts = encode(policy, images, [A_WORD] * PICTURES)
+        prompts = [cut(p, len(p.ids) - tail) for p in prompts]
+        groups = [rows_about(policy, scene, rng) for scene in scenes]
+        logps, _ = logprobs(policy, prompts, [[row.ids for row in rows] for rows in groups])
+        learnt = torch.cat([row.learnt for rows in groups for row in rows])
+        loss = -logps[learnt].mean()
+        return loss, {"loss": loss.item()}
+
+    learn(f"warm-start-{seed}", model, policy_optimizers(model), steps, work, loss_of)
+
+
+def main(argv: list[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="warm_start.py", description=__doc__, formatter_class=raw)
+    parser.add_argument("--out", default="runs/tiny-several", help="folder for the policy")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"updates (default {STEPS})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and answers")
+    args = parser.parse(argv)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        base, processor = load_base("tiny", "fp32", DEVICE)
+        policy = Policy(base, processor, prompt=SEVERAL_PROMPT)
+        warm_start(policy, args.steps, args.seed, out)
+        base.to(torch.bfloat16).save_pretrained(out)
+        processor.save_pretrained(out)
+        (out / f"warm-start-{args.seed}.pt").unlink(missing_ok=True)
+    except (UserError, OSError) as error:
+        exit_with(error, "warm_start.py")
+
+
+if __name__ == "__main__":
+    main()
