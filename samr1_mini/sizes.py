@@ -168,10 +168,12 @@ def layer_bytes(n: Sizes) -> int:
     token = n.hidden_width * (2 * FP32 + 2 * n.number_bytes)  # two norms, in fp32 and as outputs
     token += (3 * n.query_width + 2 * n.key_width) * n.number_bytes  # query, seen twice, key, value
     token += 4 * n.mlp_width * n.number_bytes  # gate, SiLU, up, product
-    # Each answer has a copy of its prompt's keys and values, and of its own.
+    # Each answer has a copy of its prompt's keys and values, and of its own. The weights of the
+    # adapter are copied too.
     copied = n.s.group * n.prompt_tokens + n.answer_tokens
-    copied *= n.row_questions * 2 * n.key_width * n.number_bytes
-    return n.row_tokens * token + copied
+    copied *= n.row_questions * 2 * n.key_width
+    copied += n.adapter_weights // n.layers
+    return n.row_tokens * token + copied * n.number_bytes
 
 
 def backward_bytes(n: Sizes) -> int:

@@ -22,7 +22,7 @@ from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.rehearse import comparison_table, forecast, forecast_lines
 from samr1_mini.runs import time_left
 from samr1_mini.sizes import Sizes, number_bytes, sam_sizes
-from samr1_mini.speed import CARDS, hours, known_card, step_seconds, update_seconds
+from samr1_mini.speed import CARDS, hours, known_card, moved_bytes, step_seconds, update_seconds
 
 RESULTS = Path(__file__).parent.parent / "tutorials/results"
 
@@ -41,9 +41,22 @@ def short(**given):
     return make_settings(preset="tiny", device="cpu", **few | given)[0]
 
 
+def pefts_moved_bytes(n) -> float:
+    """Bytes of a forward and a token with PEFT's own LoRA layers, which compute in fp32."""
+    return moved_bytes(n) + n.layers * (8 * n.input_widths + 24 * n.output_widths)
+
+
 @pytest.mark.parametrize("name", ["rehearsal-7b", "rehearsal-3b", "rehearsal-3b-bf16"])
-def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measured(name):
-    """The only step sampled and rewarded before AdamW had moments."""
+def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measured(
+    name, monkeypatch
+):
+    """The only step sampled and rewarded before AdamW had moments.
+
+    Its LoRA layers were PEFT's. They started 21 operations more in a layer. In the prefill they
+    held one fp32 number of the hidden width more, and 6 bytes more of each number of the MLP.
+    """
+    monkeypatch.setattr(speed, "OPERATIONS", speed.OPERATIONS + 21)
+    monkeypatch.setattr(speed, "moved_bytes", pefts_moved_bytes)
     found = read(name)["measured"]
     lengths = dict(load_in=found["load_in"], max_new_tokens=found["max_new_tokens"])
     s = full_size(found["shape"], **lengths)
@@ -53,7 +66,8 @@ def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measur
     moments = staying_bytes(n)["moments"] / GIB
     gradients = phase_bytes(n)["layers"]["gradients"] / GIB
     measured = found["peak_gib"]
-    rollout = max(gib["prefill"], gib["decode"]) - moments
+    pefts = s.questions * prompt * (4 * n.hidden_width + 6 * n.mlp_width) / GIB
+    rollout = max(gib["prefill"] + pefts, gib["decode"]) - moments
     assert rollout == pytest.approx(measured["rollout"], rel=0.1)
     assert gib["reward"] - moments == pytest.approx(measured["reward"], rel=0.1)
     assert gib["update"] == pytest.approx(measured["update"], rel=0.1)
