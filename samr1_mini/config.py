@@ -280,7 +280,10 @@ class Settings:
         "optimisation", 8, "questions in one forward of an update; lower it to save memory"
     )
     checkpointing: bool = setting(
-        "optimisation", False, "recompute activations in the backward: less memory, more time"
+        "optimisation",
+        False,
+        "recompute activations in the backward: less memory, more time. On a GPU, layers whose "
+        "activations fit in the free memory are not recomputed",
     )
     warmup: int = setting(
         "optimisation", 10, "number of updates until the learning rate reaches --lr"

@@ -11,13 +11,12 @@ import torch
 from .config import PRESETS, Settings, UserError
 from .full_size import SHAPES, shape_config
 from .gpu import GIB, card_memory
-from .memory import memory_warning, smaller_weights
-from .policy import CHUNK_LOGITS, check_policy
-from .sizes import FP32, Sizes, backward_bytes, forward_bytes, layer_bytes, sam_sizes
-from .sizes import sampling_bytes
+from .memory import GAPS, memory_warning, smaller_weights
+from .policy import check_policy
+from .sizes import FP32, Sizes, sam_sizes, sampling_bytes, set_kept_layers, update_bytes
 from .speed import CARDS, hours, known_card
 
-CONTEXT, GAPS = 0.6, 0.1  # GiB of CUDA's libraries, share of memory lost between tensors
+CONTEXT = 0.6  # GiB of CUDA's libraries
 
 
 def staying_bytes(n: Sizes) -> dict[str, float]:
@@ -38,24 +37,32 @@ def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     The update has two peaks, "logits" and "layers". The higher peak counts.
     """
     s = n.s
-    prompts = s.questions * n.prompt_tokens * n.vision_outputs * n.hidden_width * n.number_bytes
     phases = {"load": {}}
     for name in ("prefill", "decode", "reward", "logits", "layers"):
-        phases[name] = {"encoded prompts": prompts}
+        phases[name] = {"encoded prompts": prompt_bytes(n)}
     for name, parts in sampling_bytes(n).items():
         for part, size in parts.items():
             phases[name][part] = s.questions * size
     scores = 3 * sam_sizes(s.sam).scores * FP32
     phases["reward"]["SAM's attention scores, and two position terms"] = scores
-    for name in ("logits", "layers"):
-        phases[name]["gradients"] = n.adapter_weights * FP32
-        phases[name]["activations of the forward"] = forward_bytes(n)
-    chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
-    phases["logits"]["a chunk of logits, and gradients"] = 5 * chunk * FP32
-    phases["layers"]["gradients of activations"] = backward_bytes(n)
-    if s.checkpointing:
-        phases["layers"]["activations of the recomputed layer"] = layer_bytes(n)
+    for name, parts in update_bytes(n).items():
+        phases[name] |= parts
     return phases
+
+
+def prompt_bytes(n: Sizes) -> float:
+    """Return the bytes of the encoded prompts of a step."""
+    width = n.vision_outputs * n.hidden_width
+    return n.s.questions * n.prompt_tokens * width * n.number_bytes
+
+
+def fill_card(n: Sizes, gib: float) -> None:
+    """Set the number of layers whose activations an update keeps, with `gib` GiB for all tensors.
+
+    Training makes this choice before each forward, by the free memory and the length of the row.
+    """
+    taken = sum(staying_bytes(n).values()) + prompt_bytes(n)
+    set_kept_layers(n, gib * GIB - taken)
 
 
 def peaks(n: Sizes) -> dict[str, float]:
@@ -99,7 +106,9 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     the free memory, a second line is a warning. Raises UserError if the free memory cannot hold the
     weights.
     """
-    gib = peaks(policy_sizes(s))
+    n = policy_sizes(s)
+    fill_card(n, free * (1 - GAPS))
+    gib = peaks(n)
     check_weights(s, gib["load"], free)
     # With little free memory, a batch of the rollout has fewer questions.
     sampling = min(free * (1 - GAPS), max(gib["prefill"], gib["decode"]))
@@ -108,6 +117,7 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     time = f"no hours: {name} is none of {', '.join(CARDS)}"
     if card:
         short = policy_sizes(replace(s, max_new_tokens=128))
+        fill_card(short, free * (1 - GAPS))
         time = f"about {hours(short, card):.1f} hours at answers of 128 tokens"
     line = f"forecast: peak {peak:.1f} GiB of this card's {whole:.1f}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)

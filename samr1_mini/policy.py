@@ -25,7 +25,7 @@ from .files import check_adapter_files, check_policy_files, check_policy_is_whol
 from .lora import compute_in_input_dtype, new_adapter
 from .memory import compute_dtype
 from .prompt import PROMPT, instruction
-from .tokens import banned_ids, opened_answer, stop_ids, token_logits
+from .tokens import CHUNK_LOGITS, banned_ids, opened_answer, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for from_pretrained
 
@@ -33,7 +33,6 @@ TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
 TOWER_PIXELS = 4096 * 14 * 14  # most pixels in one call of the vision tower: 4,096 patches
-CHUNK_LOGITS = 2**26  # most logits that logprobs computes at once: 256 MB in fp32
 
 
 @dataclass
@@ -89,6 +88,12 @@ class Policy:
         So the policy in the block is the frozen base model.
         """
         return self.model.disable_adapter()
+
+    def keep_layers(self, count: int) -> None:
+        """Keep the activations of the last `count` layers. A backward recomputes the others."""
+        layers = self.base.model.language_model.layers
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < len(layers) - count
 
 
 @dataclass
@@ -379,8 +384,7 @@ def logprobs(
 
     groups: B lists of G answers, each a tensor of ids [L]. S counts the tokens of all answers.
     Computes logits [tokens, V] only for answer tokens, one chunk at a time. The backward computes
-    each chunk again. For 8 answers of 512 tokens, all logits at once would take 2.5 GB. Their
-    gradient would take another 2.5 GB.
+    each chunk again. For 8 answers of 512 tokens, all logits and gradients would take 5 GB.
     """
     inputs, index, target = pack(policy, prompts, groups)
     language = policy.base.model.language_model

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForMaskGeneration
 from .attention import BLOCK
 from .config import Settings, cell_size, emulates_bf16
 from .segmenter import SAM_FILES, random_sam, small_folder
+from .tokens import CHUNK_LOGITS
 
 BF16, FP32, FP64 = 2, 4, 8  # bytes of one number
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 64 weights share an 8-bit scale, 256 scales a 32-bit one
@@ -49,10 +50,15 @@ class Sizes:
         picture_tokens = (s.image_size // cell_size(config)) ** 2
         self.prompt_tokens = prompt_tokens or picture_tokens + TEXT_TOKENS
         self.answer_tokens = s.group * s.max_new_tokens  # of all answers to a question
-        # Questions and input tokens of one forward of an update. The last token of an answer is not
-        # an input.
-        self.row_questions = min(s.micro, max(1, s.questions // s.updates))
-        self.row_tokens = self.row_questions * (self.prompt_tokens + self.answer_tokens - s.group)
+        self.row_questions = min(s.micro, max(1, s.questions // s.updates))  # in a forward
+        self.kept_layers = self.layers  # layers whose activations a forward of an update keeps
+        if s.checkpointing:
+            self.kept_layers = 0
+
+    @property
+    def row_tokens(self) -> int:
+        """Return the input tokens of a forward. The last token of an answer is not an input."""
+        return self.row_questions * (self.prompt_tokens + self.answer_tokens - self.s.group)
 
     def count_weights(self, config) -> None:
         """Count the weights of the language model and of the adapter."""
@@ -185,6 +191,44 @@ def backward_bytes(n: Sizes) -> int:
 
 def forward_bytes(n: Sizes) -> int:
     """Return the bytes of a forward of the update that are kept for its backward."""
-    if n.s.checkpointing:  # the embeddings, and the input of each layer
-        return (n.layers + 1) * n.row_tokens * n.hidden_width * n.number_bytes
-    return n.layers * layer_bytes(n)
+    inputs = n.layers - n.kept_layers + 1  # of the layers to recompute, and of the last norm
+    kept = inputs * n.row_tokens * n.hidden_width * n.number_bytes
+    return kept + n.kept_layers * layer_bytes(n)
+
+
+def update_bytes(n: Sizes) -> dict[str, dict[str, float]]:
+    """Return the bytes that a forward and its backward add at their two peaks, by part.
+
+    The peaks are at a chunk of logits ("logits"), and in the backward of a layer ("layers").
+    """
+    both = {"gradients": n.adapter_weights * FP32, "activations of the forward": forward_bytes(n)}
+    chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
+    logits = both | {"a chunk of logits, and gradients": 5 * chunk * FP32}
+    layers = both | {"gradients of activations": backward_bytes(n)}
+    if n.kept_layers == 0:  # otherwise the last layers are kept, and free more than this
+        layers["activations of the recomputed layer"] = layer_bytes(n)
+    return {"logits": logits, "layers": layers}
+
+
+def set_kept_layers(n: Sizes, free: float) -> None:
+    """Set the number of layers whose activations an update keeps, so that it fits in `free` bytes.
+
+    Without checkpointing, all layers are kept.
+    """
+    if not n.s.checkpointing:
+        return
+    n.kept_layers = n.layers
+    while n.kept_layers and max(sum(p.values()) for p in update_bytes(n).values()) > free:
+        n.kept_layers -= 1
+
+
+def layers_to_keep(model, prompts: list[int], groups: list[list[int]], s: Settings, free: float):
+    """Return the number of layers whose activations the next forward of an update can keep.
+
+    prompts: tokens of each prompt in the row. groups: tokens of each answer, a list for a prompt.
+    """
+    n = Sizes(model.config, s, math.ceil(sum(prompts) / len(prompts)))
+    n.row_questions = len(prompts)
+    n.answer_tokens = math.ceil(sum(sum(lengths) for lengths in groups) / len(groups))
+    set_kept_layers(n, free)
+    return n.kept_layers

@@ -8,14 +8,15 @@ import re
 
 from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_sizes
 
-CARDS = {  # published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32
-    "RTX 3090": (936, 71, 35.6),
-    "RTX 4090": (1008, 165, 82.6),
-    "RTX 5090": (1792, 209, 104.8),
-    "A10G": (600, 70, 35),
-    "L4": (300, 121, 30.3),
-    "A100": (2039, 312, 19.5),
-    "H100": (3350, 989, 67),
+# Published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32. GiB that a card reports.
+CARDS = {
+    "RTX 3090": (936, 71, 35.6, 23.6),
+    "RTX 4090": (1008, 165, 82.6, 23.6),
+    "RTX 5090": (1792, 209, 104.8, 31.4),
+    "A10G": (600, 70, 35, 21.9),
+    "L4": (300, 121, 30.3, 22.0),
+    "A100": (2039, 312, 19.5, 79.1),
+    "H100": (3350, 989, 67, 79.1),
 }
 BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these peaks that code reaches
 LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: Python, CUDA graph (H100)
@@ -29,7 +30,7 @@ def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.
     are bytes. The GPU reads `weights` while it computes `products`. So only the longer of these two
     times counts.
     """
-    bandwidth, half_peak, single_peak = CARDS[card]
+    bandwidth, half_peak, single_peak, _ = CARDS[card]
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
     half_speed = half_peak * 1e12 * FLOP_SHARE
     single_speed = single_peak * 1e12 * FLOP_SHARE
@@ -83,10 +84,10 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
 def update_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of one question: reference, forward, recomputed forward, backward.
 
-    With several passes only the first pass computes the reference.
+    With several passes only the first pass computes the reference. Kept layers are not recomputed.
     """
     reference = int(n.s.beta > 0) / n.s.passes
-    forwards = 1 + int(n.s.checkpointing)
+    forwards = 2 - n.kept_layers / n.layers
     passes = reference + forwards
     tokens = n.row_tokens / n.row_questions
     pairs = n.prompt_tokens**2 / 2  # of a token and a token that it sees

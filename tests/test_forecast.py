@@ -113,8 +113,8 @@ def assert_near(committed, found) -> None:
         assert_near(committed[name], found[name])
 
 
-@pytest.mark.parametrize("load_in, checkpointing", [("nf4", True), ("bf16", False)])
-def test_arithmetic_is_near_the_counter_at_a_small_shape(load_in, checkpointing, monkeypatch):
+@pytest.mark.parametrize("load_in, kept", [("nf4", 0), ("nf4", 3), ("bf16", 4)])
+def test_arithmetic_is_near_the_counter_at_a_small_shape(load_in, kept, monkeypatch):
     wide = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, vocab_size=32768)
     monkeypatch.setattr(speed, "LAUNCH", 0.0)  # the counter's seconds hold no starts
     monkeypatch.setattr(
@@ -122,11 +122,13 @@ def test_arithmetic_is_near_the_counter_at_a_small_shape(load_in, checkpointing,
         {"small": wide | dict(num_hidden_layers=4, num_key_value_heads=2)},
     )
     config = shape_config("small")
-    s = short(load_in=load_in, checkpointing=checkpointing, group=8, micro=1, max_new_tokens=32)
+    s = short(load_in=load_in, checkpointing=kept < 4, group=8, micro=1, max_new_tokens=32)
     counter = fake_counter()
     policy = fake_policy(config, s, torch.bfloat16, counter)
+    policy.keep_layers(kept)
     found = count_phases(policy, counter, s, prompt_tokens=264)
     n = Sizes(config, s, 264)
+    n.kept_layers = kept
     stay = staying_bytes(n)
     sam = stay.pop("SAM")
     assert stay["moments"] == pytest.approx(found["moments"], rel=0.01)

@@ -161,7 +161,7 @@ class Counter(TorchDispatchMode):
         self.total["flops"] += flops
         self.total["moved"] += moved
         self.total["operations"] += 1
-        for card, (bandwidth, half, single) in CARDS.items():
+        for card, (bandwidth, half, single, _) in CARDS.items():
             rate = half  # the inputs decide: bf16 products may have fp32 sums
             if (given or made)[0].dtype == torch.float32:
                 rate = single
