@@ -127,6 +127,13 @@ class Settings:
     sam_checkpoint: str = setting(
         "model", "", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)"
     )
+    sam_dtype: str = setting(
+        "model",
+        "auto",
+        "number format of the segmenter's picture encoder. auto: bf16 on a GPU that has it, else "
+        "fp32",
+        ("auto", "bf16", "fp32"),
+    )
     load_in: str = setting(
         "model", "nf4", "format of the frozen base weights", ("nf4", "bf16", "fp32")
     )

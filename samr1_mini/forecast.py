@@ -13,7 +13,8 @@ from .full_size import SHAPES, shape_config
 from .gpu import GIB, card_memory
 from .memory import GAPS, memory_warning, smaller_weights
 from .policy import check_policy
-from .sizes import FP32, Sizes, sam_sizes, sampling_bytes, set_kept_layers, update_bytes
+from .sizes import FP32, Sizes, sam_number_bytes, sam_sizes, sampling_bytes, set_kept_layers
+from .sizes import update_bytes
 from .speed import CARDS, hours, known_card
 
 CONTEXT = 0.6  # GiB of CUDA's libraries
@@ -25,7 +26,7 @@ def staying_bytes(n: Sizes) -> dict[str, float]:
         "language layers": n.linear_weights * n.linear_weight_bytes,
         "embeddings and head": (n.embedding_weights + n.head_weights) * n.number_bytes,
         "vision tower": n.vision_weights * n.number_bytes,
-        "SAM": sam_sizes(n.s.sam).weights * FP32,
+        "SAM": sam_sizes(n.s.sam).weights * sam_number_bytes(n.s),
         "adapter": n.adapter_weights * FP32,
         "moments": 2 * n.adapter_weights * FP32,
     }
@@ -43,7 +44,7 @@ def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     for name, parts in sampling_bytes(n).items():
         for part, size in parts.items():
             phases[name][part] = s.questions * size
-    scores = 3 * sam_sizes(s.sam).scores * FP32
+    scores = 3 * sam_sizes(s.sam).scores * sam_number_bytes(s)
     phases["reward"]["SAM's attention scores, and two position terms"] = scores
     for name, parts in update_bytes(n).items():
         phases[name] |= parts

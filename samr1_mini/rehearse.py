@@ -32,7 +32,8 @@ from .policy import Policy, Prompt
 from .processes import is_first
 from .reports import base_summary
 from .reward import Answer, Object, score_group
-from .segmenter import SAM_FILES, SamSegmenter, random_sam, small_folder
+from .segmenter import SAM_FILES, SamSegmenter, encoder_dtype, random_sam, set_encoder_dtype
+from .segmenter import small_folder
 from .sizes import Sizes, questions_per_batch
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
@@ -193,7 +194,9 @@ def forecast_sam(s: Settings) -> str:
 
 def random_parts(shape: str, s: Settings) -> Parts:
     """Return policy, SAM and optimizer with random weights. No answer can stop early."""
-    sam = random_sam(forecast_sam(s)).to(s.device).requires_grad_(False)
+    sam = random_sam(forecast_sam(s)).requires_grad_(False)
+    set_encoder_dtype(sam.image_encoder, encoder_dtype(s.sam_dtype, s.device))
+    sam = sam.to(s.device)
     policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
     policy.banned[policy.stop] = True
     return Parts(policy, SamSegmenter(SamPredictor(sam)), new_optimizer(policy, s), s)

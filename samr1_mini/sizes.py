@@ -101,6 +101,14 @@ def number_bytes(s: Settings) -> int:
     return BF16
 
 
+def sam_number_bytes(s: Settings) -> int:
+    """Return the bytes of one number of SAM's encoder, which has almost all of SAM's weights."""
+    emulated = s.device == "cuda" and emulates_bf16()
+    if s.sam_dtype == "fp32" or (s.sam_dtype == "auto" and emulated):
+        return FP32
+    return BF16
+
+
 class SamSizes(NamedTuple):
     weights: int
     tokens: int  # of one picture

@@ -6,7 +6,7 @@ card's published speed. The forecast hours are right within a factor of 1.5.
 
 import re
 
-from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_sizes
+from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_number_bytes, sam_sizes
 
 # Published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32. GiB that a card reports.
 CARDS = {
@@ -107,7 +107,9 @@ def sam_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of SAM for one picture."""
     sam = sam_sizes(n.s.sam)
     work = sam.weights * sam.tokens
-    return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
+    if sam_number_bytes(n.s) == FP32:
+        return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
+    return seconds(n, card, products=2 * work, moved=work / 80)
 
 
 def step_seconds(n: Sizes, card: str) -> dict[str, float]:
