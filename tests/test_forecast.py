@@ -50,15 +50,16 @@ def pefts_moved_bytes(n) -> float:
 def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measured(
     name, monkeypatch
 ):
-    """The only step sampled and rewarded before AdamW had moments.
+    """The only step sampled and rewarded before AdamW had moments. SAM was in fp32.
 
-    Its LoRA layers were PEFT's. They started 21 operations more in a layer. In the prefill they
+    The LoRA layers were PEFT's. They started 21 operations more in a layer. In the prefill they
     held one fp32 number of the hidden width more, and 6 bytes more of each number of the MLP.
     """
     monkeypatch.setattr(speed, "OPERATIONS", speed.OPERATIONS + 21)
     monkeypatch.setattr(speed, "moved_bytes", pefts_moved_bytes)
     found = read(name)["measured"]
     lengths = dict(load_in=found["load_in"], max_new_tokens=found["max_new_tokens"])
+    lengths["sam_dtype"] = "fp32"
     s = full_size(found["shape"], **lengths)
     config, prompt = shape_config(found["shape"]), found["prompt_tokens"]
     n = Sizes(config, s, prompt)
