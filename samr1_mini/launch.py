@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil  # accelerate depends on psutil
 import torch
 
-from .config import Settings
+from .config import Settings, can_share
 from .gpu import GIB
-from .stops import handled_signals, outlive_terminal
+from .stops import handled_signals, handlers_put_back, outlive_terminal
 
 GRACE = 60.0  # seconds that the other processes have to save the run, if one has failed
 MOST = 4  # the largest number that --processes 0 starts
@@ -49,7 +49,7 @@ def automatic_number(s: Settings) -> int:
         return 1
     most = min(MOST, usable_cores(), int(usable_memory() / PROCESS_BYTES))
     for count in range(most, 1, -1):
-        if s.questions % (s.updates * count) == 0:
+        if can_share(s, count):
             return count
     return 1
 
@@ -196,12 +196,8 @@ def signals_passed_on(processes: list):
         handlers = dict.fromkeys(handled_signals(), signal.SIG_IGN)
     elif handlers:
         handlers[signal.SIGTSTP] = pause
-    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
-    try:
+    with handlers_put_back(handlers):
         yield missed
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 @contextmanager
