@@ -194,7 +194,7 @@ class Settings:
         0,
         "replace groups with equal rewards by new questions, at most this many times in a step "
         "(dynamic sampling, DAPO). The number of steps stays --samples / --questions. Groups that "
-        "are equal after the last time stay in the update",
+        "still have equal rewards after the last time stay in the update",
     )
     max_new_tokens: int = setting("rollout", 112, "maximum number of tokens in an answer")
     temperature: float = setting(

@@ -329,7 +329,7 @@ def one_step(parts: Parts, data, step: int, asked: int) -> tuple[dict, list[dict
     uniforms = torch.rand(1 + s.redraw, s.questions, s.group, s.max_new_tokens)
     samples = [data[i % len(data)] for i in share(range(asked, asked + s.questions))]
     rollouts, seconds = roll_out(parts, samples, share(uniforms[0]))
-    described = describe(rollouts)  # of the first batch, which --redraw has not selected
+    described = describe(rollouts)  # before --redraw replaces groups
     answers = first_answers(rollouts)
     drawn = s.questions
     for batch in uniforms[1:]:

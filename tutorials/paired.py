@@ -11,8 +11,8 @@ import numpy as np
 from scipy import optimize, stats
 
 POWER = 0.8
-# Of gIoU, less than half of GRPO's difference from base. The margin was chosen before the rows that
-# have no runs yet.
+# A difference in gIoU. It is less than half of the difference between GRPO and base. The margin was
+# chosen before the first run of each row that has no result yet.
 MARGIN = 0.05
 
 

@@ -31,7 +31,7 @@ PICTURES = 4  # in one update
 QUESTIONS = 5  # about a picture, of different kinds
 KINDS = ("all", "two", "dots", "none", "attribute", "part", "relation")
 STYLES = {"short": 0.5, "names": 0.3, "places": 0.2}  # shares of the thoughts, see answers.py
-SLACK = 0.25  # how much too wide the boxes are on each side, in lengths of the box
+SLACK = 0.25  # extra width on each side, as a share of the box's length
 FORGETS = 0.25  # share of the answers with several objects that miss one of them
 FIRST_SCENE = 2 * 10**8  # no other stage of pretraining reaches these scenes
 
