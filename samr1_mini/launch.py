@@ -2,8 +2,8 @@
 
 OpenMP's threads keep their cores busy while they wait for each other. If another program takes a
 core, every small operation waits for the thread on this core. Several processes with one thread
-each are faster. Each process takes its share of the questions. At the end of an update, the gradients of all
-processes are added up once (processes.py).
+each are faster. Each process takes its share of the questions. At the end of an update, the
+gradients of all processes are added up once (processes.py).
 """
 
 import _thread
