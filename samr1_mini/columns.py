@@ -14,7 +14,7 @@ COLUMNS = {
     "reasoning_format": "share of answers <think>...</think><answer>...</answer>; a reward term",
     "segmentation_format": "share of answers with box and points in the asked JSON; a reward term",
     "zero_variance": "share of groups whose answers all have the same reward, before --redraw "
-    "(gdpo: the same value in each term)",
+    "(with gdpo: the same value in each reward term)",
     "truncated": "share of answers cut off at --max-new-tokens",
     "unique": "share of different texts among the answers of a group, mean over groups",
     "points": "number of points in an answer, mean",

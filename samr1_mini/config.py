@@ -201,7 +201,7 @@ class Settings:
         0,
         "replace groups with equal rewards by new questions, at most this many times in a step "
         "(dynamic sampling, DAPO). The number of steps stays --samples / --questions. Groups that "
-        "are equal after the last time stay in the update",
+        "still have equal rewards after the last time stay in the update",
     )
     max_new_tokens: int = setting("rollout", 112, "maximum number of tokens in an answer")
     temperature: float = setting(
@@ -641,8 +641,21 @@ def check_processes(s: Settings) -> None:
     """Raise UserError if --processes cannot share the questions, or if there is a GPU."""
     if s.device == "cuda":
         raise UserError("--processes is for a CPU: add --device cpu. Several GPUs need torchrun")
-    if s.questions % (s.updates * s.processes):
-        need = f"--processes {s.processes} x --updates {s.updates}"
+    check_share(s, s.processes, f"--processes {s.processes}")
+
+
+def can_share(s: Settings, count: int) -> bool:
+    """Return True if `count` processes can take equal shares of the questions of an update.
+
+    One process takes updates of unequal size too.
+    """
+    return count == 1 or s.questions % (s.updates * count) == 0
+
+
+def check_share(s: Settings, count: int, name: str) -> None:
+    """Raise UserError if `count` processes cannot share the questions. `name` is for the error."""
+    if not can_share(s, count):
+        need = f"{name} x --updates {s.updates}"
         raise UserError(f"--questions {s.questions} is no multiple of {need}")
 
 

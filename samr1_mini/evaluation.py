@@ -53,7 +53,7 @@ class ScoredAnswer:
     strict: tuple[int, int]  # the same for the strict score: intersection 0 outside the format
     ceiling: float | None = None  # IoU of SAM's mask from the true boxes, None without an object
     no_target: bool = False  # nothing is to be found: the true mask is empty
-    nothing: bool | None = None  # the strict mask is empty; None if there is no strict mask
+    nothing: bool | None = None  # the mask of the strict vote is empty; None without it
 
     @property
     def iou(self) -> float:
@@ -75,7 +75,7 @@ def nothing_scores(rows: list[ScoredAnswer]) -> dict:
 
     N_acc is the share of questions without a target that are answered with nothing. T_acc is the
     share of questions with a target that are answered with something. An answer outside the format
-    is neither. A share of no questions is left out.
+    is neither. If there are no questions of one kind, its share is left out.
     """
     found = {}
     without_target = [row.nothing is True for row in rows if row.no_target]
@@ -168,7 +168,7 @@ class Report:
 def score_table(title: str, rows: dict[str, dict]) -> str:
     """Return a table of scores as text, with one line for each row. A row may have gIoU alone.
 
-    The columns N-acc and T-acc stand there if a row has these scores.
+    The table has the columns N-acc and T-acc only if a row has these scores.
     """
     more = [name for name in ("N_acc", "T_acc") if any(name in x for x in rows.values())]
     head = f"{title:<24}{'gIoU':>8}{'lenient':>9}{'cIoU':>8}{'format':>8}"

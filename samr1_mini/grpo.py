@@ -22,15 +22,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import Settings
+from .config import Settings, check_share
 from .data import Sample
 from .decoding import Completion, generate_groups
 from .evaluation import encode_questions
 from .loading import load_models, open_sets
 from .memory import peak_memory, usable_memory
 from .policy import Policy, Prompt, logprobs
-from .processes import add_up_gradients, average, check_share, fail_together, from_first
-from .processes import is_first, join_processes, process_count, share
+from .processes import add_up_gradients, average, fail_together, from_first, is_first
+from .processes import join_processes, process_count, share
 from .reports import count_skipped, describe, first_answers, flat_tokens, sampling_gap, score_base
 from .reports import summarise, token_means, validate
 from .reward import Reward, read_answer, reward_terms, score_group
@@ -334,7 +334,7 @@ def one_step(parts: Parts, data, step: int, asked: int) -> tuple[dict, list[dict
     uniforms = torch.rand(1 + s.redraw, s.questions, s.group, s.max_new_tokens)
     samples = [data[i % len(data)] for i in share(range(asked, asked + s.questions))]
     rollouts, seconds = roll_out(parts, samples, share(uniforms[0]))
-    described = describe(rollouts)  # of the first batch, which --redraw has not selected
+    described = describe(rollouts)  # before --redraw replaces groups
     answers = first_answers(rollouts)
     drawn = s.questions
     for batch in uniforms[1:]:
@@ -374,7 +374,7 @@ def train(
 
     begun = time.perf_counter()
     join_processes(s.device)
-    check_share(s)
+    check_share(s, process_count(), f"{process_count()} processes")
     sets = open_sets(s, sets)
     data, validation, test = sets
     folder = from_first(open_run(s) if is_first() else None)

@@ -1,9 +1,9 @@
 """Start several processes for a training on a CPU. Each process has one thread.
 
-OpenMP's threads use their cores while they wait for each other. If another program takes a core,
-every small operation waits for the thread on this core. Several processes with one thread each are
-faster. Each process takes its share of the questions. At the end of an update, the gradients of all
-processes are added up once (processes.py).
+OpenMP's threads keep their cores busy while they wait for each other. If another program takes a
+core, every small operation waits for the thread on this core. Several processes with one thread
+each are faster. Each process takes its share of the questions. At the end of an update, the
+gradients of all processes are added up once (processes.py).
 """
 
 import _thread
@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil  # accelerate depends on psutil
 import torch
 
-from .config import Settings
+from .config import Settings, can_share
 from .gpu import GIB
-from .stops import handled_signals, outlive_terminal
+from .stops import handled_signals, handlers_put_back, outlive_terminal
 
 GRACE = 60.0  # seconds that the other processes have to save the run, if one has failed
 MOST = 4  # the largest number that --processes 0 starts
@@ -49,13 +49,13 @@ def automatic_number(s: Settings) -> int:
         return 1
     most = min(MOST, usable_cores(), int(usable_memory() / PROCESS_BYTES))
     for count in range(most, 1, -1):
-        if s.questions % (s.updates * count) == 0:
+        if can_share(s, count):
             return count
     return 1
 
 
 def usable_cores() -> int:
-    """Return the number of physical cores, at most the number that this process may use."""
+    """Return the number of physical cores, or of the cores that this process may use if fewer."""
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
         cores = min(cores, len(psutil.Process().cpu_affinity()))
@@ -82,7 +82,7 @@ def start_processes(work: Callable[[Settings], None], s: Settings, count: int) -
     The exit code is 0, or that of the first process that failed. `work` must be at the top level of
     a module, because it is pickled.
     """
-    # The processes find each other by this store. It is here, because any of them may fail early.
+    # The processes find each other by this store. It is in this process, because they may fail.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
     with signals_passed_on(started) as missed:
@@ -152,7 +152,7 @@ def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:
-        traceback.print_exc()  # in each process, because often only one of them has the cause
+        traceback.print_exc()  # in each process: often only one shows the cause
         sys.exit(1)
 
 
@@ -167,7 +167,7 @@ def stop_without_parent() -> None:
 
 @contextmanager
 def signals_passed_on(processes: list):
-    """Context manager: send the handled signals to `processes`. They do not end this process.
+    """Context manager: send the handled signals to `processes`. No signal ends this process.
 
     Yields a list of the signals that came before there were processes. Ctrl-Z pauses all processes
     until the shell continues this one. In Windows the signals reach all programs of a console, so
@@ -196,12 +196,8 @@ def signals_passed_on(processes: list):
         handlers = dict.fromkeys(handled_signals(), signal.SIG_IGN)
     elif handlers:
         handlers[signal.SIGTSTP] = pause
-    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
-    try:
+    with handlers_put_back(handlers):
         yield missed
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 @contextmanager
@@ -210,7 +206,7 @@ def signals_held_back():
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # a start inside the block would release the signals
+    resource_tracker.ensure_running()  # if it started in the block, it would release the signals
     signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
     try:
         yield

@@ -7,7 +7,6 @@ unions.
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 
 def mean(values: Iterable[float]) -> float:
@@ -97,6 +96,8 @@ def matched_iou(boxes: list[tuple], true_boxes: list[tuple]) -> float:
     The matching is the one with the largest sum of IoUs. The mean is over the larger number of
     boxes. So a missing box and a superfluous box count as 0. Without any box the result is 1.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and only needed here
+
     count = max(len(boxes), len(true_boxes))
     if count == 0:
         return 1.0

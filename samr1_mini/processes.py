@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-from .config import Settings, UserError, cause
+from .config import UserError, cause
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads 19 GB
 
@@ -54,13 +54,6 @@ def share(items: Sequence | torch.Tensor) -> Sequence | torch.Tensor:
     Of n processes, process i takes the items i, i + n, i + 2n, and so on.
     """
     return items[PartialState().process_index :: process_count()]
-
-
-def check_share(s: Settings) -> None:
-    """Raise UserError if the processes cannot take equal shares of the questions of an update."""
-    if process_count() > 1 and s.questions % (s.updates * process_count()):
-        need = f"{process_count()} processes x --updates {s.updates}"
-        raise UserError(f"--questions {s.questions} is no multiple of {need}")
 
 
 # -------------------------------------------------------------------------- errors

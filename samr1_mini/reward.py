@@ -261,8 +261,8 @@ def matching_term(reward: Reward) -> float:
 def repeats_term(reward: Reward) -> float:
     """Return minus the share of boxes that repeat an earlier box, -1 to 0.
 
-    SAM's masks of equal boxes have the same union as one of them. So the accuracy term does not
-    see repeated boxes. The term is negative: an answer without repeats gains nothing.
+    If a box is repeated, the union of SAM's masks stays the same. So the accuracy term does not see
+    the repetition. This term is 0 for an answer without repeats.
     """
     return -repeated_share([one.box for one in reward.objects])
 
@@ -345,7 +345,7 @@ def score_group(
     draw_masks(segmenter, sample, readable)
     for reward in rewards:
         if s.objects == "several" and reward.objects and not reward.mask.any():
-            reward.mask = None  # boxes in which SAM finds nothing do not answer "nothing"
+            reward.mask = None  # an empty mask from SAM is not the answer []
         reward.pair = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pair)
         reward.terms = terms(reward, s)

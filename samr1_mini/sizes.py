@@ -42,9 +42,7 @@ class Sizes:
         self.query_width = head_width * self.heads  # of one token, all heads
         self.key_width = head_width * text.num_key_value_heads
         self.number_bytes = number_bytes(s)
-        self.cache_token_bytes = (
-            self.layers * 2 * self.key_width * self.number_bytes
-        )  # of one token
+        self.cache_token_bytes = self.layers * 2 * self.key_width * self.number_bytes
         self.count_weights(config)
         self.read_vision(config)
         picture_tokens = (s.image_size // cell_size(config)) ** 2

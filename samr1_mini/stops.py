@@ -40,10 +40,16 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def handlers_put_back():
-    """Context manager: after the block, signals are handled as before it."""
-    before = {kind: signal.getsignal(kind) for kind in handled_signals()}
+def handlers_put_back(handlers: dict | None = None):
+    """Context manager: after the block, signals are handled as before it.
+
+    In the block the handlers are `handlers`, by signal. Without them, the block may set its own.
+    """
+    kinds = [*handled_signals(), *(handlers or {})]
+    before = {kind: signal.getsignal(kind) for kind in kinds}
     try:
+        for kind, handler in (handlers or {}).items():
+            signal.signal(kind, handler)
         yield
     finally:
         for kind, handler in before.items():
@@ -71,9 +77,7 @@ def stop_on_signals():
         if first_started():
             tqdm.write("stopping after this step; press Ctrl-C again to stop at once")
 
-    with handlers_put_back():
-        for kind in handled_signals():
-            signal.signal(kind, handle)
+    with handlers_put_back(dict.fromkeys(handled_signals(), handle)):
         yield stop
 
 

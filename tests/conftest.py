@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 # One thread here and in every process that a test starts. Threads of OpenMP wait for each other by
@@ -21,7 +22,7 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "benchmarks"))
 sys.path.insert(0, str(TESTS.parent))  # train.py and eval.py stand there
 
-from samr1_mini import attention
+from samr1_mini import attention, grpo
 from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.data import public
@@ -68,6 +69,22 @@ def with_live_adapter(policy, seed: int = 0):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.02)
     return policy
+
+
+@contextmanager
+def failing_update(monkeypatch, number, error):
+    """In the block, update number `number` raises `error` instead of learning."""
+    calls, real = [], grpo.update
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grpo, "update", update)
+        yield
 
 
 def lenient_box(text, side=112):

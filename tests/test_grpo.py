@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import score, with_live_adapter
+from conftest import failing_update, score, with_live_adapter
 from huggingface_hub import DryRunFileInfo
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -535,42 +535,25 @@ def test_a_run_with_redraw_that_was_stopped_equals_one_that_was_never_stopped(
 ):
     """With two answers a group, most groups are flat, so more questions are asked than there are."""
     s = replace(settings, samples=16, group=2, redraw=2, advantage="gdpo", save_minutes=1e-9)
-    expected, real, steps = whole(s), grpo.update, []
+    expected = whole(s)
     log = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["drawn"] for line in log[:2]) > 8 and sum(line["drawn"] for line in log) > 16
-
-    def killed(*args):
-        steps.append(1)
-        if len(steps) == 3:
-            raise MemoryError
-        return real(*args)
-
-    monkeypatch.setattr(grpo, "update", killed)
-    with pytest.raises(MemoryError):
+    with failing_update(monkeypatch, 3, MemoryError()), pytest.raises(MemoryError):
         train(s)
-    monkeypatch.setattr(grpo, "update", real)
     train(replace(s, resume=True))
     same_runs(expected, Path(s.run))
-    asked = [torch.load(f / "state.pt", weights_only=True)["asked"] for f in (expected, Path(s.run))]
+    asked = [
+        torch.load(f / "state.pt", weights_only=True)["asked"] for f in (expected, Path(s.run))
+    ]
     assert asked == [sum(line["drawn"] for line in log)] * 2
 
 
 def test_a_killed_run_resumes_from_its_last_saved_state(settings, whole, monkeypatch):
     s = replace(settings, samples=16, eval_every=2)
-    expected, real, steps = whole(s), grpo.update, []
-
-    def killed(*args):
-        steps.append(1)
-        if (
-            len(steps) == 4
-        ):  # a step after the saved one is logged already: resuming must not log it twice
-            raise MemoryError
-        return real(*args)
-
-    monkeypatch.setattr(grpo, "update", killed)
-    with pytest.raises(MemoryError):
+    expected = whole(s)
+    # A step after the saved one is logged already: resuming must not log it twice.
+    with failing_update(monkeypatch, 4, MemoryError()), pytest.raises(MemoryError):
         train(s)
-    monkeypatch.setattr(grpo, "update", real)
     train(replace(s, resume=True))
     same_runs(expected, Path(s.run))
 
@@ -1078,9 +1061,7 @@ def test_each_step_of_each_seed_has_questions_and_draws_of_its_own_and_knows_the
     monkeypatch.setattr(grpo, "first_answers", lambda rollouts: rollouts)
     for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
         s = replace(settings, seed=seed, updates=2, passes=3)
-        line, (batch, uniforms) = one_step(
-            Parts(None, None, None, s), range(100), step, 4 * step
-        )
+        line, (batch, uniforms) = one_step(Parts(None, None, None, s), range(100), step, 4 * step)
         assert batch == list(range(4 * step, 4 * step + 4)) and line["step"] == step + 1
         assert (
             uniforms.shape == (4, s.group, s.max_new_tokens)

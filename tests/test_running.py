@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import failing_update
 from safetensors.torch import load_file
 
 import eval as eval_command
@@ -248,16 +249,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_a_second_ctrl_c_or_a_broken_picture_leaves_the_state_before_the_step(
     error, settings, tmp_path, monkeypatch, capsys
 ):
-    steps, real = [], grpo.update
-
-    def cut(*args):
-        steps.append(1)
-        if len(steps) == 2:
-            raise error
-        return real(*args)
-
-    monkeypatch.setattr(grpo, "update", cut)
-    with pytest.raises(type(error)):
+    with failing_update(monkeypatch, 2, error), pytest.raises(type(error)):
         train(settings)
     assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
     assert "step 1 is saved; " in capsys.readouterr().out

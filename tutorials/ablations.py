@@ -8,10 +8,11 @@ Every row differs from "base" in the options that it names. A seed draws the sam
 every row, and all runs are tested on the same scenes. So a row is compared with base seed by seed
 and scene by scene. For this, each run also leaves the IoU of each scene, in
 results/ablations/ROW-seedN.json.gz (older runs: .json, without ids).
-In the tables, "detects" is the smallest true difference from base that so many seeds find with
-80 % power. "within" is the smallest margin within which the row and base are equivalent, and "="
-marks a margin of at most 0.05. paired.py explains both.
-PREDICTED holds the expected result of each row. It was committed before the first run.
+In the tables, "detects" is the smallest true difference from base that this number of seeds finds
+with 80 % power. "within" is the smallest margin within which the row and base are equivalent, and
+"=" marks a margin of at most 0.05. paired.py explains both.
+PREDICTED holds the expected result of each row. It was committed before the first run. "Places" are
+answers that list coordinates before they choose.
 For a row of your own, add a line to TABLES. Keep such rows, and a base from your machine, in a file
 of their own (`--results runs/mine.csv`). Each run has one thread, so that the lines do not depend
 on the number of cores. There are as many runs at a time as cores.
@@ -92,7 +93,7 @@ TABLES = {
         "redraw 2": "--redraw 2",
     },
     "controls": {"random reward": "", "mask of another question": ""},
-    # half and double the rate of base, 3e-4: is a difference one of the rate alone?
+    # Half and double the learning rate of base (3e-4): does the rate alone explain a difference?
     "learning rate": {
         "lr 1.5e-4": "--lr 1.5e-4",
         "lr 6e-4": "--lr 6e-4",
@@ -250,7 +251,7 @@ def read_lines(file: Path) -> list[dict]:
 def figures_of(folder: Path) -> dict:
     """Return the columns of a finished run, as text, and the lists of its test scenes.
 
-    Raises RuntimeError if the test scenes are others.
+    Raises RuntimeError if the run used other test scenes.
     """
     summary = read_json(folder / "summary.json")
     each = read_json(folder / "test-trained.json")

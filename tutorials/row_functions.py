@@ -25,7 +25,8 @@ def dr_grpo_loss(logp, old, reference, advantage, lengths, s):
     """Return the loss of Dr. GRPO (arXiv 2503.20783). Use it with --advantage mean.
 
     A group's sum over tokens is divided by a constant, and not by its number of tokens. The
-    constant is the largest number of tokens of a group. The arguments are those of grpo_loss.
+    constant is the largest possible number of tokens, G x --max-new-tokens. The arguments
+    are those of grpo_loss.
     """
     total = 0.0
     logged = []

@@ -354,16 +354,17 @@ class Folder(Data):
             image = open_picture(inside(self.pictures, line.image))
             question = clean_question(row["question"])
             kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
-            ignore = masks = None
+            ignore = None
             if row.get("ignore"):
                 ignore = read_mask(row["ignore"], self.folder, image.size)
+            masks = None  # the single objects are unknown
             if line.box_only:
                 mask = filled(row["box"], image.height, image.width)
             else:
-                masks = [read_mask(value, self.folder, image.size) for value in truth_of(row)]
-                mask = union(masks, image.size)
-            if row.get("mask"):  # one mask, and perhaps of several objects
-                masks = None
+                found = [read_mask(value, self.folder, image.size) for value in truth_of(row)]
+                mask = union(found, image.size)
+                if not row.get("mask"):  # "masks", or "mask": []
+                    masks = found
         return Sample(image, question, mask, line.id, kind, ignore, line.box_only, picture, masks)
 
 

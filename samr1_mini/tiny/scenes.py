@@ -399,8 +399,9 @@ def _distance(thing: Thing, anchor: Thing, side: str) -> float:
 
 
 def _found(scene: Scene, what: Description) -> tuple[list[Thing], list[Thing]]:
-    """Return the things that a description fits, and the things whose dot it fits if a reader
-    takes the dot for a circle.
+    """Return two lists: the things that fit a description, and the things with a dot that fits it.
+
+    A reader may take a dot for a circle.
     """
     found = [t for t in scene.things if what.fits(t.colour, t.shape)]
     dotted = [t for t in scene.things if t.dot and what.fits(t.dot.colour, "circle")]

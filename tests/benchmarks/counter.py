@@ -248,7 +248,7 @@ def plain_prompts(policy: Policy, count: int, tokens: int) -> list[Prompt]:
     config = policy.base.config.text_config
     prompts = []
     for _ in range(count):
-        embeds = torch.empty(tokens, config.hidden_size, dtype=policy.base.lm_head.weight.dtype)
+        embeds = torch.zeros(tokens, config.hidden_size, dtype=policy.base.lm_head.weight.dtype)
         ids = torch.full((tokens,), 300)
         positions = torch.arange(tokens).expand(3, -1)
         picture = torch.zeros(tokens, dtype=torch.bool)

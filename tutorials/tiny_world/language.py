@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from samr1_mini.policy import Policy, encode, logprobs
+from samr1_mini.policy import Policy, Prompt, encode, logprobs
 from samr1_mini.tiny.scenes import Scene, Thing, ask, fair_questions
 from .answers import ANSWER, LISTING, STYLES, answer_parts, draw_style, fact_texts, listed
 from .ground import align_words, cut, policy_optimizers
@@ -221,6 +221,14 @@ def row_loss(logps: torch.Tensor, groups: list[tuple]) -> tuple[torch.Tensor, to
     return -logps[learnt & ~is_text].mean(), -logps[learnt & is_text].mean()
 
 
+def prompts_before_question(policy: Policy, scenes: list[Scene]) -> list[Prompt]:
+    """Return each scene's prompt up to the question. All rows of a picture share this part."""
+    images = [Image.fromarray(scene.image) for scene in scenes]
+    prompts = encode(policy, images, [A_WORD] * len(scenes))
+    tail = len(policy.processor.tokenizer(f" {A_WORD}{TURN}").input_ids)
+    return [cut(p, len(p.ids) - tail) for p in prompts]
+
+
 def train_language(policy: Policy, steps: int, work: Path, pictures: int = 8) -> None:
     """Train the policy to answer. It becomes the base model.
 
@@ -229,17 +237,13 @@ def train_language(policy: Policy, steps: int, work: Path, pictures: int = 8) ->
     numbers without noise. In the second half boxes are too wide by SLACK, as in the base model.
     """
     model = policy.base.train()
-    tail = len(policy.processor.tokenizer(f" {A_WORD}{TURN}").input_ids)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
         slack = 0.0
         if step >= steps // 2:
             slack = SLACK
         scenes = scenes_from(2 * 10**7 + step * pictures, pictures)
-        images = [Image.fromarray(scene.image) for scene in scenes]
-        # The question stands last, so all rows of a picture share the prompt before the question.
-        prompts = encode(policy, images, [A_WORD] * pictures)
-        prompts = [cut(p, len(p.ids) - tail) for p in prompts]
+        prompts = prompts_before_question(policy, scenes)
         groups = row_groups(policy, scenes, step, slack)
         alignment = align_words(policy, prompts, scenes)
         rows = [[row.ids for row in shown + texts] for shown, texts in groups]

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from samr1_mini.config import Parser, UserError, exit_with
-from samr1_mini.policy import Policy, encode, load_base, logprobs
+from samr1_mini.policy import Policy, load_base, logprobs
 from samr1_mini.prompt import SEVERAL_PROMPT
 from samr1_mini.tiny.scenes import Scene, Thing, ask_group
 from .answers import called, in_order, listed, loose_points, wide_box
-from .ground import cut, policy_optimizers
-from .language import A_WORD, TURN, Written, written
+from .ground import policy_optimizers
+from .language import TURN, Written, prompts_before_question, written
 from .training import DEVICE, learn, scenes_from
 
 STEPS = 160  # updates
@@ -32,7 +31,7 @@ PICTURES = 4  # in one update
 QUESTIONS = 5  # about a picture, of different kinds
 KINDS = ("all", "two", "dots", "none", "attribute", "part", "relation")
 STYLES = {"short": 0.5, "names": 0.3, "places": 0.2}  # shares of the thoughts, see answers.py
-SLACK = 0.25  # how much too wide the boxes are on each side, in lengths of the box
+SLACK = 0.25  # extra width on each side, as a share of the box's length
 FORGETS = 0.25  # share of the answers with several objects that miss one of them
 FIRST_SCENE = 2 * 10**8  # no other stage of pretraining reaches these scenes
 
@@ -104,14 +103,11 @@ def warm_start(policy: Policy, steps: int, seed: int, work: Path) -> None:
     """
     model = policy.base.train()
     model.model.visual.requires_grad_(False)
-    tail = len(policy.processor.tokenizer(f" {A_WORD}{TURN}").input_ids)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict]:
         rng = np.random.default_rng([4, seed, step])
         scenes = scenes_from(FIRST_SCENE + (seed * steps + step) * PICTURES, PICTURES)
-        images = [Image.fromarray(scene.image) for scene in scenes]
-        prompts = encode(policy, images, [A_WORD] * PICTURES)
-        prompts = [cut(p, len(p.ids) - tail) for p in prompts]
+        prompts = prompts_before_question(policy, scenes)
         groups = [rows_about(policy, scene, rng) for scene in scenes]
         logps, _ = logprobs(policy, prompts, [[row.ids for row in rows] for rows in groups])
         learnt = torch.cat([row.learnt for rows in groups for row in rows])
