@@ -8,6 +8,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from accelerate import init_empty_weights
 from segment_anything.modeling import Sam
 from transformers import AutoConfig, AutoModelForMaskGeneration
@@ -116,7 +117,8 @@ class SamSizes(NamedTuple):
 @cache
 def sam_sizes(kind: str) -> SamSizes:
     """Count the weights, tokens and attention scores of a SAM: a name, a folder or a hub id."""
-    with init_empty_weights():
+    # Building a SAM draws random weights. fork_rng puts the state of the generator back.
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
         if small_folder(kind) or kind in SAM_FILES:
             sam = random_sam(kind)
         else:

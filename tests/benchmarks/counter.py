@@ -11,6 +11,7 @@ positions), so they are real.
 import argparse
 import json
 import math
+import shlex
 import sys
 import weakref
 from contextlib import ExitStack, contextmanager
@@ -351,7 +352,9 @@ def main() -> None:
     seconds = " + ".join(f"{x:.1f}" for x in step["RTX 4090"].values())
     print(f"a step on an RTX 4090: {seconds} s")
     if args.out:
-        text = json.dumps(vars(args) | {"counted": found, "seconds_per_step": step}, indent=1)
+        table = {"command": shlex.join(["python", *sys.argv]), "tokens": args.tokens}
+        table |= {"keep": args.keep, "counted": found, "seconds_per_step": step}
+        text = json.dumps(table, indent=1)
         Path(args.out).write_text(text + "\n", encoding="utf-8")
 
 
