@@ -34,6 +34,7 @@ USED = {  # the settings that an evaluation uses
     "load_in",
     "sam",
     "sam_checkpoint",
+    "sam_dtype",
     "data",
     "coco_dir",
     "sentences",

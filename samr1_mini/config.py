@@ -127,6 +127,13 @@ class Settings:
     sam_checkpoint: str = setting(
         "model", "", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)"
     )
+    sam_dtype: str = setting(
+        "model",
+        "auto",
+        "number format of the segmenter's picture encoder. auto: bf16 on a GPU that has it, else "
+        "fp32",
+        ("auto", "bf16", "fp32"),
+    )
     load_in: str = setting(
         "model", "nf4", "format of the frozen base weights", ("nf4", "bf16", "fp32")
     )
@@ -280,7 +287,10 @@ class Settings:
         "optimisation", 8, "questions in one forward of an update; lower it to save memory"
     )
     checkpointing: bool = setting(
-        "optimisation", False, "recompute activations in the backward: less memory, more time"
+        "optimisation",
+        False,
+        "recompute activations in the backward: less memory, more time. On a GPU, layers whose "
+        "activations fit in the free memory are not recomputed",
     )
     warmup: int = setting(
         "optimisation", 10, "number of updates until the learning rate reaches --lr"
@@ -328,7 +338,7 @@ PRESETS = {
 # Each preset, the largest first: GiB of the card, and GiB that must be free. The second number is
 # the forecast's peak without sampling, plus 10 % for gaps between tensors.
 # Cards of 24 GB report 21.9 (A10G) to 24.0 GiB. Cards of 12 GB report 11.6 to 12 GiB.
-MEMORY = {"7b": (21.0, 14.7), "3b": (11.0, 10.3)}
+MEMORY = {"7b": (21.0, 12.9), "3b": (11.0, 8.1)}
 
 
 def choose_preset(device: str, memory_limit: float) -> tuple[str, str]:

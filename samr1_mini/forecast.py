@@ -11,12 +11,13 @@ import torch
 from .config import PRESETS, Settings, UserError
 from .full_size import SHAPES, shape_config
 from .gpu import GIB, card_memory
-from .memory import memory_warning, smaller_weights
-from .policy import CHUNK_LOGITS, check_policy
-from .sizes import FP32, Sizes, sam_sizes, sampling_bytes
+from .memory import GAPS, memory_warning, smaller_weights
+from .policy import check_policy
+from .sizes import FP32, Sizes, sam_number_bytes, sam_sizes, sampling_bytes, set_kept_layers
+from .sizes import update_bytes
 from .speed import CARDS, hours, known_card
 
-CONTEXT, GAPS = 0.6, 0.1  # GiB of CUDA's libraries, share of memory lost between tensors
+CONTEXT = 0.6  # GiB of CUDA's libraries
 
 
 def staying_bytes(n: Sizes) -> dict[str, float]:
@@ -25,7 +26,7 @@ def staying_bytes(n: Sizes) -> dict[str, float]:
         "language layers": n.linear_weights * n.linear_weight_bytes,
         "embeddings and head": (n.embedding_weights + n.head_weights) * n.number_bytes,
         "vision tower": n.vision_weights * n.number_bytes,
-        "SAM": sam_sizes(n.s.sam).weights * FP32,
+        "SAM": sam_sizes(n.s.sam).weights * sam_number_bytes(n.s),
         "adapter": n.adapter_weights * FP32,
         "moments": 2 * n.adapter_weights * FP32,
     }
@@ -37,41 +38,32 @@ def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     The update has two peaks, "logits" and "layers". The higher peak counts.
     """
     s = n.s
-    prompts = s.questions * n.prompt_tokens * n.vision_outputs * n.hidden_width * n.number_bytes
     phases = {"load": {}}
     for name in ("prefill", "decode", "reward", "logits", "layers"):
-        phases[name] = {"encoded prompts": prompts}
+        phases[name] = {"encoded prompts": prompt_bytes(n)}
     for name, parts in sampling_bytes(n).items():
         for part, size in parts.items():
             phases[name][part] = s.questions * size
-    scores = 3 * sam_sizes(s.sam).scores * FP32
+    scores = 3 * sam_sizes(s.sam).scores * sam_number_bytes(s)
     phases["reward"]["SAM's attention scores, and two position terms"] = scores
-    for name in ("logits", "layers"):
-        phases[name]["gradients"] = n.adapter_weights * FP32
-        phases[name]["activations of the forward"] = forward_bytes(n)
-    chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
-    phases["logits"]["a chunk of logits, and gradients"] = 5 * chunk * FP32
-    if s.checkpointing:
-        recomputed = n.row_tokens * recomputed_token_bytes(n)
-        phases["layers"]["activations of the recomputed layer"] = recomputed
+    for name, parts in update_bytes(n).items():
+        phases[name] |= parts
     return phases
 
 
-def forward_bytes(n: Sizes) -> int:
-    """Return the bytes of a forward of the update that are kept for its backward."""
-    if n.s.checkpointing:  # the embeddings, and the input of each layer
-        return (n.layers + 1) * n.row_tokens * n.hidden_width * n.number_bytes
-    token = n.hidden_width * (8 * FP32 + 2 * n.number_bytes)  # adapters, norms, query, seen
-    token += n.mlp_width * (FP32 + 3 * n.number_bytes)  # an adapter's input, gate, SiLU, up
-    return n.layers * n.row_tokens * token
+def prompt_bytes(n: Sizes) -> float:
+    """Return the bytes of the encoded prompts of a step."""
+    width = n.vision_outputs * n.hidden_width
+    return n.s.questions * n.prompt_tokens * width * n.number_bytes
 
 
-def recomputed_token_bytes(n: Sizes) -> int:
-    """Return the bytes of one token in the layer that the backward recomputes."""
-    token = n.hidden_width * 9 * FP32  # inputs of six adapters and two norms, and a gradient
-    token += n.hidden_width * 5 * n.number_bytes  # gradient, query, seen, sum, normed
-    # Output and scaled output of an adapter, gate, SiLU, up.
-    return token + n.mlp_width * (2 * FP32 + 3 * n.number_bytes)
+def fill_card(n: Sizes, gib: float) -> None:
+    """Set the number of layers whose activations an update keeps, with `gib` GiB for all tensors.
+
+    Training makes this choice before each forward, by the free memory and the length of the row.
+    """
+    taken = sum(staying_bytes(n).values()) + prompt_bytes(n)
+    set_kept_layers(n, gib * GIB - taken)
 
 
 def peaks(n: Sizes) -> dict[str, float]:
@@ -115,7 +107,9 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     the free memory, a second line is a warning. Raises UserError if the free memory cannot hold the
     weights.
     """
-    gib = peaks(policy_sizes(s))
+    n = policy_sizes(s)
+    fill_card(n, free * (1 - GAPS))
+    gib = peaks(n)
     check_weights(s, gib["load"], free)
     # With little free memory, a batch of the rollout has fewer questions.
     sampling = min(free * (1 - GAPS), max(gib["prefill"], gib["decode"]))
@@ -124,6 +118,7 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     time = f"no hours: {name} is none of {', '.join(CARDS)}"
     if card:
         short = policy_sizes(replace(s, max_new_tokens=128))
+        fill_card(short, free * (1 - GAPS))
         time = f"about {hours(short, card):.1f} hours at answers of 128 tokens"
     line = f"forecast: peak {peak:.1f} GiB of this card's {whole:.1f}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)

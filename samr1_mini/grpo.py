@@ -27,7 +27,7 @@ from .data import Sample
 from .decoding import Completion, generate_groups
 from .evaluation import encode_questions
 from .loading import load_models, open_sets
-from .memory import peak_memory
+from .memory import peak_memory, usable_memory
 from .policy import Policy, Prompt, logprobs
 from .processes import add_up_gradients, average, fail_together, from_first, is_first
 from .processes import join_processes, process_count, share
@@ -36,6 +36,7 @@ from .reports import summarise, token_means, validate
 from .reward import Reward, read_answer, reward_terms, score_group
 from .runs import Run, known_missing, open_run
 from .segmenter import Segmenter
+from .sizes import layers_to_keep
 from .variants import gdpo_advantages, redraw, scale_to_batch
 
 # --------------------------------------------------------------------------------- the equations
@@ -240,6 +241,10 @@ def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dic
     prompts = [rollout.prompt for rollout in rollouts]
     groups = [rollout.ids for rollout in rollouts]
     lengths = [rollout.lengths for rollout in rollouts]
+    if s.checkpointing and s.device == "cuda":
+        tokens = [len(prompt.ids) for prompt in prompts]
+        free = usable_memory(s)
+        policy.keep_layers(layers_to_keep(policy.base, tokens, lengths, s, free))
     logp, entropy = logprobs(policy, prompts, groups, s.temperature)  # [S], [S]
     old = torch.cat([rollout.old for rollout in rollouts])  # [S]
     reference = None

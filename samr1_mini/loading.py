@@ -144,7 +144,7 @@ def load_models(
         adapter = s.start_from
     with first_before_others():
         if segmenter is None:
-            segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device)
+            segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device, s.sam_dtype)
         torch.manual_seed(s.seed)  # for the random weights of a new adapter
         policy = load_policy(
             s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates

@@ -9,6 +9,8 @@ import torch
 from .config import Settings, emulates_bf16
 from .gpu import GIB, gpu_is_usable, windows_lends_memory
 
+GAPS = 0.1  # share of memory lost between tensors
+
 
 def cap_memory(s: Settings) -> None:
     """Limit this process to --memory-limit GiB of its GPU.
@@ -116,3 +118,11 @@ def free_memory(s: Settings) -> float:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         free = min(free, torch.cuda.get_per_process_memory_fraction() * total - taken)
     return free
+
+
+def usable_memory(s: Settings) -> float:
+    """Return the bytes that new tensors can fill. Some memory stays empty, for gaps between them."""
+    free = free_memory(s)
+    if s.device != "cuda":
+        return free
+    return free - GAPS * (free + torch.cuda.memory_allocated())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
@@ -22,21 +22,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, PackedRow
 from .config import UserError, cause, check_size, first_line
 from .files import check_adapter_files, check_policy_files, check_policy_is_whole, read_adapter
+from .lora import compute_in_input_dtype, new_adapter
 from .memory import compute_dtype
 from .prompt import PROMPT, instruction
-from .tokens import banned_ids, opened_answer, stop_ids, token_logits
+from .tokens import CHUNK_LOGITS, banned_ids, opened_answer, stop_ids, token_logits
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for from_pretrained
 
 # Model types that can be the policy, with their units: pixels, or thousandths of a side.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
-# Only the language model gets an adapter. Layers of the vision tower have the same names. So the
-# pattern asks for "language_model".
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
 TOWER_PIXELS = 4096 * 14 * 14  # most pixels in one call of the vision tower: 4,096 patches
-CHUNK_LOGITS = 2**26  # most logits that logprobs computes at once: 256 MB in fp32
 
 
 @dataclass
@@ -92,6 +88,12 @@ class Policy:
         So the policy in the block is the frozen base model.
         """
         return self.model.disable_adapter()
+
+    def keep_layers(self, count: int) -> None:
+        """Keep the activations of the last `count` layers. A backward recomputes the others."""
+        layers = self.base.model.language_model.layers
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < len(layers) - count
 
 
 @dataclass
@@ -232,10 +234,10 @@ def add_adapter(
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     if adapter is None:
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
-        model = get_peft_model(base, config)
+        model = new_adapter(base, rank)
     else:
         model = read_adapter(base, adapter)
+    compute_in_input_dtype(model)
     return Policy(model.eval(), processor, coordinates)
 
 
@@ -382,8 +384,7 @@ def logprobs(
 
     groups: B lists of G answers, each a tensor of ids [L]. S counts the tokens of all answers.
     Computes logits [tokens, V] only for answer tokens, one chunk at a time. The backward computes
-    each chunk again. For 8 answers of 512 tokens, all logits at once would take 2.5 GB. Their
-    gradient would take another 2.5 GB.
+    each chunk again. For 8 answers of 512 tokens, all logits and gradients would take 5 GB.
     """
     inputs, index, target = pack(policy, prompts, groups)
     language = policy.base.model.language_model

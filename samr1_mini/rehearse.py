@@ -23,15 +23,17 @@ from .config import Settings, UserError, check_size
 from .data import Sample
 from .decoding import Completion, generate
 from .evaluation import encode_questions, evaluate
-from .forecast import GAPS, GIB, has_known_shape, peaks, staying_bytes, usable
+from .forecast import GAPS, GIB, fill_card, has_known_shape, peaks, staying_bytes, usable
 from .full_size import SHAPES, random_policy, shape_config
+from .gpu import card_memory
 from .grpo import Parts, Rollout, advantages, batch_loss, new_optimizer, roll_out, update
 from .memory import free_memory, peak_memory
 from .policy import Policy, Prompt
 from .processes import is_first
 from .reports import base_summary
 from .reward import Answer, Object, score_group
-from .segmenter import SAM_FILES, SamSegmenter, random_sam, small_folder
+from .segmenter import SAM_FILES, SamSegmenter, encoder_dtype, random_sam, set_encoder_dtype
+from .segmenter import small_folder
 from .sizes import Sizes, questions_per_batch
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
@@ -51,6 +53,8 @@ def forecast(config, s: Settings) -> dict:
     `s.max_new_tokens` tokens.
     """
     n = Sizes(config, s)
+    if s.device == "cuda":
+        fill_card(n, card_memory(s.memory_limit)[0] * (1 - GAPS))
     table = {
         "prompt_tokens": n.prompt_tokens,
         "staying_gib": {name: size / GIB for name, size in staying_bytes(n).items()},
@@ -62,11 +66,14 @@ def forecast(config, s: Settings) -> dict:
     for group, tokens in GRID:
         other = Sizes(config, replace(s, group=group, max_new_tokens=tokens))
         table["update_peak_gib"][f"{group} x {tokens}"] = peaks(other)["update"]
-    for card in CARDS:
+    for card, (*_, gib) in CARDS.items():
+        if s.memory_limit:
+            gib = min(gib, s.memory_limit)
         table["seconds_per_step"][card] = {}
         table["hours"][card] = {}
         for tokens in sorted({128, 512, s.max_new_tokens}):
             other = Sizes(config, replace(s, max_new_tokens=tokens))
+            fill_card(other, usable(gib))
             table["seconds_per_step"][card][str(tokens)] = step_seconds(other, card)
             table["hours"][card][str(tokens)] = hours(other, card)
     return table
@@ -81,7 +88,7 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
         "GiB that stay: " + gib_list(table["staying_gib"], 2),
         "GiB of the whole process at the peak of a phase: " + gib_list(table["peak_gib"], 1),
         f"prefill and decode are of all {s.questions} questions at once; where memory is short, "
-        "fewer are taken",
+        "fewer are taken; where memory is free, updates keep activations of some layers",
         f"updates of other sizes, and cards that hold them ({GAPS:.0%} of memory is lost between "
         "tensors):",
     ]
@@ -187,7 +194,9 @@ def forecast_sam(s: Settings) -> str:
 
 def random_parts(shape: str, s: Settings) -> Parts:
     """Return policy, SAM and optimizer with random weights. No answer can stop early."""
-    sam = random_sam(forecast_sam(s)).to(s.device).requires_grad_(False)
+    sam = random_sam(forecast_sam(s)).requires_grad_(False)
+    set_encoder_dtype(sam.image_encoder, encoder_dtype(s.sam_dtype, s.device))
+    sam = sam.to(s.device)
     policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
     policy.banned[policy.stop] = True
     return Parts(policy, SamSegmenter(SamPredictor(sam)), new_optimizer(policy, s), s)
@@ -244,6 +253,7 @@ def update_peak(parts: Parts, prompt: Prompt, group: int, length: int) -> float 
     Returns None if memory runs out.
     """
     s = replace(parts.settings, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
+    s = replace(s, memory_limit=0.001)  # no free memory, so no activations are kept
     try:
         torch.cuda.reset_peak_memory_stats()
         update(replace(parts, settings=s), full_rollouts(parts.policy, [prompt], s), 0)

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import convert_to_fp32
 from safetensors.torch import load_file
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import (
@@ -29,7 +30,7 @@ from segment_anything.modeling import (
 from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
-from .config import CACHE, UserError, first_line
+from .config import CACHE, UserError, emulates_bf16, first_line
 
 
 class Segmenter(Protocol):
@@ -88,9 +89,10 @@ class SamSegmenter:
 class Sam2Segmenter:
     """Segment with SAM 2, SAM 2.1 or the tracker of SAM 3, from the library transformers."""
 
-    def __init__(self, name: str, device: str = "cpu"):
-        """Load the folder or hub id `name`."""
+    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        """Load the folder or hub id `name`. The encoder computes in `dtype`."""
         model = AutoModelForMaskGeneration.from_pretrained(name)
+        set_encoder_dtype(model.vision_encoder, dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.device = device
@@ -356,14 +358,35 @@ def read_small_sam(folder: Path) -> Sam:
     return sam
 
 
+def encoder_dtype(choice: str, device: str) -> torch.dtype:
+    """Return the dtype of SAM's encoder for a value of --sam-dtype.
+
+    auto is bf16 on a GPU of compute capability 8.0 or higher, and fp32 elsewhere.
+    """
+    has_bf16 = device == "cuda" and not emulates_bf16()
+    if choice == "bf16" or (choice == "auto" and has_bf16):
+        return torch.bfloat16
+    return torch.float32
+
+
+def set_encoder_dtype(encoder: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let a picture encoder compute in `dtype`. Its input and its output stay fp32."""
+    if dtype == torch.float32:
+        return
+    encoder.to(dtype)
+    encoder.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+    encoder.register_forward_hook(lambda _, args, out: convert_to_fp32(out))
+
+
 def load_segmenter(
-    kind: str, checkpoint: str | Path | None = None, device: str = "cpu"
+    kind: str, checkpoint: str | Path | None = None, device: str = "cpu", dtype: str = "auto"
 ) -> Segmenter:
     """Load a frozen Segment Anything.
 
     kind: "vit_b", "vit_l", "vit_h", the hub id or folder of a SAM 2 or 3, "tiny", or the folder of
     a small SAM.
     checkpoint: file of "vit_b", "vit_l" or "vit_h". Without it the file is downloaded.
+    dtype: dtype of the encoder: bf16, fp32 or auto. The decoder is always fp32.
     Raises UserError if there are no such weights.
     """
     check_segmenter(kind, checkpoint)
@@ -380,9 +403,10 @@ def load_segmenter(
         elif kind in SAM_FILES:
             sam = read_sam(kind, path)
         else:
-            return Sam2Segmenter(kind, device)
+            return Sam2Segmenter(kind, device, encoder_dtype(dtype, device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a broken file may raise any exception
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
+    set_encoder_dtype(sam.image_encoder, encoder_dtype(dtype, device))
     return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))

@@ -8,6 +8,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from accelerate import init_empty_weights
 from segment_anything.modeling import Sam
 from transformers import AutoConfig, AutoModelForMaskGeneration
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForMaskGeneration
 from .attention import BLOCK
 from .config import Settings, cell_size, emulates_bf16
 from .segmenter import SAM_FILES, random_sam, small_folder
+from .tokens import CHUNK_LOGITS
 
 BF16, FP32, FP64 = 2, 4, 8  # bytes of one number
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 64 weights share an 8-bit scale, 256 scales a 32-bit one
@@ -47,10 +49,15 @@ class Sizes:
         picture_tokens = (s.image_size // cell_size(config)) ** 2
         self.prompt_tokens = prompt_tokens or picture_tokens + TEXT_TOKENS
         self.answer_tokens = s.group * s.max_new_tokens  # of all answers to a question
-        # Questions and input tokens of one forward of an update. The last token of an answer is not
-        # an input.
-        self.row_questions = min(s.micro, max(1, s.questions // s.updates))
-        self.row_tokens = self.row_questions * (self.prompt_tokens + self.answer_tokens - s.group)
+        self.row_questions = min(s.micro, max(1, s.questions // s.updates))  # in a forward
+        self.kept_layers = self.layers  # layers whose activations a forward of an update keeps
+        if s.checkpointing:
+            self.kept_layers = 0
+
+    @property
+    def row_tokens(self) -> int:
+        """Return the input tokens of a forward. The last token of an answer is not an input."""
+        return self.row_questions * (self.prompt_tokens + self.answer_tokens - self.s.group)
 
     def count_weights(self, config) -> None:
         """Count the weights of the language model and of the adapter."""
@@ -93,6 +100,14 @@ def number_bytes(s: Settings) -> int:
     return BF16
 
 
+def sam_number_bytes(s: Settings) -> int:
+    """Return the bytes of one number of SAM's encoder, which has almost all of SAM's weights."""
+    emulated = s.device == "cuda" and emulates_bf16()
+    if s.sam_dtype == "fp32" or (s.sam_dtype == "auto" and emulated):
+        return FP32
+    return BF16
+
+
 class SamSizes(NamedTuple):
     weights: int
     tokens: int  # of one picture
@@ -102,7 +117,8 @@ class SamSizes(NamedTuple):
 @cache
 def sam_sizes(kind: str) -> SamSizes:
     """Count the weights, tokens and attention scores of a SAM: a name, a folder or a hub id."""
-    with init_empty_weights():
+    # Building a SAM draws random weights. fork_rng puts the state of the generator back.
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
         if small_folder(kind) or kind in SAM_FILES:
             sam = random_sam(kind)
         else:
@@ -123,10 +139,10 @@ def sampling_bytes(n: Sizes) -> dict[str, dict[str, float]]:
 
     The peaks are in the prefill of the prompt ("prefill"), and at the last token ("decode").
     """
-    # One token in a layer of the prefill, at an adapter of the MLP. Of the hidden width: input of
-    # the adapter (fp32), input of the layer, residual, sum, normed.
-    states = n.hidden_width * (FP32 + 4 * n.number_bytes)
-    states += n.mlp_width * (2 * FP32 + 2 * n.number_bytes)  # output, scaled output, gate, up
+    # One token in a layer of the prefill, at the adapter of up_proj. Of the hidden width: prompt,
+    # input of the layer, residual, normed. Of the width of the MLP: SiLU, and output without and
+    # with the adapter.
+    states = (4 * n.hidden_width + 3 * n.mlp_width) * n.number_bytes
     capacity = math.ceil(n.s.max_new_tokens / BLOCK) * BLOCK  # tokens of an answer in the cache
     cached_tokens = n.prompt_tokens + n.s.group * capacity
     logit_bytes = FP32 + 2 * FP64  # log-probability, probability, running sum
@@ -156,3 +172,71 @@ def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, 
     most = max(1, int(min(questions, fitting)))
     batches = math.ceil(questions / most)
     return math.ceil(questions / batches)
+
+
+# -------------------- the memory of an update
+
+
+def layer_bytes(n: Sizes) -> int:
+    """Return the bytes that one layer keeps of a row for its backward."""
+    token = n.hidden_width * (2 * FP32 + 2 * n.number_bytes)  # two norms, in fp32 and as outputs
+    token += (3 * n.query_width + 2 * n.key_width) * n.number_bytes  # query, seen twice, key, value
+    token += 4 * n.mlp_width * n.number_bytes  # gate, SiLU, up, product
+    # Each answer has a copy of its prompt's keys and values, and of its own. The weights of the
+    # adapter are copied too.
+    copied = n.s.group * n.prompt_tokens + n.answer_tokens
+    copied *= n.row_questions * 2 * n.key_width
+    copied += n.adapter_weights // n.layers
+    return n.row_tokens * token + copied * n.number_bytes
+
+
+def backward_bytes(n: Sizes) -> int:
+    """Return the bytes that the backward of a layer adds at its peak, in the MLP."""
+    # One gradient of the hidden width. Of the width of the MLP: gradients of the frozen layer and
+    # of the adapter, and their sum.
+    return n.row_tokens * (n.hidden_width + 3 * n.mlp_width) * n.number_bytes
+
+
+def forward_bytes(n: Sizes) -> int:
+    """Return the bytes of a forward of the update that are kept for its backward."""
+    inputs = n.layers - n.kept_layers + 1  # of the layers to recompute, and of the last norm
+    kept = inputs * n.row_tokens * n.hidden_width * n.number_bytes
+    return kept + n.kept_layers * layer_bytes(n)
+
+
+def update_bytes(n: Sizes) -> dict[str, dict[str, float]]:
+    """Return the bytes that a forward and its backward add at their two peaks, by part.
+
+    The peaks are at a chunk of logits ("logits"), and in the backward of a layer ("layers").
+    """
+    both = {"gradients": n.adapter_weights * FP32, "activations of the forward": forward_bytes(n)}
+    chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
+    logits = both | {"a chunk of logits, and gradients": 5 * chunk * FP32}
+    layers = both | {"gradients of activations": backward_bytes(n)}
+    if n.kept_layers == 0:  # otherwise the last layers are kept, and free more than this
+        layers["activations of the recomputed layer"] = layer_bytes(n)
+    return {"logits": logits, "layers": layers}
+
+
+def set_kept_layers(n: Sizes, free: float) -> None:
+    """Set the number of layers whose activations an update keeps, so that it fits in `free` bytes.
+
+    Without checkpointing, all layers are kept.
+    """
+    if not n.s.checkpointing:
+        return
+    n.kept_layers = n.layers
+    while n.kept_layers and max(sum(p.values()) for p in update_bytes(n).values()) > free:
+        n.kept_layers -= 1
+
+
+def layers_to_keep(model, prompts: list[int], groups: list[list[int]], s: Settings, free: float):
+    """Return the number of layers whose activations the next forward of an update can keep.
+
+    prompts: tokens of each prompt in the row. groups: tokens of each answer, a list for a prompt.
+    """
+    n = Sizes(model.config, s, math.ceil(sum(prompts) / len(prompts)))
+    n.row_questions = len(prompts)
+    n.answer_tokens = math.ceil(sum(sum(lengths) for lengths in groups) / len(groups))
+    set_kept_layers(n, free)
+    return n.kept_layers

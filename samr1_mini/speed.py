@@ -6,20 +6,21 @@ card's published speed. The forecast hours are right within a factor of 1.5.
 
 import re
 
-from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_sizes
+from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_number_bytes, sam_sizes
 
-CARDS = {  # published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32
-    "RTX 3090": (936, 71, 35.6),
-    "RTX 4090": (1008, 165, 82.6),
-    "RTX 5090": (1792, 209, 104.8),
-    "A10G": (600, 70, 35),
-    "L4": (300, 121, 30.3),
-    "A100": (2039, 312, 19.5),
-    "H100": (3350, 989, 67),
+# Published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32. GiB that a card reports.
+CARDS = {
+    "RTX 3090": (936, 71, 35.6, 23.6),
+    "RTX 4090": (1008, 165, 82.6, 23.6),
+    "RTX 5090": (1792, 209, 104.8, 31.4),
+    "A10G": (600, 70, 35, 21.9),
+    "L4": (300, 121, 30.3, 22.0),
+    "A100": (2039, 312, 19.5, 79.1),
+    "H100": (3350, 989, 67, 79.1),
 }
 BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these peaks that code reaches
 LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: Python, CUDA graph (H100)
-OPERATIONS = 100  # number of operations of a layer in a forward
+OPERATIONS = 79  # number of operations of a layer in a forward
 
 
 def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.0) -> float:
@@ -29,7 +30,7 @@ def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.
     are bytes. The GPU reads `weights` while it computes `products`. So only the longer of these two
     times counts.
     """
-    bandwidth, half_peak, single_peak = CARDS[card]
+    bandwidth, half_peak, single_peak, _ = CARDS[card]
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
     half_speed = half_peak * 1e12 * FLOP_SHARE
     single_speed = single_peak * 1e12 * FLOP_SHARE
@@ -45,8 +46,7 @@ def moved_bytes(n: Sizes) -> float:
     layer += 2 * 6 * n.hidden_width  # two sums with the residual
     layer += 20 * (n.query_width + n.key_width)  # rotation by position
     layer += 10 * n.mlp_width  # SiLU of the gate, times up
-    layer += 10 * n.input_widths  # adapters: to fp32, read by the product
-    layer += 28 * n.output_widths  # adapters: scale, add in fp32, back to bf16
+    layer += 2 * n.input_widths + 4 * n.output_widths  # adapters: read, add to the output
     return n.layers * layer
 
 
@@ -56,8 +56,8 @@ def prefill_seconds(n: Sizes, card: str) -> float:
     vision = max(vision, n.vision_layers * OPERATIONS * LAUNCH)
     products = 2 * n.linear_weights * n.prompt_tokens
     products += 2 * n.layers * n.query_width * n.prompt_tokens**2  # causal attention
-    adapter = 2 * n.adapter_weights * n.prompt_tokens
-    return vision + seconds(n, card, products, adapter, n.prompt_tokens * moved_bytes(n))
+    products += 2 * n.adapter_weights * n.prompt_tokens
+    return vision + seconds(n, card, products, moved=n.prompt_tokens * moved_bytes(n))
 
 
 def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
@@ -74,9 +74,9 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     moved += rows * n.layers * n.heads * (n.prompt_tokens + middle) * 30  # attention scores
     moved += rows * n.vocabulary * 68  # logits, softmax, sums in fp64
     moved += rows * moved_bytes(n)
-    products = 2 * rows * (n.linear_weights + n.head_weights)
-    adapter = 2 * rows * n.adapter_weights
-    token = seconds(n, card, products, adapter, moved, weights)
+    moved += 8 * n.adapter_weights  # from fp32 to bf16, then read
+    products = 2 * rows * (n.linear_weights + n.head_weights + n.adapter_weights)
+    token = seconds(n, card, products, moved=moved, weights=weights)
     start = REPLAYED + LAUNCH * 2 / 64  # of 64 tokens, Python starts one and records one
     return n.s.max_new_tokens * (token + n.layers * OPERATIONS * start)
 
@@ -84,10 +84,10 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
 def update_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of one question: reference, forward, recomputed forward, backward.
 
-    With several passes only the first pass computes the reference.
+    With several passes only the first pass computes the reference. Kept layers are not recomputed.
     """
     reference = int(n.s.beta > 0) / n.s.passes
-    forwards = 1 + int(n.s.checkpointing)
+    forwards = 2 - n.kept_layers / n.layers
     passes = reference + forwards
     tokens = n.row_tokens / n.row_questions
     pairs = n.prompt_tokens**2 / 2  # of a token and a token that it sees
@@ -95,19 +95,21 @@ def update_seconds(n: Sizes, card: str) -> float:
     products = 2 * n.linear_weights * tokens * (passes + 1)  # frozen weights have no gradients
     products += 2 * n.head_weights * n.answer_tokens * (reference + 3)  # logits are recomputed
     products += 4 * n.layers * n.query_width * pairs * (passes + 2.5)  # attention
-    adapter = 2 * n.adapter_weights * tokens * (forwards + 2)  # the reference has no adapter
-    moved = tokens * moved_bytes(n) * (0.2 * reference + forwards + 1.4)
+    products += 2 * n.adapter_weights * tokens * (forwards + 2)  # the reference has no adapter
+    moved = tokens * moved_bytes(n) * (0.7 * reference + forwards + 1.2)
     moved += n.answer_tokens * n.vocabulary * FP32 * (11 * (reference + 2) + 18)  # logits
     operations = OPERATIONS * (passes + 2) / n.row_questions
     operations += 28 * n.s.group  # the attention of an answer
-    return max(seconds(n, card, products, adapter, moved), n.layers * operations * LAUNCH)
+    return max(seconds(n, card, products, moved=moved), n.layers * operations * LAUNCH)
 
 
 def sam_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of SAM for one picture."""
     sam = sam_sizes(n.s.sam)
     work = sam.weights * sam.tokens
-    return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
+    if sam_number_bytes(n.s) == FP32:
+        return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
+    return seconds(n, card, products=2 * work, moved=work / 80)
 
 
 def step_seconds(n: Sizes, card: str) -> dict[str, float]:

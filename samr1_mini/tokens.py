@@ -9,6 +9,8 @@ import re
 
 import torch
 
+CHUNK_LOGITS = 2**26  # most logits that logprobs computes at once: 256 MB in fp32
+
 # This mark ends a text that was cut off. It breaks the reasoning format.
 CUT = "[cut]"
 

@@ -17,12 +17,12 @@ from samr1_mini import forecast as forecast_module
 from samr1_mini import grpo, speed
 from samr1_mini.config import make_settings
 from samr1_mini.forecast import GIB, card_line, forecast_line, peaks, phase_bytes
-from samr1_mini.forecast import policy_sizes, staying_bytes, usable
+from samr1_mini.forecast import policy_sizes, prompt_bytes, staying_bytes, usable
 from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.rehearse import comparison_table, forecast, forecast_lines
 from samr1_mini.runs import time_left
 from samr1_mini.sizes import Sizes, number_bytes, sam_sizes
-from samr1_mini.speed import CARDS, hours, known_card, step_seconds, update_seconds
+from samr1_mini.speed import CARDS, hours, known_card, moved_bytes, step_seconds, update_seconds
 
 RESULTS = Path(__file__).parent.parent / "tutorials/results"
 
@@ -41,11 +41,25 @@ def short(**given):
     return make_settings(preset="tiny", device="cpu", **few | given)[0]
 
 
+def pefts_moved_bytes(n) -> float:
+    """Bytes of a forward and a token with PEFT's own LoRA layers, which compute in fp32."""
+    return moved_bytes(n) + n.layers * (8 * n.input_widths + 24 * n.output_widths)
+
+
 @pytest.mark.parametrize("name", ["rehearsal-7b", "rehearsal-3b", "rehearsal-3b-bf16"])
-def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measured(name):
-    """The only step sampled and rewarded before AdamW had moments."""
+def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measured(
+    name, monkeypatch
+):
+    """The only step sampled and rewarded before AdamW had moments. SAM was in fp32.
+
+    The LoRA layers were PEFT's. They started 21 operations more in a layer. In the prefill they
+    held one fp32 number of the hidden width more, and 6 bytes more of each number of the MLP.
+    """
+    monkeypatch.setattr(speed, "OPERATIONS", speed.OPERATIONS + 21)
+    monkeypatch.setattr(speed, "moved_bytes", pefts_moved_bytes)
     found = read(name)["measured"]
     lengths = dict(load_in=found["load_in"], max_new_tokens=found["max_new_tokens"])
+    lengths["sam_dtype"] = "fp32"
     s = full_size(found["shape"], **lengths)
     config, prompt = shape_config(found["shape"]), found["prompt_tokens"]
     n = Sizes(config, s, prompt)
@@ -53,7 +67,8 @@ def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measur
     moments = staying_bytes(n)["moments"] / GIB
     gradients = phase_bytes(n)["layers"]["gradients"] / GIB
     measured = found["peak_gib"]
-    rollout = max(gib["prefill"], gib["decode"]) - moments
+    pefts = s.questions * prompt * (4 * n.hidden_width + 6 * n.mlp_width) / GIB
+    rollout = max(gib["prefill"] + pefts, gib["decode"]) - moments
     assert rollout == pytest.approx(measured["rollout"], rel=0.1)
     assert gib["reward"] - moments == pytest.approx(measured["reward"], rel=0.1)
     assert gib["update"] == pytest.approx(measured["update"], rel=0.1)
@@ -68,22 +83,23 @@ def test_memory_is_within_10_percent_and_a_step_within_30_of_what_an_h100_measur
     assert step["update"] == pytest.approx(found["seconds"]["update"], rel=0.3)
 
 
-def test_the_7b_is_near_its_counted_forecast():
-    """The counter charged the head's products at the fp32 rate: on an A100 a third too much."""
-    counted, s = read("forecast-7b-counted")["forecast"], full_size("7b")
-    config = shape_config("7b")
-    gib = peaks(Sizes(config, s))
-    for phase in ("load", "prefill", "decode", "reward", "update"):
-        assert gib[phase] == pytest.approx(counted[f"{phase}_peak_gib"], rel=0.1), phase
-    for size, peak in counted["update_peak_gib_by_size"].items():
-        group, tokens = map(int, size.split(" x "))
-        other = Sizes(config, replace(s, group=group, max_new_tokens=tokens))
-        assert peaks(other)["update"] == pytest.approx(peak, rel=0.1), size
-    for card, times in counted["seconds_per_step"].items():
-        for tokens, step in times.items():
-            n = Sizes(config, replace(s, max_new_tokens=int(tokens)))
-            seconds = sum(step_seconds(n, card).values())
-            assert seconds == pytest.approx(sum(step.values()), rel=0.3), (card, tokens)
+@pytest.mark.parametrize("name", ["counted-7b", "counted-7b-kept"])
+def test_the_7b_is_near_what_the_counter_counted(name, monkeypatch):
+    """The counter holds no SAM beside the policy. Its seconds hold no starts of operations."""
+    monkeypatch.setattr(speed, "LAUNCH", 0.0)
+    monkeypatch.setattr(speed, "REPLAYED", 0.0)
+    counted = read(name)
+    found, s = counted["counted"], full_size("7b", max_new_tokens=counted["tokens"])
+    n = Sizes(shape_config("7b"), s)
+    n.kept_layers = counted["keep"]
+    sam, gib = staying_bytes(n)["SAM"] / GIB, peaks(n)
+    for phase in ("prefill", "decode", "update"):
+        assert gib[phase] - sam == pytest.approx(found[phase]["peak"] / GIB, rel=0.1), phase
+    reward = (sam + sum(phase_bytes(n)["reward"].values()) / GIB) - prompt_bytes(n) / GIB
+    assert reward == pytest.approx(found["reward"]["peak"] / GIB, rel=0.1)
+    for card, step in counted["seconds_per_step"].items():
+        forecast_seconds = sum(step_seconds(n, card).values())
+        assert forecast_seconds == pytest.approx(sum(step.values()), rel=0.3), card
 
 
 def test_the_committed_forecast_is_that_of_the_program():
@@ -99,8 +115,8 @@ def assert_near(committed, found) -> None:
         assert_near(committed[name], found[name])
 
 
-@pytest.mark.parametrize("load_in, checkpointing", [("nf4", True), ("bf16", False)])
-def test_arithmetic_is_near_the_counter_at_a_small_shape(load_in, checkpointing, monkeypatch):
+@pytest.mark.parametrize("load_in, kept", [("nf4", 0), ("nf4", 3), ("bf16", 4)])
+def test_arithmetic_is_near_the_counter_at_a_small_shape(load_in, kept, monkeypatch):
     wide = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, vocab_size=32768)
     monkeypatch.setattr(speed, "LAUNCH", 0.0)  # the counter's seconds hold no starts
     monkeypatch.setattr(
@@ -108,11 +124,13 @@ def test_arithmetic_is_near_the_counter_at_a_small_shape(load_in, checkpointing,
         {"small": wide | dict(num_hidden_layers=4, num_key_value_heads=2)},
     )
     config = shape_config("small")
-    s = short(load_in=load_in, checkpointing=checkpointing, group=8, micro=1, max_new_tokens=32)
+    s = short(load_in=load_in, checkpointing=kept < 4, group=8, micro=1, max_new_tokens=32)
     counter = fake_counter()
     policy = fake_policy(config, s, torch.bfloat16, counter)
+    policy.keep_layers(kept)
     found = count_phases(policy, counter, s, prompt_tokens=264)
     n = Sizes(config, s, 264)
+    n.kept_layers = kept
     stay = staying_bytes(n)
     sam = stay.pop("SAM")
     assert stay["moments"] == pytest.approx(found["moments"], rel=0.01)
@@ -261,12 +279,12 @@ def test_training_starts_with_a_line_about_its_card_and_keeps_its_random_numbers
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=23.6 * GIB)
     )
     line = forecast_line(s)
-    assert re.findall(r"\d+\.\d", line) == ["15.2", "23.6", "3.5"] and "128 tokens" in line
+    assert re.findall(r"\d+\.\d", line) == ["20.6", "23.6", "2.5"] and "128 tokens" in line
     assert torch.equal(before, torch.get_rng_state())
     limited = forecast_line(replace(s, memory_limit=20.0))
-    assert re.findall(r"\d+\.\d", limited) == ["15.2", "20.0", "3.5"]
-    warned = forecast_line(replace(s, memory_limit=14.0)).splitlines()
-    assert re.findall(r"\d+\.\d", warned[0]) == ["13.2", "14.0", "3.5"]
+    assert re.findall(r"\d+\.\d", limited) == ["17.5", "20.0", "2.6"]
+    warned = forecast_line(replace(s, memory_limit=12.0)).splitlines()
+    assert re.findall(r"\d+\.\d", warned[0]) == ["11.6", "12.0", "2.8"]
     assert warned[1].startswith("warning")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L40S")
     assert "no hours" in forecast_line(s)

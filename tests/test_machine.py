@@ -131,16 +131,16 @@ OLD_DRIVER = dict(driver=CLOSED.format("535.183.01"))
         (T4, [], "tiny", "cuda", ["T4", "emulates bf16"]),
         (RTX_3090, [], "7b", "cuda", ["RTX 3090"]),
         (RTX_3090 | {"free": 22.5}, [], "7b", "cuda", []),
-        (RTX_3090 | {"free": 9.0}, [], "tiny", "cuda", ["9.0", "7b", "3b"]),
+        (RTX_3090 | {"free": 7.5}, [], "tiny", "cuda", ["7.5", "7b", "3b"]),
         (RTX_3090 | {"free": 12.0}, [], "3b", "cuda", ["12.0", "7b"]),
         (RTX_3090, ["--memory-limit", "12"], "3b", "cuda", ["--memory-limit 12"]),
-        (RTX_3090, ["--memory-limit", "9"], "tiny", "cuda", ["--memory-limit 9"]),
+        (RTX_3090, ["--memory-limit", "8"], "tiny", "cuda", ["--memory-limit 8"]),
         (
             RTX_3090 | {"free": 10.0},
             ["--preset", "7b"],
             "7b",
             "cuda",
-            ["10.0", "13.2", "--preset 3b"],
+            ["10.0", "12.9", "--preset 3b"],
         ),
         (RTX_3090 | {"free": 10.0}, ["--device", "cpu"], "tiny", "cpu", []),
         (RTX_3060, [], "3b", "cuda", ["10.8 GiB"]),
@@ -197,11 +197,11 @@ def test_training_begins_with_the_preset_and_the_device_that_the_machine_allows_
         (dict(cuda=None), ["--device", "cuda"], ["--device cuda", "built without CUDA"]),
         (T4, ["--preset", "3b", "--load-in", "bf16"], ["--load-in bf16"]),
         (
-            RTX_3090 | {"free": 9.0},
+            RTX_3090 | {"free": 7.5},
             ["--preset", "7b"],
-            ["--preset 7b", "9.1", "9.0", "--preset 3b"],
+            ["--preset 7b", "7.9", "7.5", "--preset 3b"],
         ),
-        (RTX_3090, ["--preset", "7b", "--memory-limit", "8"], ["9.1", "8.0", "--memory-limit"]),
+        (RTX_3090, ["--preset", "7b", "--memory-limit", "7"], ["7.9", "7.0", "--memory-limit"]),
     ],
 )
 def test_a_machine_that_cannot_do_what_was_asked_for_is_refused_in_one_line_before_training(
@@ -272,7 +272,7 @@ def test_evaluation_of_a_full_size_policy_needs_a_gpu_or_device_cpu(
 def test_evaluation_is_refused_before_anything_is_fetched_where_the_weights_do_not_fit(
     put_in, monkeypatch, capsys
 ):
-    put_in(**RTX_3090 | {"free": 9.0})
+    put_in(**RTX_3090 | {"free": 7.5})
     monkeypatch.setattr(evaluate_command, "open_input", lambda *_: pytest.fail("data were opened"))
     with pytest.raises(SystemExit) as left:
         evaluate_command.main(["--preset", "7b"])
@@ -373,7 +373,7 @@ def test_gpus_that_a_variable_hides_are_not_blamed_on_the_driver(put_in, monkeyp
 
 def test_processes_that_train_together_choose_by_the_whole_memory(put_in, monkeypatch):
     """Each would see another free memory, and the presets could differ."""
-    put_in(**RTX_3090 | {"free": 9.0})
+    put_in(**RTX_3090 | {"free": 7.5})
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert make_settings()[0].preset == "7b"
 

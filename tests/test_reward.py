@@ -578,6 +578,23 @@ def test_sam_2_and_3_give_the_masks_of_their_own_processors(version, sam2_folder
         assert 0 < mask.mean() < 1
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_encoder_of_sam_2_and_3_computes_in_bf16(version, sam2_folder, sam3_folder):
+    folder = str((sam2_folder, sam3_folder)[version - 2])
+    half, full = load_segmenter(folder, dtype="bf16"), load_segmenter(folder)
+    image = np.asarray(make_scene(3).image)
+    assert {p.dtype for p in half.model.vision_encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.model.mask_decoder.parameters()} == {torch.float32}
+    for segmenter in (half, full):
+        with torch.no_grad():
+            segmenter.encode(image)
+    for mine, theirs in zip(half.features, full.features):
+        assert mine.dtype == torch.float32 and not torch.equal(mine, theirs)
+        assert (mine - theirs).norm() < 0.05 * theirs.norm()
+    boxes, points = [(10.0, 20.0, 60.0, 70.0)], [[(50.0, 30.0, 1)]]
+    assert half.masks(image, boxes, points).shape == (1, *image.shape[:2])
+
+
 def test_a_damaged_sam_2_is_named_in_one_line(sam2_folder, tmp_path):
     folder = tmp_path / "sam2"
     shutil.copytree(sam2_folder, folder)

@@ -1,6 +1,6 @@
 """Count bytes, operations and their time, one operation after the other: where do they go?
 
-    python tests/benchmarks/counter.py --shape 7b --tokens 16
+    python tests/benchmarks/counter.py --shape 7b --tokens 128 --out counted.json
 
 The code that trains runs on tensors with a shape, a dtype and a storage, but without numbers
 (torch's FakeTensorMode). Bytes held, bytes moved and floating-point operations are counted for each
@@ -9,7 +9,9 @@ positions), so they are real.
 """
 
 import argparse
+import json
 import math
+import shlex
 import sys
 import weakref
 from contextlib import ExitStack, contextmanager
@@ -36,6 +38,7 @@ from samr1_mini.grpo import Parts, new_optimizer, update
 from samr1_mini.rehearse import full_rollouts
 from samr1_mini.decoding import generate
 from samr1_mini.policy import Policy, Prompt, add_adapter
+from samr1_mini.segmenter import encoder_dtype, random_sam
 from samr1_mini.speed import BYTE_SHARE, CARDS, FLOP_SHARE
 
 FUSED_ROWS = 64  # to so many rows bitsandbytes multiplies from the 4 bits, beyond from a bf16 copy
@@ -161,7 +164,7 @@ class Counter(TorchDispatchMode):
         self.total["flops"] += flops
         self.total["moved"] += moved
         self.total["operations"] += 1
-        for card, (bandwidth, half, single) in CARDS.items():
+        for card, (bandwidth, half, single, _) in CARDS.items():
             rate = half  # the inputs decide: bf16 products may have fp32 sums
             if (given or made)[0].dtype == torch.float32:
                 rate = single
@@ -296,25 +299,63 @@ def count_phases(policy: Policy, counter: Counter, s: Settings, prompt_tokens: i
     return found
 
 
+def count_sam(s: Settings, counter: Counter) -> dict:
+    """Return a lap of SAM's encoder on one picture. Its peak holds the weights too."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(encoder_dtype(s.sam_dtype, s.device))
+    with counting(counter), torch.no_grad():
+        encoder = random_sam(s.sam).image_encoder
+        pixels = torch.empty(1, 3, encoder.img_size, encoder.img_size)
+        counter.lap()
+        encoder(pixels)
+    torch.set_default_dtype(usual)
+    return counter.lap()
+
+
+def step_seconds(found: dict, s: Settings, card: str) -> dict:
+    """Return the seconds of the phases of a step. All tokens count like the last token."""
+    tokens = s.max_new_tokens * found["decode"][card]
+    return {
+        "rollout": found["prefill"][card] + tokens,
+        "reward": s.questions * found["reward"][card],
+        "update": s.questions * found["update"][card],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="7b", choices=SHAPES, help="default 7b")
     parser.add_argument("--tokens", type=int, default=16, help="answer length (default 16)")
+    parser.add_argument("--keep", type=int, default=0, help="layers with kept activations")
+    parser.add_argument("--sam-dtype", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--out", help="write the figures to this JSON file too")
     args = parser.parse_args()
-    s, _ = make_settings(preset="7b", device="cpu", max_new_tokens=args.tokens)
+    s, _ = make_settings(
+        preset="7b", device="cpu", max_new_tokens=args.tokens, sam_dtype=args.sam_dtype
+    )
+    reward = count_sam(s, fake_counter())
     counter = fake_counter()
     policy = fake_policy(shape_config(args.shape), s, torch.bfloat16, counter)
-    found = count_phases(policy, counter, s, prompt_tokens=1100)
+    policy.keep_layers(args.keep)
+    found = count_phases(policy, counter, s, prompt_tokens=1100) | {"reward": reward}
     print(f"weights {found['weights'] / 2**30:.2f} GiB, moments {found['moments'] / 2**30:.2f}")
-    for phase in ("prefill", "decode", "update"):
+    for phase in ("prefill", "decode", "reward", "update"):
         lap = found[phase]
         print(
             f"{phase:<8} peak {lap['peak'] / 2**30:6.2f} GiB, {lap['operations']:,.0f} operations, "
             f"{lap['flops'] / 1e12:.1f} TFLOP, {lap['moved'] / 1e9:.0f} GB moved, "
             f"{lap['RTX 4090']:.2f} s on an RTX 4090, {lap['H100']:.2f} s on an H100"
         )
+    step = {card: step_seconds(found, s, card) for card in CARDS}
+    seconds = " + ".join(f"{x:.1f}" for x in step["RTX 4090"].values())
+    print(f"a step on an RTX 4090: {seconds} s")
+    if args.out:
+        table = {"command": shlex.join(["python", *sys.argv]), "tokens": args.tokens}
+        table |= {"keep": args.keep, "counted": found, "seconds_per_step": step}
+        text = json.dumps(table, indent=1)
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
