@@ -8,7 +8,7 @@ import re
 
 from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_number_bytes, sam_sizes
 
-# Published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32. GiB that a card reports.
+# Published: GB/s, TFLOP/s in bf16 (dense, sums in fp32), TFLOP/s in fp32. Then GiB of the card.
 CARDS = {
     "RTX 3090": (936, 71, 35.6, 23.6),
     "RTX 4090": (1008, 165, 82.6, 23.6),
@@ -77,14 +77,14 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     moved += 8 * n.adapter_weights  # from fp32 to bf16, then read
     products = 2 * rows * (n.linear_weights + n.head_weights + n.adapter_weights)
     token = seconds(n, card, products, moved=moved, weights=weights)
-    start = REPLAYED + LAUNCH * 2 / 64  # of 64 tokens, Python starts one and records one
+    start = REPLAYED + LAUNCH * 2 / 64  # 2 of 64: one before the CUDA graph, one to record it
     return n.s.max_new_tokens * (token + n.layers * OPERATIONS * start)
 
 
 def update_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of one question: reference, forward, recomputed forward, backward.
 
-    With several passes only the first pass computes the reference. Kept layers are not recomputed.
+    With several passes, only the first pass computes the reference. Kept layers are not recomputed.
     """
     reference = int(n.s.beta > 0) / n.s.passes
     forwards = 2 - n.kept_layers / n.layers

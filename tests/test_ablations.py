@@ -478,6 +478,8 @@ def test_a_run_gets_its_rows_options_its_own_seed_and_one_thread(tmp_path, monke
         "tiny",
         "--device",
         "cpu",
+        "--processes",
+        "1",
         "--eval-every",
         "0",
         "--seed",

@@ -24,16 +24,24 @@ SHORT = shlex.split(
 CPU = Settings(device="cpu")  # 16 questions, 4 updates
 
 
+@pytest.fixture(autouse=True)
+def without_another_launcher(monkeypatch):
+    """Undo what conftest.py sets for the other tests."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
 @pytest.mark.parametrize(
     "settings, count",
     [
-        ({}, 1),
+        ({}, 3),
+        ({"processes": 1}, 1),
         ({"processes": 4}, 4),
         ({"processes": 4, "device": "cuda"}, 1),
         ({"processes": 4, "rehearse": 1}, 1),
     ],
 )
-def test_only_a_training_on_a_cpu_starts_several_processes(settings, count):
+def test_only_a_training_on_a_cpu_starts_several_processes(settings, count, monkeypatch):
+    monkeypatch.setattr(launch, "automatic_number", lambda s: 3)
     assert launch.choose_processes(replace(CPU, **settings)) == count
 
 
@@ -102,8 +110,9 @@ def train(folder, *options):
 
 
 def plain():
-    """The environment of a user, who sets no number of threads."""
-    return {name: x for name, x in environment().items() if name != "OMP_NUM_THREADS"}
+    """The environment of a user, who sets no number of threads and uses no other launcher."""
+    mine = ("OMP_NUM_THREADS", "WORLD_SIZE")
+    return {name: x for name, x in environment().items() if name not in mine}
 
 
 def log_of(folder):
@@ -143,6 +152,23 @@ def test_a_run_keeps_its_number_of_processes(whole_run, capsys):
     with pytest.raises(SystemExit):
         parse_settings([*resume, "--processes", "1"], "train.py", "")
     assert "--processes" in capsys.readouterr().err
+
+
+def test_without_the_option_a_run_records_the_number_that_it_started(tmp_path):
+    out = train(tmp_path, "--samples", "4")
+    assert out.returncode == 0, out.stderr[-3000:]
+    saved, _ = parse_settings(["--resume", "--run", str(tmp_path)], "train.py", "")
+    assert saved.processes == launch.automatic_number(replace(saved, processes=0))
+    assert (f"; {saved.processes} processes" in out.stdout) == (saved.processes > 1)
+
+
+@pytest.mark.parametrize("threads", [None, "2"])
+def test_a_process_on_a_cpu_has_one_thread_unless_the_environment_names_a_number(threads):
+    code = "import torch; from samr1_mini.processes import join_processes; join_processes('cpu'); "
+    env = plain() | ({"OMP_NUM_THREADS": threads} if threads else {})
+    words = [sys.executable, "-c", code + "print(torch.get_num_threads())"]
+    out = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
+    assert out.stdout.strip() == (threads or "1"), out.stderr
 
 
 def test_a_run_of_an_older_version_has_one_process(whole_run, tmp_path):

@@ -50,9 +50,9 @@ from tutorials.tiny_world.answers import style_of
 
 FILE = ROOT / "tutorials" / "results" / "ablations.csv"
 SCENES = 1000  # held-out scenes of the test, the same for all runs
-# A third of the first command's questions at three times its rate: 63 steps instead of 187.
+# A third of the first command's questions at twice its rate: 63 steps instead of 187.
 SAMPLES = 1008
-FIXED = "--preset tiny --device cpu --eval-every 0 --lr 3e-4"
+FIXED = "--preset tiny --device cpu --processes 1 --eval-every 0 --lr 3e-4"
 
 # Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
 TABLES = {

@@ -1,4 +1,4 @@
-"""Rows of the ablations that no option of train.py makes: two losses, a reward, and other masks.
+"""Ablations that need a function of their own: two losses, a reward, and other masks.
 
 `python tutorials/row_functions.py ROW [options of train.py]` trains one of them. ablations.py runs
 this command.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
+sys.path.insert(0, str(ROOT))  # Python searches modules only in the script's folder
 
 from samr1_mini.config import Settings, parse_settings, print_anything
 from samr1_mini.data import Data, Sample
