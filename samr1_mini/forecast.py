@@ -95,13 +95,13 @@ def policy_sizes(s: Settings) -> Sizes:
 
 
 def forecast_line(s: Settings) -> str:
-    """Return one line with the forecast for this machine's GPU. See card_line."""
+    """Return one or two lines with the forecast for this machine's GPU. See card_line."""
     free, whole = card_memory(s.memory_limit)
     return card_line(s, torch.cuda.get_device_name(), free, whole)
 
 
 def card_line(s: Settings, name: str, free: float, whole: float) -> str:
-    """Return one line with the forecast of a training: peak memory in GiB, and hours.
+    """Return one or two lines with the forecast of a training: peak memory in GiB, and hours.
 
     `free` and `whole` are GiB of the card called `name`. If the peak and the gaps between
     tensors do not fit in the free memory, a second line warns. Raises UserError if the free memory

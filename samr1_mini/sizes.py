@@ -49,7 +49,7 @@ class Sizes:
         picture_tokens = (s.image_size // cell_size(config)) ** 2
         self.prompt_tokens = prompt_tokens or picture_tokens + TEXT_TOKENS
         self.answer_tokens = s.group * s.max_new_tokens  # of all answers to a question
-        self.row_questions = min(s.micro, max(1, s.questions // s.updates))  # in a forward
+        self.row_questions = min(s.micro, math.ceil(s.questions / s.updates))  # in a forward
         self.kept_layers = self.layers  # layers whose activations a forward of an update keeps
         if s.checkpointing:
             self.kept_layers = 0
@@ -93,7 +93,8 @@ class Sizes:
 def number_bytes(s: Settings) -> int:
     """Return the bytes of one number of the frozen policy (not of its 4-bit weights).
 
-    GPUs below compute capability 8.0 lack bf16 and need 4 bytes.
+    GPUs below compute capability 8.0 lack bf16 and need 4 bytes. On a CPU, the result is that of a
+    GPU with bf16.
     """
     if s.load_in == "fp32" or (s.device == "cuda" and emulates_bf16()):
         return FP32
@@ -101,7 +102,10 @@ def number_bytes(s: Settings) -> int:
 
 
 def sam_number_bytes(s: Settings) -> int:
-    """Return the bytes of one number of SAM's encoder, which has almost all of SAM's weights."""
+    """Return the bytes of one number of SAM's encoder, which has almost all of SAM's weights.
+
+    On a CPU, the result is that of a GPU with bf16.
+    """
     emulated = s.device == "cuda" and emulates_bf16()
     if s.sam_dtype == "fp32" or (s.sam_dtype == "auto" and emulated):
         return FP32

@@ -29,7 +29,8 @@ from .training import DEVICE, learn, scenes_from
 STEPS = 160  # updates
 PICTURES = 4  # in one update
 QUESTIONS = 5  # about a picture, of different kinds
-KINDS = ("all", "two", "dots", "none", "attribute", "part", "relation")
+# "none" twice: the base model hardly ever says that nothing is there.
+KINDS = ("all", "two", "dots", "none", "none", "attribute", "part", "relation")
 STYLES = {"short": 0.5, "names": 0.3, "places": 0.2}  # shares of the thoughts, see answers.py
 SLACK = 0.25  # extra width on each side, as a share of the box's length
 FORGETS = 0.25  # share of the answers to several objects in which one is missing
@@ -41,7 +42,8 @@ def thought(things: list[Thing], scene: Scene, style: str, question: str) -> str
     names = ", the ".join(called(thing, scene) for thing in things)
     nothing = "Nothing fits."
     if style == "short":
-        conclusion = f"The {names} fit best." if things else nothing
+        fit = "fits" if len(things) == 1 else "fit"
+        conclusion = f"The {names} {fit} best." if things else nothing
         return f"<think>{conclusion}</think>"
     listing = listed(scene, style, question)  # it ends with "It is the"
     if things:
@@ -124,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"updates (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and answers")
     args = parser.parse(argv)
+    if args.steps < 1 or args.seed < 0:
+        parser.error("--steps must be 1 or more, and --seed 0 or more")
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
