@@ -305,7 +305,7 @@ def test_the_diagram_and_the_curve_of_the_readme_are_drawn(tmp_path):
 
 
 def test_the_pages_quote_minutes_and_memory_of_the_first_command():
-    memory = max(step["peak_memory_gib"] for step in log(0))
+    memory = max(step["peak_memory_gib"] for step in log(0))  # of one process
     minutes = min(summary(f"seed{seed}")["seconds"] for seed in SEEDS) / 60  # on free cores
     assert f"{minutes:.0f} minutes" in PAGES["README.md"]
     assert f"{memory:.1f} GiB" in PAGES["README.md"]
