@@ -27,9 +27,11 @@ def join_processes(device: str) -> PartialState:
     On a CPU, each process computes with one thread: launch.py says why. The environment variable
     OMP_NUM_THREADS sets another number.
     """
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    return PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    if device == "cpu":  # PyTorch may have read another value before launch.py set this one
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        torch.set_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
+    return state
 
 
 @atexit.register

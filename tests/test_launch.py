@@ -1,6 +1,7 @@
 """Training on a CPU with several processes of one thread: how many, how they start, and how they stop."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from test_stops import environment, saved_state
 
 from samr1_mini import launch
 from samr1_mini.config import Settings, UserError, make_settings, parse_settings
+from samr1_mini.processes import join_processes
 
 ROOT = Path(__file__).parent.parent
 SHORT = shlex.split(
@@ -162,13 +165,26 @@ def test_without_the_option_a_run_records_the_number_that_it_started(tmp_path):
     assert (f"; {saved.processes} processes" in out.stdout) == (saved.processes > 1)
 
 
-@pytest.mark.parametrize("threads", [None, "2"])
-def test_a_process_on_a_cpu_has_one_thread_unless_the_environment_names_a_number(threads):
+@pytest.mark.parametrize("threads, expected", [(None, 1), ("2", 2), ("0", 1), ("2,1", 1)])
+def test_a_process_on_a_cpu_has_one_thread_unless_the_environment_names_a_number(threads, expected):
     code = "import torch; from samr1_mini.processes import join_processes; join_processes('cpu'); "
     env = plain() | ({"OMP_NUM_THREADS": threads} if threads else {})
     words = [sys.executable, "-c", code + "print(torch.get_num_threads())"]
     out = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
-    assert out.stdout.strip() == (threads or "1"), out.stderr
+    assert int(out.stdout) == expected, out.stderr
+
+
+def write_threads(s):
+    """The work of a process: write its number of threads to a file."""
+    join_processes("cpu")
+    (Path(s.run) / os.environ["RANK"]).write_text(str(torch.get_num_threads()))
+
+
+def test_each_started_process_has_one_thread_whatever_the_environment_names(tmp_path, monkeypatch):
+    """PyTorch reads the environment at its import, which is before run_process changes it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert launch.start_processes(write_threads, replace(CPU, run=str(tmp_path)), 2) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
 
 
 def test_a_run_of_an_older_version_has_one_process(whole_run, tmp_path):
