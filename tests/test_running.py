@@ -379,3 +379,7 @@ def test_a_run_starts_from_an_adapter_of_the_same_rank_and_its_base_is_the_base_
     with pytest.raises(UserError, match="--rank 32"):
         gone = dict(start_from=str(tmp_path / "moved/adapter"), rank=4)
         train(replace(settings, run=str(tmp_path / "third"), **gone))
+    file = tmp_path / "moved/adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.1}))
+    with pytest.raises(UserError, match="lora_dropout"):
+        train(replace(settings, run=str(tmp_path / "third"), start_from=gone["start_from"]))
