@@ -76,10 +76,11 @@ def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
         coordinates="thousandths",
         sam="vit_b",
         sam_checkpoint="x.pth",
+        sam_dtype="bf16",
     )
     loading.load_models(s, [], "adapter")
     assert asked == [
-        ("vit_b", "x.pth", "cpu"),
+        ("vit_b", "x.pth", "cpu", "bf16"),
         ("tiny", "bf16", 3, "adapter", "cpu", True, "thousandths"),
     ]
 
