@@ -91,9 +91,9 @@ class Settings:
     device: str = setting("run", "auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     processes: int = setting(
         "run",
-        1,
-        "processes of a training on a CPU, with one thread each. Several are faster. Use at most "
-        "one for each core. 0 chooses a number for this machine and the tiny preset",
+        0,
+        "processes of a training on a CPU, with one thread each. 0: one for each core, at most 4, "
+        "if policy and SAM are tiny, and one otherwise. Use 1 to debug",
     )
     save_minutes: float = setting(
         "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
@@ -229,8 +229,8 @@ class Settings:
     repeats_weight: float = setting(
         "reward",
         1.0,
-        "weight of the repeats term (-1 to 0) of --objects several: minus the share of boxes that "
-        "repeat an earlier box",
+        "weight of the repeats term (-1 to 0) of --objects several: the negative share of boxes "
+        "that repeat an earlier box",
     )
     points: bool = setting(
         "reward", True, "prompt SAM with box and points (--no-points: with the box alone)"
@@ -239,12 +239,12 @@ class Settings:
         "reward", 8, "maximum number of points; an answer with more points is not read"
     )
 
-    lr: float = setting("optimisation", 1e-4, "learning rate of the adapter")
+    lr: float = setting("optimisation", 1.5e-4, "learning rate of the adapter")
     beta: float = setting(
         "optimisation",
         0.005,
-        "weight of the KL to the base model. With 0 the KL is not computed. A tiny weight such as "
-        "1e-9 logs the KL, with almost no effect",
+        "weight of the KL to the base model. With 0 the KL is not computed. With a tiny weight "
+        "such as 1e-9, the KL is logged and has almost no effect",
     )
     kl_bound: float = setting(
         "optimisation", 5.0, "upper bound of log(pi_ref / pi) in the KL of one token"
@@ -252,11 +252,14 @@ class Settings:
     skip_flat: bool = setting(
         "optimisation",
         False,
-        "leave groups with equal rewards out of the updates. This leaves out only their KL",
+        "leave groups with equal rewards out of the updates. Only their KL is lost: their "
+        "advantages are 0",
     )
     eps_low: float = setting("optimisation", 0.2, "the ratio is clipped at 1 - eps_low")
     eps_high: float = setting(
-        "optimisation", 0.3, "the ratio is clipped at 1 + eps_high (clip-higher: above eps_low)"
+        "optimisation",
+        0.3,
+        "the ratio is clipped at 1 + eps_high. A value above eps_low is called clip-higher",
     )
     normalise: str = setting(
         "optimisation",
@@ -268,8 +271,9 @@ class Settings:
     advantage: str = setting(
         "optimisation",
         "std",
-        "std: eq. (1). mean: eq. (1) without the division by the standard deviation. gdpo: eq. (1) "
-        "for each reward term, added, then scaled to the batch (GDPO, arXiv 2601.05242)",
+        "how rewards become advantages. std: eq. (1). mean: eq. (1) without the division by the "
+        "standard deviation. gdpo: eq. (1) for each reward term, added, then scaled to the batch "
+        "(GDPO, arXiv 2601.05242)",
         ("std", "mean", "gdpo"),
     )
     updates: int = setting(
@@ -543,6 +547,7 @@ def read_settings(file: Path) -> dict:
     known = {f.name for f in fields(Settings)}
     saved = parse_json(file.read_bytes(), file, dict, "restore the file")
     named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
+    named.setdefault("processes", 1)  # older runs
     return {name: value for name, value in named.items() if name in known}
 
 

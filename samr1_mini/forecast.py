@@ -60,7 +60,7 @@ def prompt_bytes(n: Sizes) -> float:
 def fill_card(n: Sizes, gib: float) -> None:
     """Set the number of layers whose activations an update keeps, with `gib` GiB for all tensors.
 
-    Training makes this choice before each forward, by the free memory and the length of the row.
+    Training makes this choice before each forward, from the free memory and the length of the row.
     """
     taken = sum(staying_bytes(n).values()) + prompt_bytes(n)
     set_kept_layers(n, gib * GIB - taken)
@@ -88,24 +88,24 @@ def has_known_shape(s: Settings) -> bool:
 
 
 def policy_sizes(s: Settings) -> Sizes:
-    """Return the sizes of these settings. Another policy than a preset's needs its config.json."""
+    """Return the sizes of these settings. A policy that is in no preset needs its config.json."""
     if has_known_shape(s):
         return Sizes(shape_config(s.preset), s)
     return Sizes(check_policy(s.policy), s)
 
 
 def forecast_line(s: Settings) -> str:
-    """Return one line with the forecast for this machine's GPU. See card_line."""
+    """Return one or two lines with the forecast for this machine's GPU. See card_line."""
     free, whole = card_memory(s.memory_limit)
     return card_line(s, torch.cuda.get_device_name(), free, whole)
 
 
 def card_line(s: Settings, name: str, free: float, whole: float) -> str:
-    """Return one line with the forecast of a training: peak memory in GiB, and hours.
+    """Return one or two lines with the forecast of a training: peak memory in GiB, and hours.
 
-    `free` and `whole` are GiB of the card called `name`. If the peak and its gaps do not fit in
-    the free memory, a second line is a warning. Raises UserError if the free memory cannot hold the
-    weights.
+    `free` and `whole` are GiB of the card called `name`. If the peak and the gaps between
+    tensors do not fit in the free memory, a second line warns. Raises UserError if the free memory
+    cannot hold the weights.
     """
     n = policy_sizes(s)
     fill_card(n, free * (1 - GAPS))
@@ -115,11 +115,11 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     sampling = min(free * (1 - GAPS), max(gib["prefill"], gib["decode"]))
     peak = max(sampling, gib["reward"], gib["update"])
     card = known_card(name)
-    time = f"no hours: {name} is none of {', '.join(CARDS)}"
+    time = f"no forecast of hours: {name} is none of {', '.join(CARDS)}"
     if card:
         short = policy_sizes(replace(s, max_new_tokens=128))
         fill_card(short, free * (1 - GAPS))
-        time = f"about {hours(short, card):.1f} hours at answers of 128 tokens"
+        time = f"about {hours(short, card):.1f} hours for answers of 128 tokens"
     line = f"forecast: peak {peak:.1f} GiB of this card's {whole:.1f}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)
     if warning:

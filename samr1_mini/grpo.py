@@ -367,8 +367,9 @@ def train(
 
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
     `reward_terms` and `loss` are the defaults. `log` is called after each step with its log line.
-    tutorials/notes/extend.md shows examples. With several processes (launch.py, torchrun), each
-    takes its share of the questions. Only the first process writes files.
+    tutorials/notes/extend.md shows examples. A call in Python is one process. On a CPU, it has one
+    thread (join_processes). With several processes (launch.py, torchrun), each takes its share of
+    the questions. Only the first process writes files.
     """
     from .rehearse import before_training  # rehearse.py imports this file
 

@@ -13,7 +13,7 @@ from .reward import MAX_OBJECTS, MAX_TEXT, Answer, Box, Object, check_box, read_
 # any part of the text more than a few times. So the time is linear in the length of the text.
 _TOKEN = re.compile(r"""-?\d+(?:\.\d+)?(?!\w)|\w+|[^\s"'\w]""")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
-_NUMBERS = r"[-\d.,()\[\]{ ]*"  # a stretch of numbers, brackets and commas
+_NUMBERS = r"[-\d.,()\[\]{ ]*"  # a sequence of numbers, brackets and commas
 # <box>10 20 30 40</box>, <box>(10, 20), (30, 40)</box>, <|box_start|>(10,20),(30,40)<|box_end|>
 _TAG = re.compile(rf"< (?:\| )?\w{{0,20}}box\w{{0,20}} (?:\| )?>({_NUMBERS})(?=<)", re.I)
 # {"x1": 10, "y1": 20, "x2": 30, "y2": 40} in any order, and with other names of the sides. The
@@ -44,7 +44,7 @@ def _tag_as_key(match: re.Match) -> str:
 
 
 def _sides_as_list(match: re.Match) -> str:
-    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. A repeated side changes nothing."""
+    """Turn four named sides into [ x1 , y1 , x2 , y2 ]. If a side is repeated, return the text."""
     names = match.groups()[::2]
     numbers = match.groups()[1::2]
     sides = {}

@@ -25,9 +25,13 @@ def check_models(s: Settings) -> None:
     check_segmenter(s.sam, s.sam_checkpoint)
     choose_prompt(s)  # raises UserError for a bad --prompt-file
     if s.start_from and not s.resume:
-        rank = check_adapter_files(Path(s.start_from), "--start-from").get("r")
+        adapter = check_adapter_files(Path(s.start_from), "--start-from")
+        rank = adapter.get("r")
         if rank != s.rank:
             raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
+        if adapter.get("lora_dropout"):  # ratios would compare different random networks
+            advice = "set lora_dropout to 0 in its adapter_config.json"
+            raise UserError(f"--start-from {s.start_from} has dropout: {advice}")
 
 
 def open_sets(s: Settings, sets: list | None = None) -> list:

@@ -24,7 +24,7 @@ def new_adapter(base, rank: int) -> PeftModel:
 
 
 def compute_in_input_dtype(model: PeftModel) -> None:
-    """Let the LoRA layers of this model use `lora_forward`. Files and weights stay PEFT's.
+    """Let the LoRA layers of this model use `lora_forward`. Saved files keep PEFT's format.
 
     LoRA layers of other kinds keep PEFT's forward.
     """
@@ -36,8 +36,9 @@ def compute_in_input_dtype(model: PeftModel) -> None:
 def lora_forward(layer, x: torch.Tensor, **options) -> torch.Tensor:
     """Compute W x + s B A x in the dtype of x, for x [..., n] -> [..., m].
 
-    Gradients flow through the change of dtype to the fp32 weights A and B. PEFT computes every
-    layer with a variant of LoRA, a bias in B, merged weights or options of its own.
+    The copies of A and B in the dtype of x pass their gradients on to the fp32 weights. PEFT's own
+    forward is used if adapters are off or merged, if the layer is a variant of LoRA, if B has a
+    bias, or if the call has options.
     """
     other = layer.disable_adapters or layer.merged or layer.lora_variant or options
     if other or any(layer.lora_bias.values()):

@@ -1,4 +1,4 @@
-"""Compute the IoU of masks and boxes, their matching, gIoU, cIoU, intervals, and the vote of masks.
+"""Compute IoU, gIoU and cIoU with intervals, match boxes, and let masks vote.
 
 gIoU is the mean IoU over questions. cIoU is the sum of all intersections over the sum of all
 unions.
@@ -48,7 +48,7 @@ def iou(intersection: int, union: int) -> float:
     return intersection / union
 
 
-AGREE = 0.85  # the IoU from which two masks are neighbours
+AGREE = 0.85  # the smallest IoU of two neighbours
 
 
 def vote(masks: list[np.ndarray]) -> tuple[int, np.ndarray]:
@@ -94,7 +94,7 @@ def matched_iou(boxes: list[tuple], true_boxes: list[tuple]) -> float:
     """Return the mean IoU of boxes that are matched one to one with true boxes, 0 to 1.
 
     The matching is the one with the largest sum of IoUs. The mean is over the larger number of
-    boxes. So a missing box and a superfluous box count as 0. Without any box the result is 1.
+    boxes. So a missing box and an extra box count as 0. Without any box the result is 1.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import, and only needed here
 

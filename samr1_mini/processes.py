@@ -6,6 +6,7 @@ With one process these functions change nothing.
 """
 
 import atexit
+import os
 import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first process downlo
 def join_processes(device: str) -> PartialState:
     """Connect this process with the others that were started together with it.
 
-    On a CPU, each of several processes computes with one thread. launch.py says why.
+    On a CPU, each process computes with one thread: launch.py says why. The environment variable
+    OMP_NUM_THREADS sets another number.
     """
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-    if device == "cpu" and state.num_processes > 1:
-        torch.set_num_threads(1)
+    if device == "cpu":  # PyTorch may have read another value before launch.py set this one
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        torch.set_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
     return state
 
 
@@ -68,8 +71,8 @@ def fail_together():
     """Context manager: an exception in one process ends the block in all processes.
 
     Without it the other processes would wait for the failed one. OutOfMemoryError and UserError
-    are raised in all processes, and OSError as a UserError. For any other exception the other
-    processes raise RuntimeError.
+    are raised in all processes. In the other processes, an OSError becomes a UserError, and any
+    other exception becomes a RuntimeError.
     """
     try:
         yield
@@ -95,7 +98,7 @@ def wait_for_all() -> None:
 
 
 def exchange_errors(error: Exception | None) -> list[Exception | None]:
-    """Give this process's error, or None, to all processes, and return those of all."""
+    """Send this process's error, or None, to all processes. Return the errors of all."""
     if process_count() == 1:
         return []
     return gather_object([error_for_others(error)])
@@ -149,7 +152,7 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
     for p in parameters:
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         gradients.append(gradient.flatten())
-    total = reduce(torch.cat(gradients), "sum")  # one message instead of one a parameter
+    total = reduce(torch.cat(gradients), "sum")  # one message, not one for each parameter
     if not total.any():
         return
     sizes = [p.numel() for p in parameters]

@@ -50,7 +50,7 @@ class Object:
 
 @dataclass
 class Answer:
-    """Hold one parsed answer. In training, `objects` is set only if the format is right.
+    """Hold one parsed answer. In training, `objects` needs the right segmentation format.
 
     An answer that cannot be read has no list of objects. An empty list says that nothing is there.
     """
@@ -215,7 +215,7 @@ class Reward:
     mask: np.ndarray | None = None  # bool [H, W], the union; None: the answer cannot be read
     pair: tuple[int, int] = (0, 0)  # pixels of intersection and union with the true mask
     iou: float = 0.0  # of the mask; 0 if the answer cannot be read
-    box_iou: float = 0.0  # of the box around all objects with the tight box of the true mask
+    box_iou: float = 0.0  # between the box around all objects and the tight box of the true mask
     terms: dict[str, float] = field(default_factory=dict)
     total: float = 0.0  # the reward: the weighted sum of the terms
 

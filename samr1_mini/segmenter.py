@@ -91,7 +91,7 @@ class Sam2Segmenter:
 
     def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
         """Load the folder or hub id `name`. The encoder computes in `dtype`."""
-        model = AutoModelForMaskGeneration.from_pretrained(name)
+        model = AutoModelForMaskGeneration.from_pretrained(name, dtype=torch.float32)
         set_encoder_dtype(model.vision_encoder, dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)
@@ -309,7 +309,7 @@ def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
         found = AutoConfig.from_pretrained(kind).model_type
         if found not in SAM2_KINDS:
             raise ValueError(f"it is a {found} model")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises many kinds of errors for a wrong file
         names = f"it must be tiny, {', '.join(SAM_FILES)}, or the folder or hub id of a SAM 2 or 3"
         raise UserError(f"--sam {kind}: {names} ({first_line(error)})") from None
 

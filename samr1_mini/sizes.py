@@ -19,8 +19,8 @@ from .segmenter import SAM_FILES, random_sam, small_folder
 from .tokens import CHUNK_LOGITS
 
 BF16, FP32, FP64 = 2, 4, 8  # bytes of one number
-NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 64 weights share an 8-bit scale, 256 scales a 32-bit one
-TEXT_TOKENS = 200  # of a prompt: Qwen's tokenizer makes 174 and the tokens of the question
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 64 weights share a 1-byte scale, 256 scales share 4 bytes
+TEXT_TOKENS = 200  # text tokens of a prompt: 174 for the fixed text, then the question
 EVALUATED_TOKENS = 16384  # prompt tokens in one batch of an evaluation, if memory holds them
 
 
@@ -49,7 +49,7 @@ class Sizes:
         picture_tokens = (s.image_size // cell_size(config)) ** 2
         self.prompt_tokens = prompt_tokens or picture_tokens + TEXT_TOKENS
         self.answer_tokens = s.group * s.max_new_tokens  # of all answers to a question
-        self.row_questions = min(s.micro, max(1, s.questions // s.updates))  # in a forward
+        self.row_questions = min(s.micro, math.ceil(s.questions / s.updates))  # in a forward
         self.kept_layers = self.layers  # layers whose activations a forward of an update keeps
         if s.checkpointing:
             self.kept_layers = 0
@@ -91,9 +91,10 @@ class Sizes:
 
 
 def number_bytes(s: Settings) -> int:
-    """Return the bytes of one number of the frozen policy, 4-bit weights excepted.
+    """Return the bytes of one number of the frozen policy (not of its 4-bit weights).
 
-    GPUs below compute capability 8.0 lack bf16 and need 4 bytes.
+    GPUs below compute capability 8.0 lack bf16 and need 4 bytes. On a CPU, the result is that of a
+    GPU with bf16.
     """
     if s.load_in == "fp32" or (s.device == "cuda" and emulates_bf16()):
         return FP32
@@ -101,7 +102,10 @@ def number_bytes(s: Settings) -> int:
 
 
 def sam_number_bytes(s: Settings) -> int:
-    """Return the bytes of one number of SAM's encoder, which has almost all of SAM's weights."""
+    """Return the bytes of one number of SAM's encoder, which has almost all of SAM's weights.
+
+    On a CPU, the result is that of a GPU with bf16.
+    """
     emulated = s.device == "cuda" and emulates_bf16()
     if s.sam_dtype == "fp32" or (s.sam_dtype == "auto" and emulated):
         return FP32
@@ -111,12 +115,12 @@ def sam_number_bytes(s: Settings) -> int:
 class SamSizes(NamedTuple):
     weights: int
     tokens: int  # of one picture
-    scores: int  # of one global attention, in all heads
+    scores: int  # of one layer with global attention, in all heads
 
 
 @cache
 def sam_sizes(kind: str) -> SamSizes:
-    """Count the weights, tokens and attention scores of a SAM: a name, a folder or a hub id."""
+    """Count a SAM's weights, tokens and attention scores. `kind`: a name, a folder or a hub id."""
     # Building a SAM draws random weights. fork_rng puts the state of the generator back.
     with torch.random.fork_rng(devices=[]), init_empty_weights():
         if small_folder(kind) or kind in SAM_FILES:
@@ -135,13 +139,14 @@ def sam_sizes(kind: str) -> SamSizes:
 
 
 def sampling_bytes(n: Sizes) -> dict[str, dict[str, float]]:
-    """Return the bytes that sampling G answers to one question adds at its two peaks, by part.
+    """Return the bytes that one question with its G answers needs at the two peaks of sampling.
 
-    The peaks are in the prefill of the prompt ("prefill"), and at the last token ("decode").
+    The peaks are in the forward of the prompt ("prefill"), and at the last token ("decode"). Each
+    peak has a dict with the bytes of its parts.
     """
-    # One token in a layer of the prefill, at the adapter of up_proj. Of the hidden width: prompt,
-    # input of the layer, residual, normed. Of the width of the MLP: SiLU, and output without and
-    # with the adapter.
+    # Numbers of one token in a layer of the prefill, when up_proj's adapter is added. Four tensors
+    # have the hidden width: prompt, input of the layer, residual, output of the norm. Three have
+    # the width of the MLP: output of SiLU, and up_proj's output without and with the adapter.
     states = (4 * n.hidden_width + 3 * n.mlp_width) * n.number_bytes
     capacity = math.ceil(n.s.max_new_tokens / BLOCK) * BLOCK  # tokens of an answer in the cache
     cached_tokens = n.prompt_tokens + n.s.group * capacity
@@ -165,8 +170,8 @@ def question_bytes(n: Sizes) -> float:
 def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, free: float) -> int:
     """Return the number of questions to sample in one batch.
 
-    A batch has at least one question. A larger batch fits in half of the `free` bytes. There are as
-    few batches as possible, and the last one may be smaller.
+    A batch with more than one question takes at most half of the `free` bytes. There are as few
+    batches as possible, and the last one may be smaller.
     """
     fitting = free / 2 / question_bytes(Sizes(model.config, s, prompt_tokens))  # may be infinite
     most = max(1, int(min(questions, fitting)))
@@ -178,12 +183,13 @@ def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, 
 
 
 def layer_bytes(n: Sizes) -> int:
-    """Return the bytes that one layer keeps of a row for its backward."""
-    token = n.hidden_width * (2 * FP32 + 2 * n.number_bytes)  # two norms, in fp32 and as outputs
-    token += (3 * n.query_width + 2 * n.key_width) * n.number_bytes  # query, seen twice, key, value
+    """Return the bytes that one layer keeps for its backward. A row is the input of one forward."""
+    token = n.hidden_width * (2 * FP32 + 2 * n.number_bytes)  # two norms: fp32 copy, and output
+    # The attention's query, key, value, and output (twice).
+    token += (3 * n.query_width + 2 * n.key_width) * n.number_bytes
     token += 4 * n.mlp_width * n.number_bytes  # gate, SiLU, up, product
-    # Each answer has a copy of its prompt's keys and values, and of its own. The weights of the
-    # adapter are copied too.
+    # For each answer, the keys and values of its prompt and of the answer are copied. The weights
+    # of the adapter are copied too.
     copied = n.s.group * n.prompt_tokens + n.answer_tokens
     copied *= n.row_questions * 2 * n.key_width
     copied += n.adapter_weights // n.layers
@@ -192,8 +198,8 @@ def layer_bytes(n: Sizes) -> int:
 
 def backward_bytes(n: Sizes) -> int:
     """Return the bytes that the backward of a layer adds at its peak, in the MLP."""
-    # One gradient of the hidden width. Of the width of the MLP: gradients of the frozen layer and
-    # of the adapter, and their sum.
+    # One gradient has the hidden width. Three have the width of the MLP: that of the frozen layer,
+    # that of the adapter, and their sum.
     return n.row_tokens * (n.hidden_width + 3 * n.mlp_width) * n.number_bytes
 
 
@@ -207,19 +213,19 @@ def forward_bytes(n: Sizes) -> int:
 def update_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     """Return the bytes that a forward and its backward add at their two peaks, by part.
 
-    The peaks are at a chunk of logits ("logits"), and in the backward of a layer ("layers").
+    The peaks are at the logits of a chunk ("logits"), and in the backward of a layer ("layers").
     """
     both = {"gradients": n.adapter_weights * FP32, "activations of the forward": forward_bytes(n)}
     chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
     logits = both | {"a chunk of logits, and gradients": 5 * chunk * FP32}
     layers = both | {"gradients of activations": backward_bytes(n)}
-    if n.kept_layers == 0:  # otherwise the last layers are kept, and free more than this
+    if n.kept_layers == 0:  # else the backward of the last, kept layers first frees more
         layers["activations of the recomputed layer"] = layer_bytes(n)
     return {"logits": logits, "layers": layers}
 
 
 def set_kept_layers(n: Sizes, free: float) -> None:
-    """Set the number of layers whose activations an update keeps, so that it fits in `free` bytes.
+    """Keep the activations of as many layers as fit: an update adds at most `free` bytes.
 
     Without checkpointing, all layers are kept.
     """
@@ -233,7 +239,8 @@ def set_kept_layers(n: Sizes, free: float) -> None:
 def layers_to_keep(model, prompts: list[int], groups: list[list[int]], s: Settings, free: float):
     """Return the number of layers whose activations the next forward of an update can keep.
 
-    prompts: tokens of each prompt in the row. groups: tokens of each answer, a list for a prompt.
+    prompts: the number of tokens of each prompt in the row. groups: for each prompt, a list with
+    the number of tokens of each answer.
     """
     n = Sizes(model.config, s, math.ceil(sum(prompts) / len(prompts)))
     n.row_questions = len(prompts)

@@ -6,9 +6,9 @@ card's published speed. The forecast hours are right within a factor of 1.5.
 
 import re
 
-from .sizes import EVALUATED_TOKENS, FP32, Sizes, sam_number_bytes, sam_sizes
+from .sizes import BF16, EVALUATED_TOKENS, FP32, Sizes, sam_number_bytes, sam_sizes
 
-# Published peaks: GB/s, TFLOP/s of bf16 (dense, sums in fp32) and of fp32. GiB that a card reports.
+# Published: GB/s, TFLOP/s in bf16 (dense, sums in fp32), TFLOP/s in fp32. Then GiB of the card.
 CARDS = {
     "RTX 3090": (936, 71, 35.6, 23.6),
     "RTX 4090": (1008, 165, 82.6, 23.6),
@@ -23,21 +23,17 @@ LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: Python, CUDA gr
 OPERATIONS = 79  # number of operations of a layer in a forward
 
 
-def seconds(n: Sizes, card: str, products=0.0, single=0.0, moved=0.0, weights=0.0) -> float:
+def seconds(card: str, number_bytes: int, products: float, moved=0.0, weights=0.0) -> float:
     """Return the seconds of some work on a card.
 
-    `products` are FLOPs of the base model, and `single` are FLOPs in fp32. `moved` and `weights`
-    are bytes. The GPU reads `weights` while it computes `products`. So only the longer of these two
-    times counts.
+    `products` are FLOPs with numbers of `number_bytes` bytes. `moved` and `weights` are bytes. The
+    GPU reads `weights` while it computes `products`. So only the longer of these two times counts.
     """
     bandwidth, half_peak, single_peak, _ = CARDS[card]
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
-    half_speed = half_peak * 1e12 * FLOP_SHARE
-    single_speed = single_peak * 1e12 * FLOP_SHARE
-    if n.number_bytes == FP32:
-        half_speed = single_speed
-    longer = max(products / half_speed, weights / bytes_a_second)
-    return longer + single / single_speed + moved / bytes_a_second
+    peak = single_peak if number_bytes == FP32 else half_peak
+    flops_a_second = peak * 1e12 * FLOP_SHARE
+    return max(products / flops_a_second, weights / bytes_a_second) + moved / bytes_a_second
 
 
 def moved_bytes(n: Sizes) -> float:
@@ -47,17 +43,18 @@ def moved_bytes(n: Sizes) -> float:
     layer += 20 * (n.query_width + n.key_width)  # rotation by position
     layer += 10 * n.mlp_width  # SiLU of the gate, times up
     layer += 2 * n.input_widths + 4 * n.output_widths  # adapters: read, add to the output
-    return n.layers * layer
+    return n.layers * layer * n.number_bytes / BF16
 
 
 def prefill_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of the prefill of one question: its picture, then its prompt."""
-    vision = seconds(n, card, products=2 * n.vision_weights * n.patches)
+    vision = seconds(card, n.number_bytes, 2 * n.vision_weights * n.patches)
     vision = max(vision, n.vision_layers * OPERATIONS * LAUNCH)
     products = 2 * n.linear_weights * n.prompt_tokens
     products += 2 * n.layers * n.query_width * n.prompt_tokens**2  # causal attention
     products += 2 * n.adapter_weights * n.prompt_tokens
-    return vision + seconds(n, card, products, moved=n.prompt_tokens * moved_bytes(n))
+    moved = n.prompt_tokens * moved_bytes(n)
+    return vision + seconds(card, n.number_bytes, products, moved)
 
 
 def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
@@ -76,40 +73,42 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     moved += rows * moved_bytes(n)
     moved += 8 * n.adapter_weights  # from fp32 to bf16, then read
     products = 2 * rows * (n.linear_weights + n.head_weights + n.adapter_weights)
-    token = seconds(n, card, products, moved=moved, weights=weights)
-    start = REPLAYED + LAUNCH * 2 / 64  # of 64 tokens, Python starts one and records one
+    token = seconds(card, n.number_bytes, products, moved, weights)
+    start = REPLAYED + LAUNCH * 2 / 64  # 2 of 64: one before the CUDA graph, one to record it
     return n.s.max_new_tokens * (token + n.layers * OPERATIONS * start)
 
 
 def update_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of one question: reference, forward, recomputed forward, backward.
 
-    With several passes only the first pass computes the reference. Kept layers are not recomputed.
+    With several passes, only the first pass computes the reference. Kept layers are not recomputed.
     """
-    reference = int(n.s.beta > 0) / n.s.passes
+    reference = int(n.s.beta > 0) / n.s.passes  # forwards of the base model
     forwards = 2 - n.kept_layers / n.layers
-    passes = reference + forwards
+    all_forwards = reference + forwards
     tokens = n.row_tokens / n.row_questions
     pairs = n.prompt_tokens**2 / 2  # of a token and a token that it sees
     pairs += n.answer_tokens * (n.prompt_tokens + n.s.max_new_tokens / 2)
-    products = 2 * n.linear_weights * tokens * (passes + 1)  # frozen weights have no gradients
+    products = (
+        2 * n.linear_weights * tokens * (all_forwards + 1)
+    )  # frozen weights have no gradients
     products += 2 * n.head_weights * n.answer_tokens * (reference + 3)  # logits are recomputed
-    products += 4 * n.layers * n.query_width * pairs * (passes + 2.5)  # attention
+    products += 4 * n.layers * n.query_width * pairs * (all_forwards + 2.5)  # attention
     products += 2 * n.adapter_weights * tokens * (forwards + 2)  # the reference has no adapter
     moved = tokens * moved_bytes(n) * (0.7 * reference + forwards + 1.2)
     moved += n.answer_tokens * n.vocabulary * FP32 * (11 * (reference + 2) + 18)  # logits
-    operations = OPERATIONS * (passes + 2) / n.row_questions
+    operations = OPERATIONS * (all_forwards + 2) / n.row_questions
     operations += 28 * n.s.group  # the attention of an answer
-    return max(seconds(n, card, products, moved=moved), n.layers * operations * LAUNCH)
+    return max(seconds(card, n.number_bytes, products, moved), n.layers * operations * LAUNCH)
 
 
 def sam_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of SAM for one picture."""
     sam = sam_sizes(n.s.sam)
     work = sam.weights * sam.tokens
-    if sam_number_bytes(n.s) == FP32:
-        return seconds(n, card, single=2 * work, moved=work / 40)  # counted for ViT-H: 66 GB
-    return seconds(n, card, products=2 * work, moved=work / 80)
+    number_bytes = sam_number_bytes(n.s)
+    moved = work * number_bytes / 160  # 66 GB were counted for ViT-H in fp32
+    return seconds(card, number_bytes, 2 * work, moved)
 
 
 def step_seconds(n: Sizes, card: str) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Two options from later papers: dynamic sampling (DAPO) and decoupled reward terms (GDPO).
 
-DAPO (arXiv 2503.14476), option --redraw: a group with equal rewards teaches nothing, so a new
-question replaces it. GDPO (arXiv 2601.05242), option --advantage gdpo: each reward term is
-compared within its group, before the terms are added.
+DAPO (arXiv 2503.14476), option --redraw: a group (all answers to one question) with equal rewards
+teaches nothing, so a new question replaces it. GDPO (arXiv 2601.05242), option --advantage gdpo:
+the answers of a group are compared in each reward term, before the terms are added.
 """
 
 import torch
@@ -14,13 +14,13 @@ from .reward import Reward
 def redraw(
     parts, data, rollouts: list, uniforms: torch.Tensor, asked: int, seconds: dict
 ) -> tuple[list, int]:
-    """Replace each group without an advantage in `rollouts` by the group of a new question.
+    """In `rollouts`, replace each group whose advantages are all 0 by a group of a new question.
 
     `uniforms` [B, G, L] are random numbers for each place in the batch of this process. The new
-    questions begin at number `asked`. After the last question, the first comes again. A group's
-    place in the batch of all processes decides which question it gets. So the number of processes
-    changes nothing. Adds to `seconds`. Returns this process's new groups, and the number of new
-    groups in all processes.
+    questions begin at number `asked`. After the last question of the data, the first comes again. A
+    group's place in the batch of all processes decides which question it gets. So the number of
+    processes changes nothing. Adds its times to the dict `seconds`. Returns this process's new
+    groups, and the number of new groups in all processes.
     """
     from .grpo import roll_out  # grpo.py imports this file
 

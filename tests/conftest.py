@@ -9,6 +9,8 @@ from pathlib import Path
 # One thread here and in every process that a test starts. Threads of OpenMP wait for each other by
 # spinning, so beside other work two of them are far slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# As in a process of torchrun, train.py starts no processes here. Tests of several processes change it.
+os.environ["WORLD_SIZE"] = "1"
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and tests send it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -334,7 +334,14 @@ def test_a_run_leaves_a_line_and_the_giou_of_each_scene_and_both_are_read_again(
     ids.reverse()
     with pytest.raises(RuntimeError, match="3 test scenes"):
         ablations.one_run("no points", 2)
-    (tmp_path / "results" / "ablations" / "no-points-seed1.json.gz").unlink()
+    new = tmp_path / "results" / "ablations" / "no-points-seed1.json.gz"
+    old = new.with_suffix("")
+    old.write_text("[0.5]")
+    ablations.write_scenes(
+        ablations.read()[1] | {"ids": [], "scenes": [], "lenient": []}, ablations.FILE
+    )
+    assert new.exists() and not old.exists()
+    new.unlink()
     with pytest.raises(SystemExit, match="no-points-seed1.json"):
         ablations.read()
 
@@ -478,6 +485,8 @@ def test_a_run_gets_its_rows_options_its_own_seed_and_one_thread(tmp_path, monke
         "tiny",
         "--device",
         "cpu",
+        "--processes",
+        "1",
         "--eval-every",
         "0",
         "--seed",

@@ -287,7 +287,7 @@ def test_training_starts_with_a_line_about_its_card_and_keeps_its_random_numbers
     assert re.findall(r"\d+\.\d", warned[0]) == ["11.6", "12.0", "2.8"]
     assert warned[1].startswith("warning")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L40S")
-    assert "no hours" in forecast_line(s)
+    assert "no forecast of hours" in forecast_line(s)
 
 
 def test_the_time_left_comes_from_measured_steps():

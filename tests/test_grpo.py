@@ -1225,9 +1225,8 @@ def test_a_resumed_run_may_be_longer_or_take_less_memory_and_nothing_else(settin
         "train.py",
         "",
     )
-    assert again == replace(
-        settings, resume=True, micro=1, samples=16, checkpointing=True, max_new_tokens=24
-    )
+    changes = dict(micro=1, samples=16, checkpointing=True, max_new_tokens=24)
+    assert again == replace(settings, resume=True, processes=1, **changes)
     with pytest.raises(SystemExit):
         parse_settings(["--resume", "--run", settings.run, "--group", "2"], "train.py", "")
     assert train(again)["samples"] == 16

@@ -1,6 +1,7 @@
 """Training on a CPU with several processes of one thread: how many, how they start, and how they stop."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from test_stops import environment, saved_state
 
 from samr1_mini import launch
 from samr1_mini.config import Settings, UserError, make_settings, parse_settings
+from samr1_mini.processes import join_processes
 
 ROOT = Path(__file__).parent.parent
 SHORT = shlex.split(
@@ -24,16 +27,24 @@ SHORT = shlex.split(
 CPU = Settings(device="cpu")  # 16 questions, 4 updates
 
 
+@pytest.fixture(autouse=True)
+def without_another_launcher(monkeypatch):
+    """Undo what conftest.py sets for the other tests."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
 @pytest.mark.parametrize(
     "settings, count",
     [
-        ({}, 1),
+        ({}, 3),
+        ({"processes": 1}, 1),
         ({"processes": 4}, 4),
         ({"processes": 4, "device": "cuda"}, 1),
         ({"processes": 4, "rehearse": 1}, 1),
     ],
 )
-def test_only_a_training_on_a_cpu_starts_several_processes(settings, count):
+def test_only_a_training_on_a_cpu_starts_several_processes(settings, count, monkeypatch):
+    monkeypatch.setattr(launch, "automatic_number", lambda s: 3)
     assert launch.choose_processes(replace(CPU, **settings)) == count
 
 
@@ -102,8 +113,9 @@ def train(folder, *options):
 
 
 def plain():
-    """The environment of a user, who sets no number of threads."""
-    return {name: x for name, x in environment().items() if name != "OMP_NUM_THREADS"}
+    """The environment of a user, who sets no number of threads and uses no other launcher."""
+    mine = ("OMP_NUM_THREADS", "WORLD_SIZE")
+    return {name: x for name, x in environment().items() if name not in mine}
 
 
 def log_of(folder):
@@ -143,6 +155,36 @@ def test_a_run_keeps_its_number_of_processes(whole_run, capsys):
     with pytest.raises(SystemExit):
         parse_settings([*resume, "--processes", "1"], "train.py", "")
     assert "--processes" in capsys.readouterr().err
+
+
+def test_without_the_option_a_run_records_the_number_that_it_started(tmp_path):
+    out = train(tmp_path, "--samples", "4")
+    assert out.returncode == 0, out.stderr[-3000:]
+    saved, _ = parse_settings(["--resume", "--run", str(tmp_path)], "train.py", "")
+    assert saved.processes == launch.automatic_number(replace(saved, processes=0))
+    assert (f"; {saved.processes} processes" in out.stdout) == (saved.processes > 1)
+
+
+@pytest.mark.parametrize("threads, expected", [(None, 1), ("2", 2), ("0", 1), ("2,1", 1)])
+def test_a_process_on_a_cpu_has_one_thread_unless_the_environment_names_a_number(threads, expected):
+    code = "import torch; from samr1_mini.processes import join_processes; join_processes('cpu'); "
+    env = plain() | ({"OMP_NUM_THREADS": threads} if threads else {})
+    words = [sys.executable, "-c", code + "print(torch.get_num_threads())"]
+    out = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
+    assert int(out.stdout) == expected, out.stderr
+
+
+def write_threads(s):
+    """The work of a process: write its number of threads to a file."""
+    join_processes("cpu")
+    (Path(s.run) / os.environ["RANK"]).write_text(str(torch.get_num_threads()))
+
+
+def test_each_started_process_has_one_thread_whatever_the_environment_names(tmp_path, monkeypatch):
+    """PyTorch reads the environment at its import, which is before run_process changes it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert launch.start_processes(write_threads, replace(CPU, run=str(tmp_path)), 2) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
 
 
 def test_a_run_of_an_older_version_has_one_process(whole_run, tmp_path):

@@ -13,7 +13,7 @@ from samr1_mini.metrics import intersection_union, iou
 from samr1_mini.policy import load_policy
 from tutorials.tiny_world.answers import style_of
 from tutorials.tiny_world.sam import box_around, meant, neighbour, points_on
-from samr1_mini.tiny.scenes import KINDS, SPLITS, make_scene
+from samr1_mini.tiny.scenes import SPLITS, make_scene
 
 ADAPTER = Path(__file__).parent.parent / "tutorials/results/seed0/adapter"
 
@@ -37,17 +37,9 @@ def test_a_blanked_picture_costs_the_trained_policy_most_of_its_score(trained):
     assert trained[True].summary()["gIoU_lenient"] < 0.4 * trained[False].summary()["gIoU_lenient"]
 
 
-def test_the_trained_policy_lists_coordinates_most_for_comparisons_and_nearly_always_lists_names(
-    trained,
-):
-    shown = lambda styles, *kinds: np.mean(
-        [style_of(row.text) in styles for row in trained[False].rows if row.kind in kinds]
-    )
-    assert (
-        shown(["places"], "relation", "combined") > 0.7
-        and shown(["places"], "attribute", "part") < 0.6
-    )
-    assert shown(["names", "places"], *KINDS) > 0.9
+def test_the_trained_policy_lists_coordinates_for_nearly_all_questions(trained):
+    places = [style_of(row.text) == "places" for row in trained[False].rows]
+    assert np.mean(places) > 0.9
 
 
 @pytest.mark.parametrize("options, shown", [([], True), (["--no-points"], False)])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from samr1_mini.config import Settings, parse_settings
+from samr1_mini.data import Sample
 from samr1_mini.reward import Answer, Reward
 from samr1_mini.tiny.shapes import Shapes
 from tutorials import ablations, paired, row_functions
@@ -168,6 +169,38 @@ def test_the_mask_of_another_question_leaves_everything_else():
         assert other[i].question == data[i].question and other[i].id == data[i].id
         assert (other[i].mask == data[(i + 1) % 3].mask).all()
     assert (other[0].mask != data[0].mask).any()
+
+
+def test_the_masks_of_another_question_come_with_their_objects_and_undecided_pixels():
+    ignored = np.ones((2, 2), bool)
+    data = [
+        Sample(None, "a", np.zeros((2, 2), bool), "1", masks=[]),
+        Sample(None, "b", ignored, "2", masks=[ignored], ignore=ignored),
+    ]
+    stand_in = SimpleNamespace(ids=["1", "2"], __len__=lambda: 2)
+    other = row_functions.OtherMasks.__new__(row_functions.OtherMasks)
+    other.data, other.ids = data, stand_in.ids
+    first = other.sample_at(0)
+    assert first.question == "a" and first.mask is ignored
+    assert first.masks == [ignored] and first.ignore is ignored
+    assert other.sample_at(1).masks == []
+
+
+def test_the_loss_of_dr_grpo_is_the_same_under_both_normalisers():
+    logp = torch.linspace(-2, -1, 10)
+    terms = (logp, logp - 0.1, None, torch.linspace(-1, 1, 10), [[2, 3], [4, 1]])
+    both = []
+    for name in ("token", "sequence"):
+        s = Settings(normalise=name, max_new_tokens=8)
+        both.append(row_functions.dr_grpo_loss(*terms, s)[0])
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["no such row"]])
+def test_a_row_that_needs_no_function_is_refused_in_one_line(argv):
+    with pytest.raises(SystemExit, match="one of") as refused:
+        row_functions.main(argv)
+    assert "Dr. GRPO" in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("row", ablations.BY_FUNCTION)

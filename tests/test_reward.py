@@ -19,6 +19,7 @@ from PIL import Image
 from segment_anything import sam_model_registry
 from test_public import Hostile
 from transformers import (
+    AutoModelForMaskGeneration,
     Sam2Config,
     Sam2ImageProcessor,
     Sam2Model,
@@ -603,6 +604,27 @@ def test_a_damaged_sam_2_is_named_in_one_line(sam2_folder, tmp_path):
     with pytest.raises(UserError, match="--sam") as caught:
         load_segmenter(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sam_2_of_a_bf16_file_has_a_decoder_in_fp32(dtype, sam2_folder, tmp_path):
+    AutoModelForMaskGeneration.from_pretrained(sam2_folder, dtype=torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    shutil.copy(sam2_folder / "preprocessor_config.json", tmp_path)
+    segmenter = load_segmenter(str(tmp_path), dtype=dtype)
+    image = np.asarray(make_scene(3).image)
+    assert segmenter.masks(image, [(10.0, 20.0, 60.0, 70.0)], [[]]).shape == (1, 112, 112)
+    assert {p.dtype for p in segmenter.model.mask_decoder.parameters()} == {torch.float32}
+
+
+def test_a_sam_2_with_a_value_of_a_wrong_type_is_named_in_one_line(sam2_folder, tmp_path):
+    shutil.copytree(sam2_folder, tmp_path / "sam2")
+    file = tmp_path / "sam2/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"initializer_range": "x"}))
+    with pytest.raises(UserError, match="--sam") as caught:
+        segmenter_module.check_segmenter(str(tmp_path / "sam2"))
+    assert "\n" not in str(caught.value)
 
 
 def test_sam_2_encodes_a_picture_once(sam2_folder, monkeypatch):

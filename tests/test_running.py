@@ -76,10 +76,11 @@ def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
         coordinates="thousandths",
         sam="vit_b",
         sam_checkpoint="x.pth",
+        sam_dtype="bf16",
     )
     loading.load_models(s, [], "adapter")
     assert asked == [
-        ("vit_b", "x.pth", "cpu"),
+        ("vit_b", "x.pth", "cpu", "bf16"),
         ("tiny", "bf16", 3, "adapter", "cpu", True, "thousandths"),
     ]
 
@@ -379,3 +380,7 @@ def test_a_run_starts_from_an_adapter_of_the_same_rank_and_its_base_is_the_base_
     with pytest.raises(UserError, match="--rank 32"):
         gone = dict(start_from=str(tmp_path / "moved/adapter"), rank=4)
         train(replace(settings, run=str(tmp_path / "third"), **gone))
+    file = tmp_path / "moved/adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.1}))
+    with pytest.raises(UserError, match="lora_dropout"):
+        train(replace(settings, run=str(tmp_path / "third"), start_from=gone["start_from"]))

@@ -50,9 +50,9 @@ from tutorials.tiny_world.answers import style_of
 
 FILE = ROOT / "tutorials" / "results" / "ablations.csv"
 SCENES = 1000  # held-out scenes of the test, the same for all runs
-# A third of the first command's questions at three times its rate: 63 steps instead of 187.
+# A third of the first command's questions at twice its rate: 63 steps instead of 187.
 SAMPLES = 1008
-FIXED = "--preset tiny --device cpu --eval-every 0 --lr 3e-4"
+FIXED = "--preset tiny --device cpu --processes 1 --eval-every 0 --lr 3e-4"
 
 # Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
 TABLES = {
@@ -291,8 +291,10 @@ def scenes_file(line: dict, results: Path) -> Path:
     return file.with_suffix(".json.gz")
 
 
-def write_scenes(line: dict, file: Path) -> None:
+def write_scenes(line: dict, results: Path) -> None:
     """Write ids and IoUs of the test scenes. Equal lists make equal files."""
+    scenes_file(line, results).unlink(missing_ok=True)  # perhaps one without .gz
+    file = scenes_file(line, results)
     lists = {"ids": line["ids"], "iou_strict": line["scenes"], "iou": line["lenient"]}
     text = json.dumps(lists, separators=(",", ":"))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +302,7 @@ def write_scenes(line: dict, file: Path) -> None:
 
 
 def read_scenes(file: Path) -> list[float]:
-    """Return the gIoU of each test scene."""
+    """Return the IoU of each test scene."""
     if file.suffix == ".gz":
         return json.loads(gzip.decompress(file.read_bytes()))["iou_strict"]
     return read_json(file)
@@ -309,7 +311,7 @@ def read_scenes(file: Path) -> list[float]:
 def write(line: dict, results: Path | None = None) -> None:
     """Keep the line of one_run. Its scenes come first: then each line in the CSV has its scenes."""
     results = results or FILE
-    write_scenes(line, scenes_file(line, results))
+    write_scenes(line, results)
     new = not results.exists()
     with results.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")

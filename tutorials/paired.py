@@ -1,7 +1,7 @@
-"""Compare two settings seed by seed: the smallest difference that is found, and equivalence.
+"""Compare two settings seed by seed: the smallest difference that a test can find, and equivalence.
 
-Both take one number for each seed, the difference of two runs with this seed. Seeds are random, and
-the test scenes are fixed. The interval in ablations.py covers other scenes too.
+A difference is that of two runs with the same seed. Here only the seeds count as random. In the
+interval of ablations.py, the test scenes count as random too.
 """
 
 import math
@@ -12,7 +12,7 @@ from scipy import optimize, stats
 
 POWER = 0.8
 # A difference in gIoU. It is less than half of the difference between GRPO and base. The margin was
-# chosen before the first run of each row that has no result yet.
+# chosen after the rows of tables 3 and 4 in ablations.py, and before those of "later objectives".
 MARGIN = 0.05
 
 
@@ -28,12 +28,12 @@ def power(shift: float, freedom: int) -> float:
     """
     limit = student(freedom)
     above = stats.nct.sf(limit, freedom, shift)
-    below = stats.nct.sf(limit, freedom, -shift)  # as nct.cdf(-limit, ...), which can be NaN
+    below = stats.nct.sf(limit, freedom, -shift)  # equals nct.cdf(-limit, ...), which can be NaN
     return float(above + below)
 
 
 def detected_shift(count: int) -> float:
-    """Return the shift, in standard errors, that `count` pairs find with a power of POWER."""
+    """Return the shift, in standard errors, that a test with `count` pairs finds with a power of POWER."""
     return optimize.brentq(lambda shift: power(shift, count - 1) - POWER, 0.0, 100.0)
 
 
@@ -49,7 +49,7 @@ def smallest_difference(count: int, spread: float) -> float:
 def equivalence_bound(differences: Sequence[float]) -> float:
     """Return the smallest margin within which two settings are equivalent, at the 5 % level.
 
-    Two one-sided t tests (TOST; Schuirmann, 1987) reject a difference outside the margin. This is
+    Two one-sided t tests (TOST; Schuirmann, 1987) reject a difference outside the margin. They do
     so if the 90 % interval of the mean lies within the margin. Needs at least two differences.
     """
     count = len(differences)

@@ -1,4 +1,4 @@
-"""Rows of the ablations that no option of train.py makes: two losses, a reward, and other masks.
+"""Ablations that need a function of their own: two losses, a reward, and other masks.
 
 `python tutorials/row_functions.py ROW [options of train.py]` trains one of them. ablations.py runs
 this command.
@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
+sys.path.insert(0, str(ROOT))  # Python searches modules only in the script's folder
 
-from samr1_mini.config import Settings, parse_settings, print_anything
+from samr1_mini.config import Settings, UserError, exit_with, parse_settings, print_anything
 from samr1_mini.data import Data, Sample
 from samr1_mini.grpo import grpo_loss, kl_to_base, token_weights, train
 from samr1_mini.loading import open_three
 from samr1_mini.reward import Reward, reward_terms
+from tutorials.ablations import BY_FUNCTION
 
 
 def dr_grpo_loss(logp, old, reference, advantage, lengths, s):
@@ -28,6 +29,7 @@ def dr_grpo_loss(logp, old, reference, advantage, lengths, s):
     constant is the largest possible number of tokens, G x --max-new-tokens. The arguments
     are those of grpo_loss.
     """
+    mean = replace(s, normalise="token")  # over the tokens of one group
     total = 0.0
     logged = []
     start = 0
@@ -35,7 +37,7 @@ def dr_grpo_loss(logp, old, reference, advantage, lengths, s):
         tokens = slice(start, start + sum(group))
         start = tokens.stop
         base = None if reference is None else reference[tokens]
-        loss, values = grpo_loss(logp[tokens], old[tokens], base, advantage[tokens], [group], s)
+        loss, values = grpo_loss(logp[tokens], old[tokens], base, advantage[tokens], [group], mean)
         total = total + loss * sum(group) / (len(group) * s.max_new_tokens)
         logged.append(values)
     return total, {name: torch.cat([values[name] for values in logged]) for name in logged[0]}
@@ -78,11 +80,11 @@ class OtherMasks(Data):
 
     def sample_at(self, i: int) -> Sample:
         other = self.data[(i + 1) % len(self.data)]
-        return replace(self.data[i], mask=other.mask)
+        return replace(self.data[i], mask=other.mask, masks=other.masks, ignore=other.ignore)
 
 
 def arguments(row: str, s: Settings) -> dict:
-    """Return the arguments of `train` that make a row."""
+    """Return the arguments of `train` for a row of the ablations."""
     if row == "mask of another question":
         data, validation, test = open_three(s)
         return {"sets": [OtherMasks(data), validation, test]}
@@ -94,8 +96,18 @@ def arguments(row: str, s: Settings) -> dict:
     return functions[row]
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
     print_anything()
-    settings, line = parse_settings(sys.argv[2:], "row_functions.py", __doc__)
+    if not argv or argv[0] not in BY_FUNCTION:
+        names = ", ".join(f'"{row}"' for row in BY_FUNCTION)
+        sys.exit(f"row_functions.py: error: the first argument must be one of {names}")
+    settings, line = parse_settings(argv[1:], "row_functions.py", __doc__)
     print(line, flush=True)
-    train(settings, **arguments(sys.argv[1], settings))
+    try:
+        train(settings, **arguments(argv[0], settings))
+    except (UserError, OSError) as error:
+        exit_with(error, "row_functions.py")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,13 +2,14 @@
 
 The base model of the package has never written a list of objects. With --objects several, no
 sampled answer would be in the format, and GRPO would have nothing to reward. This command trains
-the language model and its head on drawn questions for a few minutes. The vision tower stays as it
-is. The result is a policy folder:
+the language model and its head on questions about drawn pictures for a few minutes. The vision
+tower stays as it is. The result is a policy folder:
 
     python train.py --policy runs/tiny-several --objects several --max-new-tokens 128
 
-The boxes are too wide, and some answers miss an object. No question is indirect or combined. So
-GRPO has something to find. An interrupted command continues where it stopped.
+On purpose, the boxes in its answers are too wide, and some answers lack an object. There are no
+questions of the kinds "indirect" and "combined". So GRPO can still improve the policy. An
+interrupted command continues where it stopped.
 """
 
 import argparse
@@ -29,10 +30,11 @@ from .training import DEVICE, learn, scenes_from
 STEPS = 160  # updates
 PICTURES = 4  # in one update
 QUESTIONS = 5  # about a picture, of different kinds
-KINDS = ("all", "two", "dots", "none", "attribute", "part", "relation")
+# "none" twice: the base model hardly ever says that nothing is there.
+KINDS = ("all", "two", "dots", "none", "none", "attribute", "part", "relation")
 STYLES = {"short": 0.5, "names": 0.3, "places": 0.2}  # shares of the thoughts, see answers.py
 SLACK = 0.25  # extra width on each side, as a share of the box's length
-FORGETS = 0.25  # share of the answers with several objects that miss one of them
+FORGETS = 0.25  # share of the answers to several objects in which one is missing
 FIRST_SCENE = 2 * 10**8  # no other stage of pretraining reaches these scenes
 
 
@@ -41,7 +43,8 @@ def thought(things: list[Thing], scene: Scene, style: str, question: str) -> str
     names = ", the ".join(called(thing, scene) for thing in things)
     nothing = "Nothing fits."
     if style == "short":
-        conclusion = f"The {names} fit best." if things else nothing
+        fit = "fits" if len(things) == 1 else "fit"
+        conclusion = f"The {names} {fit} best." if things else nothing
         return f"<think>{conclusion}</think>"
     listing = listed(scene, style, question)  # it ends with "It is the"
     if things:
@@ -66,7 +69,7 @@ def list_answer(
 
 
 def some_forgotten(things: list[Thing], rng: np.random.Generator) -> list[Thing]:
-    """Return the things of an answer: in FORGETS of the answers, one of several is missing."""
+    """Return the things that an answer lists. One of several is missing at times, see FORGETS."""
     if len(things) < 2 or rng.random() >= FORGETS:
         return things
     missing = rng.integers(len(things))
@@ -99,7 +102,7 @@ def rows_about(policy: Policy, scene: Scene, rng: np.random.Generator) -> list[W
 def warm_start(policy: Policy, steps: int, seed: int, work: Path) -> None:
     """Train language model and head of a policy to answer with lists.
 
-    The rows of a picture share its tokens in one packed row, as in the stage "language".
+    All questions about a picture are in one packed row and share the picture's tokens.
     """
     model = policy.base.train()
     model.model.visual.requires_grad_(False)
@@ -124,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"updates (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and answers")
     args = parser.parse(argv)
+    if args.steps < 1 or args.seed < 0:
+        parser.error("--steps must be 1 or more, and --seed 0 or more")
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
