@@ -107,18 +107,19 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     tensors do not fit in the free memory, a second line warns. Raises UserError if the free memory
     cannot hold the weights.
     """
+    room = free * (1 - GAPS)  # for all tensors
     n = policy_sizes(s)
-    fill_card(n, free * (1 - GAPS))
+    fill_card(n, room)
     gib = peaks(n)
     check_weights(s, gib["load"], free)
     # With little free memory, a batch of the rollout has fewer questions.
-    sampling = min(free * (1 - GAPS), max(gib["prefill"], gib["decode"]))
+    sampling = min(room, max(gib["prefill"], gib["decode"]))
     peak = max(sampling, gib["reward"], gib["update"])
     card = known_card(name)
     time = f"no forecast of hours: {name} is none of {', '.join(CARDS)}"
     if card:
         short = policy_sizes(replace(s, max_new_tokens=128))
-        fill_card(short, free * (1 - GAPS))
+        fill_card(short, room)
         time = f"about {hours(short, card):.1f} hours for answers of 128 tokens"
     line = f"forecast: peak {peak:.1f} GiB of this card's {whole:.1f}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)

@@ -121,7 +121,7 @@ def free_memory(s: Settings) -> float:
 
 
 def usable_memory(s: Settings) -> float:
-    """Return the bytes that new tensors can fill. Some memory stays empty, for gaps between them."""
+    """Return the bytes that new tensors can fill. Some memory is lost between tensors, see GAPS."""
     free = free_memory(s)
     if s.device != "cuda":
         return free

@@ -89,9 +89,8 @@ def update_seconds(n: Sizes, card: str) -> float:
     tokens = n.row_tokens / n.row_questions
     pairs = n.prompt_tokens**2 / 2  # of a token and a token that it sees
     pairs += n.answer_tokens * (n.prompt_tokens + n.s.max_new_tokens / 2)
-    products = (
-        2 * n.linear_weights * tokens * (all_forwards + 1)
-    )  # frozen weights have no gradients
+    # Frozen weights have no gradients, so the backward counts once.
+    products = 2 * n.linear_weights * tokens * (all_forwards + 1)
     products += 2 * n.head_weights * n.answer_tokens * (reference + 3)  # logits are recomputed
     products += 4 * n.layers * n.query_width * pairs * (all_forwards + 2.5)  # attention
     products += 2 * n.adapter_weights * tokens * (forwards + 2)  # the reference has no adapter

@@ -33,7 +33,7 @@ def power(shift: float, freedom: int) -> float:
 
 
 def detected_shift(count: int) -> float:
-    """Return the shift, in standard errors, that a test with `count` pairs finds with a power of POWER."""
+    """Return the shift, in standard errors, that `count` pairs show with a power of POWER."""
     return optimize.brentq(lambda shift: power(shift, count - 1) - POWER, 0.0, 100.0)
 
 
