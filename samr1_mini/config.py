@@ -108,7 +108,8 @@ class Settings:
     policy: str = setting(
         "model",
         "tiny",
-        "folder or hub id of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; tiny is in the package",
+        "folder or hub id of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; tiny is in the package, and "
+        "tiny-several, which answers with lists of objects",
     )
     start_from: str = setting(
         "model", "", "folder of an adapter to start from. The KL still compares with the base model"
@@ -332,6 +333,10 @@ _FULL_SIZE = dict(
     checkpointing=True,
     eval_samples=32,
 )
+# Policies in the package, and their folders in samr1_mini/tiny.
+PACKAGED = {"tiny": "policy", "tiny-several": "policy_several"}
+# The preset tiny with --objects several: the policy "tiny" has never written a list.
+TINY_SEVERAL = dict(policy="tiny-several", max_new_tokens=128)
 PRESETS = {
     "tiny": {},
     "3b": dict(policy="Qwen/Qwen2.5-VL-3B-Instruct", **_FULL_SIZE),
@@ -473,7 +478,10 @@ def make_settings(**given) -> tuple[Settings, str]:
     unknown = set(given) - {f.name for f in fields(Settings)}
     if unknown:
         raise UserError(f"no setting is called {min(unknown)}")
-    settings = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
+    defaults = PRESETS.get(preset, {})
+    if preset == "tiny" and given.get("objects") == "several":
+        defaults = TINY_SEVERAL
+    settings = Settings(**defaults | given | {"preset": preset})
     if settings.device == "auto":
         settings = replace(settings, device=auto_device())
         if settings.device == "cpu" and why == "asked for":

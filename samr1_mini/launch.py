@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil  # accelerate depends on psutil
 import torch
 
-from .config import Settings, can_share
+from .config import PACKAGED, Settings, can_share
 from .gpu import GIB
 from .stops import handled_signals, handlers_put_back, outlive_terminal
 
@@ -45,7 +45,7 @@ def automatic_number(s: Settings) -> int:
     The questions of each update can be shared equally, and all processes fit in memory. Only the
     tiny preset's memory is known. So other models get one process.
     """
-    if s.policy != "tiny" or s.sam != "tiny":
+    if s.policy not in PACKAGED or s.sam != "tiny":
         return 1
     most = min(MOST, usable_cores(), int(usable_memory() / PROCESS_BYTES))
     for count in range(most, 1, -1):

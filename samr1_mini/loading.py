@@ -6,7 +6,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .config import CACHE, Settings, UserError
+from .config import CACHE, PACKAGED, Settings, UserError
 from .data import open_data
 from .data.download import PICTURES
 from .files import Download, check_adapter_files, check_disk_space
@@ -75,7 +75,7 @@ def open_three(s: Settings) -> list:
 
 def hub_bytes(name: str) -> int:
     """Return the bytes of a model that are not downloaded yet. Without a network return 0."""
-    if name == "tiny" or Path(name).is_dir():
+    if name in PACKAGED or Path(name).is_dir():
         return 0
     try:
         kinds = ["*.json", "*.safetensors", "*.txt", "*.jinja"]

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .attention import IMPLEMENTATION, PackedRow
-from .config import UserError, cause, check_size, first_line
+from .config import PACKAGED, UserError, cause, check_size, first_line
 from .files import check_adapter_files, check_policy_files, check_policy_is_whole, read_adapter
 from .lora import compute_in_input_dtype, new_adapter
 from .memory import compute_dtype
@@ -122,9 +122,9 @@ class Prompt:
 
 
 def model_source(name: str | Path) -> str:
-    """Return the folder or hub id of a policy. The folder of "tiny" is in the package."""
-    if name == "tiny":
-        return str(TINY)
+    """Return the folder or hub id of a policy. Some folders are in the package."""
+    if name in PACKAGED:
+        return str(TINY.with_name(PACKAGED[name]))
     return str(name)
 
 
@@ -177,7 +177,7 @@ def load_policy(
 ) -> Policy:
     """Load a Qwen2.5-VL, Qwen2-VL or Qwen3-VL with a trainable LoRA adapter.
 
-    name: a model folder, a hub id, or "tiny" for the folder in the package.
+    name: a model folder, a hub id, or a name in PACKAGED for a folder in the package.
     load_in: format of the frozen weights: nf4, bf16 or fp32.
     rank: rank of a new adapter. A new adapter does not change the model's output.
     adapter: folder of a saved adapter to take instead of a new one.

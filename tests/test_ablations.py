@@ -216,6 +216,73 @@ def test_a_mistake_is_told_in_one_line_before_hours_of_runs_and_so_is_a_run_that
     assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
 
 
+def line_of(row, seed, giou):
+    """A line as one_run returns it, with three scenes of the same gIoU."""
+    names = (*ablations.TESTED, *ablations.LAST, *ablations.STYLES)
+    lists = {"ids": ["a", "b", "c"], "scenes": [giou] * 3, "lenient": [giou] * 3}
+    line = {"row": row, "seed": seed, "options": ablations.ROWS[row]}
+    return line | dict.fromkeys(names, f"{giou:.4g}") | lists
+
+
+@pytest.fixture
+def rows_put_back(monkeypatch):
+    monkeypatch.setattr(ablations, "ROWS", dict(ablations.ROWS))
+
+
+def test_a_challenge_makes_five_runs_with_its_options_and_prints_a_row(
+    tmp_path, monkeypatch, capsys, rows_put_back
+):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+
+    def one_run(row, seed, keep):
+        line = line_of(row, seed, 0.5 + seed / 100)
+        keep(line)
+        return line
+
+    monkeypatch.setattr(ablations, "one_run", one_run)
+    with redirect_stderr(StringIO()):
+        ablations.main(["--challenge", "my idea", "--group", "16", "--no-points"])
+    lines = ablations.read(tmp_path / "runs" / "challenge.csv")
+    assert [line["options"] for line in lines] == ["--group 16 --no-points"] * 5
+    half = 2.776 * np.std([0.5, 0.51, 0.52, 0.53, 0.54], ddof=1) / 5**0.5  # Student's t
+    cells = [cell.strip() for cell in capsys.readouterr().out.strip().strip("|").split("|")]
+    assert cells == ["my idea: `--group 16 --no-points`", f"0.520 ± {half:.3f}", "5"]
+
+
+def test_a_second_challenge_of_the_same_name_with_other_options_is_refused(
+    tmp_path, monkeypatch, rows_put_back
+):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setitem(ablations.ROWS, "my idea", "--group 16")
+    (tmp_path / "runs").mkdir()
+    ablations.write(line_of("my idea", 0, 0.5), tmp_path / "runs" / "challenge.csv")
+    del ablations.ROWS["my idea"]
+    with pytest.raises(SystemExit, match="'my idea' with the options '--group 16'"):
+        ablations.main(["--challenge", "my idea", "--group", "4"])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--challenge", "base"], "--challenge 'base'"),
+        (["--challenge", " "], "--challenge ' '"),
+        (["--challenge", "x", "--samples=16"], "--samples=16"),
+        (["--challenge", "x", "--seed", "3"], "--seed"),
+        (["--challenge", "x", "--group", "0"], "group"),
+        (["--challenge", "x", "--groups", "4"], "--groups"),
+        (["--group", "4"], "--group 4"),
+    ],
+)
+def test_a_mistake_in_a_challenge_is_named_before_any_run(
+    options, words, tmp_path, monkeypatch, capsys, rows_put_back
+):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as left:
+        ablations.main(options)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert left.value.code == 2 and len(errors) == 1 and words in errors[0]
+
+
 def test_two_rows_whose_files_would_have_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         ablations, "ROWS", ablations.ROWS | {"Beta = 0.05": "--beta 0.05 --group 4"}

@@ -13,9 +13,11 @@ with 80 % power. "within" is the smallest margin within which the row and base a
 "=" marks a margin of at most 0.05. paired.py explains both.
 PREDICTED holds the expected result of each row. It was committed before the first run. "Places" are
 answers that list coordinates before they choose.
-For a row of your own, add a line to TABLES. Keep such rows, and a base from your machine, in a file
-of their own (`--results runs/mine.csv`). Each run has one thread, so that the lines do not depend
-on the number of cores. There are as many runs at a time as cores.
+`--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,
+and prints the row of the README's table. You may change the code instead of options. The runs are
+kept in runs/challenge.csv, or in the file of --results.
+Each run has one thread, so that the lines do not depend on the number of cores. There are as many
+runs at a time as cores.
 """
 
 import argparse
@@ -53,6 +55,7 @@ SCENES = 1000  # held-out scenes of the test, the same for all runs
 # A third of the first command's questions at twice its rate: 63 steps instead of 187.
 SAMPLES = 1008
 FIXED = "--preset tiny --device cpu --processes 1 --eval-every 0 --lr 3e-4"
+FIXED_BY_CHALLENGE = ("--preset", "--samples", "--test-samples", "--seed", "--run", "--resume")
 
 # Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
 TABLES = {
@@ -326,10 +329,10 @@ def read_line(line: dict, results: Path) -> dict:
     Exits if the line does not fit TABLES.
     """
     row, seed = line["row"], line["seed"]
-    if ROWS.get(row) != line["options"]:
+    if ROWS.get(row, line["options"]) != line["options"]:  # a row of --challenge may be unknown
         sys.exit(
             f"ablations.py: error: {results} has the row {row!r} with the options "
-            f"{line['options']!r}, TABLES has others: name another row, or another file by "
+            f"{line['options']!r}, this command has others: name another row, or another file by "
             "--results"
         )
     scenes = scenes_file(line, results)
@@ -488,6 +491,13 @@ def rows_of(lines: list[dict], title: str) -> list[str]:
     return ["base", *[row for row in TABLES[title] if row in there]]
 
 
+def print_challenge(lines: list[dict], row: str) -> None:
+    """Print a row of the README's table."""
+    change = row if not ROWS[row] else f"{row}: `{ROWS[row]}`"
+    runs, mean, *_ = cells(lines, row)
+    print(f"| {change} | {mean} | {runs} |")
+
+
 def print_table(lines: list[dict], title: str) -> None:
     """Print one of the TABLES, as far as its rows have runs."""
     heads = f"{'gIoU':>22}{'against base':>24}{'detects':>9}{'within':>8}"
@@ -568,7 +578,9 @@ def draw(lines: list[dict], titles: list[str]):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     rows = list(ROWS)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each row (default 5)")
@@ -580,18 +592,42 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results",
         type=Path,
-        default=FILE,
-        help="CSV file, with a folder of the same name beside it (default: the committed file)",
+        help="CSV file, with a folder of the same name beside it (default: the committed file, and "
+        "runs/challenge.csv with --challenge)",
+    )
+    parser.add_argument(
+        "--challenge",
+        metavar="NAME",
+        help="make the runs of a new row; other options are options of train.py for this row",
     )
     parser.add_argument("--figure", help="write a figure of all rows to this file")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     return parser
 
 
+def add_row(parser: argparse.ArgumentParser, args: argparse.Namespace, options: list[str]) -> None:
+    """Add the row of --challenge with these options of train.py. Refuse what cannot work."""
+    if args.challenge in ROWS or not args.challenge.strip():
+        parser.error(f"--challenge {args.challenge!r}: choose a name that TABLES does not have")
+    for option in options:
+        if option.split("=")[0] in FIXED_BY_CHALLENGE:
+            parser.error(f"{option}: the challenge sets this option for all rows")
+    parse_settings([*FIXED.split(), *options], "ablations.py", "")  # exits after a wrong option
+    ROWS[args.challenge] = " ".join(options)
+    args.rows = [args.challenge]
+    args.results = args.results or ROOT / "runs" / "challenge.csv"
+    args.results.parent.mkdir(exist_ok=True)
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the command line, and refuse options that cannot work."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, options = parser.parse_known_args(argv)
+    if args.challenge is None and options:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    if args.challenge is not None:
+        add_row(parser, args, options)
+    args.results = args.results or FILE
     if min(args.seeds, args.workers) < 1:
         parser.error("--seeds and --workers must be at least 1")
     if args.figure and not Path(args.figure).absolute().parent.is_dir():
@@ -636,9 +672,14 @@ def main(argv: list[str] | None = None) -> None:
     lines = read(args.results)
     if not lines:
         parser.error(f"{args.results} holds no runs yet")
+    if args.challenge:
+        print_challenge(lines, args.challenge)
+        return
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]
     for title in titles:
         print_table(lines, title)
+    if not titles:
+        print(f"base: {cells(lines, 'base')[1]}")
     if args.figure:
         draw(lines, titles).savefig(args.figure, dpi=90)
 

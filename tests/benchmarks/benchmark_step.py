@@ -5,11 +5,15 @@
 Policy, pictures, questions, reward (with SAM), G, number of updates and answer length are the same.
 No answer may stop early. Each row is a process of its own, so its peak memory is its own too.
 Seconds are the median of the steps after the first.
+
+On a CPU, each program runs in each of its CPU_WAYS: ours also as two processes of one thread, if
+there are two questions or more. So the best setting of both programs is among the rows.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,7 @@ from samr1_mini.grpo import Parts, new_optimizer, roll_out, update
 from samr1_mini.policy import instruction, load_policy
 from samr1_mini.reward import read_answer, score_group
 from samr1_mini.memory import device_name, peak_memory
+from samr1_mini.processes import average, is_first, join_processes, share
 from samr1_mini.segmenter import load_segmenter
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
@@ -41,13 +46,14 @@ ROWS = [
     *(LONG | dict(group=g) for g in (4, 16)),
     *(LONG | dict(max_new_tokens=n) for n in (96, 192)),
 ]
-
-
+# (processes, threads of each process)
+CPU_WAYS = {"ours": [(2, 1), (1, 1), (1, 2)], "trl": [(1, 1), (1, 2)]}
 PHASES = ("seconds_rollout", "seconds_reward", "seconds_update")
 
 
 def ours(s: Settings, steps: int) -> list[dict]:
-    """Return the seconds of each step, and of its phases."""
+    """Return the seconds of each step, and of its phases: means of the processes."""
+    join_processes(s.device)
     policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
     segmenter = load_segmenter(s.sam, device=s.device)
     policy.banned[policy.stop] = True
@@ -56,13 +62,13 @@ def ours(s: Settings, steps: int) -> list[dict]:
     taken = []
     for step in range(steps):
         start = time.perf_counter()
-        samples = [data[step * s.questions + i] for i in range(s.questions)]
+        samples = [data[step * s.questions + i] for i in share(range(s.questions))]
         rollouts, phases = roll_out(parts, samples)
         phases |= update(parts, rollouts, step * s.updates)
         if s.device == "cuda":
             torch.cuda.synchronize()
         phases = {name: phases[name] for name in PHASES}
-        taken.append({"seconds": time.perf_counter() - start} | phases)
+        taken.append(average({"seconds": time.perf_counter() - start} | phases))
     return taken
 
 
@@ -154,17 +160,25 @@ def measure(name: str, sizes: dict, steps: int) -> None:
     figures = {}
     for column in taken[0]:
         figures[column] = statistics.median(one[column] for one in taken[1:])
-    print(json.dumps(figures | {"peak_gib": peak_memory(s.device)}))
+    if name == "trl" or is_first():
+        print(json.dumps(figures | {"peak_gib": peak_memory(s.device)}))
 
 
-def measured_row(name: str, sizes: dict, steps: int) -> dict:
-    """Measure one row in another process."""
+def measured_row(name: str, sizes: dict, steps: int, processes: int, threads: int) -> dict:
+    """Measure one row in other processes. peak_gib is the peak of one process."""
     row = json.dumps([name, sizes])
-    command = [sys.executable, __file__, "--steps", str(steps), "--row", row]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += [__file__, "--steps", str(steps), "--row", row]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=environment
+    )
     if done.returncode:
         sys.exit(f"{name} {sizes}: {done.stderr[-2000:]}")
-    return {"way": name, **sizes, **json.loads(done.stdout.splitlines()[-1])}
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return {"way": name, "processes": processes, "threads": threads, **sizes, **figures}
 
 
 def main() -> None:
@@ -173,6 +187,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--steps", type=int, default=4, help="steps a row, the first of which warms up (default 4)"
+    )
+    parser.add_argument(
+        "--sizes", type=int, default=len(ROWS), help="only the first sizes (default: all)"
     )
     parser.add_argument("--out", help="write the figures to this JSON file too")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # see measured_row
@@ -188,15 +205,22 @@ def main() -> None:
     if "trl" in versions:
         names.append("trl")
     result = {"versions": versions, "device": device_name(), "rows": []}
-    print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*TINY, "seconds", "peak GiB"]))
-    for sizes in ROWS:
+    columns = ["processes", "threads", *TINY]
+    print(f"{'':<8}" + "".join(f"{name:>16}" for name in [*columns, "seconds", "peak GiB"]))
+    for sizes in ROWS[: args.sizes]:
         for name in names:
-            row = measured_row(name, sizes, args.steps)
-            result["rows"].append(row)
-            cells = "".join(f"{row[column]:>16}" for column in TINY)
-            print(f"{name:<8}{cells}{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+            ways = [(1, 1)] if torch.cuda.is_available() else CPU_WAYS[name]
+            for processes, threads in ways:
+                if processes > sizes["questions"]:
+                    continue
+                row = measured_row(name, sizes, args.steps, processes, threads)
+                result["rows"].append(row)
+                cells = "".join(f"{row[column]:>16}" for column in columns)
+                print(
+                    f"{name:<8}{cells}{row['seconds']:>16.2f}{row['peak_gib']:>16.2f}", flush=True
+                )
+                if args.out:
+                    Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
