@@ -98,6 +98,11 @@ class Settings:
     save_minutes: float = setting(
         "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
     )
+    trace_every: int = setting(
+        "run",
+        10,
+        "steps between two steps whose answers are logged token by token, for report.html (0: none)",
+    )
     memory_limit: float = setting(
         "run",
         0.0,
@@ -590,6 +595,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
 
 
 MAY_BE_0 = (
+    "trace_every",
     "rehearse",
     "redraw",
     "memory_limit",

@@ -9,9 +9,6 @@ From `train` to the gradient:
                                                             -> grpo_loss  eq. (4)
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
-"The loss stays near 0, is it broken?" No. In the first update of a batch, the policy pi is still
-the one that sampled. So the loss is minus a mean of advantages, near 0. The gradient is not 0.
-
 Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens of all answers.
 """
 
@@ -27,16 +24,17 @@ from .data import Sample
 from .decoding import Completion, generate_groups
 from .evaluation import encode_questions
 from .loading import load_models, open_sets
-from .memory import peak_memory, usable_memory
+from .memory import usable_memory
 from .policy import Policy, Prompt, logprobs
 from .processes import add_up_gradients, average, fail_together, from_first, is_first
 from .processes import join_processes, process_count, share
 from .reports import count_skipped, describe, first_answers, flat_tokens, sampling_gap, score_base
-from .reports import summarise, token_means, validate
+from .reports import step_line, summarise, token_means, validate
 from .reward import Reward, read_answer, reward_terms, score_group
 from .runs import Run, known_missing, open_run
 from .segmenter import Segmenter
 from .sizes import layers_to_keep
+from .trace import Trace, keep_tokens
 from .variants import gdpo_advantages, redraw, scale_to_batch
 
 # --------------------------------------------------------------------------------- the equations
@@ -145,6 +143,7 @@ class Parts:
     settings: Settings
     reward_terms: Callable = reward_terms  # Reward, Settings -> terms by name: see reward.py
     loss: Callable = grpo_loss
+    trace: Callable | None = None  # called with parts, rollouts and log line of each step
     skipped: int = 0  # updates in a row whose gradient was not finite
 
 
@@ -158,6 +157,8 @@ class Rollout:
     rewards: list[Reward]  # G
     advantage: torch.Tensor | None = None  # [G]
     reference: torch.Tensor | None = None  # [S] log-probabilities under the base model
+    new: torch.Tensor | None = None  # [S] log-probabilities in the last update, for trace.py
+    entropy: torch.Tensor | None = None  # [S] in the last update
 
     @property
     def ids(self) -> list[torch.Tensor]:
@@ -254,6 +255,7 @@ def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dic
     advantage = each.repeat_interleave(torch.tensor(lengths).flatten())  # [S]
     advantage = advantage.to(policy.device)
     loss, values = parts.loss(logp, old, reference, advantage, lengths, s)
+    keep_tokens(rollouts, logp.detach(), entropy)
     gap = logp - old  # [S]
     values |= {"entropy": entropy, "approx_kl": gap.expm1() - gap, "sampling_gap": gap.abs()}
     return loss, {name: value.detach() for name, value in values.items()}
@@ -345,13 +347,10 @@ def one_step(parts: Parts, data, step: int, asked: int) -> tuple[dict, list[dict
         scale_to_batch(rollouts)
     described["flat_tokens"] = flat_tokens(rollouts)
     learnt = update(parts, rollouts, step * s.updates * s.passes)
-    memory = {"peak_memory_gib": peak_memory(s.device)}
-    line = average(described | learnt | seconds | memory)
-    tokens = line["length"] * drawn * s.group
-    line["tokens_per_second"] = tokens / line["seconds_rollout"]
-    if s.redraw:
-        line["drawn"] = drawn
-    return {"step": step + 1} | line, answers
+    line = {"step": step + 1} | step_line(average(described | learnt | seconds), drawn, s)
+    if parts.trace:
+        parts.trace(parts, rollouts, line)
+    return line, answers
 
 
 @fail_together()
@@ -383,6 +382,8 @@ def train(
     policy, segmenter = load_models(s, sets, missing=missing, segmenter=segmenter)
     parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
     run = Run(folder, s, policy, parts.optimizer, sets, begun)
+    if is_first():
+        parts.trace = Trace(folder, s, run.start, run.total).add
     resumed = run.start > 0
     before_training(parts, data, resumed)
     base = score_base(policy, segmenter, validation, test, s, folder, resumed)

@@ -7,11 +7,13 @@ from tqdm import tqdm
 from .config import Settings, UserError
 from .evaluation import before_after, draw_sheet, evaluate
 from .files import write_json
+from .memory import peak_memory
 from .metrics import mean
 from .plots import curves
 from .policy import Policy
 from .processes import is_first
-from .runs import Run, read_base, read_log
+from .report import held_out, write_report
+from .runs import Run, read_base, read_log, read_test_answers
 from .segmenter import Segmenter
 
 # ----------------------------------------------------------------- sampled answers
@@ -75,6 +77,16 @@ def sampling_gap(forwards: list[dict]) -> dict:
         return {"sampling_gap": 0.0, "sampling_gap_max": 0.0}
     largest = max(values["sampling_gap"].max().item() for values in forwards)
     return {"sampling_gap": token_mean(forwards, "sampling_gap"), "sampling_gap_max": largest}
+
+
+def step_line(line: dict, drawn: int, s: Settings) -> dict:
+    """Return a step's log line with its last columns. `drawn` questions were asked."""
+    tokens = line["length"] * drawn * s.group
+    line["tokens_per_second"] = tokens / line["seconds_rollout"]
+    line["peak_memory_gib"] = peak_memory(s.device)
+    if s.redraw:
+        line["drawn"] = drawn
+    return line
 
 
 def token_means(forwards: list[dict]) -> dict:
@@ -225,8 +237,11 @@ def summarise(
         draw_sheet(path, title, policy, segmenter, test, report.rows[:12], s)
         log = read_log(folder)
         curves(folder / "curves.png", log, summary)
+        side = policy.answer_side(s.image_size)
+        before = read_test_answers(folder)
+        write_report(folder, s, held_out(test, segmenter, s, side, before, report.each()))
         print(before_after(summary))
         if log and s.beta and not s.skip_flat:
             print(saving_line(log))
-        print(f"adapter, log, curves and sheets are in {folder}")
+        print(f"adapter, log, curves, sheets and report.html are in {folder}")
     return summary

@@ -6,6 +6,7 @@ missing.json                pictures that could not be fetched, if there are any
 base.json, test-base.json   scores and answers of the base model on the test set
 metrics.jsonl               numbers of each step, one line a step
 answers.jsonl               the first sampled answer to each question
+trace.jsonl                 some steps token by token, compressed (see trace.py)
 state.pt                    adapter and optimizer after the last saved step
 adapter/                    the same adapter in peft's format, for eval.py
 sheet-00040.png             answers to validation questions after 40 steps
@@ -488,6 +489,16 @@ class Run:
         if self.save():
             command = resume_command(self.folder, self.s)
             print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
+            self.write_report()
+
+    def write_report(self) -> None:
+        """Write report.html about the steps so far. Its errors must not hide why the run stops."""
+        from .report import write_report  # report.py imports this file
+
+        try:
+            write_report(self.folder, self.s)
+        except (UserError, OSError) as error:
+            print(f"report.html is not written: {error}", flush=True)
 
     @contextmanager
     def saved_whatever_happens(self):

@@ -1,0 +1,219 @@
+"""Log two groups of some steps token by token, in trace.jsonl. report.py shows them on a page.
+
+The first group is the one whose rewards differ most. The second group is the last one of the batch.
+It takes part in the last update, and the policy has moved before. So its ratios are not 1, and the
+clip can act. A step is logged at the interval --trace-every. It is also logged if its gradient norm
+or its share of clipped tokens is the largest so far. The file has at most about 2 MB.
+"""
+
+import base64
+import io
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .config import Settings, UserError
+from .data.masks import to_rle
+from .policy import logprobs
+from .runs import read_log
+
+BUDGET = 2_000_000  # bytes of trace.jsonl
+NATS = 10_000  # log-probabilities are whole ten-thousandths of a nat
+SIDE = 336  # pixels: the longer side of a logged picture
+
+
+# ------------------------------------------------------------------------------- the log
+
+
+class Trace:
+    """Decide which steps are logged, and log them."""
+
+    def __init__(self, folder: Path, s: Settings, start: int, total: int):
+        """`start` steps of `total` are done. Lines of later steps are removed from the log."""
+        self.file = folder / "trace.jsonl"
+        self.every = s.trace_every
+        self.total = total
+        self.largest = {"gradient": 0.0, "clip": 0.0}
+        kept = [line for line in read_log(folder, name="trace") if line.get("step", 0) <= start]
+        if self.every:
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            self.file.write_text(text, encoding="utf-8")
+        for line in read_log(folder, start):
+            self.reasons(line)
+
+    def reasons(self, line: dict) -> list[str]:
+        """Return the reasons to log the step of this log line: "interval", "gradient", "clip"."""
+        step = line["step"]
+        found = []
+        if step in (1, self.total) or step % self.every == 0:
+            found.append("interval")
+        values = {
+            "gradient": line["grad_norm"],
+            "clip": line.get("clip_low", 0.0) + line.get("clip_high", 0.0),
+        }
+        for name, value in values.items():
+            if value > self.largest[name]:
+                self.largest[name] = value
+                if step > self.every:  # before, nearly every step has the largest value so far
+                    found.append(name)
+        return found
+
+    def add(self, parts, rollouts: list, line: dict) -> None:
+        """Log two groups of a finished step, if there is a reason and space."""
+        if not self.every:
+            return
+        reasons = self.reasons(line)
+        if not reasons:
+            return
+        step = line["step"]
+        text = packed(traced_step(parts, rollouts, step, reasons))
+        left = BUDGET - self.file.stat().st_size - len(text)
+        if step == self.total or left > len(text):  # the last step always has space
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(text)
+        # Half of the rest is for steps with the largest values so far.
+        while len(text) * (self.total - step) / self.every > left / 2 and self.every < self.total:
+            self.every *= 2
+
+
+def keep_tokens(rollouts: list, logp: torch.Tensor, entropy: torch.Tensor) -> None:
+    """Keep the values [S] of a forward in its rollouts. A later forward replaces them."""
+    sizes = [sum(rollout.lengths) for rollout in rollouts]
+    for rollout, new, unsure in zip(rollouts, logp.split(sizes), entropy.split(sizes)):
+        rollout.new = new
+        rollout.entropy = unsure
+
+
+def packed(content: dict) -> str:
+    """Return a line of trace.jsonl. It has the step, and the compressed content."""
+    text = json.dumps(content, separators=(",", ":"))
+    compressed = base64.b64encode(zlib.compress(text.encode())).decode()
+    return json.dumps({"step": content["step"], "zlib": compressed}) + "\n"
+
+
+def read_trace(folder: Path) -> list[dict]:
+    """Return the logged steps of a run. Each is a dict as traced_step returns it.
+
+    Raises UserError for a damaged line.
+    """
+    steps = []
+    for line in read_log(folder, name="trace"):
+        try:
+            steps.append(json.loads(zlib.decompress(base64.b64decode(line["zlib"]))))
+        except (KeyError, ValueError, zlib.error):
+            raise UserError(
+                f"{folder / 'trace.jsonl'} is damaged: delete it, then the page has curves alone"
+            ) from None
+    return steps
+
+
+# ------------------------------------------------------------------------------ contents
+
+
+def traced_step(parts, rollouts: list, step: int, reasons: list[str]) -> dict:
+    """Return the content of a logged step: all rewards, and two groups in full."""
+    spreads = [np.std([reward.total for reward in rollout.rewards]) for rollout in rollouts]
+    places = {int(np.argmax(spreads)): "largest differences", len(rollouts) - 1: "last question"}
+    questions = []
+    for rollout in rollouts:
+        rewards = [reward.total for reward in rollout.rewards]
+        questions.append({"question": rollout.sample.question, "rewards": rewards})
+    groups = []
+    for place, why in places.items():
+        update = place * parts.settings.updates // len(rollouts) + 1
+        group = {"place": place, "why": why, "update": update}
+        groups.append(group | traced_group(parts, rollouts[place]))
+    return {"step": step, "reasons": reasons, "questions": questions, "groups": groups}
+
+
+@torch.no_grad()
+def traced_group(parts, rollout) -> dict:
+    """Return one question with its picture, its answers and their tokens."""
+    policy, s, sample = parts.policy, parts.settings, rollout.sample
+    after, _ = logprobs(policy, [rollout.prompt], [rollout.ids], s.temperature)  # [S]
+    tokens = {
+        "old": rollout.old,
+        "new": rollout.new,
+        "after": after,
+        "reference": rollout.reference,
+        "entropy": rollout.entropy,
+    }
+    size = small_size(sample.image.size)
+    answers = []
+    start = 0
+    for i, completion in enumerate(rollout.completions):
+        end = start + len(completion.ids)
+        answer = described_answer(rollout.rewards[i], size)
+        answer["advantage"] = round(rollout.advantage[i].item(), 4)
+        answer["truncated"] = completion.truncated
+        answer["tokens"] = token_texts(policy.processor.tokenizer, completion.ids.tolist())
+        for name, values in tokens.items():
+            if values is not None:  # without beta there is no reference
+                answer[name] = (values[start:end].float() * NATS).round().long().tolist()
+        answers.append(answer)
+        start = end
+    return {
+        "kind": sample.kind,
+        "question": sample.question,
+        "side": policy.answer_side(s.image_size),
+        "size": size,
+        "picture": webp(sample.image, size),
+        "truth": small_rle(sample.mask, size),
+        "answers": answers,
+    }
+
+
+def described_answer(reward, size: tuple[int, int]) -> dict:
+    """Return the objects, the mask and the reward of an answer."""
+    objects = []
+    for one in reward.answer.objects or []:
+        objects.append({"box": list(one.box), "points": [list(point) for point in one.points]})
+    return {
+        "objects": objects,
+        "why": reward.answer.why,
+        "mask": small_rle(reward.mask, size),
+        "iou": round(reward.iou, 4),
+        "terms": {name: round(value, 4) for name, value in reward.terms.items()},
+        "reward": round(reward.total, 4),
+    }
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """Return the text of each token. Several tokens can share a character: the last one gets it."""
+    texts = []
+    done = 0  # characters of the tokens before
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if end < len(ids):
+            text = text.rstrip("\ufffd")  # an incomplete character
+        texts.append(text[done:])
+        done = max(done, len(text))
+    return texts
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def small_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return width and height of a picture whose longer side has at most SIDE pixels."""
+    scale = min(1, SIDE / max(size))
+    return tuple(max(1, round(n * scale)) for n in size)
+
+
+def webp(image: Image.Image, size: tuple[int, int], quality: int = 85) -> str:
+    """Return a picture of this size as WebP in base64."""
+    file = io.BytesIO()
+    image.resize(size).save(file, "WEBP", quality=quality)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def small_rle(mask: np.ndarray | None, size: tuple[int, int]) -> dict | None:
+    """Return a mask [H, W] as COCO's RLE of this size (W, H). None stays None."""
+    if mask is None:
+        return None
+    small = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
+    return to_rle(np.asarray(small))
