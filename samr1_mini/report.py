@@ -28,7 +28,7 @@ from .loading import fetch_sets, open_three
 from .policy import COORDINATES, check_policy
 from .runs import known_missing, read_log, read_saved, read_test_answers
 from .segmenter import load_segmenter
-from .trace import read_trace, small_rle, small_size, webp
+from .trace import SIDE, read_trace, small_rle, small_size, webp
 
 PAGE = Path(__file__).parent / "page"  # page.html with its style and its script
 PICTURES = 300  # held-out questions with pictures on the page, at most
@@ -57,16 +57,22 @@ SHOWN = (
 # ----------------------------------------------------------------------------- pictures
 
 
+def enlarged(mask: np.ndarray) -> np.ndarray:
+    """Return a small mask [H, W] several times larger, so that its outlines are thin."""
+    times = max(1, SIDE // max(mask.shape))
+    return mask.repeat(times, 0).repeat(times, 1)
+
+
 def overlay(mask: dict | None, truth: dict) -> str:
     """Return a PNG in base64 that lies over a picture.
 
     `mask` and `truth` are COCO RLEs of the picture's size. The picture is darker outside the mask.
     The mask has an orange outline. The true mask has a white outline on a black one.
     """
-    true = coco.decode(truth).astype(bool)
+    true = enlarged(coco.decode(truth).astype(bool))
     colours = np.zeros(true.shape, np.uint8)  # indices into the palette
     if mask is not None:
-        drawn = coco.decode(mask).astype(bool)
+        drawn = enlarged(coco.decode(mask).astype(bool))
         if drawn.any():
             colours[~drawn] = 1
         colours[binary_dilation(drawn, iterations=2) & ~drawn] = 2

@@ -240,7 +240,7 @@ def test_no_text_of_an_answer_can_leave_the_data_of_the_page(run, tmp_path):
 
 
 def test_the_overlay_darkens_outside_the_mask_and_draws_both_outlines():
-    mask, truth = np.zeros((40, 60), bool), np.zeros((40, 60), bool)
+    mask, truth = np.zeros((200, 300), bool), np.zeros((200, 300), bool)
     mask[10:20, 10:30], truth[10:30, 30:50] = True, True
     png = base64.b64decode(report.overlay(to_rle(mask), to_rle(truth)))
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))

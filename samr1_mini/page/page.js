@@ -111,8 +111,8 @@ function addPlot(figure, paths, low, high, name, values) {
   const ends = present(values);
   svg.setAttribute("aria-label", `${name}: ${short(ends[0])} first, ${short(ends[ends.length - 1])} last`);
   const plot = make("div", { class: "plot" }, svg, cursor);
-  plot.append(make("small", { style: "top: 0; right: auto; left: 2px" }, short(high)));
-  plot.append(make("small", { style: "bottom: 3px; right: auto; left: 2px" }, short(low)));
+  plot.append(make("small", { style: "top: 0" }, short(high)));
+  plot.append(make("small", { style: "bottom: 0" }, short(low)));
   const stepAt = (event) => {
     const box = plot.getBoundingClientRect();
     const share = Math.max(0, Math.min(1, (event.clientX - box.left) / box.width));
@@ -123,7 +123,7 @@ function addPlot(figure, paths, low, high, name, values) {
   plot.addEventListener("click", (event) => go({ step: stepAt(event) }));
   charts.push((step) => {
     cursor.style.left = `${left(step)}%`;
-    value.textContent = short(values[NUMBERS.indexOf(step)]);
+    value.textContent = short(present(values.slice(0, NUMBERS.indexOf(step) + 1)).pop());
   });
   figure.append(make("figcaption", {}, columnName(name), value), plot);
   figure.append(make("div", { class: "range" }, make("span", {}, String(FIRST)), make("span", {}, String(LAST))));
@@ -353,12 +353,13 @@ function drawAnswer(group, answer, i) {
     make("div", {}, `advantage ${signed(answer.advantage)}`),
     make("div", { class: "bar" }, make("i", { style })),
   );
-  if (answer.why) numbers.append(make("p", { class: "muted" }, answer.why));
-  if (answer.truncated) numbers.append(make("p", { class: "muted" }, "cut off"));
+  const text = make("div", {}, tokens(answer));
+  if (answer.why) text.append(make("p", { class: "muted" }, `error in the format: ${answer.why}`));
+  if (answer.truncated) text.append(make("p", { class: "muted" }, "cut off at --max-new-tokens"));
   const choose = () => go({ answer: i });
   const attributes = { tabindex: 0, "aria-current": String(i === view.answer), click: choose };
   attributes.keydown = (event) => event.key === "Enter" && choose();
-  return make("li", attributes, picture(group, answer), tokens(answer), numbers);
+  return make("li", attributes, picture(group, answer), text, numbers);
 }
 
 function drawInside() {
@@ -453,7 +454,9 @@ function drawHeader() {
   byId("settings").textContent =
     `policy ${s.policy}, SAM ${s.sam}, data ${s.data}, seed ${s.seed}. ${LAST} steps of ${s.questions} questions x ${s.group} answers. ` +
     `Learning rate ${s.lr}, beta ${s.beta}, clip ${(1 - s.eps_low).toFixed(1)} to ${(1 + s.eps_high).toFixed(1)}, accuracy ${s.accuracy}.`;
-  const totals = { "reward, first and last 20 steps": [mean(log.reward.slice(0, 20)), mean(log.reward.slice(-20))] };
+  const few = Math.max(1, Math.min(20, Math.floor(log.reward.length / 2)));
+  const totals = {};
+  totals[`reward, first and last ${few} steps`] = [mean(log.reward.slice(0, few)), mean(log.reward.slice(-few))];
   if (summary) {
     const { base, trained } = summary;
     totals["gIoU, held-out"] = [base.gIoU, trained.gIoU];
