@@ -124,19 +124,20 @@ def packed_row(prompt: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Ten
 def one_step(tools, samples: list) -> float:
     """10. Make one training step with a list of samples. Return the mean reward of all answers.
 
-    For each sample:
-      a. sample a group:    answers = tools.sample(sample). Each answer has `text` and `length`.
-      b. read each answer:  read_answer(answer.text)
-      c. scale it:          to_picture(box, points, tools.side, *sample.image.size)
-      d. draw its mask:     tools.mask(sample, box, points) -> bool tensor [H, W]
-      e. reward it:         2 + accuracy_reward(IoU with sample.mask). Without a readable answer: 0.
-                            torch.from_numpy(sample.mask) is the true mask as a tensor.
-      f. compare the group: advantages
+      a. Sample: groups = tools.sample(samples). It returns one list of G answers for each sample.
+         Each answer has `text` and `length`.
 
-    Then, when all samples have their answers, for each group:
-      g. get log-probabilities: logp, old, reference = tools.logprobs(sample, answers), [S] each
-      h. compute the loss, divide it by the number of samples, and call .backward()
+    For each sample and its group:
 
-    At the end, call tools.update() once. It makes one step of AdamW and clears the gradients.
+      b. Read each answer: read_answer(answer.text).
+      c. Scale it: to_picture(box, points, tools.side, *sample.image.size).
+      d. Draw its mask: tools.mask(sample, box, points) returns a bool tensor [H, W].
+      e. Reward it: 2 + accuracy_reward(IoU). The IoU compares the mask with sample.mask, a bool
+         tensor [H, W]. An answer that cannot be read has the reward 0.
+      f. Compare the group: advantages.
+      g. Get log-probabilities: logp, old, reference = tools.logprobs(sample, answers), [S] each.
+      h. Compute the loss, divide it by the number of samples, and call .backward().
+
+      i. At the end, call tools.update() once. It makes one step of AdamW.
     """
     raise NotImplementedError

@@ -1,0 +1,298 @@
+"""Grade the ten functions of my_samr1.py. A failing test says in one sentence what went wrong."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+GOOD = (
+    '<think>It is left.</think><answer>{"bbox": [10, 20, 40, 60], "points": [[25, 40, 1]]}</answer>'
+)
+
+
+def near(a, b, tolerance=1e-5):
+    """Return whether two numbers, lists or tensors are equal up to rounding."""
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    return a.shape == b.shape and bool(torch.allclose(a, b, atol=tolerance, rtol=tolerance))
+
+
+# ------------------------------------------------------------------------------- 1. read_answer
+
+
+def test_a_good_answer_is_read(mine):
+    found = mine.read_answer(GOOD)
+    wanted = {"box": [10, 20, 40, 60], "points": [[25, 40, 1]]}
+    assert found == wanted, f"read_answer must return {wanted} for a good answer, not {found}"
+
+
+FAULTS = [
+    ("an answer without <think>", GOOD.split("</think>")[1]),
+    ("text after </answer>", GOOD + " Done."),
+    ("two answers", GOOD + GOOD),
+    ("content that is no JSON", GOOD.replace('"bbox"', "'bbox'")),
+    (
+        "a JSON list instead of an object",
+        GOOD.replace('{"bbox"', '[{"bbox"').replace("}<", "}]<"),
+    ),
+    ("a box of three numbers", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40]")),
+    ("a word in the box", GOOD.replace("40, 60]", '40, "x"]')),
+    ("a box with x2 < x1", GOOD.replace("[10, 20, 40, 60]", "[40, 20, 10, 60]")),
+    ("a box of height 0", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40, 20]")),
+    ("no point", GOOD.replace("[[25, 40, 1]]", "[]")),
+    ("a point of two numbers", GOOD.replace("[25, 40, 1]", "[25, 40]")),
+    ("the label 2", GOOD.replace("40, 1]]", "40, 2]]")),
+    ("an answer that was cut off", GOOD[:-20]),
+    ("an empty text", ""),
+]
+
+
+@pytest.mark.parametrize("fault, text", FAULTS, ids=[fault for fault, _ in FAULTS])
+def test_a_faulty_answer_is_refused(mine, fault, text):
+    try:
+        found = mine.read_answer(text)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        found = f"an error ({type(error).__name__})"
+    assert found is None, f"read_answer must return None for {fault}, not {found}"
+
+
+# -------------------------------------------------------------------------------- 2. to_picture
+
+
+def test_box_and_points_are_scaled_to_the_picture(mine):
+    box, points = mine.to_picture([10, 20, 40, 60], [[25, 40, 1], [30, 50, 0]], 100, 200, 50)
+    assert near(
+        box, [20, 10, 80, 30]
+    ), "to_picture must scale x by width / side and y by height / side"
+    assert near(points, [[50, 20, 1], [60, 25, 0]]), "to_picture must scale points, and keep labels"
+
+
+# --------------------------------------------------------------------------------------- 3. iou
+
+
+def mask_of(x1, y1, x2, y2):
+    mask = torch.zeros(20, 30, dtype=torch.bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def test_the_iou_of_two_masks(mine):
+    a, b = mask_of(0, 0, 10, 10), mask_of(5, 0, 15, 10)
+    assert near(mine.iou(a, b), 50 / 150), "the IoU is the intersection divided by the union"
+    assert near(mine.iou(a, a), 1.0), "the IoU of equal masks is 1"
+    assert near(mine.iou(a, mask_of(20, 0, 30, 10)), 0.0), "the IoU of separate masks is 0"
+    empty = mask_of(0, 0, 0, 0)
+    assert near(mine.iou(empty, empty), 1.0), "the IoU of two empty masks is 1"
+    assert near(mine.iou(a, empty), 0.0), "the IoU with an empty mask is 0"
+
+
+# --------------------------------------------------------------------------- 4. accuracy_reward
+
+
+def test_the_tiers_of_equation_5(mine):
+    tiers = {0.0: 0, 0.5: 0, 0.51: 2, 0.7: 2, 0.71: 3, 0.8: 3, 0.81: 4, 1.0: 4}
+    for value, wanted in tiers.items():
+        found = mine.accuracy_reward(value)
+        assert near(found, wanted), f"the reward for the IoU {value} is {wanted}, not {found}"
+
+
+# -------------------------------------------------------------------------------- 5. advantages
+
+
+def test_advantages_compare_answers_with_their_group(mine):
+    found = mine.advantages(torch.tensor([6.0, 2.0, 2.0, 2.0]))
+    assert near(found.sum(), 0.0), "the advantages of a group add up to 0"
+    root = math.sqrt(3)
+    assert near(
+        found, [root, -1 / root, -1 / root, -1 / root]
+    ), "divide by the std of eq. (1), with G"
+
+
+def test_a_group_with_equal_rewards_has_no_advantages(mine):
+    found = mine.advantages(torch.tensor([5.0, 5.0, 5.0]))
+    assert near(found, [0.0, 0.0, 0.0]), "if all rewards are equal, all advantages must be 0"
+
+
+# ----------------------------------------------------------------------------- 6. token_weights
+
+
+def test_both_normalisers(mine):
+    token, sequence = [mine.token_weights([1, 3], kind) for kind in ("token", "sequence")]
+    assert near(token, [0.25] * 4), 'with "token", each of the S tokens has the weight 1 / S'
+    assert near(sequence, [0.5, 1 / 6, 1 / 6, 1 / 6]), 'with "sequence", answers have equal weights'
+
+
+# ---------------------------------------------------------------------------------------- 7. kl
+
+
+def test_the_kl_of_equation_3(mine):
+    logp = torch.tensor([-1.0, -2.0, -0.5])
+    reference = torch.tensor([-1.0, -1.0, -1.5])
+    ratios = [1.0, math.e, 1 / math.e]
+    wanted = [r - math.log(r) - 1 for r in ratios]
+    found = mine.kl(logp, reference)
+    assert near(found[0], 0.0), "the KL of equal probabilities is 0"
+    assert near(found, wanted), "pi_ref / pi is exp(reference - logp): see eq. (3)"
+
+
+# -------------------------------------------------------------------------------------- 8. loss
+
+
+def loss_of(mine, ratios, advantage, lengths, **settings):
+    """Return the loss, and its gradient with respect to each log-probability."""
+    logp = torch.tensor(ratios).log().requires_grad_()
+    old = torch.zeros(len(ratios))
+    options = {"beta": 0.0} | settings
+    value = mine.loss(logp, old, logp.detach(), torch.tensor(advantage), lengths, **options)
+    value.backward()
+    return value.item(), logp.grad
+
+
+def test_the_loss_before_the_first_update(mine):
+    value, gradient = loss_of(mine, [1.0] * 4, [2.0, -1.0], [1, 3])
+    assert near(value, -(2.0 - 3.0) / 4), "at ratio 1, the loss is minus the mean of the advantages"
+    assert near(gradient, [-0.5, 0.25, 0.25, 0.25]), "each token's gradient is -A / S at ratio 1"
+
+
+def test_the_clip_stops_tokens_that_have_moved_far_enough(mine):
+    _, gradient = loss_of(mine, [1.4, 1.25, 0.7, 0.85], [1.0, -1.0], [2, 2])
+    assert gradient[0] == 0, "with a positive advantage, the ratio 1.4 is clipped: no gradient"
+    assert gradient[1] < 0, "with a positive advantage, the ratio 1.25 is not clipped at 1.3"
+    assert gradient[2] == 0, "with a negative advantage, the ratio 0.7 is clipped: no gradient"
+    assert gradient[3] > 0, "with a negative advantage, the ratio 0.85 is not clipped at 0.8"
+
+
+def test_the_minimum_holds_for_both_signs(mine):
+    _, gradient = loss_of(mine, [0.5, 1.6], [1.0, -1.0], [1, 1])
+    assert gradient[0] < 0, "a good token whose ratio fell to 0.5 must still be pushed up"
+    assert gradient[1] > 0, "a bad token whose ratio rose to 1.6 must still be pushed down"
+
+
+def test_the_kl_counts_with_the_weight_beta(mine):
+    logp = torch.tensor([-1.0, -2.0]).requires_grad_()
+    reference = torch.tensor([-1.5, -1.0])
+    value = mine.loss(logp, logp.detach(), reference, torch.zeros(1), [2], beta=0.1)
+    gaps = [-0.5, 1.0]
+    wanted = 0.1 * sum(math.exp(gap) - gap - 1 for gap in gaps) / 2
+    assert near(value.item(), wanted), "without advantages, the loss is beta times the mean KL"
+
+
+# -------------------------------------------------------------------------------- 9. packed_row
+
+
+def test_positions_of_a_packed_row(mine):
+    positions, _ = mine.packed_row(3, [2, 4])
+    wanted = [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    assert (
+        positions.tolist() == wanted
+    ), f"positions must be {wanted}: each answer starts after the prompt"
+
+
+def test_visibility_of_a_packed_row(mine):
+    _, visible = mine.packed_row(3, [2, 4])
+    assert visible.shape == (9, 9) and visible.dtype == torch.bool, "visible is bool [T, T]"
+    assert (
+        not visible[0, 1] and visible[1, 0]
+    ), "a token of the prompt sees itself and earlier tokens"
+    assert not visible[:3, 3:].any(), "the prompt must not see an answer"
+    assert visible[3:, :3].all(), "each token of an answer sees the whole prompt"
+    assert not visible[5:, 3:5].any(), "the second answer must not see the first one"
+    assert not visible[3:5, 5:].any(), "the first answer must not see the second one"
+    assert torch.equal(
+        visible[5:, 5:], torch.ones(4, 4).tril().bool()
+    ), "an answer sees itself so far"
+
+
+# ---------------------------------------------------------------------------------- 10. one_step
+
+
+class FakeTools:
+    """Tools with known answers. The policy has one weight for each answer, its log-probability."""
+
+    side = 10
+
+    def __init__(self, texts):
+        self.texts = texts  # samples x G
+        self.weights = torch.zeros(len(texts), len(texts[0]), requires_grad=True)
+        self.updates = 0
+        self.gradient = None
+        self.asked = []
+
+    def sample(self, samples):
+        lengths = [[1 + i for i in range(len(group))] for group in self.texts]
+        groups = []
+        for texts, sizes in zip(self.texts, lengths):
+            groups.append([SimpleNamespace(text=t, length=n) for t, n in zip(texts, sizes)])
+        return groups
+
+    def mask(self, sample, box, points):
+        mask = torch.zeros(sample.image.height, sample.image.width, dtype=torch.bool)
+        x1, y1, x2, y2 = [round(v) for v in box]
+        mask[y1:y2, x1:x2] = True
+        return mask
+
+    def logprobs(self, sample, answers):
+        self.asked.append((sample.number, len(answers)))
+        weights = self.weights[sample.number]
+        sizes = torch.tensor([answer.length for answer in answers])
+        logp = weights.repeat_interleave(sizes)
+        return logp, logp.detach(), logp.detach()
+
+    def update(self):
+        self.updates += 1
+        self.gradient = self.weights.grad.clone()
+
+
+def answer_with(box):
+    return f'<think>.</think><answer>{{"bbox": {box}, "points": [[1, 1, 1]]}}</answer>'
+
+
+def stepped(mine):
+    """Make a step with two samples of three answers. Half of the pictures' boxes are right."""
+    left, right, bad = answer_with([0, 0, 5, 10]), answer_with([5, 0, 10, 10]), "I do not know."
+    tools = FakeTools([[left, right, bad], [right, left, right]])
+    samples = []
+    for number in range(2):
+        mask = torch.zeros(20, 40, dtype=torch.bool)
+        mask[:, :20] = True  # the left half of the picture
+        samples.append(SimpleNamespace(number=number, image=Image.new("RGB", (40, 20)), mask=mask))
+    return mine.one_step(tools, samples), tools
+
+
+def test_a_step_returns_the_mean_reward_of_all_answers(mine):
+    reward, _ = stepped(mine)
+    wanted = (6 + 2 + 0 + 2 + 6 + 2) / 6
+    assert near(reward, wanted), f"the mean of all {6} rewards is {wanted}, not {reward}"
+
+
+def test_a_step_uses_every_answer_of_every_sample(mine):
+    _, tools = stepped(mine)
+    assert sorted(tools.asked) == [
+        (0, 3),
+        (1, 3),
+    ], "call logprobs once a sample, with all its answers"
+    assert (tools.gradient != 0).all(), "every answer here has an advantage, so each has a gradient"
+
+
+def test_a_step_updates_once(mine):
+    _, tools = stepped(mine)
+    assert (
+        tools.updates == 1
+    ), f"call tools.update once, after all samples, not {tools.updates} times"
+
+
+def test_each_reward_belongs_to_its_own_answer_and_question(mine):
+    _, tools = stepped(mine)
+    expected = []
+    for rewards in ([6.0, 2.0, 0.0], [2.0, 6.0, 2.0]):
+        r = torch.tensor(rewards)
+        advantage = (r - r.mean()) / r.std(correction=0)
+        lengths = torch.tensor([1.0, 2.0, 3.0])
+        expected.append(-advantage * lengths / 6 / 2)  # S = 6 tokens, 2 samples
+    wanted = torch.stack(expected)
+    signs = torch.equal(tools.gradient.sign(), wanted.sign())
+    assert signs, "an answer is pushed in the wrong direction: it has the reward of another answer"
+    assert near(tools.gradient, wanted), "divide each group's loss by the number of samples"
