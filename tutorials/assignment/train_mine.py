@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def score(tools: Tools, count: int) -> float:
     return evaluate(tools.policy, tools.segmenter, data, settings).summary()["gIoU_lenient"]
 
 
+def train(mine, tools: Tools, data, steps: int) -> None:
+    """Make the training steps with the functions in the module `mine`."""
+    bar = tqdm(range(steps), "steps")
+    for step in bar:
+        samples = [data[step * QUESTIONS + i] for i in range(QUESTIONS)]
+        for sample in samples:
+            sample.mask = torch.from_numpy(sample.mask)
+        bar.set_postfix(reward=f"{mine.one_step(tools, samples):.2f}")
+
+
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--file", type=Path, default=HERE / "my_samr1.py", help="your functions")
@@ -111,12 +122,11 @@ def main(argv: list[str] | None = None) -> float:
     data = load_data("shapes", "train", args.steps * QUESTIONS, args.seed)
     begun = time.perf_counter()
     before = score(tools, args.test)
-    bar = tqdm(range(args.steps), "steps")
-    for step in bar:
-        samples = [data[step * QUESTIONS + i] for i in range(QUESTIONS)]
-        for sample in samples:
-            sample.mask = torch.from_numpy(sample.mask)
-        bar.set_postfix(reward=f"{mine.one_step(tools, samples):.2f}")
+    try:
+        train(mine, tools, data, args.steps)
+    except NotImplementedError as error:
+        name = traceback.extract_tb(error.__traceback__)[-1].name
+        parser.error(f"{name} is not written yet")
     after = score(tools, args.test)
     minutes = (time.perf_counter() - begun) / 60
     print(f"gIoU before {before:.3f}, after {after:.3f}, {minutes:.1f} minutes")

@@ -1,0 +1,110 @@
+"""The assignment: the solution passes, the open file fails politely, and common mistakes are noticed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "tutorials" / "assignment"
+SOLUTION = FOLDER / "solutions" / "my_samr1.py"
+
+
+def graded(file):
+    """The result of the command that grades a file, as a lecturer types it."""
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", "-q"]
+    command += ["--file", str(file)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+
+
+def test_the_solution_passes_all_tests():
+    done = graded(SOLUTION)
+    assert done.returncode == 0 and re.search(r"3\d passed", done.stdout), done.stdout[-1000:]
+
+
+def test_the_open_file_fails_every_test_with_one_sentence_and_without_a_traceback():
+    done = graded(FOLDER / "my_samr1.py")
+    assert done.returncode == 1 and "passed" not in done.stdout
+    names = ("read_answer", "to_picture", "iou", "accuracy_reward", "advantages", "token_weights")
+    for name in (*names, "kl", "loss", "packed_row", "one_step"):
+        assert f"{name} is not written yet." in done.stdout
+    assert "Traceback" not in done.stdout and "raise NotImplementedError" not in done.stdout
+
+
+# Each: a line of the solution, and a common mistake in its place.
+MISTAKES = {
+    "text after the answer": ("FORM.fullmatch(text.strip())", "FORM.search(text)"),
+    "width and height swapped": ("width / side, height / side", "height / side, width / side"),
+    "labels scaled": ("[x * sx, y * sy, label]", "[x * sx, y * sy, label * sx]"),
+    "empty masks": ("        return 1.0\n    return (mask", "        return 0.0\n    return (mask"),
+    "tiers with >=": ("if iou > 0.7", "if iou >= 0.7"),
+    "std with G - 1": ("rewards.std(correction=0)\n", "rewards.std()\n"),
+    "equal rewards": ("    if std < 1e-6:\n        return torch.zeros_like(rewards)\n", ""),
+    "other normaliser": ('normalise == "token"', 'normalise == "sequence"'),
+    "KL the wrong way round": ("gap = reference - logp", "gap = logp - reference"),
+    "symmetric clip": ("1 + eps_high)", "1 + eps_low)"),
+    "maximum": ("torch.minimum(ratio", "torch.maximum(ratio"),
+    "clip without minimum": ("torch.minimum(ratio * each, clipped * each)", "clipped * each"),
+    "mean over answers": ('token_weights(lengths, "token")', 'token_weights(lengths, "sequence")'),
+    "KL added to the objective": ("- beta * kl", "+ beta * kl"),
+    "sign of the loss": ("return -(token_weights", "return (token_weights"),
+    "positions go on": (
+        "torch.arange(prompt, prompt + length)",
+        "torch.arange(start, start + length)",
+    ),
+    "answers see each other": (
+        "visible[start:end, start:end] =",
+        "visible[start:end, prompt:end] =",
+    ),
+    "prompt sees all": (".tril().bool()\n    start = prompt", ".bool()\n    start = prompt"),
+    "rewards of another answer": (
+        "advantages(rewards), lengths",
+        "advantages(rewards.roll(1)), lengths",
+    ),
+    "one update a sample": (
+        "        total += rewards",
+        "        tools.update()\n        total += rewards",
+    ),
+    "losses added up": ("(of_group / len(samples))", "of_group"),
+    "first sample only": ("zip(samples, tools", "zip(samples[:1], tools"),
+    "picture's size swapped": ("*sample.image.size)", "*sample.image.size[::-1])"),
+    "no reward for the format": ("return 2.0 + accuracy", "return accuracy"),
+}
+
+
+def changed(pairs):
+    text = SOLUTION.read_text()
+    for right, wrong in pairs:
+        assert text.count(right) >= 1, right
+        text = text.replace(right, wrong, 1)
+    return text
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_common_mistake_is_noticed(mistake, tmp_path):
+    right, wrong = MISTAKES[mistake]
+    if mistake == "answers see each other":  # torch's ones must have the new shape too
+        text = SOLUTION.read_text().replace(
+            "visible[start:end, start:end] = torch.ones(length, length).tril().bool()",
+            "visible[start:end, prompt:end] = torch.ones(end - prompt, end - prompt).tril().bool()[-length:]",
+        )
+    else:
+        text = changed([(right, wrong)])
+    assert text != SOLUTION.read_text()
+    (tmp_path / "mine.py").write_text(text)
+    assert graded(tmp_path / "mine.py").returncode == 1
+
+
+def test_the_training_with_the_solution_makes_a_step_and_says_how_it_ended(tmp_path):
+    command = [sys.executable, str(FOLDER / "train_mine.py"), "--file", str(SOLUTION)]
+    command += ["--steps", "1", "--test", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert re.search(r"gIoU before 0\.\d+, after 0\.\d+", done.stdout)
+    open_file = [*command[:3], str(FOLDER / "my_samr1.py"), *command[4:]]
+    done = subprocess.run(open_file, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and "one_step is not written yet" in done.stderr
+    assert "Traceback" not in done.stderr
