@@ -1,14 +1,11 @@
 """Find the functions to grade: my_samr1.py, or the file of `--file`."""
 
-import sys
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from train_mine import load_functions
 
 
 def pytest_addoption(parser):
@@ -17,7 +14,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def mine(request):
-    return load_functions(Path(request.config.getoption("--file")))
+    file = request.config.getoption("--file")
+    spec = importlib.util.spec_from_file_location("mine", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.hookimpl(hookwrapper=True)
