@@ -58,7 +58,7 @@ SHOWN = (
 
 
 def enlarged(mask: np.ndarray) -> np.ndarray:
-    """Return a small mask [H, W] several times larger, so that its outlines are thin."""
+    """Enlarge a small mask [H, W] by a whole factor. Then an outline of one pixel looks thin."""
     times = max(1, SIDE // max(mask.shape))
     return mask.repeat(times, 0).repeat(times, 1)
 
@@ -67,7 +67,7 @@ def overlay(mask: dict | None, truth: dict) -> str:
     """Return a PNG in base64 that lies over a picture.
 
     `mask` and `truth` are COCO RLEs of the picture's size. The picture is darker outside the mask.
-    The mask has an orange outline. The true mask has a white outline on a black one.
+    The mask has an orange outline. The true mask has a white outline with a black border.
     """
     true = enlarged(coco.decode(truth).astype(bool))
     colours = np.zeros(true.shape, np.uint8)  # indices into the palette
@@ -165,8 +165,8 @@ def content(folder: Path, s: Settings, questions: list[dict]) -> dict:
 def page(data: dict) -> str:
     """Return the page as HTML.
 
-    The data are JSON without "<", so no answer can end the block. The browser runs only the script
-    whose hash the page names.
+    The data are JSON without "<", so no answer can close the <script> block of the data. The
+    browser runs only the script whose hash the page names.
     """
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     script = (PAGE / "page.js").read_text(encoding="utf-8")
@@ -178,7 +178,7 @@ def page(data: dict) -> str:
         "DATA": text,
     }
     template = (PAGE / "page.html").read_text(encoding="utf-8")
-    # In one pass, so that no inserted text is searched for places
+    # All placeholders are filled in one pass. So text that looks like a placeholder stays.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
@@ -194,7 +194,7 @@ def write_report(folder: Path, s: Settings, questions: list[dict] = ()) -> Path:
 
 
 def side_of(s: Settings) -> int:
-    """Return the side of the square that holds an answer's coordinates (Policy.answer_side)."""
+    """Return the length of a side of the square in which answers give coordinates."""
     unit = s.coordinates
     if unit == "auto":
         unit = COORDINATES[check_policy(s.policy).model_type]

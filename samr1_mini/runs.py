@@ -457,6 +457,7 @@ class Run:
         if stopped:
             self.bar.close()
             self.save_to_continue()
+            self.write_report()
             sys.exit(130)
         minutes = (time.perf_counter() - self.last_save) / 60
         if due or minutes > self.s.save_minutes:
@@ -489,12 +490,13 @@ class Run:
         if self.save():
             command = resume_command(self.folder, self.s)
             print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
-            self.write_report()
 
     def write_report(self) -> None:
-        """Write report.html about the steps so far. Its errors must not hide why the run stops."""
+        """Write report.html about the steps so far. An error must not change how the run ends."""
         from .report import write_report  # report.py imports this file
 
+        if not is_first():
+            return
         try:
             write_report(self.folder, self.s)
         except (UserError, OSError) as error:

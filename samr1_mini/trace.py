@@ -1,9 +1,10 @@
-"""Log two groups of some steps token by token, in trace.jsonl. report.py shows them on a page.
+"""Log some steps token by token, in trace.jsonl. report.py shows them on a page.
 
-The first group is the one whose rewards differ most. The second group is the last one of the batch.
-It takes part in the last update, and the policy has moved before. So its ratios are not 1, and the
-clip can act. A step is logged at the interval --trace-every. It is also logged if its gradient norm
-or its share of clipped tokens is the largest so far. The file has at most about 2 MB.
+A group is a question with its answers. The log has two groups of a step. The first is the group
+whose rewards differ most. The second is the last group of the batch. It belongs to the last update,
+and earlier updates have already changed the policy. So its ratios are not 1, and the clip can act.
+Every step at the interval --trace-every is logged. A step is also logged if its gradient norm or
+its share of clipped tokens is the largest so far. The file has at most about 2 MB.
 """
 
 import base64
@@ -22,7 +23,7 @@ from .policy import logprobs
 from .runs import read_log
 
 BUDGET = 2_000_000  # bytes of trace.jsonl
-NATS = 10_000  # log-probabilities are whole ten-thousandths of a nat
+NATS = 10_000  # log-probabilities are stored as integers, in units of 0.0001 nat
 SIDE = 336  # pixels: the longer side of a logged picture
 
 
@@ -33,7 +34,7 @@ class Trace:
     """Decide which steps are logged, and log them."""
 
     def __init__(self, folder: Path, s: Settings, start: int, total: int):
-        """`start` steps of `total` are done. Lines of later steps are removed from the log."""
+        """`start` of the `total` steps are done. Lines of later steps are removed from the log."""
         self.file = folder / "trace.jsonl"
         self.every = s.trace_every
         self.total = total
@@ -58,7 +59,7 @@ class Trace:
         for name, value in values.items():
             if value > self.largest[name]:
                 self.largest[name] = value
-                if step > self.every:  # before, nearly every step has the largest value so far
+                if step > self.every:  # nearly all of the first steps have the largest value so far
                     found.append(name)
         return found
 
@@ -75,13 +76,13 @@ class Trace:
         if step == self.total or left > len(text):  # the last step always has space
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(text)
-        # Half of the rest is for steps with the largest values so far.
+        # Half of the bytes that are left is for steps with the largest values so far.
         while len(text) * (self.total - step) / self.every > left / 2 and self.every < self.total:
             self.every *= 2
 
 
 def keep_tokens(rollouts: list, logp: torch.Tensor, entropy: torch.Tensor) -> None:
-    """Keep the values [S] of a forward in its rollouts. A later forward replaces them."""
+    """Store a forward's values of each token [S] in its rollouts. A later forward replaces them."""
     sizes = [sum(rollout.lengths) for rollout in rollouts]
     for rollout, new, unsure in zip(rollouts, logp.split(sizes), entropy.split(sizes)):
         rollout.new = new
@@ -96,7 +97,7 @@ def packed(content: dict) -> str:
 
 
 def read_trace(folder: Path) -> list[dict]:
-    """Return the logged steps of a run. Each is a dict as traced_step returns it.
+    """Return the logged steps of a run, as dicts like the result of traced_step.
 
     Raises UserError for a damaged line.
     """
@@ -183,7 +184,7 @@ def described_answer(reward, size: tuple[int, int]) -> dict:
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """Return the text of each token. Several tokens can share a character: the last one gets it."""
+    """Return the text of each token. If tokens share a character, the last of them gets it."""
     texts = []
     done = 0  # characters of the tokens before
     for end in range(1, len(ids) + 1):
