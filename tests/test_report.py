@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +224,16 @@ def test_a_finished_run_has_a_page_with_its_log_its_steps_and_its_test_questions
     trained = json.loads((folder / "test-trained.json").read_text())
     assert len(data["test"]) == 6
     assert sorted(x["after"]["text"] for x in data["test"]) == sorted(x["text"] for x in trained)
+
+
+def test_a_run_that_ctrl_c_stops_has_a_page_about_its_steps(settings):
+    s = replace(settings, samples=16, trace_every=1)
+    with pytest.raises(SystemExit) as left:
+        train(s, log=lambda line: line["step"] == 1 and os.kill(os.getpid(), signal.SIGINT))
+    assert left.value.code == 130
+    data = block((Path(s.run) / "report.html").read_text(encoding="utf-8"))
+    assert data["log"]["step"] == [1, 2] and [x["step"] for x in data["steps"]] == [1, 2]
+    assert data["test"] == [] and data["summary"] is None
 
 
 def test_no_text_of_an_answer_can_leave_the_data_of_the_page(run, tmp_path):
