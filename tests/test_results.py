@@ -45,17 +45,15 @@ def committed_runs(accuracy_weight):
 
 
 def whole_steps(file="benchmark-step.json"):
-    """Whole steps of this project and of TRL, in pairs of equal sizes."""
-    rows = load(file)["rows"]
-    sizes = lambda row: {
-        k: v
-        for k, v in row.items()
-        if k in ("image_size", "questions", "group", "max_new_tokens", "updates")
-    }
-    for ours in rows:
-        for trl in rows:
-            if (ours["way"], trl["way"]) == ("ours", "trl") and sizes(ours) == sizes(trl):
-                yield ours, trl
+    """Whole steps of this project and of TRL, in pairs of equal sizes, each with its best setting."""
+    best = {}
+    for row in load(file)["rows"]:
+        names = ("image_size", "questions", "group", "max_new_tokens", "updates")
+        programs = best.setdefault(tuple(row[name] for name in names), {})
+        if row["way"] not in programs or row["seconds"] < programs[row["way"]]["seconds"]:
+            programs[row["way"]] = row
+    for programs in best.values():
+        yield programs["ours"], programs["trl"]
 
 
 def row(*cells):
@@ -269,9 +267,16 @@ def test_each_table_row_of_figures_comes_from_a_committed_file(page, rows):
 
 def test_the_findings_quote_the_differences_of_their_ablations():
     lines = ablations.read()
-    for name in ("GRPO", "G = 2", "threshold 0.8", "threshold 0.5"):
+    for name in ("GRPO", "G = 2", "threshold 0.8"):
         difference = ablations.with_interval(ablations.differences(lines, name))
         assert difference in PAGES["README.md"] or difference.lstrip("-") in PAGES["README.md"]
+
+
+def test_the_challenge_of_the_readme_starts_with_the_two_best_rows():
+    lines = ablations.read()
+    for row, change in (("base", "none (*base*)"), ("G = 16", "`--group 16`")):
+        runs, giou, *_ = ablations.cells(lines, row)
+        assert f"| {change} | {giou} | {runs} |" in PAGES["README.md"]
 
 
 def test_the_first_table_quotes_speedups_over_trl_on_a_gpu():

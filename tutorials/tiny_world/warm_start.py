@@ -3,9 +3,10 @@
 The base model of the package has never written a list of objects. With --objects several, no
 sampled answer would be in the format, and GRPO would have nothing to reward. This command trains
 the language model and its head on questions about drawn pictures for a few minutes. The vision
-tower stays as it is. The result is a policy folder:
+tower stays as it is. The package has the result: `--policy tiny-several`. The command writes a new
+policy folder:
 
-    python train.py --policy runs/tiny-several --objects several --max-new-tokens 128
+    python train.py --policy runs/tiny-several --objects several
 
 On purpose, the boxes in its answers are too wide, and some answers lack an object. There are no
 questions of the kinds "indirect" and "combined". So GRPO can still improve the policy. An
