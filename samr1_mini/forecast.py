@@ -83,7 +83,7 @@ def usable(card: float) -> float:
 
 
 def has_known_shape(s: Settings) -> bool:
-    """Return True if the settings are a full-size preset with the policy of this preset."""
+    """Return True if the settings have a full-size preset and have not changed its policy."""
     return s.preset in SHAPES and s.policy == PRESETS[s.preset]["policy"]
 
 

@@ -25,7 +25,7 @@ from .config import PACKAGED, Settings, can_share
 from .gpu import GIB
 from .stops import handled_signals, handlers_put_back, outlive_terminal
 
-GRACE = 60.0  # seconds that the other processes have to save the run, if one has failed
+GRACE = 60.0  # seconds: if one process has failed, the others may save the run in this time
 MOST = 4  # the largest number that --processes 0 starts
 PROCESS_BYTES = 1.5 * GIB  # memory of one process of the tiny preset
 CRASHES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGABRT")
@@ -42,8 +42,8 @@ def choose_processes(s: Settings) -> int:
 def automatic_number(s: Settings) -> int:
     """Return the number of processes for --processes 0: one for each physical core, at most 4.
 
-    The questions of each update can be shared equally, and all processes fit in memory. Only the
-    tiny preset's memory is known. So other models get one process.
+    With this number, the processes get equal shares of each update's questions, and they fit in
+    memory. Only the tiny preset's memory is known. So other models get one process.
     """
     if s.policy not in PACKAGED or s.sam != "tiny":
         return 1
@@ -55,7 +55,7 @@ def automatic_number(s: Settings) -> int:
 
 
 def usable_cores() -> int:
-    """Return the number of physical cores, or of the cores that this process may use if fewer."""
+    """Return the number of physical cores, but at most the number that this process may use."""
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
         cores = min(cores, len(psutil.Process().cpu_affinity()))

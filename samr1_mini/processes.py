@@ -89,8 +89,8 @@ def fail_together():
 def wait_for_all() -> None:
     """Wait until all processes are here. Raises FailedElsewhere if one of them has failed.
 
-    Every exchange of data starts with this call. So when a process fails and sends its error, the
-    other processes are exchanging errors too.
+    Every exchange of data starts with this call. So if a process fails and sends its error, the
+    other processes wait in the same exchange, and receive the error.
     """
     for error in exchange_errors(None):
         if error is not None:

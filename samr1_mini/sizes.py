@@ -91,10 +91,10 @@ class Sizes:
 
 
 def number_bytes(s: Settings) -> int:
-    """Return the bytes of one number of the frozen policy (not of its 4-bit weights).
+    """Return how many bytes the frozen policy takes for one value. 4-bit weights take fewer.
 
-    GPUs below compute capability 8.0 lack bf16 and need 4 bytes. On a CPU, the result is that of a
-    GPU with bf16.
+    GPUs below compute capability 8.0 lack bf16 and need 4 bytes. On a CPU, the function returns the
+    value of a GPU with bf16.
     """
     if s.load_in == "fp32" or (s.device == "cuda" and emulates_bf16()):
         return FP32
@@ -144,9 +144,9 @@ def sampling_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     The peaks are in the forward of the prompt ("prefill"), and at the last token ("decode"). Each
     peak has a dict with the bytes of its parts.
     """
-    # Numbers of one token in a layer of the prefill, when up_proj's adapter is added. Four tensors
-    # have the hidden width: prompt, input of the layer, residual, output of the norm. Three have
-    # the width of the MLP: output of SiLU, and up_proj's output without and with the adapter.
+    # In the prefill, a layer holds the most values when it adds the output of up_proj's adapter.
+    # Then four tensors have the hidden width: prompt, input of the layer, residual, output of the
+    # norm. Three have the MLP's width: output of SiLU, up_proj's output without and with adapter.
     states = (4 * n.hidden_width + 3 * n.mlp_width) * n.number_bytes
     capacity = math.ceil(n.s.max_new_tokens / BLOCK) * BLOCK  # tokens of an answer in the cache
     cached_tokens = n.prompt_tokens + n.s.group * capacity
@@ -183,7 +183,7 @@ def questions_per_batch(model, questions: int, prompt_tokens: int, s: Settings, 
 
 
 def layer_bytes(n: Sizes) -> int:
-    """Return the bytes that one layer keeps for its backward. A row is the input of one forward."""
+    """Return the bytes that one layer keeps for the backward of one forward."""
     token = n.hidden_width * (2 * FP32 + 2 * n.number_bytes)  # two norms: fp32 copy, and output
     # The attention's query, key, value, and output (twice).
     token += (3 * n.query_width + 2 * n.key_width) * n.number_bytes
@@ -204,7 +204,7 @@ def backward_bytes(n: Sizes) -> int:
 
 
 def forward_bytes(n: Sizes) -> int:
-    """Return the bytes of a forward of the update that are kept for its backward."""
+    """Return the bytes that one forward of an update keeps for its backward."""
     inputs = n.layers - n.kept_layers + 1  # of the layers to recompute, and of the last norm
     kept = inputs * n.row_tokens * n.hidden_width * n.number_bytes
     return kept + n.kept_layers * layer_bytes(n)
@@ -219,7 +219,7 @@ def update_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
     logits = both | {"a chunk of logits, and gradients": 5 * chunk * FP32}
     layers = both | {"gradients of activations": backward_bytes(n)}
-    if n.kept_layers == 0:  # else the backward of the last, kept layers first frees more
+    if n.kept_layers == 0:  # else the backward starts with kept layers, which frees more memory
         layers["activations of the recomputed layer"] = layer_bytes(n)
     return {"logits": logits, "layers": layers}
 

@@ -26,8 +26,9 @@ OPERATIONS = 79  # number of operations of a layer in a forward
 def seconds(card: str, number_bytes: int, products: float, moved=0.0, weights=0.0) -> float:
     """Return the seconds of some work on a card.
 
-    `products` are FLOPs with numbers of `number_bytes` bytes. `moved` and `weights` are bytes. The
-    GPU reads `weights` while it computes `products`. So only the longer of these two times counts.
+    `products` is the number of FLOPs, with values of `number_bytes` bytes. `moved` and `weights`
+    are bytes. The GPU reads `weights` while it computes. So only the longer of two times counts:
+    the time to read `weights`, or the time to compute.
     """
     bandwidth, half_peak, single_peak, _ = CARDS[card]
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
@@ -74,7 +75,7 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     moved += 8 * n.adapter_weights  # from fp32 to bf16, then read
     products = 2 * rows * (n.linear_weights + n.head_weights + n.adapter_weights)
     token = seconds(card, n.number_bytes, products, moved, weights)
-    start = REPLAYED + LAUNCH * 2 / 64  # 2 of 64: one before the CUDA graph, one to record it
+    start = REPLAYED + LAUNCH * 2 / 64  # 2 of 64 tokens run without the CUDA graph
     return n.s.max_new_tokens * (token + n.layers * OPERATIONS * start)
 
 
@@ -89,7 +90,7 @@ def update_seconds(n: Sizes, card: str) -> float:
     tokens = n.row_tokens / n.row_questions
     pairs = n.prompt_tokens**2 / 2  # of a token and a token that it sees
     pairs += n.answer_tokens * (n.prompt_tokens + n.s.max_new_tokens / 2)
-    # Frozen weights have no gradients, so the backward counts once.
+    # Frozen weights have no gradients, so a backward costs as much as one forward, not as two.
     products = 2 * n.linear_weights * tokens * (all_forwards + 1)
     products += 2 * n.head_weights * n.answer_tokens * (reference + 3)  # logits are recomputed
     products += 4 * n.layers * n.query_width * pairs * (all_forwards + 2.5)  # attention

@@ -79,17 +79,21 @@ def test_every_function_in_the_equation_table_exists_in_its_file():
 
 
 def files_of_the_tree():
-    """The paths of all .py files in the README's tree, which is indented by four spaces a folder."""
+    """The paths of all .py files in the README's tree. A folder is indented by four spaces.
+
+    A line can list several files: "a.py, b.py   a description".
+    """
     block = re.search(r"```text\n(train\.py .*?)```", TEXT, re.S)[1]
     folders, found = [], []
     for line in block.splitlines():
-        name = line.split()[0]
+        names = re.match(r"\s*([^\s,]+(?:, [^\s,]+)*)", line)[1].split(", ")
         depth = (len(line) - len(line.lstrip())) // 4
         folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-        elif name.endswith(".py"):
-            found.append("".join(folders) + name)
+        if names[0].endswith("/"):
+            folders.append(names[0])
+        for name in names:
+            if name.endswith(".py"):
+                found.append("".join(folders) + name)
     return found
 
 

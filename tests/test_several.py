@@ -6,23 +6,35 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load_file
 from test_evaluation import say
 from test_reward import PIECES
 
 import eval as command
 from conftest import score
-from samr1_mini import plots, prompt
+from samr1_mini import launch, plots, prompt
 from samr1_mini import segmenter as segmenter_module
-from samr1_mini.config import Settings, UserError, make_settings
-from samr1_mini.data import Sample
-from samr1_mini.evaluation import Panel, Report, ScoredAnswer, evaluate, score_table, true_box_iou
+from samr1_mini.config import PACKAGED, Settings, UserError, make_settings
+from samr1_mini.data import Sample, load_data
+from samr1_mini.decoding import generate
+from samr1_mini.evaluation import (
+    Panel,
+    Report,
+    ScoredAnswer,
+    encode_questions,
+    evaluate,
+    score_table,
+    true_box_iou,
+)
 from samr1_mini.grpo import train
 from samr1_mini.lenient import read_leniently
+from samr1_mini.policy import TINY, load_policy
 from samr1_mini.metrics import box_iou, filled, hull, matched_iou, repeated_share
 from samr1_mini.reward import MAX_OBJECTS, Answer, Object, read_answer, score_group
 from samr1_mini.segmenter import load_segmenter
@@ -577,3 +589,45 @@ def test_a_training_logs_and_draws_both_terms(settings, tmp_path):
     labels = " ".join(text.get_text() for text in axes.get_legend().get_texts())
     assert "--matching-weight" in labels and "--repeats-weight" in labels
     assert json.loads((folder / "settings.json").read_text())["objects"] == "several"
+
+
+# ------------------------------------------------------------------------- the policy with lists
+
+
+def test_the_tiny_preset_takes_the_policy_with_lists_only_for_several_objects():
+    assert (SEVERAL.policy, SEVERAL.max_new_tokens) == ("tiny-several", 128)
+    one, _ = make_settings(preset="tiny", device="cpu")
+    assert (one.policy, one.max_new_tokens) == ("tiny", 112)
+    typed = dict(policy="tiny", max_new_tokens=60)
+    s, _ = make_settings(preset="tiny", device="cpu", objects="several", **typed)
+    assert (s.policy, s.max_new_tokens) == ("tiny", 60)
+
+
+def test_the_warm_start_changed_language_model_and_head_but_not_the_vision_tower():
+    old, new = [
+        load_file(TINY.with_name(PACKAGED[name]) / "model.safetensors") for name in PACKAGED
+    ]
+    assert old.keys() == new.keys()
+    for name in old:
+        assert torch.equal(old[name], new[name]) == name.startswith("visual."), name
+
+
+def test_the_policy_with_lists_writes_lists_and_the_other_one_does_not():
+    samples = list(load_data("shapes", "validation", 8, objects="several"))
+    uniforms = torch.rand(8, 4, 128, generator=torch.Generator().manual_seed(0))
+    shares = []
+    for name in PACKAGED:
+        policy = load_policy(name)
+        policy.prompt = prompt.SEVERAL_PROMPT
+        prompts = encode_questions(policy, samples, 112)
+        groups = generate(policy, prompts, 4, 128, uniforms=uniforms)
+        answers = [read_answer(one.text, 112, objects="several") for g in groups for one in g]
+        shares.append(np.mean([answer.in_format for answer in answers]))
+    assert shares[0] == 0 and shares[1] >= 0.9
+
+
+def test_a_training_with_the_policy_with_lists_starts_as_many_processes_as_the_other(monkeypatch):
+    monkeypatch.setattr(launch, "usable_cores", lambda: 4)
+    monkeypatch.setattr(launch, "usable_memory", lambda: 64 * 2**30)
+    one, _ = make_settings(preset="tiny", device="cpu")
+    assert launch.automatic_number(SEVERAL) == launch.automatic_number(one) == 4

@@ -1,18 +1,18 @@
 """Make the runs that ablations.csv lacks: `python tutorials/ablations.py`.
 
-These are ablations in the miniature. The CSV has one line for each run. Stop the command by
-Ctrl-C. The same command continues, also halfway through a run (such runs lie in runs/ablations).
+These ablations use the tiny policy and drawn pictures. The CSV has one line for each run. Ctrl-C
+stops the command. The same command continues, also in the middle of a run.
 `--table` prints the runs, with 95 % intervals. `--figure FILE` draws them.
 
-Every row differs from "base" in the options that it names. A seed draws the same questions for
-every row, and all runs are tested on the same scenes. So a row is compared with base seed by seed
-and scene by scene. For this, each run also leaves the IoU of each scene, in
+A row is a variant of "base": it changes the options that TABLES gives. A seed draws the same
+questions for every row, and all runs are tested on the same scenes. So a row is compared with
+"base" for each seed and each scene. For this, each run also leaves the IoU of each scene, in
 results/ablations/ROW-seedN.json.gz (older runs: .json, without ids).
 In the tables, "detects" is the smallest true difference from base that this number of seeds finds
 with 80 % power. "within" is the smallest margin within which the row and base are equivalent, and
 "=" marks a margin of at most 0.05. paired.py explains both.
-PREDICTED holds the expected result of each row. It was committed before the first run. "Places" are
-answers that list coordinates before they choose.
+PREDICTED holds the expected result of each row. It was committed before the first run. There,
+"places" is the answer style that lists coordinates before it chooses an object.
 `--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,
 and prints the row of the README's table. You may change the code instead of options. The runs are
 kept in runs/challenge.csv, or in the file of --results.
@@ -52,12 +52,13 @@ from tutorials.tiny_world.answers import style_of
 
 FILE = ROOT / "tutorials" / "results" / "ablations.csv"
 SCENES = 1000  # held-out scenes of the test, the same for all runs
-# A third of the first command's questions at twice its rate: 63 steps instead of 187.
+# The README's first command has three times as many questions, and half the learning rate.
 SAMPLES = 1008
 FIXED = "--preset tiny --device cpu --processes 1 --eval-every 0 --lr 3e-4"
 FIXED_BY_CHALLENGE = ("--preset", "--samples", "--test-samples", "--seed", "--run", "--resume")
 
-# Table of the paper, or what it lacks -> row -> options. "base" is every table's first row.
+# Tables of the paper, then tables that it lacks. Each has rows with their options. "base" is the
+# first row of every table.
 TABLES = {
     "table 3: accuracy reward": {
         "threshold 0.5": "--accuracy threshold:0.5",
@@ -172,7 +173,7 @@ ROWS = {"base": ""}  # row -> options
 for table in TABLES.values():
     ROWS |= table
 
-# scores of the held-out scenes, greedy; those of a kind of question are lenient
+# Scores of greedy answers on held-out scenes. The score of a kind of question is lenient.
 TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "base_gIoU_lenient")
 # columns of the log: means over the last ten steps
 LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")
@@ -193,7 +194,7 @@ def name_of(row: str, seed: int) -> str:
 def check_options(folder: Path, options: list[str], run: str) -> None:
     """Refuse to continue a run that began with other options.
 
-    --resume itself compares only the options that are typed, and a changed row may type fewer.
+    --resume compares only the options of the command line. A changed row may have fewer options.
     """
     begun = read_settings(folder / "settings.json")
     now = asdict(parse_settings(options, "ablations.py", "")[0])
@@ -208,7 +209,7 @@ def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     """Train and test once, or continue a run that was stopped.
 
     Returns the CSV line with "scenes", the gIoU of each test scene, and with "ids" and "lenient".
-    `keep` is called with the line before the run's folder is deleted. Raises RuntimeError if the
+    Before the run's folder is deleted, `keep` is called with the line. Raises RuntimeError if the
     run fails.
     """
     run = f"{row}, seed {seed}"
@@ -312,7 +313,7 @@ def read_scenes(file: Path) -> list[float]:
 
 
 def write(line: dict, results: Path | None = None) -> None:
-    """Keep the line of one_run. Its scenes come first: then each line in the CSV has its scenes."""
+    """Keep the line of one_run. The scenes are written first, so no line lacks its scenes."""
     results = results or FILE
     write_scenes(line, results)
     new = not results.exists()
@@ -379,8 +380,9 @@ def interval(values) -> tuple[float, float]:
 
     (crossed random effects, see Searle, Casella and McCulloch, Variance Components, 1992).
     Satterthwaite (1946) gives the degrees of freedom of this sum for Student's t. A bootstrap over
-    seeds and scenes would take the spread of five seeds for known, and be too narrow. With one seed
-    the interval is over scenes only. With one value a seed it is over seeds only.
+    seeds and scenes would treat the spread of five seeds as exact, and its interval would be too
+    narrow. With one seed, the interval is over scenes only. With one value for each seed, it is
+    over seeds only.
     """
     if len(values) == 0:
         return math.nan, math.nan
@@ -408,7 +410,7 @@ def interval(values) -> tuple[float, float]:
 
 
 def values_of(lines: list[dict], row: str, measure: str) -> dict[int, np.ndarray]:
-    """Return for each seed of a row the gIoU of each scene [scenes], or another measure [1]."""
+    """Return an array for each seed of a row: the gIoU of each scene, or one other measure."""
     values = {}
     for line in lines:
         if line["row"] == row:
@@ -660,7 +662,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse(argv)
     if not args.table:
         there = {(line["row"], line["seed"]) for line in read(args.results)}
-        # Seed after seed: all rows have about as many runs, whenever the command is stopped.
+        # Seed after seed. So a command that is stopped leaves about as many runs of each row.
         wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows]
         missing = [run for run in wanted if run not in there]
         try:

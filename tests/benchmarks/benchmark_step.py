@@ -39,12 +39,13 @@ from samr1_mini.segmenter import load_segmenter
 
 TINY = dict(image_size=112, questions=16, updates=4, group=8, max_new_tokens=48)
 LONG = dict(image_size=420, questions=1, updates=1, group=8, max_new_tokens=48)
-# The two sizes first; then the long prompt with more answers, and with longer ones.
+# The three sizes of the notes first, then more sizes of the group and of the answers.
 ROWS = [
     TINY,
     LONG,
+    LONG | dict(max_new_tokens=192),
     *(LONG | dict(group=g) for g in (4, 16)),
-    *(LONG | dict(max_new_tokens=n) for n in (96, 192)),
+    LONG | dict(max_new_tokens=96),
 ]
 # (processes, threads of each process)
 CPU_WAYS = {"ours": [(2, 1), (1, 1), (1, 2)], "trl": [(1, 1), (1, 2)]}

@@ -3,9 +3,10 @@
 The base model of the package has never written a list of objects. With --objects several, no
 sampled answer would be in the format, and GRPO would have nothing to reward. This command trains
 the language model and its head on questions about drawn pictures for a few minutes. The vision
-tower stays as it is. The result is a policy folder:
+tower stays as it is. The package has the result: `--policy tiny-several`. The command writes a new
+policy folder:
 
-    python train.py --policy runs/tiny-several --objects several --max-new-tokens 128
+    python train.py --policy runs/tiny-several --objects several
 
 On purpose, the boxes in its answers are too wide, and some answers lack an object. There are no
 questions of the kinds "indirect" and "combined". So GRPO can still improve the policy. An
@@ -30,12 +31,12 @@ from .training import DEVICE, learn, scenes_from
 STEPS = 160  # updates
 PICTURES = 4  # in one update
 QUESTIONS = 5  # about a picture, of different kinds
-# "none" twice: the base model hardly ever says that nothing is there.
+# "none" is here twice, because the base model hardly ever says that nothing is there.
 KINDS = ("all", "two", "dots", "none", "none", "attribute", "part", "relation")
 STYLES = {"short": 0.5, "names": 0.3, "places": 0.2}  # shares of the thoughts, see answers.py
-SLACK = 0.25  # extra width on each side, as a share of the box's length
-FORGETS = 0.25  # share of the answers to several objects in which one is missing
-FIRST_SCENE = 2 * 10**8  # no other stage of pretraining reaches these scenes
+SLACK = 0.25  # a box grows on each side by this share of its size
+FORGETS = 0.25  # of the answers that should list several objects, this share leaves one out
+FIRST_SCENE = 2 * 10**8  # no other stage of pretraining uses scenes with such large numbers
 
 
 def thought(things: list[Thing], scene: Scene, style: str, question: str) -> str:
@@ -69,7 +70,7 @@ def list_answer(
 
 
 def some_forgotten(things: list[Thing], rng: np.random.Generator) -> list[Thing]:
-    """Return the things that an answer lists. One of several is missing at times, see FORGETS."""
+    """Return the things that an answer lists. An answer may leave out one of several things."""
     if len(things) < 2 or rng.random() >= FORGETS:
         return things
     missing = rng.integers(len(things))
@@ -77,7 +78,7 @@ def some_forgotten(things: list[Thing], rng: np.random.Generator) -> list[Thing]
 
 
 def draw_style(things: list[Thing], rng: np.random.Generator) -> str:
-    """Draw a style. Answers with a list of places and several objects would be too long."""
+    """Choose a random style. With several objects, the style "places" would be too long."""
     style = str(rng.choice(list(STYLES), p=list(STYLES.values())))
     if style == "places" and len(things) > 1:
         return "names"
