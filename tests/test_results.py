@@ -327,6 +327,17 @@ def test_a_whole_step_is_faster_than_trl():
     assert tiny_trl >= 4 * tiny and long_trl >= 5 * long
 
 
+def test_grpo_after_the_warm_start_adds_to_giou_for_several_objects_and_for_none():
+    runs = load("several.json")
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for run in runs:
+        base, trained = run["base"], run["trained"]
+        assert run["samples"] == 1008 and base["count"] == trained["count"] == 500
+        assert trained["gIoU"] - base["gIoU"] >= 0.08
+        for kind in ("all", "none"):
+            assert trained["by_kind"][kind]["gIoU"] > base["by_kind"][kind]["gIoU"]
+
+
 def test_learning_continues_through_the_whole_run_for_each_of_five_seeds():
     runs = list(committed_runs(1.0))
     assert {run["seed"] for run in runs} == set(SEEDS)
