@@ -76,6 +76,13 @@ MISTAKES = {
     "losses added up": ("(of_group / len(samples))", "of_group"),
     "first sample only": ("zip(samples, tools", "zip(samples[:1], tools"),
     "picture's size swapped": ("*sample.image.size)", "*sample.image.size[::-1])"),
+    "KL without a gradient": ("- beta * kl(logp, ref", "- beta * kl(logp.detach(), ref"),
+    "old and reference swapped": ("logp, old, reference = tools", "logp, reference, old = tools"),
+    "one line of thought": (", re.DOTALL", ""),
+    "texts as numbers": ("return type(value) in (int, float) and abs(value) < 1e6", "return True"),
+    "deep JSON": ("(ValueError, RecursionError)", "ValueError"),
+    "no backward": ("(of_group / len(samples)).backward()", "of_group / len(samples)"),
+    "no update": ("    tools.update()\n", ""),
     "no reward for the format": ("return 2.0 + accuracy", "return accuracy"),
 }
 

@@ -32,5 +32,18 @@ def pytest_runtest_makereport(item, call):
     if isinstance(error, NotImplementedError):
         frame = call.excinfo.traceback[-1]
         report.longrepr = f"{frame.name} is not written yet."
-    elif isinstance(error, AssertionError):
+    elif isinstance(error, AssertionError) and str(error):
         report.longrepr = str(error).splitlines()[0]
+    else:
+        frame = last_frame(item, call)
+        message = " ".join(str(error).split())
+        report.longrepr = f"{frame} raised {type(error).__name__}: {message}"
+
+
+def last_frame(item, call) -> str:
+    """Return the last function of the graded file in the traceback, with its line."""
+    file = Path(item.config.getoption("--file")).resolve()
+    for frame in reversed(list(call.excinfo.traceback)):
+        if Path(frame.path).resolve() == file:
+            return f"{frame.name} (line {frame.lineno + 1})"
+    return "the test"

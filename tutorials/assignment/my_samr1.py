@@ -3,8 +3,10 @@
     python -m pytest tutorials/assignment        # grades your functions, in seconds
     python tutorials/assignment/train_mine.py    # trains the tiny policy with your functions
 
-Work from top to bottom: later functions use earlier ones. Equations (1) to (5) are those of the
-paper (arXiv 2505.22596). Shapes: G answers to a question, S tokens of all answers together.
+Work from top to bottom: later functions use earlier ones. In a function, give your variables other
+names than the functions have. Equations have the numbers of the paper (arXiv 2505.22596).
+
+A group is one question with its G answers. S is the number of tokens in these G answers.
 """
 
 import json
@@ -20,10 +22,16 @@ def read_answer(text: str) -> dict | None:
 
         <think>...</think><answer>{"bbox": [x1, y1, x2, y2], "points": [[x, y, label], ...]}</answer>
 
-    Return {"box": [x1, y1, x2, y2], "points": [[x, y, label], ...]}. Return None in these cases:
-    the text has another form, the content of <answer> is not JSON, a number is missing, x2 <= x1 or
-    y2 <= y1, there is no point, or a label is neither 0 nor 1. Never raise an error: the policy can
-    write any text. Hints: re.fullmatch with re.DOTALL, json.loads.
+    Return {"box": [x1, y1, x2, y2], "points": [[x, y, label], ...]}. Return None if
+
+      - the text has another form, or the content of <answer> is not a JSON object
+      - the box does not have exactly four finite numbers
+      - x2 <= x1, or y2 <= y1
+      - there is no point
+      - a point does not have exactly three finite numbers, or its label is neither 0 nor 1
+
+    Never raise an error: the policy can write any text. The thought can have several lines. Hints:
+    re.fullmatch with re.DOTALL, json.loads, RecursionError.
     """
     raise NotImplementedError
 
@@ -54,11 +62,12 @@ def accuracy_reward(iou: float) -> float:
 
 
 def advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """5. Compare the answers of one group: rewards [G] -> advantages [G].
+    """5. Return the advantage of each answer of a group: rewards [G] -> advantages [G].
 
     (1)  A_i = (r_i - mean(r)) / std(r)
 
-    The std divides by G, not by G - 1. If all rewards are equal, all advantages are 0.
+    The std divides by G, not by G - 1. If all rewards are equal, up to rounding, all advantages
+    are 0.
     """
     raise NotImplementedError
 
@@ -66,16 +75,16 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
 def token_weights(lengths: list[int], normalise: str) -> torch.Tensor:
     """6. Return the weight of each token [S] of a group. `lengths` holds the G answer lengths.
 
-    "token"     (4)  all S tokens have the same weight
-    "sequence"  (2)  all answers have the same weight, and so have all tokens of one answer
+    "token"     eq. (4): all S tokens have the same weight.
+    "sequence"  eq. (2): each answer has the weight 1 / G. Its tokens share this weight equally.
 
-    In both cases the weights sum to 1.
+    In both cases, the weights of all tokens sum to 1.
     """
     raise NotImplementedError
 
 
 def kl(logp: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """7. Return the estimate of the KL to the base model for each token [S].
+    """7. Return the KL divergence from the base model for each token [S], by the estimate of eq. (3).
 
     (3)  KL = pi_ref / pi - log(pi_ref / pi) - 1
 
@@ -100,10 +109,12 @@ def loss(
     (4)  J = (1 / S) sum over tokens [min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) - beta KL]
 
     logp       [S] log-probabilities under the policy, with gradient
-    old        [S] log-probabilities when the answers were sampled
+    old        [S] log-probabilities under the policy that sampled the answers
     reference  [S] log-probabilities under the base model
-    advantage  [G] of each answer. All tokens of an answer have its advantage.
+    advantage  [G] of each answer. Use the advantage of an answer for each of its tokens.
     lengths    the G answer lengths. The tokens of the first answer come first.
+
+    Use token_weights with "token", and kl.
     """
     raise NotImplementedError
 
@@ -112,11 +123,13 @@ def packed_row(prompt: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Ten
     """9. Return positions and visibility of a packed row.
 
     A packed row holds the prompt once, with `prompt` tokens, then the G answers one after another.
-    It has T = prompt + S tokens. Each answer must look as if it alone followed the prompt.
+    It has T = prompt + S tokens. The model must treat each answer as if the other answers were not
+    in the row.
 
     positions  [T] integers from 0. The first token of every answer has the position `prompt`.
-    visible    bool [T, T]. visible[i, j] is True if token i sees token j: the tokens of the prompt
-               up to itself, and for a token of an answer also its own answer up to itself.
+    visible    bool [T, T]. visible[i, j] is True if token i sees token j. A token of the prompt
+               sees itself and the tokens before it. A token of an answer sees the whole prompt,
+               itself, and the earlier tokens of its own answer.
     """
     raise NotImplementedError
 
@@ -127,14 +140,14 @@ def one_step(tools, samples: list) -> float:
       a. Sample: groups = tools.sample(samples). It returns one list of G answers for each sample.
          Each answer has `text` and `length`.
 
-    For each sample and its group:
+    For each sample and its group of answers:
 
       b. Read each answer: read_answer(answer.text).
       c. Scale it: to_picture(box, points, tools.side, *sample.image.size).
       d. Draw its mask: tools.mask(sample, box, points) returns a bool tensor [H, W].
-      e. Reward it: 2 + accuracy_reward(IoU). The IoU compares the mask with sample.mask, a bool
-         tensor [H, W]. An answer that cannot be read has the reward 0.
-      f. Compare the group: advantages.
+      e. Reward it: 2 because it can be read, plus accuracy_reward(IoU). The IoU compares the mask
+         with sample.mask, a bool tensor [H, W]. An answer that cannot be read has the reward 0.
+      f. Compute the advantages from the G rewards.
       g. Get log-probabilities: logp, old, reference = tools.logprobs(sample, answers), [S] each.
       h. Compute the loss, divide it by the number of samples, and call .backward().
 

@@ -45,7 +45,18 @@ FAULTS = [
     ("the label 2", GOOD.replace("40, 1]]", "40, 2]]")),
     ("an answer that was cut off", GOOD[:-20]),
     ("an empty text", ""),
+    ("a box of texts", GOOD.replace("[10, 20, 40, 60]", '["1", "1", "5", "5"]')),
+    ("a point with a text", GOOD.replace("[25, 40, 1]", '["a", 40, 1]')),
+    ("NaN in the box", GOOD.replace("[10, 20, 40, 60]", "[10, 20, NaN, 60]")),
+    ("a number that is infinite", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40, 1e999]")),
+    ("a number of 401 digits", GOOD.replace("60]", "1" + "0" * 400 + "]")),
+    ("100,000 brackets", GOOD.replace("[10, 20, 40, 60]", "[" * 100_000)),
 ]
+
+
+def test_a_thought_can_have_several_lines(mine):
+    found = mine.read_answer(GOOD.replace("It is", "It\nis"))
+    assert found is not None, "the thought can have several lines: see re.DOTALL"
 
 
 @pytest.mark.parametrize("fault, text", FAULTS, ids=[fault for fault, _ in FAULTS])
@@ -108,12 +119,14 @@ def test_advantages_compare_answers_with_their_group(mine):
     root = math.sqrt(3)
     assert near(
         found, [root, -1 / root, -1 / root, -1 / root]
-    ), "divide by the std of eq. (1), with G"
+    ), "the std of eq. (1) divides by G: see correction=0 of torch.std"
 
 
 def test_a_group_with_equal_rewards_has_no_advantages(mine):
     found = mine.advantages(torch.tensor([5.0, 5.0, 5.0]))
     assert near(found, [0.0, 0.0, 0.0]), "if all rewards are equal, all advantages must be 0"
+    found = mine.advantages(torch.full((7,), 0.1))
+    assert near(found, [0.0] * 7), "rewards of 0.1 are equal too: their std is not exactly 0"
 
 
 # ----------------------------------------------------------------------------- 6. token_weights
@@ -153,7 +166,9 @@ def loss_of(mine, ratios, advantage, lengths, **settings):
 
 def test_the_loss_before_the_first_update(mine):
     value, gradient = loss_of(mine, [1.0] * 4, [2.0, -1.0], [1, 3])
-    assert near(value, -(2.0 - 3.0) / 4), "at ratio 1, the loss is minus the mean of the advantages"
+    assert near(
+        value, -(2.0 - 3.0) / 4
+    ), "at ratio 1, the loss is minus the mean of the advantages over all tokens"
     assert near(gradient, [-0.5, 0.25, 0.25, 0.25]), "each token's gradient is -A / S at ratio 1"
 
 
@@ -178,6 +193,9 @@ def test_the_kl_counts_with_the_weight_beta(mine):
     gaps = [-0.5, 1.0]
     wanted = 0.1 * sum(math.exp(gap) - gap - 1 for gap in gaps) / 2
     assert near(value.item(), wanted), "without advantages, the loss is beta times the mean KL"
+    value.backward()
+    slopes = [0.1 * (1 - math.exp(gap)) / 2 for gap in gaps]
+    assert near(logp.grad, slopes), "the KL must have a gradient: do not detach logp"
 
 
 # -------------------------------------------------------------------------------- 9. packed_row
@@ -239,10 +257,11 @@ class FakeTools:
         weights = self.weights[sample.number]
         sizes = torch.tensor([answer.length for answer in answers])
         logp = weights.repeat_interleave(sizes)
-        return logp, logp.detach(), logp.detach()
+        return logp, logp.detach() - 0.1, logp.detach() - 0.5
 
     def update(self):
         self.updates += 1
+        assert self.weights.grad is not None, "call .backward() before tools.update()"
         self.gradient = self.weights.grad.clone()
 
 
@@ -259,13 +278,17 @@ def stepped(mine):
         mask = torch.zeros(20, 40, dtype=torch.bool)
         mask[:, :20] = True  # the left half of the picture
         samples.append(SimpleNamespace(number=number, image=Image.new("RGB", (40, 20)), mask=mask))
-    return mine.one_step(tools, samples), tools
+    reward = mine.one_step(tools, samples)
+    assert reward is not None, "one_step must return the mean reward"
+    assert tools.updates, "one_step must call tools.update()"
+    return float(reward), tools
 
 
 def test_a_step_returns_the_mean_reward_of_all_answers(mine):
     reward, _ = stepped(mine)
     wanted = (6 + 2 + 0 + 2 + 6 + 2) / 6
-    assert near(reward, wanted), f"the mean of all {6} rewards is {wanted}, not {reward}"
+    message = f"the mean of the 6 rewards is {wanted}, not {reward:.2f}: see the steps c to e"
+    assert near(reward, wanted), message
 
 
 def test_a_step_uses_every_answer_of_every_sample(mine):
@@ -291,8 +314,13 @@ def test_each_reward_belongs_to_its_own_answer_and_question(mine):
         r = torch.tensor(rewards)
         advantage = (r - r.mean()) / r.std(correction=0)
         lengths = torch.tensor([1.0, 2.0, 3.0])
-        expected.append(-advantage * lengths / 6 / 2)  # S = 6 tokens, 2 samples
+        slope = -advantage * math.exp(0.1) + 0.005 * (1 - math.exp(-0.5))  # of one token
+        expected.append(slope * lengths / 6 / 2)  # S = 6 tokens, 2 samples
     wanted = torch.stack(expected)
     signs = torch.equal(tools.gradient.sign(), wanted.sign())
-    assert signs, "an answer is pushed in the wrong direction: it has the reward of another answer"
-    assert near(tools.gradient, wanted), "divide each group's loss by the number of samples"
+    assert signs, "an answer is pushed in the wrong direction: check which reward it has"
+    message = (
+        "the gradient has a wrong size: check the advantages of each group, the order of logp, "
+    )
+    message += "old and reference, and the division by the number of samples"
+    assert near(tools.gradient, wanted), message

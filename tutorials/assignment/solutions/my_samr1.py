@@ -10,7 +10,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+    return type(value) in (int, float) and abs(value) < 1e6  # NaN is not below 1e6
 
 
 def read_answer(text: str) -> dict | None:
