@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,26 +21,26 @@ from pycocotools import mask as coco
 from scipy.ndimage import binary_dilation
 
 from .columns import COLUMNS, explain
-from .config import Parser, Settings, UserError, auto_device, exit_with, print_anything
+from .config import Parser, Settings, UserError, auto_device, cause, exit_with, print_anything
 from .config import read_settings
 from .evaluation import judge
 from .files import replace_file
-from .loading import fetch_sets, open_three
+from .data import open_data
 from .policy import COORDINATES, check_policy
 from .runs import known_missing, read_log, read_saved, read_test_answers
 from .segmenter import load_segmenter
 from .trace import SIDE, read_trace, small_rle, small_size, webp
 
 PAGE = Path(__file__).parent / "page"  # page.html with its style and its script
-PICTURES = 300  # held-out questions with pictures on the page, at most
+TEST_BYTES = 3_500_000  # bytes of held-out pictures on the page, at most
 TEST_SIDE = 224  # pixels: the longer side of a held-out picture
-SHOWN = (
-    "preset",
+SHOWN = (  # the settings that the page uses
     "seed",
     "policy",
     "sam",
     "data",
-    "objects",
+    "eval_data",
+    "processes",
     "questions",
     "group",
     "updates",
@@ -48,10 +49,7 @@ SHOWN = (
     "eps_low",
     "eps_high",
     "accuracy",
-    "normalise",
     "advantage",
-    "max_new_tokens",
-    "trace_every",
 )
 
 # ----------------------------------------------------------------------------- pictures
@@ -99,25 +97,28 @@ def traced_steps(folder: Path) -> list[dict]:
     return steps
 
 
-def held_out(test, segmenter, s: Settings, side: int, before: list, after: list) -> list[dict]:
-    """Return held-out questions with their answers before and after training.
+def held_out(test, segmenter, s: Settings, side: int, before: list, after: list) -> dict:
+    """Return "scores" of all held-out questions, and "questions" with pictures and both answers.
 
-    `before` and `after` are the contents of test-base.json and test-trained.json. If there are more
-    than PICTURES questions, those whose IoU changed most are shown.
+    `before` and `after` are the contents of test-base.json and test-trained.json. A score is the
+    kind, and the lenient IoU before and after training. The questions with pictures are those whose
+    IoU changed most, as many as TEST_BYTES allows.
     """
     trained = {row["id"]: row for row in after}
-    pairs = [(row, trained[row["id"]]) for row in before if row["id"] in trained]
-    pairs.sort(key=lambda pair: -abs(pair[1]["iou"] - pair[0]["iou"]))
     places = {name: i for i, name in enumerate(test.ids)}
+    pairs = []
+    for row in before:
+        if row["id"] in trained and row["id"] in places:
+            pairs.append((row, trained[row["id"]]))
+    scores = [[a["kind"], round(a["iou"], 4), round(b["iou"], 4)] for a, b in pairs]
+    pairs.sort(key=lambda pair: -abs(pair[1]["iou"] - pair[0]["iou"]))
     found = []
-    for rows in pairs[:PICTURES]:
-        if rows[0]["id"] not in places:
-            continue
+    length = 0
+    for rows in pairs:
         sample = test[places[rows[0]["id"]]]
-        scale = min(1, TEST_SIDE / max(sample.image.size))
-        size = tuple(max(1, round(n * scale)) for n in sample.image.size)
+        size = small_size(sample.image.size, TEST_SIDE)
         entry = {"kind": sample.kind, "question": sample.question, "side": side, "size": size}
-        entry["picture"] = webp(sample.image, size)
+        entry["picture"] = webp(sample.image, size, 75)
         truth = small_rle(sample.mask, size)
         for name, row in zip(("before", "after"), rows):
             reward = judge(segmenter, sample, [row["text"]], s, side).reward
@@ -128,8 +129,11 @@ def held_out(test, segmenter, s: Settings, side: int, before: list, after: list)
                 "objects": objects,
                 "overlay": overlay(small_rle(reward.mask, size), truth),
             }
+        length += len(json.dumps(entry))
+        if length > TEST_BYTES:
+            break
         found.append(entry)
-    return found
+    return {"scores": scores, "questions": found}
 
 
 # --------------------------------------------------------------------------------- page
@@ -142,11 +146,18 @@ def rounded(value) -> float | None:
     return float(f"{value:.5g}")
 
 
-def content(folder: Path, s: Settings, questions: list[dict]) -> dict:
-    """Return everything that the page shows. `questions` is a list from held_out."""
+def content(folder: Path, s: Settings, test: dict) -> dict:
+    """Return everything that the page shows. `test` is the result of held_out.
+
+    Raises UserError for a run without a finished step.
+    """
     log = read_log(folder)
     if not log:
         raise UserError(f"{folder} has no line in metrics.jsonl, so there is nothing to show")
+    last = log[-1]["step"]
+    summary = read_saved(folder / "summary.json", dict, None)
+    if summary and summary.get("samples", 0) < last * s.questions:
+        summary = None  # the run was continued after this summary
     names = list(dict.fromkeys(name for line in log for name in line))
     terms = names[names.index("reward") + 1 : names.index("zero_variance")]
     weights = s.reward_weights
@@ -156,10 +167,21 @@ def content(folder: Path, s: Settings, questions: list[dict]) -> dict:
         "terms": {name: weights.get(name, 1.0) for name in terms if name != "iou"},
         "columns": {name: explain(name) for name in [*COLUMNS, *names]},
         "log": {name: [rounded(line.get(name)) for line in log] for name in names},
-        "summary": read_saved(folder / "summary.json", dict, None),
-        "steps": traced_steps(folder),
-        "test": questions,
+        "summary": summary,
+        "steps": [step for step in traced_steps(folder) if step["step"] <= last],
+        "test": test,
     }
+
+
+def finite(value):
+    """Return a JSON value with None in place of numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def page(data: dict) -> str:
@@ -168,7 +190,8 @@ def page(data: dict) -> str:
     The data are JSON without "<", so no answer can close the <script> block of the data. The
     browser runs only the script whose hash the page names.
     """
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")
     script = (PAGE / "page.js").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(data["name"]),
@@ -182,12 +205,26 @@ def page(data: dict) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
-def write_report(folder: Path, s: Settings, questions: list[dict] = ()) -> Path:
+NO_TEST = {"scores": [], "questions": []}
+
+
+def write_report(folder: Path, s: Settings, test: dict = NO_TEST) -> Path:
     """Write report.html in the folder of a run. Returns its path."""
     file = folder / "report.html"
-    text = page(content(folder, s, list(questions)))
+    text = page(content(folder, s, test))
     replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
     return file
+
+
+def try_report(folder: Path, s: Settings, make_test: Callable[[], dict] = NO_TEST.copy) -> None:
+    """Write report.html with the result of `make_test`. Print an error instead of raising it.
+
+    The page is an extra. So no error of the page may end a run in another way.
+    """
+    try:
+        write_report(folder, s, make_test())
+    except Exception as error:
+        print(f"report.html is not written: {cause(error)}", flush=True)
 
 
 # ------------------------------------------------------------------------------ command
@@ -201,16 +238,19 @@ def side_of(s: Settings) -> int:
     return 1000 if unit == "thousandths" else s.image_size
 
 
-def questions_of(folder: Path, s: Settings) -> list[dict]:
-    """Load the test questions and SAM again, and return the held-out questions of a finished run."""
+def test_of(folder: Path, s: Settings) -> dict:
+    """Load the test set and SAM again, and return the held-out questions of a finished run."""
     before = read_test_answers(folder)
     after = read_saved(folder / "test-trained.json", list, [])
     if not before or not after:
-        return []
-    sets = open_three(s)
-    fetch_sets(s, sets, known_missing(folder))
+        return NO_TEST
+    name = s.eval_data or s.data
+    test = open_data(
+        name, "test", s.test_samples, s.seed, s.sentences, s.coco_dir, s.ignore, s.objects
+    )
+    test.download(known_missing(folder)[2])
     segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device, s.sam_dtype)
-    return held_out(sets[2], segmenter, s, side_of(s), before, after)
+    return held_out(test, segmenter, s, side_of(s), before, after)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -225,8 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         s = Settings(**read_settings(args.run / "settings.json"))
         s = replace(s, device=auto_device())  # perhaps the run was made on another machine
-        questions = [] if args.without_test else questions_of(args.run, s)
-        file = write_report(args.run, s, questions)
+        test = NO_TEST if args.without_test else test_of(args.run, s)
+        file = write_report(args.run, s, test)
     except (UserError, OSError) as error:
         exit_with(error, "report.py")
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")

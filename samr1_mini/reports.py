@@ -12,7 +12,7 @@ from .metrics import mean
 from .plots import curves
 from .policy import Policy
 from .processes import is_first
-from .report import held_out, write_report
+from .report import held_out, try_report
 from .runs import Run, read_base, read_log, read_test_answers
 from .segmenter import Segmenter
 
@@ -237,10 +237,11 @@ def summarise(
         draw_sheet(path, title, policy, segmenter, test, report.rows[:12], s)
         log = read_log(folder)
         curves(folder / "curves.png", log, summary)
+        print(before_after(summary))
         side = policy.answer_side(s.image_size)
         before = read_test_answers(folder)
-        write_report(folder, s, held_out(test, segmenter, s, side, before, report.each()))
-        print(before_after(summary))
+        rows = report.each()
+        try_report(folder, s, lambda: held_out(test, segmenter, s, side, before, rows))
         if log and s.beta and not s.skip_flat:
             print(saving_line(log))
         print(f"adapter, log, curves, sheets and report.html are in {folder}")

@@ -7,6 +7,7 @@ base.json, test-base.json   scores and answers of the base model on the test set
 metrics.jsonl               numbers of each step, one line a step
 answers.jsonl               the first sampled answer to each question
 trace.jsonl                 some steps token by token, compressed (see trace.py)
+report.html                 a page about the run, at its end and after Ctrl-C
 state.pt                    adapter and optimizer after the last saved step
 adapter/                    the same adapter in peft's format, for eval.py
 sheet-00040.png             answers to validation questions after 40 steps
@@ -457,7 +458,10 @@ class Run:
         if stopped:
             self.bar.close()
             self.save_to_continue()
-            self.write_report()
+            if is_first():
+                from .report import try_report  # report.py imports this file
+
+                try_report(self.folder, self.s)
             sys.exit(130)
         minutes = (time.perf_counter() - self.last_save) / 60
         if due or minutes > self.s.save_minutes:
@@ -490,17 +494,6 @@ class Run:
         if self.save():
             command = resume_command(self.folder, self.s)
             print(f"step {self.state['step']} is saved; continue with:\n  {command}", flush=True)
-
-    def write_report(self) -> None:
-        """Write report.html about the steps so far. An error must not change how the run ends."""
-        from .report import write_report  # report.py imports this file
-
-        if not is_first():
-            return
-        try:
-            write_report(self.folder, self.s)
-        except (UserError, OSError) as error:
-            print(f"report.html is not written: {error}", flush=True)
 
     @contextmanager
     def saved_whatever_happens(self):

@@ -3,6 +3,7 @@
 A group is a question with its answers. The log has two groups of a step. The first is the group
 whose rewards differ most. The second is the last group of the batch. It belongs to the last update,
 and earlier updates have already changed the policy. So its ratios are not 1, and the clip can act.
+With several processes, these are groups of the first process.
 Every step at the interval --trace-every is logged. A step is also logged if its gradient norm or
 its share of clipped tokens is the largest so far. The file has at most about 2 MB.
 """
@@ -11,6 +12,7 @@ import base64
 import io
 import json
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image
 
 from .config import Settings, UserError
 from .data.masks import to_rle
+from .files import replace_file
 from .policy import logprobs
 from .runs import read_log
 
@@ -39,15 +42,19 @@ class Trace:
         self.every = s.trace_every
         self.total = total
         self.largest = {"gradient": 0.0, "clip": 0.0}
+        if not self.every:
+            return
         kept = [line for line in read_log(folder, name="trace") if line.get("step", 0) <= start]
-        if self.every:
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            self.file.write_text(text, encoding="utf-8")
-        for line in read_log(folder, start):
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        replace_file(self.file, lambda part: part.write_text(text, encoding="utf-8"))
+        for line in read_log(folder, start):  # for the largest values of these steps
             self.reasons(line)
 
     def reasons(self, line: dict) -> list[str]:
-        """Return the reasons to log the step of this log line: "interval", "gradient", "clip"."""
+        """Return the reasons to log the step of this log line: "interval", "gradient", "clip".
+
+        Call it once for each step, because it also keeps the largest values so far.
+        """
         step = line["step"]
         found = []
         if step in (1, self.total) or step % self.every == 0:
@@ -64,7 +71,10 @@ class Trace:
         return found
 
     def add(self, parts, rollouts: list, line: dict) -> None:
-        """Log two groups of a finished step, if there is a reason and space."""
+        """Log two groups of a finished step, if there is a reason and space.
+
+        If the file would get too long, the interval is doubled.
+        """
         if not self.every:
             return
         reasons = self.reasons(line)
@@ -105,7 +115,7 @@ def read_trace(folder: Path) -> list[dict]:
     for line in read_log(folder, name="trace"):
         try:
             steps.append(json.loads(zlib.decompress(base64.b64decode(line["zlib"]))))
-        except (KeyError, ValueError, zlib.error):
+        except (KeyError, TypeError, ValueError, zlib.error):
             raise UserError(
                 f"{folder / 'trace.jsonl'} is damaged: delete it, then the page has curves alone"
             ) from None
@@ -116,7 +126,7 @@ def read_trace(folder: Path) -> list[dict]:
 
 
 def traced_step(parts, rollouts: list, step: int, reasons: list[str]) -> dict:
-    """Return the content of a logged step: all rewards, and two groups in full."""
+    """Return a logged step of this process: the rewards of its groups, and two groups in full."""
     spreads = [np.std([reward.total for reward in rollout.rewards]) for rollout in rollouts]
     places = {int(np.argmax(spreads)): "largest differences", len(rollouts) - 1: "last question"}
     questions = []
@@ -125,7 +135,7 @@ def traced_step(parts, rollouts: list, step: int, reasons: list[str]) -> dict:
         questions.append({"question": rollout.sample.question, "rewards": rewards})
     groups = []
     for place, why in places.items():
-        update = place * parts.settings.updates // len(rollouts) + 1
+        update = ((place + 1) * parts.settings.updates - 1) // len(rollouts) + 1
         group = {"place": place, "why": why, "update": update}
         groups.append(group | traced_group(parts, rollouts[place]))
     return {"step": step, "reasons": reasons, "questions": questions, "groups": groups}
@@ -133,7 +143,10 @@ def traced_step(parts, rollouts: list, step: int, reasons: list[str]) -> dict:
 
 @torch.no_grad()
 def traced_group(parts, rollout) -> dict:
-    """Return one question with its picture, its answers and their tokens."""
+    """Return one question with its picture, its answers and their tokens.
+
+    One forward computes the log-probabilities of the tokens after the step.
+    """
     policy, s, sample = parts.policy, parts.settings, rollout.sample
     after, _ = logprobs(policy, [rollout.prompt], [rollout.ids], s.temperature)  # [S]
     tokens = {
@@ -170,11 +183,8 @@ def traced_group(parts, rollout) -> dict:
 
 def described_answer(reward, size: tuple[int, int]) -> dict:
     """Return the objects, the mask and the reward of an answer."""
-    objects = []
-    for one in reward.answer.objects or []:
-        objects.append({"box": list(one.box), "points": [list(point) for point in one.points]})
     return {
-        "objects": objects,
+        "objects": [asdict(one) for one in reward.answer.objects or []],
         "why": reward.answer.why,
         "mask": small_rle(reward.mask, size),
         "iou": round(reward.iou, 4),
@@ -199,9 +209,9 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 # ------------------------------------------------------------------------------ pictures
 
 
-def small_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Return width and height of a picture whose longer side has at most SIDE pixels."""
-    scale = min(1, SIDE / max(size))
+def small_size(size: tuple[int, int], side: int = SIDE) -> tuple[int, int]:
+    """Return width and height of a picture whose longer side has at most `side` pixels."""
+    scale = min(1, side / max(size))
     return tuple(max(1, round(n * scale)) for n in size)
 
 
@@ -216,5 +226,5 @@ def small_rle(mask: np.ndarray | None, size: tuple[int, int]) -> dict | None:
     """Return a mask [H, W] as COCO's RLE of this size (W, H). None stays None."""
     if mask is None:
         return None
-    small = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-    return to_rle(np.asarray(small))
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    return to_rle(np.asarray(grey.resize(size, Image.Resampling.BOX)) > 127)
