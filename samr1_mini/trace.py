@@ -135,10 +135,15 @@ def traced_step(parts, rollouts: list, step: int, reasons: list[str]) -> dict:
         questions.append({"question": rollout.sample.question, "rewards": rewards})
     groups = []
     for place, why in places.items():
-        update = ((place + 1) * parts.settings.updates - 1) // len(rollouts) + 1
+        update = update_number(place, len(rollouts), parts.settings.updates)
         group = {"place": place, "why": why, "update": update}
         groups.append(group | traced_group(parts, rollouts[place]))
     return {"step": step, "reasons": reasons, "questions": questions, "groups": groups}
+
+
+def update_number(place: int, questions: int, updates: int) -> int:
+    """Return the number, from 1, of the update to which a place in the batch belongs."""
+    return ((place + 1) * updates - 1) // questions + 1
 
 
 @torch.no_grad()

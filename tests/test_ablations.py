@@ -261,11 +261,47 @@ def test_a_second_challenge_of_the_same_name_with_other_options_is_refused(
         ablations.main(["--challenge", "my idea", "--group", "4"])
 
 
+def test_two_challenges_whose_files_would_have_the_same_name_are_refused(
+    tmp_path, monkeypatch, capsys, rows_put_back
+):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setitem(ablations.ROWS, "my idea", "")
+    (tmp_path / "runs").mkdir()
+    ablations.write(line_of("my idea", 0, 0.5), tmp_path / "runs" / "challenge.csv")
+    del ablations.ROWS["my idea"]
+    with pytest.raises(SystemExit):
+        ablations.main(["--challenge", "My-idea"])
+    assert "two rows" in capsys.readouterr().err
+
+
+def test_options_of_a_challenge_with_spaces_reach_the_training(
+    tmp_path, monkeypatch, rows_put_back
+):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stderr="stopped here")
+
+    monkeypatch.setattr(ablations.subprocess, "run", run)
+    monkeypatch.setattr(ablations, "parse_settings", lambda *_: None)
+    with redirect_stderr(StringIO()), pytest.raises(SystemExit):
+        ablations.main(["--challenge", "x", "--seeds", "1", "--prompt-file", "my prompt.txt"])
+    assert commands[0][-2:] == ["--prompt-file", "my prompt.txt"]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--challenge", "base"], "--challenge 'base'"),
         (["--challenge", " "], "--challenge ' '"),
+        (["--challenge", "猫"], "--challenge '猫'"),
+        (["--challenge", "a | b"], "--challenge 'a | b'"),
+        (["--challenge", "x", "--start-from", "seed0/adapter"], "--start-from"),
+        (["--challenge", "x", "--rows", "base"], "--rows"),
+        (["--challenge", "x", "--results", "no/such/x.txt"], "--results"),
+        (["--challenge", "x", "--table"], "no runs"),
         (["--challenge", "x", "--samples=16"], "--samples=16"),
         (["--challenge", "x", "--seed", "3"], "--seed"),
         (["--challenge", "x", "--group", "0"], "group"),

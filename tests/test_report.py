@@ -222,8 +222,11 @@ def test_a_finished_run_has_a_page_with_its_log_its_steps_and_its_test_questions
     assert [step["step"] for step in data["steps"]] == [x["step"] for x in read_trace(folder)]
     assert set(data["log"]) <= set(data["columns"])
     trained = json.loads((folder / "test-trained.json").read_text())
-    assert len(data["test"]) == 6
-    assert sorted(x["after"]["text"] for x in data["test"]) == sorted(x["text"] for x in trained)
+    questions = data["test"]["questions"]
+    assert sorted(x["after"]["text"] for x in questions) == sorted(x["text"] for x in trained)
+    before = json.loads((folder / "test-base.json").read_text())
+    scores = [[a["kind"], a["iou"], b["iou"]] for a, b in zip(before, trained)]
+    assert data["test"]["scores"] == [pytest.approx(score, abs=1e-4) for score in scores]
 
 
 def test_a_run_that_ctrl_c_stops_has_a_page_about_its_steps(settings):
@@ -233,7 +236,7 @@ def test_a_run_that_ctrl_c_stops_has_a_page_about_its_steps(settings):
     assert left.value.code == 130
     data = block((Path(s.run) / "report.html").read_text(encoding="utf-8"))
     assert data["log"]["step"] == [1, 2] and [x["step"] for x in data["steps"]] == [1, 2]
-    assert data["test"] == [] and data["summary"] is None
+    assert data["test"]["questions"] == [] and data["summary"] is None
 
 
 def test_no_text_of_an_answer_can_leave_the_data_of_the_page(run, tmp_path):
@@ -272,7 +275,7 @@ def test_the_command_writes_the_same_page_again_and_names_a_folder_without_a_run
     report.main([str(folder)])
     assert (folder / "report.html").read_text(encoding="utf-8") == before
     report.main([str(folder), "--without-test"])
-    assert block((folder / "report.html").read_text(encoding="utf-8"))["test"] == []
+    assert block((folder / "report.html").read_text(encoding="utf-8"))["test"]["questions"] == []
     with pytest.raises(SystemExit) as left:
         report.main([str(tmp_path)])
     assert left.value.code == 2 and str(tmp_path) in capsys.readouterr().err
@@ -286,6 +289,62 @@ def test_a_damaged_token_log_is_named_in_one_line(run, tmp_path, capsys):
             report.main([str(folder), "--without-test"])
         message = capsys.readouterr().err.strip()
         assert left.value.code == 2 and "trace.jsonl" in message and "\n" not in message
+
+
+def test_an_error_of_the_page_is_printed_and_does_not_end_a_run(run, tmp_path, capsys):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / "trace.jsonl").write_text("damaged\n")
+    report.try_report(folder, run[1])
+    assert "trace.jsonl" in capsys.readouterr().out
+    report.try_report(folder, run[1], lambda: {}["iou"])
+    assert "report.html is not written" in capsys.readouterr().out
+
+
+def test_numbers_that_json_cannot_hold_are_left_out_of_the_page(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["ceiling"]["gIoU"] = float("nan")
+    (folder / "summary.json").write_text(json.dumps(summary))
+    data = block(report.write_report(folder, run[1]).read_text(encoding="utf-8"))
+    assert data["summary"]["ceiling"]["gIoU"] is None
+
+
+def test_a_run_without_a_token_log_can_be_resumed(settings):
+    s = replace(settings, samples=16, trace_every=0)
+    train(replace(s, samples=8))
+    train(replace(s, resume=True))
+    assert len(read_log(Path(s.run))) == 4 and not (Path(s.run) / "trace.jsonl").exists()
+
+
+def test_a_summary_from_before_the_run_was_continued_is_not_on_the_page(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(
+        lines + lines.splitlines()[-1].replace(": 4,", ": 5,", 1) + "\n"
+    )
+    data = block(report.write_report(folder, run[1]).read_text(encoding="utf-8"))
+    assert data["log"]["step"] == [1, 2, 3, 4, 5] and data["summary"] is None
+
+
+def test_the_pictures_of_held_out_questions_have_a_budget(run, tmp_path, segmenter, monkeypatch):
+    folder, s = run
+    before, after = [
+        json.loads((folder / f"test-{x}.json").read_text()) for x in ("base", "trained")
+    ]
+    test = load_data("shapes", "test", 6)
+    whole = report.held_out(test, segmenter, s, 112, before, after)
+    monkeypatch.setattr(report, "TEST_BYTES", len(json.dumps(whole["questions"][:3])))
+    some = report.held_out(test, segmenter, s, 112, before, after)
+    assert some["scores"] == whole["scores"] and some["questions"] == whole["questions"][:3]
+    changes = [abs(x["after"]["iou"] - x["before"]["iou"]) for x in whole["questions"]]
+    assert changes == sorted(changes, reverse=True)
+
+
+@pytest.mark.parametrize("questions, updates", [(16, 4), (16, 3), (10, 4), (16, 5), (4, 4), (3, 1)])
+def test_the_page_names_the_update_to_which_a_group_belongs(questions, updates):
+    for k in range(updates):  # the parts of grpo.update
+        for place in range(k * questions // updates, (k + 1) * questions // updates):
+            assert trace.update_number(place, questions, updates) == k + 1
 
 
 # -------------------------------------------------------------------------------- browser
@@ -308,8 +367,12 @@ addEventListener("load", () => {
     found.forward = look();
     document.querySelectorAll("#colours button")[1].click();
     found.colour = document.querySelector("#colours [aria-pressed=true]").textContent;
-    found.answers = document.querySelectorAll("#answers > li").length;
-    document.querySelectorAll("#answers > li")[1].click();
+    found.answers = document.querySelectorAll("#answers > div").length;
+    document.querySelectorAll("#answers > div")[1].focus();
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true }));
+    found.focus = document.activeElement.getAttribute("aria-pressed");
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+    found.key = document.getElementById("tip").textContent;
     found.chosen = document.querySelector("#picture p b").textContent;
     const word = document.querySelector(".tokens span");
     word.dispatchEvent(new PointerEvent("pointerenter"));
@@ -362,7 +425,8 @@ def test_the_page_works_in_a_browser_without_an_error(run, tmp_path):
     assert found["forward"] == f"Step {logged[1]}"
     assert found["colour"] == "ratio" and found["answers"] == 4
     assert re.fullmatch(r"Answer \d of 4", found["chosen"])
-    assert "probability" in found["tip"]
+    assert "probability" in found["tip"] and "probability" in found["key"]
+    assert found["focus"] == "true"  # the chosen answer was drawn again, and keeps the focus
     trained = json.loads((folder / "test-trained.json").read_text())
     assert set(found["kinds"]) == {"all", *[row["kind"] for row in trained]}
     assert found["cards"] == sum(row["kind"] == found["kinds"][1] for row in trained)

@@ -14,8 +14,8 @@ with 80 % power. "within" is the smallest margin within which the row and base a
 PREDICTED holds the expected result of each row. It was committed before the first run. There,
 "places" is the answer style that lists coordinates before it chooses an object.
 `--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,
-and prints the row of the README's table. You may change the code instead of options. The runs are
-kept in runs/challenge.csv, or in the file of --results.
+and prints the row of the README's table. You may change the code instead of options. Then take a
+new name for each change. The runs are kept in runs/challenge.csv, or in the file of --results.
 Each run has one thread, so that the lines do not depend on the number of cores. There are as many
 runs at a time as cores.
 """
@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -55,7 +56,26 @@ SCENES = 1000  # held-out scenes of the test, the same for all runs
 # The README's first command has three times as many questions, and half the learning rate.
 SAMPLES = 1008
 FIXED = "--preset tiny --device cpu --processes 1 --eval-every 0 --lr 3e-4"
-FIXED_BY_CHALLENGE = ("--preset", "--samples", "--test-samples", "--seed", "--run", "--resume")
+# Options that a row of --challenge must not change.
+FIXED_BY_CHALLENGE = (
+    "--data",
+    "--device",
+    "--eval-data",
+    "--eval-every",
+    "--objects",
+    "--policy",
+    "--preset",
+    "--processes",
+    "--questions",
+    "--rehearse",
+    "--resume",
+    "--run",
+    "--sam",
+    "--samples",
+    "--seed",
+    "--start-from",
+    "--test-samples",
+)
 
 # Tables of the paper, then tables that it lacks. Each has rows with their options. "base" is the
 # first row of every table.
@@ -216,7 +236,7 @@ def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     folder = ROOT / "runs" / "ablations" / name_of(row, seed)
     options = FIXED.split()
     options += ["--test-samples", str(SCENES), "--samples", str(SAMPLES)]
-    options += ["--seed", str(seed), "--run", str(folder), *ROWS[row].split()]
+    options += ["--seed", str(seed), "--run", str(folder), *shlex.split(ROWS[row])]
     program = [str(ROOT / "train.py")]
     if row in BY_FUNCTION:
         program = [str(ROOT / "tutorials" / "row_functions.py"), row]
@@ -586,7 +606,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     rows = list(ROWS)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each row (default 5)")
-    parser.add_argument("--rows", nargs="*", default=rows, choices=rows, help="only these rows")
+    parser.add_argument("--rows", nargs="*", choices=rows, help="only these rows")
     cores = os.cpu_count()
     parser.add_argument(
         "--workers", type=int, default=cores, help="runs at a time (default: one for each core)"
@@ -609,16 +629,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_row(parser: argparse.ArgumentParser, args: argparse.Namespace, options: list[str]) -> None:
     """Add the row of --challenge with these options of train.py. Refuse what cannot work."""
-    if args.challenge in ROWS or not args.challenge.strip():
-        parser.error(f"--challenge {args.challenge!r}: choose a name that TABLES does not have")
+    name = args.challenge
+    if name in ROWS:
+        parser.error(f"--challenge {name!r}: choose a name that TABLES does not have")
+    if not re.search("[a-z0-9]", name.lower()) or "|" in name:
+        parser.error(f"--challenge {name!r}: choose a name with letters or digits, and without |")
+    if args.rows is not None or args.figure:
+        parser.error("--rows and --figure do not go with --challenge")
     for option in options:
         if option.split("=")[0] in FIXED_BY_CHALLENGE:
             parser.error(f"{option}: the challenge sets this option for all rows")
-    parse_settings([*FIXED.split(), *options], "ablations.py", "")  # exits after a wrong option
-    ROWS[args.challenge] = " ".join(options)
-    args.rows = [args.challenge]
+    fixed = [*FIXED.split(), "--samples", str(SAMPLES)]
+    parse_settings([*fixed, *options], "ablations.py", "")  # exits after a wrong option
+    ROWS[name] = shlex.join(options)
+    args.rows = [name]
     args.results = args.results or ROOT / "runs" / "challenge.csv"
-    args.results.parent.mkdir(exist_ok=True)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -629,6 +654,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     if args.challenge is not None:
         add_row(parser, args, options)
+    args.rows = args.rows or list(ROWS)
     args.results = args.results or FILE
     if min(args.seeds, args.workers) < 1:
         parser.error("--seeds and --workers must be at least 1")
@@ -636,8 +662,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         parser.error(f"--figure {args.figure}: its folder is not there")
     if args.results.suffix != ".csv" or args.results.is_dir():
         parser.error(f"--results {args.results}: name a file that ends in .csv")
-    if len({name_of(row, 0) for row in ROWS}) < len(ROWS):
+    known = {*ROWS, *(line["row"] for line in read(args.results))}
+    if len({name_of(row, 0) for row in known}) < len(known):
         parser.error("two rows have the same name in lower case, without signs: rename one")
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     return parser, args
 
 
@@ -675,6 +703,8 @@ def main(argv: list[str] | None = None) -> None:
     if not lines:
         parser.error(f"{args.results} holds no runs yet")
     if args.challenge:
+        if not values_of(lines, args.challenge, "gIoU"):
+            parser.error(f"{args.results} holds no runs of {args.challenge!r} yet")
         print_challenge(lines, args.challenge)
         return
     titles = [title for title in TABLES if len(rows_of(lines, title)) > 1]

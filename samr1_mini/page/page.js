@@ -2,7 +2,8 @@
 // The page is made from one block of JSON. Text becomes text nodes only, so no answer is read as HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { log, steps, summary, test } = data;
+const { log, steps, summary } = data;
+const test = data.test.questions;
 const NUMBERS = log.step; // of all steps
 const FIRST = NUMBERS[0];
 const LAST = NUMBERS[NUMBERS.length - 1];
@@ -43,7 +44,7 @@ function short(value) {
 }
 
 const signed = (value) => (value > 0 ? "+" : "") + value.toFixed(2);
-const percent = (value) => `${(100 * value).toFixed(0)} %`;
+const percent = (value) => (Number.isFinite(value) ? `${(100 * value).toFixed(0)} %` : "–");
 
 /** Return a running mean of nine values. A short run is not smoothed. */
 function smooth(values) {
@@ -91,6 +92,7 @@ function line(values, low, high) {
     if (value === null) pen = "M";
     else {
       path += `${pen}${left(NUMBERS[i]).toFixed(2)} ${(100 - (100 * (value - low)) / (high - low)).toFixed(2)}`;
+      if (pen === "M") path += "h0"; // so that a single value is a dot
       pen = "L";
     }
   });
@@ -98,9 +100,9 @@ function line(values, low, high) {
 }
 
 /** Return the path of the area between two lists of values. */
-function area(lower, upper, high) {
-  const back = line(lower, 0, high).slice(1).split("L").reverse().join("L");
-  return `${line(upper, 0, high)}L${back}Z`;
+function area(lower, upper, low, high) {
+  const back = line(lower, low, high).slice(1).replace("h0", "").split("L").reverse().join("L");
+  return `${line(upper, low, high)}L${back}Z`;
 }
 
 /** Add the parts of a chart to a figure: heading, curve, cursor, range of steps. */
@@ -139,14 +141,14 @@ function chart(name) {
   if (high === low) high = low + 1;
   const paths = [make("path", { class: "raw", d: line(values, low, high) })];
   if (known.length === values.length) paths.push(make("path", { d: line(smooth(values), low, high) }));
-  else paths.push(make("path", { d: line(known_only(values), low, high) }));
+  else paths.push(make("path", { d: line(filled(values), low, high) }));
   const figure = make("figure");
   addPlot(figure, paths, low, high, name, values);
   return figure;
 }
 
 /** Fill the steps between two known values, so that rare values are connected. */
-function known_only(values) {
+function filled(values) {
   const found = values.map(() => null);
   let last = -1;
   values.forEach((value, i) => {
@@ -163,21 +165,27 @@ function known_only(values) {
 function drawReward() {
   const names = Object.keys(data.terms).filter((name) => data.terms[name] !== 0);
   const key = make("p");
-  let lower = NUMBERS.map(() => 0);
+  const zero = NUMBERS.map(() => 0);
+  let top = zero; // of the positive terms
+  let bottom = zero; // of the negative terms, which hang below 0
   const layers = names.map((name, i) => {
     const term = smooth(log[name]).map((value) => (value || 0) * data.terms[name]);
-    const upper = lower.map((value, k) => value + term[k]);
-    const layer = [lower, upper];
-    lower = upper;
+    const negative = mean(term) < 0;
+    const from = negative ? bottom : top;
+    const upto = from.map((value, k) => value + term[k]);
+    if (negative) bottom = upto;
+    else top = upto;
+    const layer = [from, upto];
     key.append(make("span", { class: "key" }, make("i", { style: `background: var(--area${i % 5})` }), columnName(name)));
     return layer;
   });
-  const high = Math.max(...lower, ...present(log.reward), 1e-9);
+  const high = Math.max(...top, ...present(log.reward), 1e-9);
+  const low = Math.min(...bottom, ...present(log.reward), 0);
   const paths = layers.map(([under, over], i) =>
-    make("path", { class: "area", style: `fill: var(--area${i % 5})`, d: area(under, over, high) }),
+    make("path", { class: "area", style: `fill: var(--area${i % 5})`, d: area(under, over, low, high) }),
   );
-  paths.push(make("path", { class: "raw", d: line(log.reward, 0, high) }));
-  addPlot(byId("reward"), paths, 0, high, "reward", log.reward);
+  paths.push(make("path", { class: "raw", d: line(log.reward, low, high) }));
+  addPlot(byId("reward"), paths, low, high, "reward", log.reward);
   byId("reward").append(key);
 }
 
@@ -190,7 +198,7 @@ const CHECKS = [
   ["Does the policy explore?", (at) => `${percent(at("unique"))} different`],
   ["Is there a gradient?", (at) => `norm ${short(at("grad_norm"))}`],
   ["Is the clip active?", (at) => `${short(100 * ((at("clip_low") || 0) + (at("clip_high") || 0)))} % of tokens`],
-  ["How far is the base model?", (at) => (at("kl") === undefined ? "no KL" : `KL ${short(at("kl"))}`)],
+  ["How far is the base model?", (at) => (log.kl ? `KL ${short(at("kl"))}` : "no KL")],
   ["Do sampling and training agree?", (at) => `gap ${short(at("sampling_gap"))}`],
 ];
 
@@ -266,12 +274,13 @@ function token(answer, i) {
 
 /** For each choice of colour: a text, and the strength from -1 to 1 for a token. */
 const COLOURS = {
-  advantage: ["The advantage of the answer. All its tokens have the same one.", (t, answer) => answer.advantage / 2],
-  ratio: ["The probability after the step, divided by the probability when sampled.", (t) => Math.log(t.ratio) / 0.3],
-  KL: ["The KL to the base model after the step, in nats.", (t) => -Math.sqrt(t.kl || 0)],
-  entropy: ["The entropy of the distribution from which the token was sampled, in nats.", (t) => (t.entropy || 0) / 1.5],
+  advantage: ["The advantage of the answer: blue is positive, orange is negative.", (t, answer) => answer.advantage / 2],
+  ratio: ["The probability after the step, divided by the probability when sampled: blue is above 1, orange is below 1.", (t) => Math.log(t.ratio) / 0.3],
+  KL: ["The KL to the base model after the step: the stronger the orange, the larger.", (t) => -Math.sqrt(t.kl || 0)],
+  entropy: ["The entropy of the next token in the last update: the stronger the blue, the larger.", (t) => (t.entropy || 0) / 1.5],
   clipped: ["A frame marks tokens that the clip of eq. (4) has cut off in their update.", (t) => (t.clipped ? -0.4 : 0)],
 };
+if (!log.kl) delete COLOURS.KL;
 
 function describe(text, t) {
   const parts = [`${JSON.stringify(text)}: probability ${short(Math.exp(t.old))} when sampled`];
@@ -320,7 +329,12 @@ function drawMap(step) {
     const column = make("i", places.includes(i) ? { class: "shown" } : {}, ...cells);
     return explained(column, () => `${question}: rewards ${sorted.map(short).join(", ")}`);
   });
+  const flat = step.questions.filter(({ rewards }) => Math.max(...rewards) === Math.min(...rewards)).length;
   byId("map").replaceChildren(...columns);
+  const text = `The rewards of ${columns.length} groups, ${flat} of them without differences`;
+  byId("map").setAttribute("aria-label", text);
+  const { processes } = data.settings;
+  byId("mapped").textContent = processes > 1 ? `${text} (the groups of the first of ${processes} processes)` : text;
 }
 
 function drawTerms(group, answer) {
@@ -357,9 +371,25 @@ function drawAnswer(group, answer, i) {
   if (answer.why) text.append(make("p", { class: "muted" }, `error in the format: ${answer.why}`));
   if (answer.truncated) text.append(make("p", { class: "muted" }, "cut off at --max-new-tokens"));
   const choose = () => go({ answer: i });
-  const attributes = { tabindex: 0, "aria-current": String(i === view.answer), click: choose };
-  attributes.keydown = (event) => event.key === "Enter" && choose();
-  return make("li", attributes, picture(group, answer), text, numbers);
+  const label = `answer ${i + 1}, reward ${short(answer.reward)}, advantage ${signed(answer.advantage)}`;
+  const attributes = { role: "button", tabindex: 0, "aria-pressed": String(i === view.answer), "aria-label": label, click: choose };
+  attributes.keydown = (event) => {
+    if (["Enter", " "].includes(event.key)) choose();
+    else if (["ArrowLeft", "ArrowRight"].includes(event.key)) pointAtToken(event.currentTarget, event.key === "ArrowRight" ? 1 : -1);
+    else return;
+    event.preventDefault();
+  };
+  return make("div", attributes, picture(group, answer), text, numbers);
+}
+
+/** Show the numbers of the next or the last token of an answer. */
+function pointAtToken(answer, move) {
+  const spans = [...answer.querySelectorAll(".tokens span")];
+  const now = spans.findIndex((span) => span.classList.contains("pointed"));
+  const next = spans[Math.max(0, Math.min(spans.length - 1, now + move))];
+  if (now >= 0) spans[now].classList.remove("pointed");
+  next.classList.add("pointed");
+  next.dispatchEvent(new PointerEvent("pointerenter"));
 }
 
 function drawInside() {
@@ -378,7 +408,7 @@ function drawInside() {
     make(
       "button",
       { type: "button", "aria-pressed": String(i === view.question), click: () => go({ question: i, answer: 0 }) },
-      make("small", {}, `${one.why}, ${one.kind}, update ${one.update} of ${data.settings.updates}`),
+      make("small", {}, [one.why, one.kind, `update ${one.update} of ${data.settings.updates}`].filter(Boolean).join(", ")),
       one.question,
     ),
   );
@@ -391,7 +421,7 @@ function drawInside() {
     make("button", { type: "button", "aria-pressed": String(name === view.colour), click: () => go({ colour: name }) }, name),
   );
   byId("colours").replaceChildren(...choices);
-  byId("scale").textContent = `${COLOURS[view.colour][0]} Blue is positive, orange is negative. Point at a token for its numbers.`;
+  byId("scale").textContent = `${COLOURS[view.colour][0]} Point at a token for its numbers, or choose an answer and press the arrow keys.`;
   const order = group.answers.map((_, i) => i).sort((a, b) => group.answers[b].reward - group.answers[a].reward);
   byId("answers").replaceChildren(...order.map((i) => drawAnswer(group, group.answers[i], i)));
 }
@@ -412,7 +442,7 @@ function openPair(one) {
     make("div", {}, make("p", {}, make("b", {}, name), ` IoU ${answer.iou.toFixed(2)}`), picture(one, answer), make("p", { class: "tokens" }, answer.text));
   const close = make("button", { type: "button", click: () => byId("pair").close() }, "Close");
   byId("pair").replaceChildren(
-    make("p", {}, make("b", {}, one.question), ` (${one.kind})`),
+    make("p", {}, make("b", {}, one.question), one.kind && ` (${one.kind})`),
     make("div", { class: "two" }, half("before training", one.before), half("after training", one.after)),
     keyOfPicture(),
     close,
@@ -431,9 +461,12 @@ function drawTest() {
     make("button", { type: "button", click: () => openPair(one) }, picture(one, one.after), make("p", {}, one.question), make("p", { class: "muted" }, changed(one))),
   );
   byId("cards").replaceChildren(...cards);
-  const before = mean(chosen.map((one) => one.before.iou));
-  const after = mean(chosen.map((one) => one.after.iou));
-  byId("count").textContent = `${chosen.length} questions, mean IoU ${before.toFixed(2)} → ${after.toFixed(2)}`;
+  const scores = data.test.scores.filter(([kind]) => view.kind === "all" || kind === view.kind);
+  const before = mean(scores.map(([, iou]) => iou));
+  const after = mean(scores.map(([, , iou]) => iou));
+  let text = `${scores.length} questions, lenient gIoU ${before.toFixed(2)} → ${after.toFixed(2)}`;
+  if (chosen.length < scores.length) text += `; pictures of the ${chosen.length} whose IoU changed most`;
+  byId("count").textContent = text;
   byId("more").hidden = chosen.length <= view.shown;
 }
 
@@ -452,18 +485,19 @@ function drawHeader() {
   byId("name").textContent = data.name;
   const s = data.settings;
   byId("settings").textContent =
-    `policy ${s.policy}, SAM ${s.sam}, data ${s.data}, seed ${s.seed}. ${LAST} steps of ${s.questions} questions x ${s.group} answers. ` +
-    `Learning rate ${s.lr}, beta ${s.beta}, clip ${(1 - s.eps_low).toFixed(1)} to ${(1 + s.eps_high).toFixed(1)}, accuracy ${s.accuracy}.`;
+    `policy ${s.policy}, SAM ${s.sam}, data ${s.data}, test data ${s.eval_data || s.data}, seed ${s.seed}. ${LAST} steps of ${s.questions} questions x ${s.group} answers. ` +
+    `Learning rate ${s.lr}, beta ${s.beta}, clip ${(1 - s.eps_low).toFixed(2)} to ${(1 + s.eps_high).toFixed(2)}, accuracy ${s.accuracy}.`;
   const few = Math.max(1, Math.min(20, Math.floor(log.reward.length / 2)));
   const totals = {};
   totals[`reward, first and last ${few} steps`] = [mean(log.reward.slice(0, few)), mean(log.reward.slice(-few))];
   if (summary) {
-    const { base, trained } = summary;
+    const { base = {}, trained = {} } = summary;
     totals["gIoU, held-out"] = [base.gIoU, trained.gIoU];
     totals["boxes with IoU above 0.5"] = [base.box_accuracy, trained.box_accuracy];
     totals["answers in the format"] = [base.format, trained.format];
   }
   for (const [name, [before, after]] of Object.entries(totals)) {
+    if (!Number.isFinite(before) || !Number.isFinite(after)) continue; // a summary of older code
     const value = make("dd", {}, `${before.toFixed(2)} → `, make("b", {}, after.toFixed(2)));
     byId("totals").append(make("div", {}, make("dt", {}, name), value));
   }
@@ -497,11 +531,27 @@ function drawStep() {
 /** Change the view and draw what depends on it. The address keeps the view. */
 function go(change) {
   Object.assign(view, change);
+  byId("tip").hidden = true;
+  const focused = focusPlace();
   if (change.step !== undefined) drawStep();
   if (["step", "question", "answer", "colour"].some((name) => name in change)) drawInside();
   if (["kind", "order", "shown"].some((name) => name in change)) drawTest();
+  if (focused) focused();
   const { step, question, answer, colour } = view;
-  history.replaceState(null, "", `#${new URLSearchParams({ step, question, answer, colour })}`);
+  try {
+    history.replaceState(null, "", `#${new URLSearchParams({ step, question, answer, colour })}`);
+  } catch {
+    // browsers limit the number of calls while a slider moves
+  }
+}
+
+/** Return a function that gives the focus back after the focused element was drawn again. */
+function focusPlace() {
+  for (const id of ["questions", "colours", "answers"]) {
+    const place = [...byId(id).children].indexOf(document.activeElement);
+    if (place >= 0) return () => byId(id).children[place].focus();
+  }
+  return null;
 }
 
 function readAddress() {
@@ -510,17 +560,18 @@ function readAddress() {
   for (const name of ["step", "question", "answer"])
     if (/^\d+$/.test(given.get(name) || "")) found[name] = Number(given.get(name));
   if (!NUMBERS.includes(found.step)) found.step = steps.length ? steps[steps.length - 1].step : LAST;
-  if (given.get("colour") in COLOURS) found.colour = given.get("colour");
+  if (Object.hasOwn(COLOURS, given.get("colour") || "")) found.colour = given.get("colour");
   return found;
 }
 
-function changeTheme() {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const now = document.documentElement.dataset.theme || (dark ? "dark" : "light");
-  document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-}
-
-byId("theme").addEventListener("click", changeTheme);
+const page = document.documentElement;
+page.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+byId("theme").addEventListener("click", () => {
+  page.dataset.theme = page.dataset.theme === "dark" ? "light" : "dark";
+});
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape") byId("tip").hidden = true;
+});
 drawHeader();
 drawCurves();
 prepareSteps();
