@@ -146,11 +146,12 @@ def rounded(value) -> float | None:
     return float(f"{value:.5g}")
 
 
-def content(folder: Path, s: Settings, test: dict) -> dict:
+def content(folder: Path, test: dict) -> dict:
     """Return everything that the page shows. `test` is the result of held_out.
 
     Raises UserError for a run without a finished step.
     """
+    s = Settings(**read_settings(folder / "settings.json"))
     log = read_log(folder)
     if not log:
         raise UserError(f"{folder} has no line in metrics.jsonl, so there is nothing to show")
@@ -208,21 +209,21 @@ def page(data: dict) -> str:
 NO_TEST = {"scores": [], "questions": []}
 
 
-def write_report(folder: Path, s: Settings, test: dict = NO_TEST) -> Path:
+def write_report(folder: Path, test: dict = NO_TEST) -> Path:
     """Write report.html in the folder of a run. Returns its path."""
     file = folder / "report.html"
-    text = page(content(folder, s, test))
+    text = page(content(folder, test))
     replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
     return file
 
 
-def try_report(folder: Path, s: Settings, make_test: Callable[[], dict] = NO_TEST.copy) -> None:
+def try_report(folder: Path, make_test: Callable[[], dict] = NO_TEST.copy) -> None:
     """Write report.html with the result of `make_test`. Print an error instead of raising it.
 
     The page is an extra. So no error of the page may end a run in another way.
     """
     try:
-        write_report(folder, s, make_test())
+        write_report(folder, make_test())
     except Exception as error:
         print(f"report.html is not written: {cause(error)}", flush=True)
 
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         s = Settings(**read_settings(args.run / "settings.json"))
         s = replace(s, device=auto_device())  # perhaps the run was made on another machine
         test = NO_TEST if args.without_test else test_of(args.run, s)
-        file = write_report(args.run, s, test)
+        file = write_report(args.run, test)
     except (UserError, OSError) as error:
         exit_with(error, "report.py")
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")

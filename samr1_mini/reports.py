@@ -241,7 +241,7 @@ def summarise(
         side = policy.answer_side(s.image_size)
         before = read_test_answers(folder)
         rows = report.each()
-        try_report(folder, s, lambda: held_out(test, segmenter, s, side, before, rows))
+        try_report(folder, lambda: held_out(test, segmenter, s, side, before, rows))
         if log and s.beta and not s.skip_flat:
             print(saving_line(log))
         print(f"adapter, log, curves, sheets and report.html are in {folder}")

@@ -461,7 +461,7 @@ class Run:
             if is_first():
                 from .report import try_report  # report.py imports this file
 
-                try_report(self.folder, self.s)
+                try_report(self.folder)
             sys.exit(130)
         minutes = (time.perf_counter() - self.last_save) / 60
         if due or minutes > self.s.save_minutes:

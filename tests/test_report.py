@@ -248,7 +248,7 @@ def test_no_text_of_an_answer_can_leave_the_data_of_the_page(run, tmp_path):
         step["groups"][0]["answers"][0]["tokens"] = [evil]
         lines.append(packed(step))
     (folder / "trace.jsonl").write_text("".join(lines))
-    html = report.write_report(folder, run[1]).read_text(encoding="utf-8")
+    html = report.write_report(folder).read_text(encoding="utf-8")
     assert "<img src=x" not in html and html.count("</script>") == 2
     group = block(html)["steps"][0]["groups"][0]
     assert group["question"] == evil and group["answers"][0]["tokens"] == [evil]
@@ -294,9 +294,9 @@ def test_a_damaged_token_log_is_named_in_one_line(run, tmp_path, capsys):
 def test_an_error_of_the_page_is_printed_and_does_not_end_a_run(run, tmp_path, capsys):
     folder = shutil.copytree(run[0], tmp_path / "run")
     (folder / "trace.jsonl").write_text("damaged\n")
-    report.try_report(folder, run[1])
+    report.try_report(folder)
     assert "trace.jsonl" in capsys.readouterr().out
-    report.try_report(folder, run[1], lambda: {}["iou"])
+    report.try_report(folder, lambda: {}["iou"])
     assert "report.html is not written" in capsys.readouterr().out
 
 
@@ -305,7 +305,7 @@ def test_numbers_that_json_cannot_hold_are_left_out_of_the_page(run, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     summary["ceiling"]["gIoU"] = float("nan")
     (folder / "summary.json").write_text(json.dumps(summary))
-    data = block(report.write_report(folder, run[1]).read_text(encoding="utf-8"))
+    data = block(report.write_report(folder).read_text(encoding="utf-8"))
     assert data["summary"]["ceiling"]["gIoU"] is None
 
 
@@ -322,7 +322,7 @@ def test_a_summary_from_before_the_run_was_continued_is_not_on_the_page(run, tmp
     (folder / "metrics.jsonl").write_text(
         lines + lines.splitlines()[-1].replace(": 4,", ": 5,", 1) + "\n"
     )
-    data = block(report.write_report(folder, run[1]).read_text(encoding="utf-8"))
+    data = block(report.write_report(folder).read_text(encoding="utf-8"))
     assert data["log"]["step"] == [1, 2, 3, 4, 5] and data["summary"] is None
 
 
