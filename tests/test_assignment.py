@@ -14,8 +14,13 @@ FOLDER = ROOT / "tutorials" / "assignment"
 SOLUTION = FOLDER / "solutions" / "my_samr1.py"
 sys.path.insert(0, str(FOLDER))
 
+import program
 import test_my_samr1
 import train_mine
+
+from samr1_mini.config import make_settings
+from samr1_mini.grpo import train
+from samr1_mini.runs import read_log
 
 
 def graded(file):
@@ -128,3 +133,27 @@ def test_the_training_with_the_solution_makes_a_step_and_says_how_it_ended(tmp_p
     done = subprocess.run(open_file, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2 and "one_step is not written yet" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_program_in_one_file_computes_what_the_package_computes(tmp_path):
+    """Two steps by both programs, with the same seed: rewards and tokens are equal, sums nearly."""
+    ours = program.main(["--run", str(tmp_path / "one"), "--steps", "2"])
+    s, _ = make_settings(
+        preset="tiny",
+        device="cpu",
+        run=str(tmp_path / "two"),
+        questions=8,
+        samples=16,
+        lr=5e-4,
+        warmup=0,
+        eval_every=0,
+        test_samples=2,
+    )
+    train(s)
+    theirs = read_log(tmp_path / "two")
+    assert len(ours) == len(theirs) == 2 and (tmp_path / "one" / "report.html").exists()
+    for a, b in zip(ours, theirs):
+        for name in ("reward", "iou", "length", "zero_variance", "unique"):
+            assert a[name] == pytest.approx(b[name], rel=1e-6), name
+        for name in ("kl", "entropy", "grad_norm", "ratio_max"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-6), name
