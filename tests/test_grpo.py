@@ -1081,6 +1081,7 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
     seen, kept = [], []
     run = SimpleNamespace(
         start=0,
+        total=5,
         asked=0,
         steps=lambda: range(5),
         saved_whatever_happens=nullcontext,
@@ -1093,6 +1094,7 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
         load_models=lambda *_, **__: (None, None),
         new_optimizer=lambda *_: None,
         Run=lambda *_: run,
+        Trace=lambda *_: SimpleNamespace(add=None),
         score_base=lambda *_, **__: {},
         summarise=lambda *_: {},
         one_step=lambda parts, data, step, asked: ({"step": step + 1}, []),
