@@ -60,7 +60,7 @@ class Trace:
         if step in (1, self.total) or step % self.every == 0:
             found.append("interval")
         values = {
-            "gradient": line["grad_norm"],
+            "gradient": line.get("grad_norm", 0.0),
             "clip": line.get("clip_low", 0.0) + line.get("clip_high", 0.0),
         }
         for name, value in values.items():
