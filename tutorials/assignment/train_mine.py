@@ -30,7 +30,8 @@ from samr1_mini.segmenter import load_segmenter
 STEPS = 40
 QUESTIONS = 8
 GROUP = 8
-BAR = 0.0  # TODO
+# Before training, the gIoU is 0.406. The solution reached 0.502 and 0.452 with the seeds 0 and 1.
+BAR = 0.43
 
 
 @dataclass
