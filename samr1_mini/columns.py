@@ -13,8 +13,6 @@ COLUMNS = {
     "iou": "IoU of SAM's mask with the true mask, 0 to 1, mean over the answers; 0 without a box",
     "reasoning_format": "share of answers <think>...</think><answer>...</answer>; a reward term",
     "segmentation_format": "share of answers with box and points in the asked JSON; a reward term",
-    "matching": "reward term of --objects several, 0 to 1: mean IoU of matched boxes",
-    "repeats": "reward term of --objects several, -1 to 0: negative share of repeated boxes",
     "zero_variance": "share of groups whose answers all have the same reward, before --redraw "
     "(with gdpo: the same value in each reward term)",
     "truncated": "share of answers cut off at --max-new-tokens",

@@ -625,7 +625,7 @@ def test_every_column_of_a_log_is_explained_and_every_explained_column_is_logged
         names = {name for line in file.read_text().splitlines() for name in json.loads(line)}
         assert not names - set(COLUMNS) - terms - {"kl_held"}, file  # the old name
         logged |= names
-    several = {"matching", "repeats", "validation_N_acc", "validation_T_acc"}
+    several = {"validation_N_acc", "validation_T_acc"}
     # Only steps with such updates log the first, only runs with --objects several the others.
     assert set(COLUMNS) - logged <= {"skipped_updates"} | several
 
