@@ -25,7 +25,7 @@ from .config import Parser, Settings, UserError, auto_device, cause, exit_with, 
 from .config import read_settings
 from .evaluation import judge
 from .files import replace_file
-from .data import open_data
+from .loading import open_split
 from .policy import COORDINATES, check_policy
 from .runs import known_missing, read_log, read_saved, read_test_answers
 from .segmenter import load_segmenter
@@ -245,10 +245,7 @@ def test_of(folder: Path, s: Settings) -> dict:
     after = read_saved(folder / "test-trained.json", list, [])
     if not before or not after:
         return NO_TEST
-    name = s.eval_data or s.data
-    test = open_data(
-        name, "test", s.test_samples, s.seed, s.sentences, s.coco_dir, s.ignore, s.objects
-    )
+    test = open_split(s, s.eval_data or s.data, "test", s.test_samples)
     test.download(known_missing(folder)[2])
     segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device, s.sam_dtype)
     return held_out(test, segmenter, s, side_of(s), before, after)

@@ -127,12 +127,12 @@ def read_trace(folder: Path) -> list[dict]:
 
 def traced_step(parts, rollouts: list, step: int, reasons: list[str]) -> dict:
     """Return a logged step of this process: the rewards of its groups, and two groups in full."""
-    spreads = [np.std([reward.total for reward in rollout.rewards]) for rollout in rollouts]
-    places = {int(np.argmax(spreads)): "largest differences", len(rollouts) - 1: "last question"}
     questions = []
     for rollout in rollouts:
         rewards = [reward.total for reward in rollout.rewards]
         questions.append({"question": rollout.sample.question, "rewards": rewards})
+    widest = int(np.argmax([np.std(one["rewards"]) for one in questions]))
+    places = {widest: "largest differences", len(rollouts) - 1: "last question"}
     groups = []
     for place, why in places.items():
         update = update_number(place, len(rollouts), parts.settings.updates)

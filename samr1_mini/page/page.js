@@ -120,7 +120,10 @@ function addPlot(figure, paths, low, high, name, values) {
     const share = Math.max(0, Math.min(1, (event.clientX - box.left) / box.width));
     return NUMBERS[Math.round(share * (NUMBERS.length - 1))];
   };
-  plot.addEventListener("pointermove", (event) => charts.forEach((move) => move(stepAt(event))));
+  plot.addEventListener("pointermove", (event) => {
+    const step = stepAt(event);
+    charts.forEach((move) => move(step));
+  });
   plot.addEventListener("pointerleave", () => charts.forEach((move) => move(view.step)));
   plot.addEventListener("click", (event) => go({ step: stepAt(event) }));
   charts.push((step) => {

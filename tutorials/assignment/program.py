@@ -10,7 +10,7 @@ no evaluation and no --resume. Otherwise it computes the same as train.py.
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.decoding import generate
 from samr1_mini.evaluation import encode_questions
-from samr1_mini.grpo import Parts, Rollout, kl_to_base
+from samr1_mini.grpo import Parts, Rollout, kl_to_base, new_optimizer
 from samr1_mini.policy import load_policy, logprobs
 from samr1_mini.report import write_report
 from samr1_mini.reports import describe, token_means
@@ -148,8 +148,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     write_settings(args.run, replace(s, processes=1))
     torch.manual_seed(s.seed)  # for the adapter's random weights
     policy = load_policy("tiny", s.load_in, s.rank)
-    optimizer = torch.optim.AdamW(policy.trained, lr=s.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    parts = Parts(policy, load_segmenter("tiny"), optimizer, s)
+    parts = Parts(policy, load_segmenter("tiny"), new_optimizer(policy, s), s)
     log = train(parts, load_data("shapes", "train", s.samples, s.seed), args.run)
     write_report(args.run)
     return log

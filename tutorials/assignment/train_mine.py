@@ -5,7 +5,6 @@ gIoU on held-out questions is above BAR at the end.
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ from samr1_mini.decoding import generate
 from samr1_mini.evaluation import encode_questions, evaluate
 from samr1_mini.policy import load_policy, logprobs
 from samr1_mini.segmenter import load_segmenter
+from tutorials.assignment.functions import load_functions
 
 STEPS = 40
 QUESTIONS = 8
@@ -83,14 +83,6 @@ class Tools:
         torch.nn.utils.clip_grad_norm_(self.policy.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def load_functions(file: Path):
-    """Return the module in a Python file."""
-    spec = importlib.util.spec_from_file_location("my_samr1", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def score(tools: Tools, count: int) -> float:
