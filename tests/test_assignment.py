@@ -145,6 +145,7 @@ def test_the_program_in_one_file_computes_what_the_package_computes(tmp_path):
         questions=8,
         samples=16,
         lr=5e-4,
+        temperature=0.9,
         warmup=0,
         eval_every=0,
         test_samples=2,

@@ -44,12 +44,11 @@ def sample_groups(parts: Parts, prompts: list) -> list:
 
 def rewarded(parts: Parts, samples: list, prompts: list, groups: list) -> list[Rollout]:
     """Reward each answer, and return one rollout for each question."""
-    rollouts = []
-    for sample, prompt, completions in zip(samples, prompts, groups):
+    rewards = []
+    for sample, completions in zip(samples, groups):
         answers = [read_answer(one.text, SIDE, tokens=one.ids) for one in completions]
-        rewards = score_group(parts.segmenter, sample, answers, parts.settings)
-        rollouts.append(Rollout(sample, prompt, completions, rewards))
-    return rollouts
+        rewards.append(score_group(parts.segmenter, sample, answers, parts.settings))
+    return [Rollout(*one) for one in zip(samples, prompts, groups, rewards)]
 
 
 def set_advantages(rollouts: list[Rollout]) -> None:
@@ -64,24 +63,57 @@ def set_references(parts: Parts, rollouts: list[Rollout]) -> None:
     """Set the log-probabilities [S] of each group under the base model."""
     for rollout in rollouts:
         with torch.no_grad(), parts.policy.as_reference():
-            rollout.reference, _ = logprobs(parts.policy, [rollout.prompt], [rollout.ids])
+            rollout.reference, _ = logprobs(
+                parts.policy, [rollout.prompt], [rollout.ids], parts.settings.temperature
+            )
 
 
-def group_loss(rollout: Rollout, logp: torch.Tensor, s: Settings) -> tuple[torch.Tensor, dict]:
-    """Return minus eq. (4) for one group, and values of each token [S] for the log."""
-    lengths = torch.tensor(rollout.lengths)
-    advantage = rollout.advantage.repeat_interleave(lengths)  # [S]
-    ratio = (logp - rollout.old).exp()  # [S]
+def token_objectives(tokens: dict, logp: torch.Tensor, s: Settings) -> tuple[torch.Tensor, dict]:
+    """Return the objective of each token [T], eq. (4), and values of each token to log.
+
+    `tokens` holds the tokens' old and reference log-probabilities and advantages, each [T].
+    """
+    advantage = tokens["advantage"]
+    ratio = (logp - tokens["old"]).exp()  # [T]
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
-    kl, _ = kl_to_base(logp, rollout.reference, s.kl_bound)
+    kl, _ = kl_to_base(logp, tokens["reference"], s.kl_bound)
     values = {
-        "ratio": ratio,
-        "kl": kl,
+        "ratio": ratio.detach(),
+        "kl": kl.detach(),
         "clip_low": (ratio < 1 - s.eps_low) & (advantage < 0),
         "clip_high": (ratio > 1 + s.eps_high) & (advantage > 0),
     }
-    return -(objective - s.beta * kl).mean(), values
+    return objective - s.beta * kl, values
+
+
+def add_gradient(parts: Parts, rollout: Rollout, questions: int) -> list[dict]:
+    """Add the gradient of one group in an update of `questions` questions. Return values to log.
+
+    Each forward has half of the group's answers, which saves memory.
+    """
+    s = parts.settings
+    half = s.group // 2
+    lengths = torch.tensor(rollout.lengths)
+    values_of_tokens = {
+        "old": rollout.old,
+        "reference": rollout.reference,
+        "advantage": rollout.advantage.repeat_interleave(lengths),
+    }
+    cut = sum(rollout.lengths[:half])
+    first = {name: values[:cut] for name, values in values_of_tokens.items()}
+    second = {name: values[cut:] for name, values in values_of_tokens.items()}
+    logps, forwards = [], []
+    for ids, tokens in ((rollout.ids[:half], first), (rollout.ids[half:], second)):
+        logp, entropy = logprobs(parts.policy, [rollout.prompt], [ids], s.temperature)  # [T]
+        objective, values = token_objectives(tokens, logp, s)
+        loss = -objective.sum() / sum(rollout.lengths)
+        (loss / questions).backward()
+        logps.append(logp.detach())
+        forwards.append(values | {"entropy": entropy})
+    entropies = torch.cat([values["entropy"] for values in forwards])
+    keep_tokens([rollout], torch.cat(logps), entropies)
+    return forwards
 
 
 def update(parts: Parts, rollouts: list[Rollout]) -> dict:
@@ -93,11 +125,7 @@ def update(parts: Parts, rollouts: list[Rollout]) -> dict:
     for start in range(0, len(rollouts), size):
         batch = rollouts[start : start + size]
         for rollout in batch:
-            logp, entropy = logprobs(parts.policy, [rollout.prompt], [rollout.ids], s.temperature)
-            loss, values = group_loss(rollout, logp, s)
-            (loss / len(batch)).backward()
-            keep_tokens([rollout], logp.detach(), entropy)
-            forwards.append({name: v.detach() for name, v in values.items()} | {"entropy": entropy})
+            forwards += add_gradient(parts, rollout, len(batch))
         norms.append(torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm).item())
         parts.optimizer.step()
         parts.optimizer.zero_grad()
@@ -142,6 +170,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         questions=8,
         samples=8 * args.steps,
         lr=5e-4,
+        temperature=0.9,
         warmup=0,
     )
     args.run.mkdir(parents=True, exist_ok=True)

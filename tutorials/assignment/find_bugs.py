@@ -1,0 +1,201 @@
+"""Find a silent bug in a training program: `python tutorials/assignment/find_bugs.py 3`.
+
+The command writes bugs/program_3.py: a program like program.py, with one bug that gives no error.
+It also writes what a finished run of this program left. In bugs/run_3, report.html is the page of
+the run, and curves.png compares the run with correct runs.
+Find the bug and repair it. `--check` tells if the program is repaired.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import run
+
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))  # Python looks only in the script's own folder
+
+from samr1_mini.files import write_json
+from samr1_mini.report import write_report
+from samr1_mini.runs import read_log
+from tutorials.assignment.functions import load_functions
+
+BUGS = HERE / "bugs"
+BAND_SEEDS = range(5)  # of the correct runs that make the band
+RUN_SEED = 5  # of the runs with a bug, and of a sixth correct run
+SMOOTH = 5  # steps in a running mean
+COLUMNS = ("reward", "iou", "zero_variance", "unique", "length", "entropy")
+COLUMNS += ("kl", "ratio_min", "ratio_max", "clip_low", "clip_high", "grad_norm")
+
+
+def read_changes() -> dict[str, list]:
+    """Return the changes that make each bug: pairs of correct and wrong lines of program.py."""
+    return json.loads((BUGS / "changes.json").read_text(encoding="utf-8"))
+
+
+def program_with_bug(number: int) -> str:
+    """Return the text of program.py with one bug, for a file in the folder bugs."""
+    text = (HERE / "program.py").read_text(encoding="utf-8")
+    first = "tutorials/assignment/program.py"
+    moved = [
+        [first, f"tutorials/assignment/bugs/program_{number}.py"],
+        ["parents[2]", "parents[3]"],
+    ]
+    for right, wrong in moved + read_changes()[str(number)]:
+        if text.count(right) != 1:
+            raise ValueError(f"program.py does not contain these lines once: {right}")
+        text = text.replace(right, wrong)
+    return text
+
+
+# ----------------------------------------------------------------------------- the band
+
+
+def running_mean(values: list[float]) -> np.ndarray:
+    """Return the mean of each SMOOTH neighbouring values."""
+    return np.convolve(values, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
+
+
+def curve(log: list[dict], column: str) -> np.ndarray:
+    """Return the running mean of one column of a run."""
+    return running_mean([line[column] for line in log])
+
+
+def outside(log: list[dict], band: dict, column: str) -> float:
+    """Return the share of the steps whose running mean is outside the band."""
+    values = curve(log, column)
+    low, high = np.array(band[column]["low"]), np.array(band[column]["high"])
+    tolerance = 1e-4 * np.abs(high) + 1e-6  # the band is rounded
+    return float(((values < low - tolerance) | (values > high + tolerance)).mean())
+
+
+def draw_curves(number: int, log: list[dict], band: dict, file: Path) -> None:
+    """Draw the columns of a run over the band of the correct runs."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    for axes, column in zip(figure.subplots(3, 4).flat, COLUMNS):
+        low, high = band[column]["low"], band[column]["high"]
+        steps = np.arange(len(low)) + SMOOTH
+        axes.fill_between(steps, low, high, color="0.8", label="five correct runs")
+        axes.plot(steps, curve(log, column), color="#0072B2", label=f"run {number}")
+        axes.set_title(column, fontsize=10)
+    figure.supxlabel("step")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=100)
+
+
+# ----------------------------------------------------------------------------- commands
+
+
+def hand_out(number: int) -> None:
+    """Write the program with the bug, and the page and curves of its run."""
+    program = BUGS / f"program_{number}.py"
+    if program.exists():
+        print(f"{program} exists, and stays as it is. Delete it to start again.")
+    else:
+        program.write_text(program_with_bug(number), encoding="utf-8")
+        print(f"program: {program}")
+    folder = BUGS / f"run_{number}"
+    band = json.loads((BUGS / "band.json").read_text(encoding="utf-8"))
+    log = read_log(folder)
+    draw_curves(number, log, band, folder / "curves.png")
+    page = write_report(folder)
+    print(f"page of its run: {page}")
+    print(f"curves beside five correct runs: {folder / 'curves.png'}")
+    sixth = read_log(BUGS / "run_correct")
+    print("\nshare of the steps outside the band")
+    print(f"{'column':15}{'run ' + str(number):>10}{'a sixth correct run':>22}")
+    for column in COLUMNS:
+        shares = [outside(one, band, column) for one in (log, sixth)]
+        print(f"{column:15}{shares[0]:>10.0%}{shares[1]:>22.0%}")
+
+
+def first_difference(ours: list[dict], right: list[dict]) -> str:
+    """Return the first number of two logs that differs, or nothing."""
+    for mine, correct in zip(ours, right):
+        for column, value in correct.items():
+            if not np.isclose(mine[column], value, rtol=1e-3, atol=1e-6):
+                values = f"{column} is {mine[column]:.5g} in your program"
+                return f"In step {correct['step']}, {values} and {value:.5g} in a correct one."
+    return ""
+
+
+def check(number: int) -> str:
+    """Run two steps of the learner's program and of program.py. Return the first difference."""
+    mine = load_functions(BUGS / f"program_{number}.py")
+    correct = load_functions(HERE / "program.py")
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [one.main(["--run", f"{folder}/run", "--steps", "2"]) for one in (mine, correct)]
+    return first_difference(*logs)
+
+
+def make_runs(workers: int) -> None:
+    """Make the committed runs and the band again. This takes about an hour on two cores."""
+    commands = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in BAND_SEEDS:
+            command = [sys.executable, str(HERE / "program.py"), "--seed", str(seed)]
+            commands[Path(folder) / f"seed{seed}"] = command
+        command = [sys.executable, str(HERE / "program.py"), "--seed", str(RUN_SEED)]
+        commands[BUGS / "run_correct"] = command
+        for number in read_changes():
+            program = BUGS / f"making_{number}.py"
+            program.write_text(program_with_bug(int(number)), encoding="utf-8")
+            command = [sys.executable, str(program), "--seed", str(RUN_SEED)]
+            commands[BUGS / f"run_{number}"] = command
+
+        def one_run(run_folder: Path) -> None:
+            run([*commands[run_folder], "--run", str(run_folder)], check=True)
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(one_run, commands))
+        logs = [read_log(Path(folder) / f"seed{seed}") for seed in BAND_SEEDS]
+    for program in BUGS.glob("making_*.py"):
+        program.unlink()
+    for page in BUGS.glob("run_*/report.html"):
+        page.unlink()
+    (BUGS / "run_correct" / "trace.jsonl").unlink()
+    band = {}
+    for column in COLUMNS:
+        curves = np.stack([curve(log, column) for log in logs])
+        low, high = curves.min(0), curves.max(0)
+        band[column] = {
+            "low": [float(f"{value:.5g}") for value in low],
+            "high": [float(f"{value:.5g}") for value in high],
+        }
+    write_json(BUGS / "band.json", band)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 1 if a checked program is not repaired."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("number", nargs="?", type=int, choices=range(1, 9), help="of the bug")
+    parser.add_argument("--check", action="store_true", help="tell if the program is repaired")
+    parser.add_argument("--make", action="store_true", help="make the committed runs again")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, with --make")
+    args = parser.parse_args(argv)
+    if args.make:
+        make_runs(args.workers)
+        return 0
+    if args.number is None:
+        parser.error("give the number of a bug, 1 to 8")
+    if not args.check:
+        hand_out(args.number)
+        return 0
+    if not (BUGS / f"program_{args.number}.py").is_file():
+        parser.error(f"there is no program {args.number} yet: run the command without --check")
+    difference = check(args.number)
+    if difference:
+        print(f"Not repaired. {difference}")
+        return 1
+    print(f"Repaired: program {args.number} computes the same numbers as a correct program.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
