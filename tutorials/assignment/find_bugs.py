@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import run
 
@@ -134,32 +133,31 @@ def check(number: int) -> str:
     return first_difference(*logs)
 
 
-def make_runs(workers: int) -> None:
-    """Make the committed runs and the band again. This takes about an hour on two cores."""
-    commands = {}
+def make_run(program: Path, folder: Path, seed: int) -> None:
+    """Run a program to its end. Its page is not kept, because it can be made from the log."""
+    command = [sys.executable, str(program), "--seed", str(seed), "--run", str(folder)]
+    run(command, check=True)
+    (folder / "report.html").unlink()
+
+
+def make_bug_run(number: int) -> None:
+    """Make the committed run of the program with a bug."""
+    program = BUGS / f"making_{number}.py"
+    program.write_text(program_with_bug(number), encoding="utf-8")
+    make_run(program, BUGS / f"run_{number}", RUN_SEED)
+    program.unlink()
+
+
+def make_band() -> None:
+    """Make the correct runs: five for the band, and a sixth one."""
     with tempfile.TemporaryDirectory() as folder:
+        logs = []
         for seed in BAND_SEEDS:
-            command = [sys.executable, str(HERE / "program.py"), "--seed", str(seed)]
-            commands[Path(folder) / f"seed{seed}"] = command
-        command = [sys.executable, str(HERE / "program.py"), "--seed", str(RUN_SEED)]
-        commands[BUGS / "run_correct"] = command
-        for number in read_changes():
-            program = BUGS / f"making_{number}.py"
-            program.write_text(program_with_bug(int(number)), encoding="utf-8")
-            command = [sys.executable, str(program), "--seed", str(RUN_SEED)]
-            commands[BUGS / f"run_{number}"] = command
-
-        def one_run(run_folder: Path) -> None:
-            run([*commands[run_folder], "--run", str(run_folder)], check=True)
-
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one_run, commands))
-        logs = [read_log(Path(folder) / f"seed{seed}") for seed in BAND_SEEDS]
-    for program in BUGS.glob("making_*.py"):
-        program.unlink()
-    for page in BUGS.glob("run_*/report.html"):
-        page.unlink()
-    (BUGS / "run_correct" / "trace.jsonl").unlink()
+            make_run(HERE / "program.py", Path(folder), seed)
+            logs.append(read_log(Path(folder)))
+    sixth = BUGS / "run_correct"
+    make_run(HERE / "program.py", sixth, RUN_SEED)
+    (sixth / "trace.jsonl").unlink()
     band = {}
     for column in COLUMNS:
         curves = np.stack([curve(log, column) for log in logs])
@@ -176,11 +174,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("number", nargs="?", type=int, choices=range(1, 9), help="of the bug")
     parser.add_argument("--check", action="store_true", help="tell if the program is repaired")
-    parser.add_argument("--make", action="store_true", help="make the committed runs again")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, with --make")
+    parser.add_argument(
+        "--make",
+        action="store_true",
+        help="make the committed run of this bug again or, without a number, the correct runs",
+    )
     args = parser.parse_args(argv)
+    if args.make and args.number is None:
+        make_band()
+        return 0
     if args.make:
-        make_runs(args.workers)
+        make_bug_run(args.number)
         return 0
     if args.number is None:
         parser.error("give the number of a bug, 1 to 8")
