@@ -1,0 +1,52 @@
+"""Prepare a notebook. The first cell of each notebook runs this file with %run.
+
+The notebook gets np, plt, torch, ROOT (the folder of the project), colours, and `exercise`.
+"""
+
+import sys
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
+
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+
+
+def stale_packages(names=("numpy", "torch", "transformers")) -> list[str]:
+    """Return the packages that were loaded before another version was installed.
+
+    On Colab and Kaggle, the first cell installs packages. A package that is already loaded keeps
+    its old version until the runtime restarts.
+    """
+    loaded = [name for name in names if name in sys.modules]
+    return [name for name in loaded if sys.modules[name].__version__ != metadata.version(name)]
+
+
+if stale_packages():
+    sys.exit("New packages were installed. Restart the runtime, then run all cells again.")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython import get_ipython
+
+torch.set_num_threads(1)
+if get_ipython():
+    get_ipython().run_line_magic("matplotlib", "inline")
+plt.rcParams["figure.dpi"] = 75
+
+
+@contextmanager
+def exercise():
+    """Check a function that you write: `with exercise():`, then asserts.
+
+    If the function is not written yet, this prints a sentence, and the notebook continues.
+    """
+    try:
+        yield
+    except NotImplementedError:
+        print("Not written yet. Write the function above, and run both cells again.")
+    else:
+        print("Right: all checks pass.")
