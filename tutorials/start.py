@@ -20,8 +20,13 @@ def stale_packages(names=("numpy", "torch", "transformers")) -> list[str]:
     On Colab and Kaggle, the first cell installs packages. A package that is already loaded keeps
     its old version until the runtime restarts.
     """
-    loaded = [name for name in names if name in sys.modules]
-    return [name for name in loaded if sys.modules[name].__version__ != metadata.version(name)]
+    stale = []
+    for name in names:
+        if name in sys.modules:
+            loaded = str(sys.modules[name].__version__).split("+")[0]  # without +cpu or +cu128
+            if loaded != metadata.version(name).split("+")[0]:
+                stale.append(name)
+    return stale
 
 
 if stale_packages():
