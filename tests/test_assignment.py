@@ -1,19 +1,24 @@
 """The assignment: the solution passes, the open file fails politely, and common mistakes are noticed."""
 
 import inspect
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tutorials" / "assignment"
 SOLUTION = FOLDER / "solutions" / "my_samr1.py"
 sys.path.insert(0, str(FOLDER))
 
+import find_bugs
 import program
 import test_my_samr1
 import train_mine
@@ -21,6 +26,8 @@ import train_mine
 from samr1_mini.config import make_settings
 from samr1_mini.grpo import train
 from samr1_mini.runs import read_log
+from samr1_mini.trace import read_trace
+from tutorials.assignment.functions import load_functions
 
 
 def graded(file):
@@ -158,3 +165,73 @@ def test_the_program_in_one_file_computes_what_the_package_computes(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-6), name
         for name in ("kl", "entropy", "grad_norm", "ratio_max"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-6), name
+
+
+# -------------------------------------------------------------------------------- the bug hunt
+
+
+@pytest.fixture(scope="module")
+def correct_log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("correct")
+    return program.main(["--run", str(folder), "--steps", "1"])
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_program_with_a_bug_runs_without_an_error_and_is_noticed(number, correct_log, tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text(find_bugs.program_with_bug(number))
+    log = load_functions(file).main(["--run", str(tmp_path / "run"), "--steps", "1"])
+    assert "In step 1, " in find_bugs.first_difference(log, correct_log)
+
+
+@pytest.fixture
+def bugs(tmp_path, monkeypatch):
+    """A copy of the folder bugs, without programs that somebody has repaired."""
+    copy = tmp_path / "bugs"
+    shutil.copytree(find_bugs.BUGS, copy, ignore=shutil.ignore_patterns("program_*.py"))
+    monkeypatch.setattr(find_bugs, "BUGS", copy)
+    return copy
+
+
+def test_a_bug_is_handed_out_with_its_run_and_the_repaired_program_is_accepted(bugs, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        find_bugs.main(["7", "--check"])
+    assert stopped.value.code == 2 and "without --check" in capsys.readouterr().err
+    assert find_bugs.main(["7"]) == 0
+    with Image.open(bugs / "run_7" / "curves.png") as picture:
+        assert picture.width > 1000
+    assert (bugs / "run_7" / "report.html").stat().st_size < 8 * 2**20
+    shares = re.findall(r"^grad_norm +(\d+)% +(\d+)%", capsys.readouterr().out, re.M)
+    assert len(shares) == 1
+    program_file = bugs / "program_7.py"
+    [[right, wrong]] = find_bugs.read_changes()["7"]
+    program_file.write_text(program_file.read_text().replace(wrong, right))
+    assert find_bugs.main(["7"]) == 0  # the learner's file stays
+    assert find_bugs.main(["7", "--check"]) == 0
+    assert "Repaired" in capsys.readouterr().out
+    program_file.write_text(program_file.read_text().replace(right, wrong))
+    assert find_bugs.main(["7", "--check"]) == 1
+    assert "Not repaired. In step 1, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_the_committed_run_of_a_bug_is_whole_and_names_no_machine(number):
+    folder = find_bugs.BUGS / f"run_{number}"
+    assert [line["step"] for line in read_log(folder)] == list(range(1, 41))
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["run"] == f"bugs/run_{number}" and settings["seed"] == find_bugs.RUN_SEED
+    assert len(read_trace(folder)) >= 5
+
+
+def test_the_band_holds_five_different_correct_runs():
+    band = json.loads((find_bugs.BUGS / "band.json").read_text())
+    for column in find_bugs.COLUMNS:
+        low, high = np.array(band[column]["low"]), np.array(band[column]["high"])
+        assert len(low) == 36 and (low <= high).all(), column
+    assert (np.array(band["reward"]["low"]) < np.array(band["reward"]["high"])).all()
+
+
+def test_the_share_outside_the_band_counts_steps_on_both_sides():
+    log = [{"x": float(step)} for step in range(14)]  # running means 2, 3, ... 11
+    band = {"x": {"low": [4.0] * 10, "high": [9.0] * 10}}
+    assert find_bugs.outside(log, band, "x") == pytest.approx(0.4)

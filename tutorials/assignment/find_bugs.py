@@ -8,6 +8,7 @@ Find the bug and repair it. `--check` tells if the program is repaired.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -125,18 +126,19 @@ def first_difference(ours: list[dict], right: list[dict]) -> str:
 
 
 def check(number: int) -> str:
-    """Run two steps of the learner's program and of program.py. Return the first difference."""
+    """Run a step of the learner's program and of program.py. Return the first difference."""
     mine = load_functions(BUGS / f"program_{number}.py")
     correct = load_functions(HERE / "program.py")
     with tempfile.TemporaryDirectory() as folder:
-        logs = [one.main(["--run", f"{folder}/run", "--steps", "2"]) for one in (mine, correct)]
+        logs = [one.main(["--run", f"{folder}/run", "--steps", "1"]) for one in (mine, correct)]
     return first_difference(*logs)
 
 
 def make_run(program: Path, folder: Path, seed: int) -> None:
     """Run a program to its end. Its page is not kept, because it can be made from the log."""
-    command = [sys.executable, str(program), "--seed", str(seed), "--run", str(folder)]
-    run(command, check=True)
+    name = os.path.relpath(folder, HERE)  # settings.json keeps this name
+    command = [sys.executable, str(program), "--seed", str(seed), "--run", name]
+    run(command, check=True, cwd=HERE)
     (folder / "report.html").unlink()
 
 
