@@ -39,7 +39,7 @@ def graded(file):
 
 def test_the_solution_passes_all_tests():
     done = graded(SOLUTION)
-    assert done.returncode == 0 and re.search(r"3\d passed", done.stdout), done.stdout[-1000:]
+    assert done.returncode == 0 and re.search(r"4\d passed", done.stdout), done.stdout[-1000:]
 
 
 def test_the_open_file_fails_every_test_with_one_sentence_and_without_a_traceback():
@@ -92,6 +92,13 @@ MISTAKES = {
     "old and reference swapped": ("logp, old, reference = tools", "logp, reference, old = tools"),
     "one line of thought": (", re.DOTALL", ""),
     "texts as numbers": ("return type(value) in (int, float) and abs(value) < 1e6", "return True"),
+    "rounded points": ("[x * sx, y * sy, label]", "[round(x * sx), round(y * sy), label]"),
+    "rounded box": ("return [x1 * sx, y1 * sy,", "return [round(x1 * sx), round(y1 * sy),"),
+    "IoU as a tensor": ("(mask & truth).sum().item() / union", "(mask & truth).sum() / union"),
+    "flat groups skipped": (
+        "        (of_group / len(samples)).backward()",
+        "        if rewards.std() > 0:\n            (of_group / len(samples)).backward()",
+    ),
     "deep JSON": ("(ValueError, RecursionError)", "ValueError"),
     "no backward": ("(of_group / len(samples)).backward()", "of_group / len(samples)"),
     "no update": ("    tools.update()\n", ""),

@@ -79,6 +79,9 @@ def test_box_and_points_are_scaled_to_the_picture(mine):
         box, [20, 10, 80, 30]
     ), "to_picture must scale x by width / side and y by height / side"
     assert near(points, [[50, 20, 1], [60, 25, 0]]), "to_picture must scale points, and keep labels"
+    box, points = mine.to_picture([1, 2, 4, 6], [[1, 1, 1]], 3, 10, 20)
+    exact = near(box, [10 / 3, 40 / 3, 40 / 3, 40]) and near(points, [[10 / 3, 20 / 3, 1]])
+    assert exact, "to_picture must not round coordinates"
 
 
 # --------------------------------------------------------------------------------------- 3. iou
@@ -93,6 +96,7 @@ def mask_of(x1, y1, x2, y2):
 def test_the_iou_of_two_masks(mine):
     a, b = mask_of(0, 0, 10, 10), mask_of(5, 0, 15, 10)
     assert near(mine.iou(a, b), 50 / 150), "the IoU is the intersection divided by the union"
+    assert isinstance(mine.iou(a, b), float), "iou must return a float, not a tensor"
     assert near(mine.iou(a, a), 1.0), "the IoU of equal masks is 1"
     assert near(mine.iou(a, mask_of(20, 0, 30, 10)), 0.0), "the IoU of separate masks is 0"
     empty = mask_of(0, 0, 0, 0)
@@ -269,10 +273,12 @@ def answer_with(box):
     return f'<think>.</think><answer>{{"bbox": {box}, "points": [[1, 1, 1]]}}</answer>'
 
 
-def stepped(mine):
-    """Make a step with two samples of three answers. Half of the pictures' boxes are right."""
-    left, right, bad = answer_with([0, 0, 5, 10]), answer_with([5, 0, 10, 10]), "I do not know."
-    tools = FakeTools([[left, right, bad], [right, left, right]])
+LEFT, RIGHT, BAD = answer_with([0, 0, 5, 10]), answer_with([5, 0, 10, 10]), "I do not know."
+
+
+def stepped(mine, texts=((LEFT, RIGHT, BAD), (RIGHT, LEFT, RIGHT))):
+    """Make a step with two samples of three answers. The right object is on the left."""
+    tools = FakeTools(texts)
     samples = []
     for number in range(2):
         mask = torch.zeros(20, 40, dtype=torch.bool)
@@ -305,6 +311,14 @@ def test_a_step_updates_once(mine):
     assert (
         tools.updates == 1
     ), f"call tools.update once, after all samples, not {tools.updates} times"
+
+
+def test_a_group_with_equal_rewards_still_has_its_kl(mine):
+    _, tools = stepped(mine, ((LEFT, RIGHT, BAD), (LEFT, LEFT, LEFT)))
+    slope = 0.005 * (1 - math.exp(-0.5))  # of one token: the KL alone
+    wanted = slope * torch.tensor([1.0, 2.0, 3.0]) / 6 / 2
+    message = "in a group with equal rewards, the KL still has a gradient: do not skip this group"
+    assert near(tools.gradient[1], wanted), message
 
 
 def test_each_reward_belongs_to_its_own_answer_and_question(mine):
