@@ -75,12 +75,13 @@ def test_two_seeds_are_told_one_by_one_and_a_row_is_apart_where_both_are_or_wher
     assert ablations.side(two, "G = 16") == 0  # one above, one below
 
 
-def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs():
+def test_every_interval_that_notebook_5_and_its_note_quote_is_that_of_its_runs():
     lines, known = ablations.read(), set()
     for base, rows in (
         ("base", list(ablations.ROWS)[1:]),
         ("G = 16", ["G = 4"]),
         ("3008 samples", ["10000 samples"]),
+        ("320 samples", ["G = 2"]),
     ):
         known |= {
             ablations.with_interval(ablations.differences(lines, row, measure, base), "+")
@@ -91,6 +92,7 @@ def test_every_interval_that_notebook_5_quotes_is_that_of_its_runs():
     texts = [
         cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "markdown"
     ]
+    texts.append((TUTORIALS / "notes" / "ablations.md").read_text())
     signed = r"[+-]\d\.\d{3}"
     quoted = re.findall(rf"{signed} (?:± \d\.\d{{3}}\*?|\({signed}, {signed}\))", "\n".join(texts))
     assert not set(quoted) - known and len(quoted) >= 10
