@@ -23,7 +23,7 @@ import program
 import test_my_samr1
 import train_mine
 
-from samr1_mini.config import make_settings
+from samr1_mini.config import UserError, make_settings
 from samr1_mini.grpo import train
 from samr1_mini.runs import read_log
 from samr1_mini.trace import read_trace
@@ -219,6 +219,32 @@ def test_a_bug_is_handed_out_with_its_run_and_the_repaired_program_is_accepted(b
     program_file.write_text(program_file.read_text().replace(right, wrong))
     assert find_bugs.main(["7", "--check"]) == 1
     assert "Not repaired. In step 1, " in capsys.readouterr().out
+    program_file.write_text("def main(:\n")
+    with pytest.raises(SystemExit) as stopped:
+        find_bugs.main(["7", "--check"])
+    assert stopped.value.code == 2 and "line 1" in capsys.readouterr().err
+
+
+def test_no_bug_is_made_from_a_changed_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(find_bugs, "HERE", tmp_path)
+    (tmp_path / "program.py").write_text("print(1)\n")
+    with pytest.raises(UserError, match="program.py was changed"):
+        find_bugs.program_with_bug(2)
+
+
+def test_a_program_does_not_replace_a_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--run", str(tmp_path)])
+    assert stopped.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
+
+
+def test_a_log_that_lacks_a_column_or_a_step_is_not_a_repair():
+    log = [{"step": 1, "reward": 2.0}]
+    assert find_bugs.first_difference(log, log) == ""
+    assert "does not log the column reward" in find_bugs.first_difference([{"step": 1}], log)
+    assert "0 steps instead of 1" in find_bugs.first_difference([], log)
 
 
 @pytest.mark.parametrize("number", range(1, 9))

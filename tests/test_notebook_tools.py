@@ -41,6 +41,9 @@ def test_a_function_that_is_not_written_yet_does_not_stop_the_notebook(capsys):
     with start.exercise():
         raise NotImplementedError
     assert "Not written yet" in capsys.readouterr().out
+    with pytest.raises(NotImplementedError, match="for Bool"):  # an error of PyTorch
+        with start.exercise():
+            raise NotImplementedError("not implemented for Bool")
 
 
 def test_a_wrong_function_stops_the_notebook_and_a_right_one_is_praised(capsys):

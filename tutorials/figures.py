@@ -1,7 +1,7 @@
 """Write all figures of the course as PNG files: `python tutorials/figures.py --out FOLDER`.
 
-The folder gets the PNG outputs of the committed notebooks, named NOTEBOOK-K.png with K from 1. It
-also gets the committed pictures of tutorials/results. No cell is run.
+The folder gets the PNG outputs of the notebooks, named NOTEBOOK-K.png with K from 1. It also gets
+the PNG files of tutorials/results. No cell is run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def notebook_figures(notebook: Path) -> list[bytes]:
 
 
 def course_figures() -> dict[str, bytes]:
-    """Return the content of each figure of the course by its file name."""
+    """Return all figures of the course: file name -> content of the PNG file."""
     figures = {}
     for notebook in sorted(TUTORIALS.glob("*.ipynb")):
         for k, picture in enumerate(notebook_figures(notebook), 1):
@@ -39,13 +39,13 @@ def course_figures() -> dict[str, bytes]:
 def write_new(folder: Path, figures: dict[str, bytes]) -> None:
     """Write figures into an empty folder, which is made if it is missing.
 
-    Raises FileExistsError if the folder contains something, and OSError if it cannot be written.
+    Raises FileExistsError if the folder is not empty, and OSError if it cannot be written.
     """
     if folder.is_file():
         raise FileExistsError("this is a file. Name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise FileExistsError("the folder is not empty. Name an empty or a new folder")
+        raise FileExistsError("the folder is not empty. Choose an empty folder or a new name")
     for name, picture in figures.items():
         with (folder / name).open("xb") as file:  # x: never replaces a file
             file.write(picture)
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="an empty or a new folder")
     args = parser.parse_args(argv)
-    figures = course_figures()
     try:
+        figures = course_figures()
         write_new(args.out, figures)
     except OSError as error:
         reason = error.strerror or error

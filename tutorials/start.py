@@ -15,7 +15,7 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 
 
 def stale_packages(names=("numpy", "torch", "transformers")) -> list[str]:
-    """Return the packages that were loaded before another version was installed.
+    """Return the names of loaded packages whose installed version is now another one.
 
     On Colab and Kaggle, the first cell installs packages. A package that is already loaded keeps
     its old version until the runtime restarts.
@@ -30,7 +30,8 @@ def stale_packages(names=("numpy", "torch", "transformers")) -> list[str]:
 
 
 if stale_packages():
-    sys.exit("New packages were installed. Restart the runtime, then run all cells again.")
+    names = ", ".join(stale_packages())
+    raise ImportError(f"{names}: another version was installed. Restart the kernel, and run all")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,13 +46,15 @@ plt.rcParams["figure.dpi"] = 75
 
 @contextmanager
 def exercise():
-    """Check a function that you write: `with exercise():`, then asserts.
+    """Check a function that the reader writes. The asserts stand in a block `with exercise():`.
 
     If the function is not written yet, this prints a sentence, and the notebook continues.
     """
     try:
         yield
-    except NotImplementedError:
-        print("Not written yet. Write the function above, and run both cells again.")
+    except NotImplementedError as error:
+        if str(error):  # PyTorch raises the same error, with a message
+            raise
+        print("Not written yet. Write the function in the cell above. Then run both cells again.")
     else:
         print("Right: all checks pass.")

@@ -1,7 +1,9 @@
-"""Figures with sliders for notebooks: a box and a point for SAM, and a token at the clip.
+"""Two figures with sliders for notebooks.
 
-Each function first draws a figure of three fixed values. If the package ipywidgets is installed,
-sliders follow.
+In touch_box, you move a box and a point, and SAM draws the mask. In touch_clip, you change the
+probability of a token, and see the effect of the clip.
+
+Both first draw three fixed examples. If the package ipywidgets is installed, sliders follow.
 """
 
 import importlib.util
@@ -60,7 +62,7 @@ def moved_boxes(sample) -> list:
 
 
 def clipped(box, size) -> tuple:
-    """Return the part of a box inside a picture of this size (width, height)."""
+    """Cut a box at the edges of a picture. `size` is (width, height)."""
     width, height = size
     x1, y1, x2, y2 = box
     return max(0, x1), max(0, y1), min(width, x2), min(height, y2)
@@ -103,19 +105,19 @@ def touch_box(segmenter, sample) -> None:
 
 
 def objective(old: float, new: float, advantage: float) -> tuple[float, float]:
-    """Return the objective of one token, eq. (4) without KL, and its slope in the ratio.
+    """Return the objective of one token, eq. (4) without KL, and its derivative by the ratio.
 
-    `old` and `new` are the token's probabilities when it was sampled and now.
+    `old` is the token's probability when it was sampled, and `new` its probability now.
     """
     logp = torch.tensor([new]).log().requires_grad_()
     old_logp = torch.tensor([old]).log()
     loss, _ = grpo_loss(logp, old_logp, None, torch.tensor([advantage]), [[1]], Settings())
-    [gradient] = torch.autograd.grad(-loss, logp)  # of the objective, in log pi
-    return -loss.item(), gradient.item() * old / new  # d rho = rho d log pi
+    [gradient] = torch.autograd.grad(-loss, logp)  # d objective / d log pi
+    return -loss.item(), gradient.item() * old / new  # d rho / d log pi = rho
 
 
 def draw_clip(axes, old: float, new: float, advantage: float) -> None:
-    """Draw the objective of a token over its ratio, and the token's place on it."""
+    """Draw the objective (y) for each ratio (x), and mark the token on this curve."""
     s = Settings()
     low, high = 1 - s.eps_low, 1 + s.eps_high
     ratio = new / old

@@ -25,7 +25,7 @@ def pytest_runtest_makereport(item, call):
     if call.excinfo is None or report.when != "call":
         return
     error = call.excinfo.value
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError) and not str(error):
         frame = call.excinfo.traceback[-1]
         report.longrepr = f"{frame.name} is not written yet."
     elif isinstance(error, AssertionError) and str(error):

@@ -9,6 +9,7 @@ Find the bug and repair it. `--check` tells if the program is repaired.
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # Python looks only in the script's own folder
 
+from samr1_mini.config import UserError
 from samr1_mini.files import write_json
 from samr1_mini.report import write_report
 from samr1_mini.runs import read_log
@@ -40,16 +42,18 @@ def read_changes() -> dict[str, list]:
 
 
 def program_with_bug(number: int) -> str:
-    """Return the text of program.py with one bug, for a file in the folder bugs."""
+    """Return the text of program.py with one bug, for a file in the folder bugs.
+
+    Raises UserError if program.py was changed.
+    """
     text = (HERE / "program.py").read_text(encoding="utf-8")
-    first = "tutorials/assignment/program.py"
-    moved = [
-        [first, f"tutorials/assignment/bugs/program_{number}.py"],
-        ["parents[2]", "parents[3]"],
-    ]
+    command = "tutorials/assignment/program.py --run runs/program"
+    new_command = f"tutorials/assignment/bugs/program_{number}.py --run runs/program_{number}"
+    moved = [[command, new_command], ["parents[2]", "parents[3]"]]
     for right, wrong in moved + read_changes()[str(number)]:
         if text.count(right) != 1:
-            raise ValueError(f"program.py does not contain these lines once: {right}")
+            file = "tutorials/assignment/program.py"
+            raise UserError(f"{file} was changed. Restore it, for example: git checkout {file}")
         text = text.replace(right, wrong)
     return text
 
@@ -96,10 +100,11 @@ def hand_out(number: int) -> None:
     """Write the program with the bug, and the page and curves of its run."""
     program = BUGS / f"program_{number}.py"
     if program.exists():
-        print(f"{program} exists, and stays as it is. Delete it to start again.")
+        print(f"{program} exists, and stays as it is.")
     else:
         program.write_text(program_with_bug(number), encoding="utf-8")
         print(f"program: {program}")
+    print("The run below is of the program as it was handed out.")
     folder = BUGS / f"run_{number}"
     band = json.loads((BUGS / "band.json").read_text(encoding="utf-8"))
     log = read_log(folder)
@@ -116,9 +121,13 @@ def hand_out(number: int) -> None:
 
 
 def first_difference(ours: list[dict], right: list[dict]) -> str:
-    """Return the first number of two logs that differs, or nothing."""
+    """Return a sentence about the first number of two logs that differs, or nothing."""
+    if len(ours) != len(right):
+        return f"Your program logged {len(ours)} steps instead of {len(right)}."
     for mine, correct in zip(ours, right):
         for column, value in correct.items():
+            if column not in mine:
+                return f"Your program does not log the column {column}."
             if not np.isclose(mine[column], value, rtol=1e-3, atol=1e-6):
                 values = f"{column} is {mine[column]:.5g} in your program"
                 return f"In step {correct['step']}, {values} and {value:.5g} in a correct one."
@@ -126,17 +135,22 @@ def first_difference(ours: list[dict], right: list[dict]) -> str:
 
 
 def check(number: int) -> str:
-    """Run a step of the learner's program and of program.py. Return the first difference."""
+    """Run two steps of the learner's program and of program.py. Return the first difference."""
     mine = load_functions(BUGS / f"program_{number}.py")
     correct = load_functions(HERE / "program.py")
     with tempfile.TemporaryDirectory() as folder:
-        logs = [one.main(["--run", f"{folder}/run", "--steps", "1"]) for one in (mine, correct)]
+        steps = ["--steps", "2"]
+        logs = [
+            mine.main(["--run", f"{folder}/mine", *steps]),
+            correct.main(["--run", f"{folder}/correct", *steps]),
+        ]
     return first_difference(*logs)
 
 
 def make_run(program: Path, folder: Path, seed: int) -> None:
     """Run a program to its end. Its page is not kept, because it can be made from the log."""
-    name = os.path.relpath(folder, HERE)  # settings.json keeps this name
+    shutil.rmtree(folder, ignore_errors=True)  # an older run of the same name
+    name = Path(os.path.relpath(folder, HERE)).as_posix()  # settings.json keeps this name
     command = [sys.executable, str(program), "--seed", str(seed), "--run", name]
     run(command, check=True, cwd=HERE)
     (folder / "report.html").unlink()
@@ -155,8 +169,9 @@ def make_band() -> None:
     with tempfile.TemporaryDirectory() as folder:
         logs = []
         for seed in BAND_SEEDS:
-            make_run(HERE / "program.py", Path(folder), seed)
-            logs.append(read_log(Path(folder)))
+            run_folder = Path(folder) / f"seed{seed}"
+            make_run(HERE / "program.py", run_folder, seed)
+            logs.append(read_log(run_folder))
     sixth = BUGS / "run_correct"
     make_run(HERE / "program.py", sixth, RUN_SEED)
     (sixth / "trace.jsonl").unlink()
@@ -190,16 +205,21 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.number is None:
         parser.error("give the number of a bug, 1 to 8")
-    if not args.check:
-        hand_out(args.number)
-        return 0
-    if not (BUGS / f"program_{args.number}.py").is_file():
+    if args.check and not (BUGS / f"program_{args.number}.py").is_file():
         parser.error(f"there is no program {args.number} yet: run the command without --check")
-    difference = check(args.number)
+    try:
+        if not args.check:
+            hand_out(args.number)
+            return 0
+        difference = check(args.number)
+    except SyntaxError as error:
+        parser.error(f"{error.filename}, line {error.lineno}: {error.msg}")
+    except (UserError, OSError) as error:
+        parser.error(str(error))
     if difference:
         print(f"Not repaired. {difference}")
         return 1
-    print(f"Repaired: program {args.number} computes the same numbers as a correct program.")
+    print("Repaired: the first two steps give the same numbers as a correct program.")
     return 0
 
 

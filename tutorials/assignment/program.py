@@ -1,10 +1,11 @@
-"""A complete training in one file. Read it after the assignment, and change it as you like.
+"""A complete training in one file. Read it after the assignment, and change a copy as you like.
 
     python tutorials/assignment/program.py --run runs/program
 
-It makes 40 steps of 8 questions with 8 answers. A step has several updates, each with a part of the
-questions. The folder of the run gets metrics.jsonl and report.html. This program has one process,
-no evaluation and no --resume. Otherwise it computes the same as train.py.
+It makes 40 steps. A step has 8 questions, with 8 sampled answers to each. It makes four updates,
+each with two of the questions. The folder of the run gets metrics.jsonl and report.html.
+This program has one process, no evaluation and no --resume. It uses only some of the settings. With
+the settings of main, it computes the same numbers as train.py.
 """
 
 import argparse
@@ -69,9 +70,9 @@ def set_references(parts: Parts, rollouts: list[Rollout]) -> None:
 
 
 def token_objectives(tokens: dict, logp: torch.Tensor, s: Settings) -> tuple[torch.Tensor, dict]:
-    """Return the objective of each token [T], eq. (4), and values of each token to log.
+    """Return the objective of each token, eq. (4), a tensor [T], and values [T] for the log.
 
-    `tokens` holds the tokens' old and reference log-probabilities and advantages, each [T].
+    `tokens` has three tensors [T]: the log-probabilities "old" and "reference", and "advantage".
     """
     advantage = tokens["advantage"]
     ratio = (logp - tokens["old"]).exp()  # [T]
@@ -88,7 +89,9 @@ def token_objectives(tokens: dict, logp: torch.Tensor, s: Settings) -> tuple[tor
 
 
 def add_gradient(parts: Parts, rollout: Rollout, questions: int) -> list[dict]:
-    """Add the gradient of one group in an update of `questions` questions. Return values to log.
+    """Add the gradient of one group. Return values of its tokens for the log.
+
+    `questions` is the number of questions in the update. The loss is divided by it.
 
     Each forward has half of the group's answers, which saves memory.
     """
@@ -136,7 +139,6 @@ def train(parts: Parts, data, folder: Path) -> list[dict]:
     """Make all steps, and write the log. Returns its lines."""
     s = parts.settings
     steps = len(data) // s.questions
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
     trace = Trace(folder, s, 0, steps)
     log = []
     for step in tqdm(range(steps), "steps"):
@@ -161,6 +163,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if (args.run / "metrics.jsonl").exists():
+        parser.error(f"--run: {args.run} already holds a run. Choose another folder")
     torch.set_num_threads(1)
     s, _ = make_settings(
         preset="tiny",
