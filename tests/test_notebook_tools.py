@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
@@ -151,3 +152,23 @@ def test_moving_a_slider_draws_the_figure_again(question, monkeypatch):
     controls[2].value = 0
     assert boxes[-1][0][0] == 10 and boxes[-1][0][2] == 50 and boxes[-1][1][0][2] == 0
     plt.close("all")
+
+
+# --------------------------------------------------------------------------- Colab and Kaggle
+
+
+@pytest.mark.skipif(not (TUTORIALS.parent / ".git").exists(), reason="not a git clone")
+def test_with_an_address_the_first_cell_fetches_the_project(tmp_path):
+    """The folder of this project stands for its address. The packages are already installed."""
+    first = [cell for cell in cells_of(NOTEBOOKS[0]) if cell.cell_type == "code"][0].source
+    assert first.startswith('ADDRESS = ""')
+    first = first.replace('ADDRESS = ""', f'ADDRESS = "{TUTORIALS.parent}"', 1)
+    shown = "import samr1_mini\nprint(ROOT, samr1_mini.__file__)"
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(text) for text in (first, shown)]
+    )
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    root, file = notebook.cells[1].outputs[0].text.split()
+    assert root == str(tmp_path / "project")
+    assert file == str(tmp_path / "project" / "samr1_mini" / "__init__.py")
