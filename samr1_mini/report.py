@@ -220,7 +220,7 @@ def write_report(folder: Path, test: dict = NO_TEST) -> Path:
 def try_report(folder: Path, make_test: Callable[[], dict] = NO_TEST.copy) -> None:
     """Write report.html with the result of `make_test`. Print an error instead of raising it.
 
-    The page is an extra. So no error of the page may end a run in another way.
+    The page is an extra. So an error of the page must not change how a run ends.
     """
     try:
         write_report(folder, make_test())

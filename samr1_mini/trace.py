@@ -92,7 +92,7 @@ class Trace:
 
 
 def keep_tokens(rollouts: list, logp: torch.Tensor, entropy: torch.Tensor) -> None:
-    """Store a forward's values of each token [S] in its rollouts. A later forward replaces them."""
+    """Store values of each token [S] of a forward in the rollouts. A later forward replaces them."""
     sizes = [sum(rollout.lengths) for rollout in rollouts]
     for rollout, new, unsure in zip(rollouts, logp.split(sizes), entropy.split(sizes)):
         rollout.new = new
@@ -142,7 +142,7 @@ def traced_step(parts, rollouts: list, step: int, reasons: list[str]) -> dict:
 
 
 def update_number(place: int, questions: int, updates: int) -> int:
-    """Return the number, from 1, of the update to which a place in the batch belongs."""
+    """Return the number of the update that uses this place in the batch. It counts from 1."""
     return ((place + 1) * updates - 1) // questions + 1
 
 

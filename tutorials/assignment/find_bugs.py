@@ -1,7 +1,7 @@
 """Find a silent bug in a training program: `python tutorials/assignment/find_bugs.py 3`.
 
 The command writes bugs/program_3.py: a program like program.py, with one bug that gives no error.
-It also writes what a finished run of this program left. In bugs/run_3, report.html is the page of
+It also shows a finished run of this program. In bugs/run_3, report.html is the page of
 the run, and curves.png compares the run with correct runs.
 Find the bug and repair it. `--check` tells if the program is repaired.
 """
@@ -62,7 +62,7 @@ def program_with_bug(number: int) -> str:
 
 
 def running_mean(values: list[float]) -> np.ndarray:
-    """Return the mean of each SMOOTH neighbouring values."""
+    """Return a running mean: each value is the mean of SMOOTH neighbouring values."""
     return np.convolve(values, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
 
 
@@ -72,7 +72,7 @@ def curve(log: list[dict], column: str) -> np.ndarray:
 
 
 def outside(log: list[dict], band: dict, column: str) -> float:
-    """Return the share of the steps whose running mean is outside the band."""
+    """Return the share of steps whose running mean is outside the range of the correct runs."""
     values = curve(log, column)
     low, high = np.array(band[column]["low"]), np.array(band[column]["high"])
     tolerance = 1e-4 * np.abs(high) + 1e-6  # the band is rounded
@@ -121,7 +121,7 @@ def hand_out(number: int) -> None:
 
 
 def first_difference(ours: list[dict], right: list[dict]) -> str:
-    """Return a sentence about the first number of two logs that differs, or nothing."""
+    """Compare two logs. Return a sentence about the first number that differs, or nothing."""
     if len(ours) != len(right):
         return f"Your program logged {len(ours)} steps instead of {len(right)}."
     for mine, correct in zip(ours, right):

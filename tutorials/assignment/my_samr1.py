@@ -25,7 +25,7 @@ def read_answer(text: str) -> dict | None:
     Return {"box": [x1, y1, x2, y2], "points": [[x, y, label], ...]}. Return None if
 
       - the text has another form, or the content of <answer> is not a JSON object
-      - the box does not have exactly four finite numbers
+      - the box does not have exactly four finite numbers, each below a million
       - x2 <= x1, or y2 <= y1
       - there is no point
       - a point does not have exactly three finite numbers, or its label is neither 0 nor 1

@@ -2,8 +2,8 @@
 
     python tutorials/assignment/program.py --run runs/program
 
-It makes 40 steps. A step has 8 questions, with 8 sampled answers to each. It makes four updates,
-each with two of the questions. The folder of the run gets metrics.jsonl and report.html.
+It makes 40 steps. A step has 8 questions, with 8 sampled answers to each. A step makes four
+updates, each with two of the questions. The folder of the run gets metrics.jsonl and report.html.
 This program has one process, no evaluation and no --resume. It uses only some of the settings. With
 the settings of main, it computes the same numbers as train.py.
 """

@@ -39,10 +39,12 @@ FAULTS = [
     ("a box of three numbers", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40]")),
     ("a word in the box", GOOD.replace("40, 60]", '40, "x"]')),
     ("a box with x2 < x1", GOOD.replace("[10, 20, 40, 60]", "[40, 20, 10, 60]")),
+    ("a box of width 0", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 10, 60]")),
     ("a box of height 0", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40, 20]")),
     ("no point", GOOD.replace("[[25, 40, 1]]", "[]")),
     ("a point of two numbers", GOOD.replace("[25, 40, 1]", "[25, 40]")),
     ("the label 2", GOOD.replace("40, 1]]", "40, 2]]")),
+    ("the label 0.5", GOOD.replace("40, 1]]", "40, 0.5]]")),
     ("an answer that was cut off", GOOD[:-20]),
     ("an empty text", ""),
     ("a box of texts", GOOD.replace("[10, 20, 40, 60]", '["1", "1", "5", "5"]')),
@@ -101,7 +103,8 @@ def test_the_iou_of_two_masks(mine):
     assert near(mine.iou(a, mask_of(20, 0, 30, 10)), 0.0), "the IoU of separate masks is 0"
     empty = mask_of(0, 0, 0, 0)
     assert near(mine.iou(empty, empty), 1.0), "the IoU of two empty masks is 1"
-    assert near(mine.iou(a, empty), 0.0), "the IoU with an empty mask is 0"
+    assert near(mine.iou(a, empty), 0.0), "the IoU with an empty true mask is 0"
+    assert near(mine.iou(empty, a), 0.0), "the IoU of an empty mask and another true mask is 0"
 
 
 # --------------------------------------------------------------------------- 4. accuracy_reward
