@@ -225,7 +225,7 @@ def test_a_bug_is_handed_out_with_its_run_and_the_repaired_program_is_accepted(b
     assert stopped.value.code == 2 and "line 1" in capsys.readouterr().err
 
 
-def test_no_bug_is_made_from_a_changed_program(tmp_path, monkeypatch, capsys):
+def test_no_bug_is_made_from_a_changed_program(tmp_path, monkeypatch):
     monkeypatch.setattr(find_bugs, "HERE", tmp_path)
     (tmp_path / "program.py").write_text("print(1)\n")
     with pytest.raises(UserError, match="program.py was changed"):

@@ -11,8 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
 
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-
 
 def stale_packages(names=("numpy", "torch", "transformers")) -> list[str]:
     """Return the names of loaded packages whose installed version is now another one.
@@ -29,14 +27,16 @@ def stale_packages(names=("numpy", "torch", "transformers")) -> list[str]:
     return stale
 
 
-if stale_packages():
-    names = ", ".join(stale_packages())
-    raise ImportError(f"{names}: another version was installed. Restart the kernel, and run all")
+stale = ", ".join(stale_packages())
+if stale:
+    raise ImportError(f"{stale}: another version was installed. Restart the kernel, and run all")
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython import get_ipython
+
+from samr1_mini.plots import BLUE, GREEN, ORANGE, PINK
 
 torch.set_num_threads(1)
 if get_ipython():

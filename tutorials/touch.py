@@ -15,9 +15,9 @@ import torch
 from samr1_mini.config import Settings
 from samr1_mini.grpo import grpo_loss
 from samr1_mini.metrics import intersection_union, iou, tight_box
+from samr1_mini.plots import BLUE, GREEN, ORANGE, PINK
 from samr1_mini.reward import tiered
 
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 INSTALL = "For sliders, install the package ipywidgets, and run this cell again."
 
 

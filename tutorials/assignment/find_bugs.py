@@ -1,8 +1,8 @@
 """Find a silent bug in a training program: `python tutorials/assignment/find_bugs.py 3`.
 
 The command writes bugs/program_3.py: a program like program.py, with one bug that gives no error.
-It also shows a finished run of this program. In bugs/run_3, report.html is the page of
-the run, and curves.png compares the run with correct runs.
+It also shows a finished run of this program. In bugs/run_3, report.html is the page of the run, and
+curves.png compares the run with correct runs.
 Find the bug and repair it. `--check` tells if the program is repaired.
 """
 
@@ -61,14 +61,10 @@ def program_with_bug(number: int) -> str:
 # ----------------------------------------------------------------------------- the band
 
 
-def running_mean(values: list[float]) -> np.ndarray:
-    """Return a running mean: each value is the mean of SMOOTH neighbouring values."""
-    return np.convolve(values, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
-
-
 def curve(log: list[dict], column: str) -> np.ndarray:
-    """Return the running mean of one column of a run."""
-    return running_mean([line[column] for line in log])
+    """Return the running mean of one column of a run, each over SMOOTH neighbouring steps."""
+    values = [line[column] for line in log]
+    return np.convolve(values, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
 
 
 def outside(log: list[dict], band: dict, column: str) -> float:
