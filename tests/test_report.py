@@ -1,6 +1,7 @@
 """The token log of a run and its page: true numbers, bounded size, safe text, usable in a browser."""
 
 import base64
+import html as html_text
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from test_photos import PHOTOS
 
-from samr1_mini import report, trace
+from samr1_mini import decoding, report, trace
 from samr1_mini.config import make_settings
 from samr1_mini.data import load_data
 from samr1_mini.data.masks import to_rle
@@ -413,13 +414,18 @@ def with_check(page: Path, out: Path) -> Path:
     return out
 
 
+def checked(page: Path) -> tuple[dict, str]:
+    """Open a page that runs CHECK. Returns the values that CHECK found, and the browser's messages."""
+    done = browse(page, "--dump-dom", "--window-size=1300,900")
+    [text] = re.findall(r"<title>FOUND(.*?)END</title>", done.stdout, re.S)
+    return json.loads(html_text.unescape(text)), done.stderr
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_the_page_works_in_a_browser_without_an_error(run, tmp_path):
     folder, _ = run
     page = with_check(folder / "report.html", tmp_path / "page.html")
-    done = browse(page, "--dump-dom", "--window-size=1300,900")
-    [text] = re.findall(r"<title>FOUND(.*?)END</title>", done.stdout, re.S)
-    found = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    found, messages = checked(page)
     logged = [step["step"] for step in read_trace(folder)]
     assert found["last"] == "Step 4" and found["first"] == "Step 1"
     assert found["forward"] == f"Step {logged[1]}"
@@ -431,7 +437,7 @@ def test_the_page_works_in_a_browser_without_an_error(run, tmp_path):
     assert set(found["kinds"]) == {"all", *[row["kind"] for row in trained]}
     assert found["cards"] == sum(row["kind"] == found["kinds"][1] for row in trained)
     assert found["dialog"] and found["images"] == 0 and found["wide"] <= 0
-    assert found["errors"] == [] and "CONSOLE" not in done.stderr
+    assert found["errors"] == [] and "CONSOLE" not in messages
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
@@ -470,3 +476,83 @@ def test_a_photograph_and_an_answer_without_a_mask_get_on_the_page(segmenter, tm
     for one in described:
         assert len(report.overlay(one["mask"], truth)) < 20_000
     assert len(trace.webp(sample.image, size)) < 60_000
+
+
+# -------------------------------------------------------------------------------- full size
+
+WRITTEN = (
+    '<think>Möve, 海, "left".</think>'
+    '<answer>{"bbox": [210, 210, 630, 630], "points": [[420, 420, 1]]}</answer>'
+)
+
+
+@pytest.fixture(scope="module")
+def photo_run(real_vocabulary, tmp_path_factory):
+    """A run with photographs at 840 pixels and Qwen's tokens, by a small random Qwen2.5-VL.
+
+    Its random answers have no mask. So the first answer of each group is replaced by WRITTEN, with
+    the log-probabilities of WRITTEN under the policy.
+    """
+    if not PHOTOS.is_dir():
+        pytest.skip("the photographs are not at hand")
+    folder = tmp_path_factory.mktemp("photo_report") / "run"
+    s, _ = make_settings(
+        preset="tiny",
+        device="cpu",
+        policy=str(real_vocabulary),
+        load_in="fp32",
+        data=str(PHOTOS),
+        image_size=840,
+        max_new_tokens=48,
+        rank=2,
+        run=str(folder),
+        samples=4,
+        questions=2,
+        group=4,
+        updates=2,
+        eval_every=0,
+        eval_samples=2,
+        test_samples=3,
+        warmup=1,
+    )
+    generate = decoding.generate
+
+    def one_written(policy, prompts, *rest):
+        groups = generate(policy, prompts, *rest)
+        tokenizer = policy.processor.tokenizer
+        ids = torch.tensor(tokenizer(WRITTEN + tokenizer.eos_token)["input_ids"])
+        for prompt, group in zip(prompts, groups):
+            with torch.no_grad():
+                logps, _ = logprobs(policy, [prompt], [[ids]])
+            group[0] = decoding.Completion(ids, logps, False, WRITTEN)
+        return groups
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "generate", one_written)
+        train(s)
+    return folder
+
+
+def test_the_page_of_a_run_with_photographs_has_qwens_tokens_and_answers_without_a_mask(photo_run):
+    data = block((photo_run / "report.html").read_text(encoding="utf-8"))
+    assert [step["step"] for step in data["steps"]] == [1, 2]
+    for group, answer in [pair for step in data["steps"] for pair in answers_of(step)]:
+        assert group["side"] == 840 and max(group["size"]) == trace.SIDE
+        assert min(group["size"]) < trace.SIDE  # photographs keep their shape
+    for group in [group for step in data["steps"] for group in step["groups"]]:
+        written, *others = group["answers"]
+        assert "".join(written["tokens"]).startswith(WRITTEN)
+        assert written["objects"][0]["box"] == [210, 210, 630, 630]
+        assert all(answer["objects"] == [] and answer["why"] for answer in others)
+        assert written["advantage"] > 0 > others[0]["advantage"]
+    assert len(data["test"]["questions"]) == 3
+    assert (photo_run / "report.html").stat().st_size < 1_500_000
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_the_page_of_a_run_with_photographs_works_in_a_browser(photo_run, tmp_path):
+    page = with_check(photo_run / "report.html", tmp_path / "page.html")
+    found, messages = checked(page)
+    assert found["last"] == "Step 2" and found["answers"] == 4 and found["images"] == 0
+    assert "probability" in found["tip"] and found["dialog"] and found["wide"] <= 0
+    assert found["errors"] == [] and "CONSOLE" not in messages
