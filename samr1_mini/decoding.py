@@ -317,8 +317,8 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample tokens. Returns their ids and log-probabilities, both [B, G, L]. `shape` is (B, G, L).
 
-    Tokens after an answer's first stop id have no meaning. If `uniforms` is None, the likeliest
-    token is taken.
+    Tokens after an answer's first stop id have no meaning. Without `uniforms`, sampling is greedy:
+    it takes the likeliest token. (`generate` draws uniforms if the caller gives none.)
     """
     questions, group, length = shape
     device = policy.device

@@ -210,9 +210,10 @@ def encode_questions(policy: Policy, samples: list[Sample], size: int) -> list[P
 
 
 def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray | None]:
-    """Return the index of the reward with the middle mask, and the majority mask, bool [H, W].
+    """Return the index of the middle reward, and the majority mask, bool [H, W].
 
-    `voters` lists the indices of the rewards that vote (metrics.vote). Without voters the function
+    The mask of the middle reward agrees most with the majority (metrics.vote). `voters` lists the
+    indices of the rewards that vote. Without voters the function
     returns 0 and None.
     """
     if not voters:
@@ -237,7 +238,8 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
 
     The answers vote on a mask. In the strict vote only answers in the format vote. In the lenient
     vote all answers with a readable box vote. The scored answer is the middle answer of the strict
-    vote. Without strict voters it is the middle answer of the lenient vote, or the first answer.
+    vote. If no answer is in the format, it is the middle answer of the lenient vote. If no
+    answer is readable, it is the first answer.
     """
     answers = [read_leniently(text, side, s.max_points, s.objects) for text in texts]
     rewards = score_group(segmenter, x, answers, s)
@@ -294,7 +296,7 @@ def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float
     With `objects` "several" each true object has its own box, if the data set knows the objects.
     """
     if x.box_only:
-        return 1.0  # boxes are compared with boxes
+        return 1.0  # the data set has boxes alone, so the true box is its own mask
     if not x.mask.any():
         return None
     true_masks = [x.mask]
@@ -311,10 +313,10 @@ def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float
 def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     """Return the number of questions in one batch.
 
-    The number is --eval-batch. If --eval-batch is 0, the batch has about 16,000 prompt tokens.
-    `votes` answers to each question make the batch `votes` times smaller. On a GPU with little free
-    memory the batch is smaller. On a CPU the number depends on the settings alone, because padding
-    can change greedy answers.
+    The number is --eval-batch. If --eval-batch is 0, the batch has about 16,000 prompt tokens, and
+    `votes` answers to each question make it `votes` times smaller. On a GPU with little free
+    memory, the batch is smaller. On a CPU, free memory does not count: the batch decides the
+    padding, and padding can change greedy answers. So results on a CPU repeat.
     """
     if s.eval_batch:
         return s.eval_batch

@@ -1,7 +1,8 @@
 """The GRPO of SAM-R1: rollout, reward, advantage, update, log, save.
 
 Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO, eq. (2). The
-clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4).
+clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4). One limit is ours: see
+kl_to_base.
 
 From `train` to the gradient:
 
@@ -114,7 +115,8 @@ def grpo_loss(
     """
     ratio = (logp - old).exp()  # [S] rho = pi / pi_old
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)  # [S] clip-higher: eps_high > eps_low
-    # The minimum gives no reward for a move past the clip. This holds for both signs of advantage.
+    # If the ratio is past its limit in the favoured direction, the gradient is 0. This holds for
+    # both signs of the advantage.
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
     values = {
         "ratio": ratio,
@@ -176,7 +178,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. With equal rewards, only the KL does."""
+        """Return True if the updates use this group. With equal rewards, only the KL uses it."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -280,7 +282,7 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
     if norm.isfinite():
         parts.optimizer.step()
-    parts.optimizer.zero_grad()  # now, so that sampling has the memory of the gradients
+    parts.optimizer.zero_grad()  # frees their memory for the next sampling
     return total, norm.item(), forwards
 
 

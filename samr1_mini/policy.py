@@ -113,7 +113,8 @@ class Prompt:
     def next_position(self) -> int:
         """Return an answer's first position.
 
-        It is smaller than P: a picture of 30 x 30 tokens takes 30 positions and not 900.
+        It is smaller than P. M-RoPE counts rows and columns, so 30 x 30 picture tokens
+        take 30 positions.
         """
         return int(self.positions.max()) + 1
 
@@ -389,7 +390,7 @@ def logprobs(
     inputs, index, target = pack(policy, prompts, groups)
     language = policy.base.model.language_model
     hidden = language(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
-    # Plain indexing sums gradients in a varying order. Then runs would differ in the last digits.
+    # The backward of plain indexing adds gradients in a varying order, so runs would differ.
     hidden = hidden[0].index_select(0, index)  # [S, D]
     count = max(1, CHUNK_LOGITS // policy.banned.numel())  # tokens in a chunk
     logps, entropies = [], []

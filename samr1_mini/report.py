@@ -100,9 +100,9 @@ def traced_steps(folder: Path) -> list[dict]:
 def held_out(test, segmenter, s: Settings, side: int, before: list, after: list) -> dict:
     """Return "scores" of all held-out questions, and "questions" with pictures and both answers.
 
-    `before` and `after` are the contents of test-base.json and test-trained.json. A score is the
-    kind, and the lenient IoU before and after training. The questions with pictures are those whose
-    IoU changed most, as many as TEST_BYTES allows.
+    `before` and `after` are the contents of test-base.json and test-trained.json. Each score
+    has three values: the kind, and the lenient IoU before and after training. The questions with
+    pictures are those whose IoU changed most, as many as TEST_BYTES allows.
     """
     trained = {row["id"]: row for row in after}
     places = {name: i for i, name in enumerate(test.ids)}

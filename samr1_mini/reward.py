@@ -6,8 +6,8 @@ An answer is a list of objects. With --objects one the list has one object, as i
 --objects several the answer's mask is the union of the objects' masks. Then there are two more
 terms, matching (0 to 1) and repeats (-1 to 0).
 
-No network is trained here. The policy gets no reward for its box. It gets reward for the mask that
-Segment Anything draws from the box and the points.
+No network is trained here. In the paper's setting, the box itself gets no reward. The mask gets
+reward that Segment Anything draws from the box and the points.
 
 Coordinates of an answer go from 0 to `side`. For answers in pixels, `side` is the size of the
 policy's scaled picture. For answers in thousandths, `side` is 1,000. SAM and the true mask use the
@@ -50,7 +50,7 @@ class Object:
 
 @dataclass
 class Answer:
-    """Hold one parsed answer. In training, `objects` needs the right segmentation format.
+    """Hold one parsed answer. In training, it has `objects` only in the right format.
 
     An answer that cannot be read has no list of objects. An empty list says that nothing is there.
     """
@@ -95,7 +95,8 @@ def check_box(value, side: int) -> Box:
     x1, y1, x2, y2 = [_clip(_number(number), side) for number in value]
     if x2 - x1 < 1e-3 or y2 - y1 < 1e-3:
         raise ValueError("bbox is reversed, empty or outside the picture")
-    if x2 <= 1 and y2 <= 1:  # as pixels or thousandths, the box would be at most one unit wide
+    # Such numbers are shares of the sides. As pixels, they would be a box of at most one pixel.
+    if x2 <= 1 and y2 <= 1:
         raise ValueError("bbox gives shares of width and height: all four numbers are at most 1")
     return x1, y1, x2, y2
 
@@ -345,7 +346,8 @@ def score_group(
     draw_masks(segmenter, sample, readable)
     for reward in rewards:
         if s.objects == "several" and reward.objects and not reward.mask.any():
-            reward.mask = None  # an empty mask from SAM is not the answer []
+            # The answer names objects. So an empty mask must not count as the answer [].
+            reward.mask = None
         reward.pair = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pair)
         reward.terms = terms(reward, s)

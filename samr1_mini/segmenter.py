@@ -342,7 +342,7 @@ def read_sam(kind: str, path: str | Path) -> Sam:
     mapped into memory. So no random weights are drawn, and no second copy is made. A bad file may
     raise any exception.
     """
-    with init_empty_weights():  # leaves parameters empty, not buffers: the file lacks some of them
+    with init_empty_weights():  # Parameters stay empty. Buffers do not, as the file lacks some.
         sam = random_sam(kind)
     mapped = zipfile.is_zipfile(path)  # files before torch 1.6 are no zip files, and not mapped
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

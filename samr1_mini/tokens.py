@@ -112,7 +112,8 @@ class Fp32Head(torch.autograd.Function):
     """Multiply hidden [n, D] by the head's weight [V, D] -> fp32 logits [n, V].
 
     The head's own forward would round the logits to bf16. A logit between 16 and 32 would become a
-    multiple of 0.125. This rounding alone would move every ratio away from 1. Here the products
+    multiple of 0.125. Sampling and training compute slightly different hidden states, and rounding
+    can turn a small difference into 0.125. Then pi / pi_old would not start at 1. Here the products
     are bf16 and their sums are fp32.
     """
 

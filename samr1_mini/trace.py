@@ -1,11 +1,13 @@
 """Log some steps token by token, in trace.jsonl. report.py shows them on a page.
 
-A group is a question with its answers. The log has two groups of a step. The first is the group
-whose rewards differ most. The second is the last group of the batch. It belongs to the last update,
-and earlier updates have already changed the policy. So its ratios are not 1, and the clip can act.
+A group is a question with its answers. The log has at most two groups of a step. The first is the
+group whose rewards differ most. The second is the last group of the batch. It belongs to the last
+update, and earlier updates have already changed the policy. So its ratios are not 1, and the clip
+can act.
 With several processes, these are groups of the first process.
-Every step at the interval --trace-every is logged. A step is also logged if its gradient norm or
-its share of clipped tokens is the largest so far. The file has at most about 2 MB.
+The first and the last step are logged, and every step at the interval --trace-every. After the
+first interval, a step is also logged if its gradient norm or its share of clipped tokens is the
+largest so far. The file has at most about 2 MB. If it would get longer, the interval is doubled.
 """
 
 import base64
@@ -92,7 +94,7 @@ class Trace:
 
 
 def keep_tokens(rollouts: list, logp: torch.Tensor, entropy: torch.Tensor) -> None:
-    """Store values of each token [S] of a forward in the rollouts. A later forward replaces them."""
+    """Store a forward's values of each token [S] in the rollouts. A later forward replaces them."""
     sizes = [sum(rollout.lengths) for rollout in rollouts]
     for rollout, new, unsure in zip(rollouts, logp.split(sizes), entropy.split(sizes)):
         rollout.new = new

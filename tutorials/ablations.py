@@ -9,8 +9,8 @@ questions for every row, and all runs are tested on the same scenes. So a row is
 "base" for each seed and each scene. For this, each run also leaves the IoU of each scene, in
 results/ablations/ROW-seedN.json.gz (older runs: .json, without ids).
 In the tables, "detects" is the smallest true difference from base that this number of seeds finds
-with 80 % power. "within" is the smallest margin within which the row and base are equivalent, and
-"=" marks a margin of at most 0.05. paired.py explains both.
+with 80 % power. "within" is a margin: a test at the 5 % level shows that the true difference is
+smaller. "=" marks a margin of at most 0.05. paired.py explains both.
 PREDICTED holds the expected result of each row. It was committed before the first run. There,
 "places" is the answer style that lists coordinates before it chooses an object.
 `--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,
@@ -214,7 +214,8 @@ def name_of(row: str, seed: int) -> str:
 def check_options(folder: Path, options: list[str], run: str) -> None:
     """Refuse to continue a run that began with other options.
 
-    --resume compares only the options of the command line. A changed row may have fewer options.
+    --resume compares only the options of the command line. If a row has lost an option, --resume
+    does not notice. So this function compares all settings.
     """
     begun = read_settings(folder / "settings.json")
     now = asdict(parse_settings(options, "ablations.py", "")[0])
@@ -392,8 +393,8 @@ def interval(values) -> tuple[float, float]:
 
     Other seeds and other scenes would give another mean. All seeds share the scenes, so 5 x 1,000
     values are not 5,000 independent ones. The model: value = mean + effect of the seed + effect of
-    the scene + rest. The rest is in the variance of the seeds' means and in that of the scenes'
-    means. So it is subtracted once:
+    the scene + rest. The variance of the seeds' means contains the rest, and so does the
+    variance of the scenes' means. The rest is counted twice, so it is subtracted once:
 
         variance of the mean = var(seeds' means) / seeds + var(scenes' means) / scenes
                                - var(rest) / (seeds * scenes)
@@ -451,8 +452,8 @@ def differences(
 def with_interval(values: list[np.ndarray], sign: str = "") -> str:
     """Write the mean and the interval of values [seeds, scenes].
 
-    With one seed a star marks an interval over scenes only. With two seeds both are written
-    instead: an interval with one degree of freedom (t = 12.7) would say nothing.
+    With one seed, a star marks an interval over scenes only. With two seeds, the mean of each seed
+    is written instead. An interval with one degree of freedom (t = 12.7) would say nothing.
     """
     if not values:
         return ""
@@ -690,7 +691,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse(argv)
     if not args.table:
         there = {(line["row"], line["seed"]) for line in read(args.results)}
-        # Seed after seed. So a command that is stopped leaves about as many runs of each row.
+        # All rows run with seed 0, then with seed 1, and so on. So a command that is stopped
+        # has made nearly the same number of runs for each row.
         wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows]
         missing = [run for run in wanted if run not in there]
         try:

@@ -11,8 +11,9 @@ import numpy as np
 from scipy import optimize, stats
 
 POWER = 0.8
-# A difference in gIoU. It is less than half of the difference between GRPO and base. The margin was
-# chosen after the rows of tables 3 and 4 in ablations.py, and before those of "later objectives".
+# A difference in gIoU. It is less than half of the difference between the rows GRPO and base of
+# ablations.py. The margin was chosen after the rows of tables 3 and 4, and before those of "later
+# objectives".
 MARGIN = 0.05
 
 
@@ -24,7 +25,8 @@ def student(freedom: float, share: float = 0.975) -> float:
 def power(shift: float, freedom: int) -> float:
     """Return the probability that a two-sided t test at the 5 % level finds a difference.
 
-    The true mean is `shift` standard errors from 0. So T follows the noncentral t distribution.
+    The true mean is `shift` standard errors from 0. So the t statistic follows the
+    noncentral t distribution.
     """
     limit = student(freedom)
     above = stats.nct.sf(limit, freedom, shift)

@@ -62,7 +62,7 @@ def program_with_bug(number: int) -> str:
 
 
 def curve(log: list[dict], column: str) -> np.ndarray:
-    """Return the running mean of one column of a run, each over SMOOTH neighbouring steps."""
+    """Return the running means of one column of a run. Each mean is over SMOOTH steps."""
     values = [line[column] for line in log]
     return np.convolve(values, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
 

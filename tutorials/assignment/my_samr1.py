@@ -3,8 +3,8 @@
     python -m pytest tutorials/assignment        # grades your functions, in seconds
     python tutorials/assignment/train_mine.py    # trains the tiny policy with your functions
 
-Work from top to bottom: later functions use earlier ones. In a function, give your variables other
-names than the functions have. Equations have the numbers of the paper (arXiv 2505.22596).
+Work from top to bottom: later functions use earlier ones. In a function, do not give a variable the
+name of one of the ten functions. Equations have the numbers of the paper (arXiv 2505.22596).
 
 A group is one question with its G answers. S is the number of tokens in these G answers.
 """
@@ -25,7 +25,7 @@ def read_answer(text: str) -> dict | None:
     Return {"box": [x1, y1, x2, y2], "points": [[x, y, label], ...]}. Return None if
 
       - the text has another form, or the content of <answer> is not a JSON object
-      - the box does not have exactly four finite numbers, each below a million
+      - the box does not have exactly four finite numbers between -1,000,000 and 1,000,000
       - x2 <= x1, or y2 <= y1
       - there is no point
       - a point does not have exactly three finite numbers, or its label is neither 0 nor 1

@@ -1,7 +1,7 @@
 """Train the tiny policy with the functions of my_samr1.py: `python tutorials/assignment/train_mine.py`.
 
 It makes 40 steps of 8 questions with 8 answers each, and takes a few minutes. You have passed if the
-gIoU on held-out questions is above BAR at the end.
+lenient gIoU on held-out questions is above BAR at the end.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tutorials.assignment.functions import load_functions
 STEPS = 40
 QUESTIONS = 8
 GROUP = 8
-# Before training, the gIoU is 0.406. The solution reached 0.502 and 0.452 with the seeds 0 and 1.
+# Before training, the lenient gIoU is 0.406. The solution reached 0.502 and 0.452 with the seeds 0 and 1.
 BAR = 0.43
 
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> float:
     minutes = (time.perf_counter() - begun) / 60
     print(f"gIoU before {before:.3f}, after {after:.3f}, {minutes:.1f} minutes")
     if args.steps == STEPS and after > BAR:
-        print(f"Passed: the gIoU is above {BAR}.")
+        print(f"Passed: the lenient gIoU is above {BAR}.")
     return after
 
 
