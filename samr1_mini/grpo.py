@@ -1,8 +1,7 @@
 """The GRPO of SAM-R1: rollout, reward, advantage, update, log, save.
 
 Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO, eq. (2). The
-clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4). One limit is ours: see
-kl_to_base.
+clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4). kl_to_base adds a limit.
 
 From `train` to the gradient:
 
@@ -115,8 +114,7 @@ def grpo_loss(
     """
     ratio = (logp - old).exp()  # [S] rho = pi / pi_old
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)  # [S] clip-higher: eps_high > eps_low
-    # If the ratio is past its limit in the favoured direction, the gradient is 0. This holds for
-    # both signs of the advantage.
+    # A ratio past its limit in the favoured direction gets no gradient, for both signs of A.
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
     values = {
         "ratio": ratio,

@@ -113,8 +113,7 @@ class Prompt:
     def next_position(self) -> int:
         """Return an answer's first position.
 
-        It is smaller than P. M-RoPE counts rows and columns, so 30 x 30 picture tokens
-        take 30 positions.
+        It is smaller than P: with M-RoPE, a picture of 30 x 30 tokens takes 30 positions.
         """
         return int(self.positions.max()) + 1
 
