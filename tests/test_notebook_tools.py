@@ -95,6 +95,15 @@ def test_the_solutions_of_a_notebook_pass_its_checks_and_common_mistakes_do_not(
                 exec(cells[i + 1].source, names)
 
 
+def test_the_checks_of_read_box_refuse_a_function_that_runs_the_text_as_python():
+    [notebook] = TUTORIALS.glob("2_*.ipynb")
+    [check] = [cell.source for cell in cells_of(notebook) if "assert read_box(good)" in cell.source]
+    names = {"json": json, "exercise": start.exercise}
+    names["read_box"] = lambda text: eval(text.split("<answer>")[1].split("</answer>")[0])["bbox"]
+    with pytest.raises(NameError):  # null is a word of JSON, and not of Python
+        exec(check, names)
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_ends_with_at_least_three_folded_answers(notebook):
     last = cells_of(notebook)[-1].source
