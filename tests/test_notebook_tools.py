@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,6 +109,17 @@ def test_the_checks_of_read_box_refuse_a_function_that_runs_the_text_as_python()
 def test_a_notebook_ends_with_at_least_three_folded_answers(notebook):
     last = cells_of(notebook)[-1].source
     assert last.count("<details>") >= 3 and last.count("<details>") == last.count("</details>")
+
+
+def test_the_gpu_cell_of_notebook_6_prints_the_forecast_and_the_measured_step(monkeypatch, capsys):
+    """The cell believes that there is a GPU. The command it starts rehearses a small model here."""
+    [notebook] = TUTORIALS.glob("6_*.ipynb")
+    [cell] = [c.source for c in cells_of(notebook) if "--rehearse 1 --max-new-tokens" in c.source]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    exec(cell, {"torch": torch, "subprocess": subprocess, "sys": sys, "ROOT": TUTORIALS.parent})
+    printed = capsys.readouterr().out
+    assert "forecast: 3b in nf4" in printed and re.search(r"^update +\d", printed, re.M)
+    assert "Traceback" not in printed
 
 
 # ----------------------------------------------------------------------------------- touch.py
