@@ -91,7 +91,12 @@ class Sam2Segmenter:
 
     def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
         """Load the folder or hub id `name`. The encoder computes in `dtype`."""
-        model = AutoModelForMaskGeneration.from_pretrained(name, dtype=torch.float32)
+        model, found = AutoModelForMaskGeneration.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+        lacking = set(found["missing_keys"]) & dict(model.named_parameters()).keys()
+        if lacking:  # the library fills these at random, and only warns
+            raise ValueError(f"its files lack weights, such as {min(lacking)}")
         set_encoder_dtype(model.vision_encoder, dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)

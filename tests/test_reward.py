@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
 from test_public import Hostile
 from transformers import (
@@ -602,6 +603,17 @@ def test_a_damaged_sam_2_is_named_in_one_line(sam2_folder, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="--sam") as caught:
+        load_segmenter(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sam_2_whose_file_lacks_weights_is_named_in_one_line(sam2_folder, tmp_path):
+    folder = tmp_path / "sam2"
+    shutil.copytree(sam2_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["mask_decoder.iou_token.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lack weights, such as mask_decoder.iou_token") as caught:
         load_segmenter(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
