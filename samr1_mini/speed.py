@@ -136,9 +136,14 @@ def hours(n: Sizes, card: str) -> float:
 
 
 def known_card(name: str) -> str | None:
-    """Return the key of CARDS for a name such as "NVIDIA A100-SXM4-80GB", or None."""
+    """Return the key of CARDS for a name such as "NVIDIA A100-SXM4-80GB", or None.
+
+    Variants with the same name but other speeds are unknown.
+    """
     words = set(re.split("[ -]", name))
+    if words & {"Laptop", "MIG", "PCIe", "PCIE"}:
+        return None
     for card in CARDS:
-        if set(card.split()) <= words and "Laptop" not in words:
+        if set(card.split()) <= words:
             return card
     return None

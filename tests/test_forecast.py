@@ -264,6 +264,9 @@ def test_each_line_of_the_table_is_a_forecast_and_holds_its_figures():
         ("NVIDIA L40S", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A10", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
     ],
 )
 def test_a_card_is_known_by_its_name(name, card):
