@@ -15,7 +15,7 @@ from .memory import GAPS, memory_warning, smaller_weights
 from .policy import check_policy
 from .sizes import FP32, Sizes, sam_number_bytes, sam_sizes, sampling_bytes, set_kept_layers
 from .sizes import update_bytes
-from .speed import CARDS, hours, known_card
+from .speed import hours, known_card
 
 CONTEXT = 0.6  # GiB of CUDA's libraries
 
@@ -116,11 +116,13 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     sampling = min(room, max(gib["prefill"], gib["decode"]))
     peak = max(sampling, gib["reward"], gib["update"])
     card = known_card(name)
-    time = f"no forecast of hours: {name} is none of {', '.join(CARDS)}"
+    time = f"no forecast of hours, because the speed of {name} is not known"
     if card:
         short = policy_sizes(replace(s, max_new_tokens=128))
         fill_card(short, room)
         time = f"about {hours(short, card):.1f} hours for answers of 128 tokens"
+    if card and s.redraw:
+        time += ", and more for the questions of --redraw"
     line = f"forecast: peak {peak:.1f} GiB of this card's {whole:.1f}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)
     if warning:

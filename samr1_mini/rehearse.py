@@ -101,6 +101,8 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
         f"hours for {s.samples:,} samples with all evaluations, by tokens of an answer (seconds of "
         "a step: rollout + reward + update):"
     )
+    if s.redraw:
+        lines.append("  (the additional questions of --redraw are not counted)")
     for card, times in table["hours"].items():
         parts = []
         for tokens, value in times.items():

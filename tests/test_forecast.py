@@ -247,6 +247,8 @@ def test_each_line_of_the_table_is_a_forecast_and_holds_its_figures():
         assert f"{table['hours'][card]['512']:.1f}" in text
     for size, peak in table["update_peak_gib"].items():
         assert f"{size} tokens: {peak:.1f} GiB" in text
+    assert "redraw" not in text
+    assert "redraw" in "".join(forecast_lines(table, replace(s, redraw=2)))
     sizes_of = {"a": usable(11.6) - 0.01, "b": usable(11.6) + 0.01, "c": 30.0}
     table["peak_gib"]["reward"] = 9.0
     lines = forecast_lines(table | {"update_peak_gib": sizes_of}, s)
@@ -284,6 +286,7 @@ def test_training_starts_with_a_line_about_its_card_and_keeps_its_random_numbers
     line = forecast_line(s)
     assert re.findall(r"\d+\.\d", line) == ["20.6", "23.6", "2.5"] and "128 tokens" in line
     assert torch.equal(before, torch.get_rng_state())
+    assert "--redraw" not in line and "--redraw" in forecast_line(replace(s, redraw=2))
     limited = forecast_line(replace(s, memory_limit=20.0))
     assert re.findall(r"\d+\.\d", limited) == ["17.5", "20.0", "2.6"]
     warned = forecast_line(replace(s, memory_limit=12.0)).splitlines()
