@@ -38,27 +38,31 @@ def true_answer(x, size=840):
     return f'<think>It is there.</think><answer>{{"bbox": {box}, "points": [[{box[0] + 1}, {box[1] + 1}, 1]]}}</answer>'
 
 
-@pytest.fixture
-def settings(real_vocabulary, tmp_path):
+def photo_settings(policy, run, **others):
+    """Settings of two steps with photographs, at the size of a full picture."""
     return make_settings(
         preset="tiny",
         device="cpu",
-        policy=str(real_vocabulary),
+        policy=str(policy),
         load_in="fp32",
         data=str(PHOTOS),
         image_size=840,
-        max_new_tokens=8,
         rank=2,
-        run=str(tmp_path / "run"),
+        run=str(run),
         samples=4,
         questions=2,
-        group=2,
-        updates=1,
         warmup=1,
         eval_every=0,
         eval_samples=2,
-        test_samples=2,
+        **others,
     )[0]
+
+
+@pytest.fixture
+def settings(real_vocabulary, tmp_path):
+    return photo_settings(
+        real_vocabulary, tmp_path / "run", max_new_tokens=8, group=2, updates=1, test_samples=2
+    )
 
 
 def test_true_boxes_come_back_from_840_pixels_to_each_photographs_own_size(

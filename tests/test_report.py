@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
-from test_photos import PHOTOS
+from test_photos import PHOTOS, photo_settings
 
 from samr1_mini import decoding, report, trace
 from samr1_mini.config import make_settings
@@ -496,24 +496,8 @@ def photo_run(real_vocabulary, tmp_path_factory):
     if not PHOTOS.is_dir():
         pytest.skip("the photographs are not at hand")
     folder = tmp_path_factory.mktemp("photo_report") / "run"
-    s, _ = make_settings(
-        preset="tiny",
-        device="cpu",
-        policy=str(real_vocabulary),
-        load_in="fp32",
-        data=str(PHOTOS),
-        image_size=840,
-        max_new_tokens=48,
-        rank=2,
-        run=str(folder),
-        samples=4,
-        questions=2,
-        group=4,
-        updates=2,
-        eval_every=0,
-        eval_samples=2,
-        test_samples=3,
-        warmup=1,
+    s = photo_settings(
+        real_vocabulary, folder, max_new_tokens=48, group=4, updates=2, test_samples=3
     )
     generate = decoding.generate
 
