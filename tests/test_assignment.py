@@ -149,6 +149,28 @@ def test_the_training_with_the_solution_makes_a_step_and_says_how_it_ended(tmp_p
     assert "Traceback" not in done.stderr
 
 
+def test_a_training_that_does_not_reach_the_bar_ends_with_an_error(monkeypatch, capsys):
+    arguments = ["--file", str(SOLUTION), "--steps", "1", "--test", "4"]
+    monkeypatch.setattr(train_mine, "STEPS", 1)
+    monkeypatch.setattr(train_mine, "BAR", 1.0)
+    with pytest.raises(SystemExit) as stopped:
+        train_mine.main(arguments)
+    assert stopped.value.code == "Not passed: the lenient gIoU must be above 1.0."
+    monkeypatch.setattr(train_mine, "BAR", 0.0)
+    train_mine.main(arguments)
+    assert "Passed: the lenient gIoU is above 0.0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, word", [("import no_such_module\n", "no_such_module"), ("def f(:\n", "line 1")]
+)
+def test_a_file_that_cannot_be_loaded_is_named_in_one_line(text, word, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    done = graded(tmp_path / "mine.py")
+    [line] = [line for line in done.stdout.splitlines() if "mine.py" in line]
+    assert done.returncode == 1 and word in line and "Traceback" not in done.stdout
+
+
 def test_the_program_in_one_file_computes_what_the_package_computes(tmp_path):
     """Two steps by both programs, with the same seed: rewards and tokens are equal, sums nearly."""
     ours = program.main(["--run", str(tmp_path / "one"), "--steps", "2"])
@@ -207,7 +229,8 @@ def test_a_bug_is_handed_out_with_its_run_and_the_repaired_program_is_accepted(b
     assert find_bugs.main(["7"]) == 0
     with Image.open(bugs / "run_7" / "curves.png") as picture:
         assert picture.width > 1000
-    assert (bugs / "run_7" / "report.html").stat().st_size < 8 * 2**20
+    for run in ("run_7", "run_correct"):
+        assert (bugs / run / "report.html").stat().st_size < 8 * 2**20
     shares = re.findall(r"^grad_norm +(\d+)% +(\d+)%", capsys.readouterr().out, re.M)
     assert len(shares) == 1
     program_file = bugs / "program_7.py"

@@ -14,7 +14,14 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def mine(request):
-    return load_functions(request.config.getoption("--file"))
+    """Load the functions. A file that cannot be loaded ends the grading with one line."""
+    file = request.config.getoption("--file")
+    try:
+        return load_functions(file)
+    except SyntaxError as error:
+        pytest.exit(f"{error.filename}, line {error.lineno}: {error.msg}", 1)
+    except Exception as error:
+        pytest.exit(f"{file} cannot be loaded: {type(error).__name__}: {error}", 1)
 
 
 @pytest.hookimpl(hookwrapper=True)

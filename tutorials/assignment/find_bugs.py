@@ -105,10 +105,11 @@ def hand_out(number: int) -> None:
     band = json.loads((BUGS / "band.json").read_text(encoding="utf-8"))
     log = read_log(folder)
     draw_curves(number, log, band, folder / "curves.png")
-    page = write_report(folder)
-    print(f"page of its run: {page}")
+    print(f"page of its run: {write_report(folder)}")
+    correct = BUGS / "run_correct"
+    print(f"page of a correct run: {write_report(correct)}")
     print(f"curves beside five correct runs: {folder / 'curves.png'}")
-    sixth = read_log(BUGS / "run_correct")
+    sixth = read_log(correct)
     print("\nshare of the steps outside the band")
     print(f"{'column':15}{'run ' + str(number):>10}{'a sixth correct run':>22}")
     for column in COLUMNS:
@@ -170,7 +171,6 @@ def make_band() -> None:
             logs.append(read_log(run_folder))
     sixth = BUGS / "run_correct"
     make_run(HERE / "program.py", sixth, RUN_SEED)
-    (sixth / "trace.jsonl").unlink()
     band = {}
     for column in COLUMNS:
         curves = np.stack([curve(log, column) for log in logs])

@@ -1,4 +1,4 @@
-"""A complete training in one file. Read it after the assignment, and change a copy as you like.
+"""A complete training in one file. Read it before the bug hunt, and change a copy as you like.
 
     python tutorials/assignment/program.py --run runs/program
 
