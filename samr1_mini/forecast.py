@@ -58,7 +58,7 @@ def prompt_bytes(n: Sizes) -> float:
 
 
 def fill_card(n: Sizes, gib: float) -> None:
-    """Set the number of layers whose activations an update keeps, with `gib` GiB for all tensors.
+    """Keep the activations of as many layers as fit, if all tensors have `gib` GiB.
 
     Training makes this choice before each forward, from the free memory and the length of the row.
     """

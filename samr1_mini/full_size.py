@@ -101,7 +101,7 @@ def shape_processor(config: Qwen2_5_VLConfig) -> ProcessorMixin:
 def empty_base(
     config: Qwen2_5_VLConfig, load_in: str, dtype: torch.dtype
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Return a model of this shape on the meta device, with the classes of a loaded model."""
+    """Return a model on the meta device. Its layers have the classes of a downloaded model."""
     with init_empty_weights():
         base = Qwen2_5_VLForConditionalGeneration._from_config(
             config, attn_implementation=IMPLEMENTATION, dtype=dtype
@@ -116,7 +116,7 @@ def empty_base(
 def random_policy(
     config: Qwen2_5_VLConfig, load_in: str, rank: int, device: str, checkpointing: bool
 ) -> Policy:
-    """Return a policy of this shape with random weights and the classes of a loaded model.
+    """Return a policy with random weights. Its layers have the classes of a downloaded model.
 
     Each weight is drawn and quantised separately on `device`. This needs little memory.
     """

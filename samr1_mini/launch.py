@@ -82,7 +82,8 @@ def start_processes(work: Callable[[Settings], None], s: Settings, count: int) -
     The exit code is 0, or that of the first process that failed. `work` must be at the top level of
     a module, because it is pickled.
     """
-    # The processes find each other by this store. It is in this process, because they may fail.
+    # The processes find each other by this store. The store is in this process, because the others
+    # may fail.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
     with signals_passed_on(started) as missed:
@@ -167,7 +168,7 @@ def stop_without_parent() -> None:
 
 @contextmanager
 def signals_passed_on(processes: list):
-    """Context manager: send the handled signals to `processes`. No signal ends this process.
+    """Context manager: send the handled signals to `processes`. They do not end this process.
 
     Yields a list of the signals that came before there were processes. Ctrl-Z pauses all processes
     until the shell continues this one. In Windows the signals reach all programs of a console, so

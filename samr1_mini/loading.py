@@ -19,7 +19,7 @@ from .processes import first_before_others, from_first, is_first
 def check_models(s: Settings) -> None:
     """Raise UserError if the models, the prompt or the adapter cannot be used.
 
-    No weights are loaded. load_policy repeats some checks, because others call it without this one.
+    No weights are loaded. load_policy repeats some checks, because it has other callers too.
     """
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam, s.sam_checkpoint)
@@ -29,7 +29,7 @@ def check_models(s: Settings) -> None:
         rank = adapter.get("r")
         if rank != s.rank:
             raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
-        if adapter.get("lora_dropout"):  # ratios would compare different random networks
+        if adapter.get("lora_dropout"):  # each forward would be another network
             advice = "set lora_dropout to 0 in its adapter_config.json"
             raise UserError(f"--start-from {s.start_from} has dropout: {advice}")
 

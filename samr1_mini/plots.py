@@ -130,7 +130,8 @@ def caption(panel, truth: bool) -> str:
     verdict = ""
     if truth:
         verdict = f"IoU {reward.iou:.2f}   "
-    if not reward.answer.in_format:  # in training its reward is lower than its mask suggests
+    # Outside the format, a good mask gets less reward in training. So no reward is written.
+    if not reward.answer.in_format:
         verdict += "outside the format"
     elif truth:
         verdict += f"reward {reward.total:.3g}"
@@ -250,7 +251,7 @@ def draw_format(axes, log: list[dict]) -> None:
 def draw_distance(axes, log: list[dict]) -> None:
     """Draw the KL to the base model and the entropy, in nats a token.
 
-    Without --kl-bound a single token can dominate the KL of a step: a token with a far higher
+    With a large --kl-bound, a single token can dominate the KL of a step: a token with a far higher
     probability under the base model. So the scale is logarithmic, and the KL has no running mean.
     """
     axes.plot(column(log, "step"), column(log, "kl"), color=BLUE, lw=1.2, label="KL to the base")
@@ -279,7 +280,7 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     """Write a PNG with the curves of a run. `log` holds the lines of metrics.jsonl.
 
     With `summary`, squares show the test scores of the base model and of the trained policy. A line
-    shows the ceiling.
+    shows the score of SAM with the true boxes.
     """
     figure = Figure(figsize=(12, 6.6))
     panels = figure.subplots(2, 3)

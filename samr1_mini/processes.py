@@ -24,8 +24,8 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first process downlo
 def join_processes(device: str) -> PartialState:
     """Connect this process with the others that were started together with it.
 
-    On a CPU, each process computes with one thread: launch.py says why. The environment variable
-    OMP_NUM_THREADS sets another number.
+    On a CPU, each process computes with one thread: launch.py says why. Without
+    launch.py, the environment variable OMP_NUM_THREADS sets another number.
     """
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if device == "cpu":  # PyTorch may have read another value before launch.py set this one
@@ -89,8 +89,8 @@ def fail_together():
 def wait_for_all() -> None:
     """Wait until all processes are here. Raises FailedElsewhere if one of them has failed.
 
-    Every exchange of data starts with this call. So if a process fails and sends its error, the
-    other processes wait in the same exchange, and receive the error.
+    Every exchange of data starts with this call, which exchanges errors. So if a process fails, the
+    other processes already wait here, and receive its error.
     """
     for error in exchange_errors(None):
         if error is not None:

@@ -5,8 +5,8 @@ On a GPU the command then runs three steps. The pictures are drawn scenes of the
 all answers have the longest allowed length. A table compares measured figures with their forecasts.
 Without a GPU a small shape runs and prints the same table. These figures say nothing about a GPU.
 
-The text of an answer changes neither memory nor time. So SAM gets a well-formed answer with the
-largest number of points, and the rewards are random numbers.
+A random policy writes no boxes. So SAM gets an invented answer with the largest number of points,
+and the rewards are random numbers.
 """
 
 import gc
@@ -47,7 +47,7 @@ GRID = [(group, tokens) for group in (4, 8, 16) for tokens in (256, 512, 1024)]
 
 
 def forecast(config, s: Settings) -> dict:
-    """Return the forecast: GiB of each part, phase and update size, and times of each card.
+    """Return the forecast: GiB of each part and phase, GiB of other updates, and times by card.
 
     The hours are for `s.samples` samples and all evaluations. Answers have 128, 512 or
     `s.max_new_tokens` tokens.
@@ -218,7 +218,7 @@ def reward_full_answers(parts: Parts, samples: list[Sample]) -> None:
 
 def measure_step(parts: Parts, samples: list[Sample], meter: Meter) -> tuple[Prompt, int]:
     """Run a whole step with answers of full length. Returns a prompt and the number of tokens."""
-    # SAM does not run here, because it cannot read the sampled text of a random policy.
+    # SAM does not run in roll_out, because the text of a random policy contains no box.
     rollouts, _ = meter("rollout", roll_out, parts, samples)
     meter("reward", reward_full_answers, parts, samples)
     random = advantages(torch.rand(len(samples), parts.settings.group))
@@ -288,7 +288,7 @@ def checked_shape(s: Settings) -> str:
 
 
 def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple[Parts, Prompt, int]:
-    """Run `s.rehearse` steps. Returns the parts, a prompt, and the sampled tokens of a step.
+    """Run `s.rehearse` steps. Returns the parts, a prompt, and the number of sampled tokens.
 
     Raises UserError if memory runs out.
     """

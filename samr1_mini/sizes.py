@@ -198,8 +198,8 @@ def layer_bytes(n: Sizes) -> int:
 
 def backward_bytes(n: Sizes) -> int:
     """Return the bytes that the backward of a layer adds at its peak, in the MLP."""
-    # One gradient has the hidden width. Three have the width of the MLP: that of the frozen layer,
-    # that of the adapter, and their sum.
+    # One gradient has the hidden width. Three have the width of the MLP: the gradient from
+    # the frozen layer, the gradient from the adapter, and their sum.
     return n.row_tokens * (n.hidden_width + 3 * n.mlp_width) * n.number_bytes
 
 
@@ -213,13 +213,15 @@ def forward_bytes(n: Sizes) -> int:
 def update_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     """Return the bytes that a forward and its backward add at their two peaks, by part.
 
-    The peaks are at the logits of a chunk ("logits"), and in the backward of a layer ("layers").
+    One peak, "logits", is at the logits of one chunk of tokens. The other peak, "layers", is in
+    the backward of a layer.
     """
     both = {"gradients": n.adapter_weights * FP32, "activations of the forward": forward_bytes(n)}
     chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
     logits = both | {"a chunk of logits, and gradients": 5 * chunk * FP32}
     layers = both | {"gradients of activations": backward_bytes(n)}
-    if n.kept_layers == 0:  # else the backward starts with kept layers, which frees more memory
+    # Otherwise the last layers are kept. The backward frees one before it recomputes another.
+    if n.kept_layers == 0:
         layers["activations of the recomputed layer"] = layer_bytes(n)
     return {"logits": logits, "layers": layers}
 

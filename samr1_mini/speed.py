@@ -80,9 +80,11 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
 
 
 def update_seconds(n: Sizes, card: str) -> float:
-    """Return the seconds of one question: reference, forward, recomputed forward, backward.
+    """Return the seconds that an update takes for one question.
 
-    With several passes, only the first pass computes the reference. Kept layers are not recomputed.
+    The parts are a forward of the base model (the reference), a forward, recomputed layers, and a
+    backward. With several passes, only the first pass computes the reference. Kept layers are not
+    recomputed.
     """
     reference = int(n.s.beta > 0) / n.s.passes  # forwards of the base model
     forwards = 2 - n.kept_layers / n.layers

@@ -43,7 +43,7 @@ def ignore_signals() -> None:
 def handlers_put_back(handlers: dict | None = None):
     """Context manager: after the block, signals are handled as before it.
 
-    In the block the handlers are `handlers`, by signal. Without them, the block may set its own.
+    `handlers` maps signals to the handlers of the block. Without it, the block may set its own.
     """
     kinds = [*handled_signals(), *(handlers or {})]
     before = {kind: signal.getsignal(kind) for kind in kinds}

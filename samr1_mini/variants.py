@@ -16,7 +16,7 @@ def redraw(
 ) -> tuple[list, int]:
     """In `rollouts`, replace each group whose advantages are all 0 by a group of a new question.
 
-    `uniforms` [B, G, L] are random numbers for each place in the batch of this process. The new
+    `uniforms` [questions, answers, tokens] are the random numbers that choose tokens. The new
     questions begin at number `asked`. After the last question of the data, the first comes again. A
     group's place in the batch of all processes decides which question it gets. So the number of
     processes changes nothing. Adds its times to the dict `seconds`. Returns this process's new

@@ -10,7 +10,8 @@
 
 Such a line differs from data.jsonl (folder.py) in two keys. "texts" has all expressions for the
 object, instead of "question". "image" may also be a Path, or the bytes of a picture. A broken row
-raises ValueError, LookupError or TypeError. No path or address in a row is opened.
+raises ValueError, LookupError or TypeError. A path is opened only inside
+the set's folder, and an address never.
 """
 
 import base64
@@ -87,7 +88,7 @@ def from_lmms(row: dict) -> dict:
 def from_masks(row: dict) -> dict:
     """Convert a row with a mask: a list of rows of true and false.
 
-    These copies count undecided pixels as foreground.
+    In the hub's copies of ReasonSeg, undecided pixels belong to the foreground.
     """
     line = {"image": picture_bytes(row), "mask": to_mask(row["mask"], "mask"), "texts": row["text"]}
     line["id"] = row.get("ann_id", row.get("id", row.get("image_id")))
@@ -222,7 +223,7 @@ def picture_bytes(row: dict) -> bytes:
 
 
 def picture_beside(file: Path, name: str) -> Path:
-    """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png, in any case.
+    """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png.
 
     If several files match, `name` selects one by its ending. `name` is the file's "imagePath". It
     is only compared, never opened.

@@ -232,7 +232,7 @@ def is_whole(value) -> bool:
 def is_rows(value, size: Size | None) -> bool:
     """Return True if a mask is a list of rows of pixels, and not a list of polygons.
 
-    Rows of other sides than the picture's may hold only 0 and one other value.
+    Rows that do not have the picture's size may hold only 0 and one other value.
     """
     try:
         rows = np.array(value)

@@ -17,7 +17,7 @@ A box that is too wide holds a part of a neighbour. Questions come in five kinds
 Train, validation and test scenes come from disjoint ranges of seeds (`SPLITS`).
 A question is asked only if `right_object` finds one object for it.
 
-Four more kinds, for --objects several, mean a group of objects (`fair_groups`):
+Four more kinds, for --objects several, mean several objects or none (`ask_group`):
 
     all         "all red things", "all stars", "all things with corners"
     two         "the two largest things", "the two leftmost things"
@@ -209,8 +209,8 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     """Return muted colours with two slopes and blotches, float [SIZE, SIZE, 3].
 
     Red rises from left to right, and blue rises from top to bottom.
-    Only these colours tell the policy where it looks. The vision tower encodes only relative
-    positions.
+    The vision tower encodes only relative positions. So only these colours tell the policy where a
+    patch is in the picture.
     """
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     image = np.empty((SIZE, SIZE, 3), np.float32)
@@ -337,7 +337,7 @@ def make_scene(seed: int) -> Scene:
 # ------------------------------------------------------------------------------------- questions
 
 _EXTREMES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
-# The first thing on a side is the extreme: the object left of all others is the leftmost.
+# "left of" compares things by the same measure as "leftmost".
 _SIDES = {
     "left of": "leftmost",
     "right of": "rightmost",
@@ -362,7 +362,7 @@ WITH_CORNERS = Description("things with corners", shapes=CORNERED)
 
 
 def _measures(thing: Thing, word: str) -> tuple[float, float]:
-    """Return the two values in pixels by which an extreme compares things.
+    """Return two values in pixels. Larger values fit the word ("leftmost") better.
 
     For a direction, these are the coordinates of the centre and of the box's side.
     """
@@ -394,7 +394,7 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
 
 
 def _distance(thing: Thing, anchor: Thing, side: str) -> float:
-    """Return the distance in pixels by which a thing's centre lies on this side of the anchor's."""
+    """Return by how many pixels a thing's centre is on this side of the anchor's centre."""
     return _measures(thing, _SIDES[side])[0] - _measures(anchor, _SIDES[side])[0]
 
 
@@ -508,7 +508,7 @@ def fair_questions(scene: Scene, kind: str) -> Pairs:
 
 
 def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] | None:
-    """Draw a fair question of a kind, (text, object), or return None if the scene allows none.
+    """Choose a random fair question of a kind: (text, object), or None if there is none.
 
     All forms of the kind that have a fair question are equally likely.
     """
@@ -572,7 +572,7 @@ def _group_forms(scene: Scene, kind: str) -> list[Groups]:
 
 
 def ask_group(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, list[Thing]] | None:
-    """Draw a fair question of any kind, with the list of its objects, as `ask` does."""
+    """Choose a random fair question of any kind, with the list of its objects, or None."""
     if kind in GROUP_KINDS:
         return _pick(rng, _group_forms(scene, kind))
     found = ask(scene, rng, kind)
