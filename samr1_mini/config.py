@@ -350,7 +350,7 @@ PRESETS = {
 
 
 # Each preset, the largest first: GiB of the card, and GiB that must be free. The second number is
-# the peak without sampling from forecast.py, plus 10 % for gaps between tensors.
+# forecast.py's peak outside of sampling, plus 10 % for gaps between tensors.
 # Cards of 24 GB report 21.9 (A10G) to 24.0 GiB. Cards of 12 GB report 11.6 to 12 GiB.
 MEMORY = {"7b": (21.0, 12.9), "3b": (11.0, 8.1)}
 

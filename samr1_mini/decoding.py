@@ -318,7 +318,7 @@ def sample_tokens(
     """Sample tokens. Returns their ids and log-probabilities, both [B, G, L]. `shape` is (B, G, L).
 
     Tokens after an answer's first stop id have no meaning. Without `uniforms`, sampling is greedy:
-    it takes the likeliest token. (`generate` draws uniforms if the caller gives none.)
+    it takes the likeliest token.
     """
     questions, group, length = shape
     device = policy.device

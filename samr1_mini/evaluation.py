@@ -238,8 +238,8 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
 
     The answers vote on a mask. In the strict vote only answers in the format vote. In the lenient
     vote all answers with a readable box vote. The scored answer is the middle answer of the strict
-    vote. If no answer is in the format, it is the middle answer of the lenient vote. If no
-    answer is readable, it is the first answer.
+    vote. If the strict vote has no voter, it is the middle answer of the lenient vote. If that vote
+    has no voter either, it is the first answer.
     """
     answers = [read_leniently(text, side, s.max_points, s.objects) for text in texts]
     rewards = score_group(segmenter, x, answers, s)

@@ -1,6 +1,6 @@
 """Write files whole or not at all, refuse damaged files, and check the disk space of downloads.
 
-Each error is one line that names the file.
+Each UserError is one line.
 """
 
 import json
@@ -200,7 +200,7 @@ def check_policy_is_whole(folder: Path) -> None:
         if not any((folder / name).is_file() for name in names):
             raise UserError(f"{folder} has no {' or '.join(names[:2])}: {AGAIN}")
     config = load_json(folder / "config.json")
-    text = config.get("text_config", config)  # in older files: at the top
+    text = config.get("text_config", config)  # older files have no text_config
     for part, key in ((text, "hidden_size"), (config, "vision_config")):
         # Without these the library would take the sizes of a far larger model.
         if not isinstance(part, dict) or not part.get(key):

@@ -117,12 +117,12 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     peak = max(sampling, gib["reward"], gib["update"])
     card = known_card(name)
     time = f"no forecast of hours, because the speed of {name} is not known"
-    if card:
+    if card is not None:
         short = policy_sizes(replace(s, max_new_tokens=128))
         fill_card(short, room)
         time = f"about {hours(short, card):.1f} hours for answers of 128 tokens"
-    if card and s.redraw:
-        time += ", and more for the questions of --redraw"
+        if s.redraw:
+            time += ", and more for the questions of --redraw"
     line = f"forecast: peak {peak:.1f} GiB of this card's {whole:.1f}, {time}"
     warning = memory_warning(s, peak / (1 - GAPS), free)
     if warning:

@@ -1,7 +1,7 @@
 """The GRPO of SAM-R1: rollout, reward, advantage, update, log, save.
 
 Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO, eq. (2). The
-clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4). kl_to_base adds a limit.
+clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4).
 
 From `train` to the gradient:
 
@@ -114,7 +114,7 @@ def grpo_loss(
     """
     ratio = (logp - old).exp()  # [S] rho = pi / pi_old
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)  # [S] clip-higher: eps_high > eps_low
-    # A ratio past its limit in the favoured direction gets no gradient, for both signs of A.
+    # No gradient if the ratio is above 1 + eps_high and A > 0, or below 1 - eps_low and A < 0.
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
     values = {
         "ratio": ratio,
@@ -280,7 +280,7 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
     if norm.isfinite():
         parts.optimizer.step()
-    parts.optimizer.zero_grad()  # frees their memory for the next sampling
+    parts.optimizer.zero_grad()  # sampling can use the gradients' memory
     return total, norm.item(), forwards
 
 

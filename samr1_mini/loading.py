@@ -29,7 +29,7 @@ def check_models(s: Settings) -> None:
         rank = adapter.get("r")
         if rank != s.rank:
             raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
-        if adapter.get("lora_dropout"):  # each forward would be another network
+        if adapter.get("lora_dropout"):  # then pi and pi_old are different networks
             advice = "set lora_dropout to 0 in its adapter_config.json"
             raise UserError(f"--start-from {s.start_from} has dropout: {advice}")
 

@@ -73,8 +73,9 @@ def less_memory(s: Settings) -> list[str]:
 def compute_dtype(load_in: str, device: str) -> torch.dtype:
     """Return the dtype of all weights and computations except 4-bit weights and the adapter.
 
-    With `load_in` nf4, the dtype is bf16 on GPUs of compute capability 8.0 or higher. On CPUs and
-    older GPUs, it is fp32: fp16 would overflow in Qwen's vision tower. The adapter is always fp32.
+    With `load_in` bf16 or fp32, it is this dtype. With nf4, it is bf16 on GPUs of compute
+    capability 8.0 or higher. CPUs and older GPUs only emulate bf16, and fp16 would overflow in
+    Qwen's vision tower. So there it is fp32. The adapter is always fp32.
     """
     if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
         return torch.float32

@@ -130,9 +130,8 @@ def caption(panel, truth: bool) -> str:
     verdict = ""
     if truth:
         verdict = f"IoU {reward.iou:.2f}   "
-    # Outside the format, a good mask gets less reward in training. So no reward is written.
     if not reward.answer.in_format:
-        verdict += "outside the format"
+        verdict += "outside the format"  # in training, such an answer gets another reward
     elif truth:
         verdict += f"reward {reward.total:.3g}"
     return f"{verdict}\n{legible(panel.text, 50, 7)}".strip()

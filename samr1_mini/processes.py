@@ -90,7 +90,7 @@ def wait_for_all() -> None:
     """Wait until all processes are here. Raises FailedElsewhere if one of them has failed.
 
     Every exchange of data starts with this call, which exchanges errors. So if a process fails, the
-    other processes already wait here, and receive its error.
+    other processes come here too, and receive its error.
     """
     for error in exchange_errors(None):
         if error is not None:

@@ -97,12 +97,13 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
         cards = [f"{sold} GB" for sold, gib in REPORTED_GIB.items() if largest < usable(gib)]
         fits = ", ".join(cards) or "none of 24, 16 and 12 GB"
         lines.append(f"  {size} tokens: {peak:.1f} GiB, {fits}")
-    lines.append(
-        f"hours for {s.samples:,} samples with all evaluations, by tokens of an answer (seconds of "
-        "a step: rollout + reward + update):"
-    )
+    uncounted = ""
     if s.redraw:
-        lines.append("  (the additional questions of --redraw are not counted)")
+        uncounted = " but without those of --redraw"
+    lines.append(
+        f"hours for {s.samples:,} samples{uncounted}, with all evaluations, by tokens of an answer "
+        "(seconds of a step: rollout + reward + update):"
+    )
     for card, times in table["hours"].items():
         parts = []
         for tokens, value in times.items():

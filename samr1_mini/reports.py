@@ -69,7 +69,7 @@ def token_mean(forwards: list[dict], name: str) -> float:
 
 
 def sampling_gap(forwards: list[dict]) -> dict:
-    """Return the mean and largest difference of log-probabilities, in nats: rounding alone.
+    """Return the mean and largest difference of log-probabilities that rounding causes, in nats.
 
     Without rounding, sampling and the first update would give the same log-probability.
     """
@@ -93,7 +93,7 @@ def token_means(forwards: list[dict]) -> dict:
     """Return the mean over all tokens of each value that the loss returns.
 
     The ratio gets its minimum and maximum instead of a mean. If no group takes part in
-    an update, there is no forward. Then the means are 0, and the ratio is 1.
+    an update, there is no forward. Then four means are 0, and the ratio is 1.
     """
     if not forwards:
         nothing = ("approx_kl", "clip_low", "clip_high", "entropy")

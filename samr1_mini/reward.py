@@ -6,8 +6,8 @@ An answer is a list of objects. With --objects one the list has one object, as i
 --objects several the answer's mask is the union of the objects' masks. Then there are two more
 terms, matching (0 to 1) and repeats (-1 to 0).
 
-No network is trained here. In the paper's setting, the box itself gets no reward. The mask gets
-reward that Segment Anything draws from the box and the points.
+No network is trained here. In the paper's setting, the box itself gets no reward. Segment
+Anything draws a mask from the box and the points. This mask gets the reward.
 
 Coordinates of an answer go from 0 to `side`. For answers in pixels, `side` is the size of the
 policy's scaled picture. For answers in thousandths, `side` is 1,000. SAM and the true mask use the
@@ -50,7 +50,7 @@ class Object:
 
 @dataclass
 class Answer:
-    """Hold one parsed answer. In training, it has `objects` only in the right format.
+    """Hold one parsed answer. In training, `objects` is None in a wrong segmentation format.
 
     An answer that cannot be read has no list of objects. An empty list says that nothing is there.
     """

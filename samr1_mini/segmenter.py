@@ -94,9 +94,8 @@ class Sam2Segmenter:
         model, found = AutoModelForMaskGeneration.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True
         )
-        lacking = set(found["missing_keys"]) & dict(model.named_parameters()).keys()
-        if lacking:  # the library fills these at random, and only warns
-            raise ValueError(f"its files lack weights, such as {min(lacking)}")
+        if found["missing_keys"]:  # the library fills these at random, and only warns
+            raise ValueError(f"its files lack weights, such as {min(found['missing_keys'])}")
         set_encoder_dtype(model.vision_encoder, dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)

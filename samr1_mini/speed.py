@@ -18,6 +18,7 @@ CARDS = {
     "A100": (2039, 312, 19.5, 79.1),
     "H100": (3350, 989, 67, 79.1),
 }
+OTHER_WORDS = {"NVIDIA", "GeForce", "SXM4", "80GB", "HBM3"}  # beside the name of such a card
 BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these peaks that code reaches
 LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: Python, CUDA graph (H100)
 OPERATIONS = 79  # number of operations of a layer in a forward
@@ -140,12 +141,10 @@ def hours(n: Sizes, card: str) -> float:
 def known_card(name: str) -> str | None:
     """Return the key of CARDS for a name such as "NVIDIA A100-SXM4-80GB", or None.
 
-    Variants with the same name but other speeds are unknown.
+    Variants with other speeds have other words in their names, such as "PCIe", "Ti" or "40GB".
     """
-    words = set(re.split("[ -]", name))
-    if words & {"Laptop", "MIG", "PCIe", "PCIE"}:
-        return None
+    words = set(re.split("[ -]", name)) - OTHER_WORDS
     for card in CARDS:
-        if set(card.split()) <= words:
+        if words == set(card.split()):
             return card
     return None

@@ -268,7 +268,13 @@ def test_each_line_of_the_table_is_a_forecast_and_holds_its_figures():
         ("NVIDIA A10", None),
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA A100-PCIE-40GB", None),
-        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("GRID A100-10C", None),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
     ],
 )
 def test_a_card_is_known_by_its_name(name, card):

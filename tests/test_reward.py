@@ -607,13 +607,17 @@ def test_a_damaged_sam_2_is_named_in_one_line(sam2_folder, tmp_path):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_sam_2_whose_file_lacks_weights_is_named_in_one_line(sam2_folder, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["mask_decoder.iou_token.weight", "shared_image_embedding.positional_embedding"],
+)
+def test_a_sam_2_whose_file_lacks_weights_is_named_in_one_line(name, sam2_folder, tmp_path):
     folder = tmp_path / "sam2"
     shutil.copytree(sam2_folder, folder)
     weights = load_file(folder / "model.safetensors")
-    del weights["mask_decoder.iou_token.weight"]
+    del weights[name]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lack weights, such as mask_decoder.iou_token") as caught:
+    with pytest.raises(UserError, match=f"lack weights, such as {name}") as caught:
         load_segmenter(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 

@@ -9,8 +9,8 @@ questions for every row, and all runs are tested on the same scenes. So a row is
 "base" for each seed and each scene. For this, each run also leaves the IoU of each scene, in
 results/ablations/ROW-seedN.json.gz (older runs: .json, without ids).
 In the tables, "detects" is the smallest true difference from base that this number of seeds finds
-with 80 % power. "within" is a margin: a test at the 5 % level shows that the true difference is
-smaller. "=" marks a margin of at most 0.05. paired.py explains both.
+with 80 % power. "within" is the smallest margin around 0 for which a test at the 5 % level shows that
+the true difference lies in it. "=" marks a margin of at most 0.05. paired.py explains both.
 PREDICTED holds the expected result of each row. It was committed before the first run. There,
 "places" is the answer style that lists coordinates before it chooses an object.
 `--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,

@@ -236,9 +236,9 @@ class Folder(Data):
     def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks.
 
-        Raises UserError for the first broken one. A resumed run accepts some
-        broken training questions, because the run has replaced them before. See
-        CHECK_SECONDS for large sets.
+        Raises UserError for the first broken one. A resumed run accepts broken training questions,
+        up to `most_broken`, because the first start has replaced such questions. See CHECK_SECONDS
+        for large sets.
         """
         lines, begun, shares = self.distinct_lines(), time.monotonic(), []
         title, few = f"pictures, {self.split}", len(lines) < 100
@@ -430,8 +430,8 @@ def check_against_picture(
 ) -> tuple[bool, list[float]]:
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
-    Returns True in a doubtful case: EXIF rotates only one of picture and mask, and the rotation
-    does not change the size. Returns also the coordinates of the box or the polygons, as
+    Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both. It is not
+    doubtful if the rotation changes the size of a mask, because sizes are checked. Returns also the coordinates of the box or the polygons, as
     check_truth does.
     """
     files = mask_files(row)

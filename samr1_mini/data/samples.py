@@ -22,7 +22,7 @@ class Sample:
     kind: str = ""  # kind of question, if the data set names one
     ignore: np.ndarray | None = None  # pixels that the data set leaves undecided, bool [H, W]
     box_only: bool = False  # the truth is a box: `mask` is filled, and the box's IoU is scored
-    picture: str = ""  # name of the picture, because the bootstrap draws pictures
+    picture: str = ""  # its name: bootstrap intervals resample pictures
     # Masks of the single objects, bool [H, W]; None if the data set gives only one mask, [] for
     # "nothing".
     masks: list[np.ndarray] | None = None

@@ -17,7 +17,7 @@ A box that is too wide holds a part of a neighbour. Questions come in five kinds
 Train, validation and test scenes come from disjoint ranges of seeds (`SPLITS`).
 A question is asked only if `right_object` finds one object for it.
 
-Four more kinds, for --objects several, mean several objects or none (`ask_group`):
+Four more kinds, for --objects several, mean several objects or none:
 
     all         "all red things", "all stars", "all things with corners"
     two         "the two largest things", "the two leftmost things"
@@ -572,7 +572,7 @@ def _group_forms(scene: Scene, kind: str) -> list[Groups]:
 
 
 def ask_group(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, list[Thing]] | None:
-    """Choose a random fair question of any kind, with the list of its objects, or None."""
+    """Choose a random fair question of a kind, with the list of its objects, or None."""
     if kind in GROUP_KINDS:
         return _pick(rng, _group_forms(scene, kind))
     found = ask(scene, rng, kind)

@@ -7,8 +7,7 @@ from ..config import UserError
 from ..data.samples import Data, Sample, union
 from .scenes import SPLITS, ask_group, make_scene
 
-# The kinds of questions, in turn. The harder kinds occur twice: answers that name one
-# object are often wrong there.
+# The kinds of questions, in turn. The harder kinds occur twice.
 ASKED = ("attribute", "relation", "combined", "part", "indirect", "relation", "combined")
 # With --objects several, half of the questions mean several objects, or none.
 ASKED_SEVERAL = ("all", "attribute", "none", "relation", "two", "combined", "dots", "part")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from functions import load_functions  # pytest looks in this folder
+from functions import UserError, load_functions  # pytest looks in this folder
 
 HERE = Path(__file__).resolve().parent
 
@@ -15,13 +15,10 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def mine(request):
     """Load the functions. A file that cannot be loaded ends the grading with one line."""
-    file = request.config.getoption("--file")
     try:
-        return load_functions(file)
-    except SyntaxError as error:
-        pytest.exit(f"{error.filename}, line {error.lineno}: {error.msg}", 1)
-    except Exception as error:
-        pytest.exit(f"{file} cannot be loaded: {type(error).__name__}: {error}", 1)
+        return load_functions(request.config.getoption("--file"))
+    except UserError as error:
+        pytest.exit(str(error), returncode=1)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -2,7 +2,8 @@
 
 The command writes bugs/program_3.py: a program like program.py, with one bug that gives no error.
 It also shows a finished run of this program. In bugs/run_3, report.html is the page of the run, and
-curves.png compares the run with correct runs.
+curves.png compares the run with correct runs. bugs/run_correct/report.html is the page of a correct
+run.
 Find the bug and repair it. `--check` tells if the program is repaired.
 """
 
@@ -93,7 +94,7 @@ def draw_curves(number: int, log: list[dict], band: dict, file: Path) -> None:
 
 
 def hand_out(number: int) -> None:
-    """Write the program with the bug, and the page and curves of its run."""
+    """Write the program with the bug, the page and curves of its run, and a correct run's page."""
     program = BUGS / f"program_{number}.py"
     if program.exists():
         print(f"{program} exists, and stays as it is.")
@@ -208,8 +209,6 @@ def main(argv: list[str] | None = None) -> int:
             hand_out(args.number)
             return 0
         difference = check(args.number)
-    except SyntaxError as error:
-        parser.error(f"{error.filename}, line {error.lineno}: {error.msg}")
     except (UserError, OSError) as error:
         parser.error(str(error))
     if difference:
