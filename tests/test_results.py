@@ -207,6 +207,20 @@ def rehearsal_rows():
     yield row("7B, GiB", *(f"{part:.2f}" for part in parts))
 
 
+def ablation_rows():
+    """ablations.md: the rows that notebook 5 does not show."""
+    lines = ablations.read()
+    titles = ("points", "reward from", "LoRA", "KL", "samples", "controls")
+    for name in [name for title in titles for name in ablations.rows_of(lines, title)]:
+        runs = [line for line in lines if line["row"] == name]
+        places = " ".join(f"{line['places']:.2f}" for line in sorted(runs, key=lambda x: x["seed"]))
+        difference = ablations.cells(lines, name)[2]
+        prediction = ablations.PREDICTED[name].split(":")[0]
+        if name != "base":
+            paired = (cell.strip() for cell in ablations.paired_cells(lines, name))
+            yield row(name, difference, *paired, prediction, places)
+
+
 def step_rows():
     """speed.md: a whole step against TRL."""
     for file, device in (("benchmark-step-gpu.json", "H100"), ("benchmark-step.json", "CPU")):
@@ -253,6 +267,7 @@ TABLES = [
     ("results.md", input_rows),
     ("results.md", style_rows),
     ("gpu.md", rehearsal_rows),
+    ("ablations.md", ablation_rows),
     ("speed.md", step_rows),
     ("speed.md", sharing_rows),
     ("speed.md", weights_rows),
@@ -270,6 +285,15 @@ def test_the_findings_quote_the_differences_of_their_ablations():
     for name in ("GRPO", "G = 2", "threshold 0.8"):
         difference = ablations.with_interval(ablations.differences(lines, name))
         assert difference in PAGES["README.md"] or difference.lstrip("-") in PAGES["README.md"]
+
+
+def test_readme_and_results_count_the_variants_and_those_that_are_lower():
+    lines = ablations.read()
+    variants = {line["row"] for line in lines} - {"base"}
+    sides = [ablations.side(lines, row) for row in variants]
+    assert f"the paper's method and {len(variants)} variants" in PAGES["README.md"]
+    lower = f"For {sides.count(-1)} of {len(variants)} variants"
+    assert lower in PAGES["results.md"] and 1 not in sides
 
 
 def test_the_challenge_of_the_readme_starts_with_the_two_best_rows():
