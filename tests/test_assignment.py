@@ -165,6 +165,14 @@ def test_a_training_that_does_not_reach_the_bar_ends_with_an_error(monkeypatch, 
     assert "Not graded" in capsys.readouterr().out
 
 
+def test_the_bar_lies_between_the_base_model_and_all_of_20_trainings_with_the_solution():
+    measured = json.loads((ROOT / "tutorials/results/train-mine.json").read_text())
+    after = measured["after"].values()
+    assert len(after) == 20 and measured["before"] < train_mine.BAR < min(after)
+    comment = (FOLDER / "train_mine.py").read_text()
+    assert f"{min(after):.3f} to {max(after):.3f}" in comment and str(measured["before"]) in comment
+
+
 @pytest.mark.parametrize(
     "text, word",
     [
