@@ -431,8 +431,8 @@ def check_against_picture(
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
     Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both. It is not
-    doubtful if the rotation changes the size of a mask, because sizes are checked. Returns also the coordinates of the box or the polygons, as
-    check_truth does.
+    doubtful if the rotation changes the size of a mask, because sizes are checked. Returns also the
+    coordinates of the box or the polygons, as check_truth does.
     """
     files = mask_files(row)
     unclear = header.turned and not files
