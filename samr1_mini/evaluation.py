@@ -213,8 +213,7 @@ def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray 
     """Return the index of the middle reward, and the majority mask, bool [H, W].
 
     The mask of the middle reward agrees most with the majority (metrics.vote). `voters` lists the
-    indices of the rewards that vote. Without voters the function
-    returns 0 and None.
+    indices of the rewards that vote. Without voters the function returns 0 and None.
     """
     if not voters:
         return 0, None

@@ -225,6 +225,15 @@ def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
     return content
 
 
+def refuse_missing_weights(found: dict, name: str) -> None:
+    """Raise UserError if the files of a loaded model lack weights.
+
+    `found` is the loading information of transformers. The error begins with `name`.
+    """
+    if found["missing_keys"]:  # the library fills these at random, and only warns
+        raise UserError(f"{name}: its files lack weights, such as {min(found['missing_keys'])}")
+
+
 def read_adapter(base, adapter: str | Path):
     """Return the base model with the adapter of a folder. Raises UserError if it does not fit."""
     from peft import PeftModel  # imported late: eval.py --help answers at once

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .attention import IMPLEMENTATION, PackedRow
 from .config import PACKAGED, UserError, cause, check_size, first_line
 from .files import check_adapter_files, check_policy_files, check_policy_is_whole, read_adapter
+from .files import refuse_missing_weights
 from .lora import compute_in_input_dtype, new_adapter
 from .memory import compute_dtype
 from .prompt import PROMPT, instruction
@@ -215,9 +216,7 @@ def load_base(name: str | Path, load_in: str, device: str):
     except Exception as error:  # the libraries raise many kinds of errors for wrong files
         why = f"--policy {name} cannot be loaded ({cause(error)})"
         raise UserError(f"{why}: download its files again") from None
-    if found["missing_keys"]:  # the library fills these at random, and only warns
-        first = min(found["missing_keys"])
-        raise UserError(f"--policy {name}: its files lack weights, such as {first}")
+    refuse_missing_weights(found, f"--policy {name}")
     return base, processor
 
 

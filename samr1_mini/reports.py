@@ -92,8 +92,8 @@ def step_line(line: dict, drawn: int, s: Settings) -> dict:
 def token_means(forwards: list[dict]) -> dict:
     """Return the mean over all tokens of each value that the loss returns.
 
-    The ratio gets its minimum and maximum instead of a mean. If no group takes part in
-    an update, there is no forward. Then four means are 0, and the ratio is 1.
+    The ratio gets its minimum and maximum instead of a mean. If no group takes part in an update,
+    there is no forward. Then four means are 0, and the ratio is 1.
     """
     if not forwards:
         nothing = ("approx_kl", "clip_low", "clip_high", "entropy")

@@ -31,6 +31,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
 from .config import CACHE, UserError, emulates_bf16, first_line
+from .files import refuse_missing_weights
 
 
 class Segmenter(Protocol):
@@ -94,8 +95,7 @@ class Sam2Segmenter:
         model, found = AutoModelForMaskGeneration.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True
         )
-        if found["missing_keys"]:  # the library fills these at random, and only warns
-            raise ValueError(f"its files lack weights, such as {min(found['missing_keys'])}")
+        refuse_missing_weights(found, f"--sam {name}")
         set_encoder_dtype(model.vision_encoder, dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)
@@ -408,7 +408,7 @@ def load_segmenter(
             sam = read_sam(kind, path)
         else:
             return Sam2Segmenter(kind, device, encoder_dtype(dtype, device))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # a broken file may raise any exception
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None

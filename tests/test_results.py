@@ -210,15 +210,16 @@ def rehearsal_rows():
 def ablation_rows():
     """ablations.md: the rows that notebook 5 does not show."""
     lines = ablations.read()
-    titles = ("points", "reward from", "LoRA", "KL", "samples", "controls")
-    for name in [name for title in titles for name in ablations.rows_of(lines, title)]:
-        runs = [line for line in lines if line["row"] == name]
-        places = " ".join(f"{line['places']:.2f}" for line in sorted(runs, key=lambda x: x["seed"]))
+    names = []
+    for title in ("points", "reward from", "LoRA", "KL", "samples", "controls"):
+        names += ablations.rows_of(lines, title)[1:]  # without base
+    for name in names:
+        runs = sorted((line for line in lines if line["row"] == name), key=lambda x: x["seed"])
+        places = " ".join(f"{line['places']:.2f}" for line in runs)
         difference = ablations.cells(lines, name)[2]
         prediction = ablations.PREDICTED[name].split(":")[0]
-        if name != "base":
-            paired = (cell.strip() for cell in ablations.paired_cells(lines, name))
-            yield row(name, difference, *paired, prediction, places)
+        paired = ablations.paired_cells(lines, name)
+        yield row(name, difference, *paired, prediction, places)
 
 
 def step_rows():

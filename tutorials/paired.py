@@ -25,8 +25,8 @@ def student(freedom: float, share: float = 0.975) -> float:
 def power(shift: float, freedom: int) -> float:
     """Return the probability that a two-sided t test at the 5 % level finds a difference.
 
-    The true mean is `shift` standard errors from 0. So the t statistic follows the
-    noncentral t distribution.
+    The true mean is `shift` standard errors from 0. So the t statistic follows the noncentral
+    t distribution.
     """
     limit = student(freedom)
     above = stats.nct.sf(limit, freedom, shift)

@@ -10,8 +10,8 @@
 
 Such a line differs from data.jsonl (folder.py) in two keys. "texts" has all expressions for the
 object, instead of "question". "image" may also be a Path, or the bytes of a picture. A broken row
-raises ValueError, LookupError or TypeError. A path is opened only inside
-the set's folder, and an address never.
+raises ValueError, LookupError or TypeError. A path is opened only inside the set's folder, and an
+address never.
 """
 
 import base64

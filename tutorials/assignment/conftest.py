@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from functions import UserError, load_functions  # pytest looks in this folder
+from functions import load_functions  # pytest looks in this folder
+
+from samr1_mini.config import UserError
 
 HERE = Path(__file__).resolve().parent
 
