@@ -71,7 +71,7 @@ class PackedRow:
             if mask is None:
                 prompt_k, prompt_v = k, v
                 out.append(attend_prompt(q, k, v, scale))
-            elif q.shape[2]:  # no query if the answer has one token: its last token is never read
+            elif q.shape[2]:  # no query if the answer has one token: the last token is no input
                 k = torch.cat([prompt_k, k], 2)  # [1, KV, P + L - 1, d]
                 v = torch.cat([prompt_v, v], 2)
                 out.append(sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))

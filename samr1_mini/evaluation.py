@@ -53,7 +53,7 @@ class ScoredAnswer:
     strict: tuple[int, int]  # the same for the strict score: intersection 0 outside the format
     ceiling: float | None = None  # IoU of SAM's mask from the true boxes, None without an object
     no_target: bool = False  # nothing is to be found: the true mask is empty
-    nothing: bool | None = None  # the mask of the strict vote is empty; None without it
+    nothing: bool | None = None  # the strict vote (see judge) gives an empty mask; None: no vote
 
     @property
     def iou(self) -> float:
@@ -73,9 +73,10 @@ class Panel:
 def nothing_scores(rows: list[ScoredAnswer]) -> dict:
     """Return N_acc and T_acc of gRefCOCO (arXiv 2306.00968), each 0 to 1.
 
-    N_acc is the share of questions without a target that are answered with nothing. T_acc is the
-    share of questions with a target that are answered with something. An answer outside the format
-    is neither. If there are no questions of one kind, its share is left out.
+    N_acc is the share of questions without a target for which the answer says that nothing is
+    there. T_acc is the share of questions with a target for which the answer names an object. An
+    answer outside the format counts in neither of them. If there are no questions of one kind, its
+    share is left out.
     """
     found = {}
     without_target = [row.nothing is True for row in rows if row.no_target]
@@ -210,10 +211,11 @@ def encode_questions(policy: Policy, samples: list[Sample], size: int) -> list[P
 
 
 def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray | None]:
-    """Return the index of the middle reward, and the majority mask, bool [H, W].
+    """Return an index, and the majority mask, bool [H, W].
 
-    The mask of the middle reward agrees most with the majority (metrics.vote). `voters` lists the
-    indices of the rewards that vote. Without voters the function returns 0 and None.
+    The index is that of the reward whose mask agrees most with the majority (metrics.vote).
+    `voters` lists the indices of the rewards that vote. Without voters the function returns 0 and
+    None.
     """
     if not voters:
         return 0, None
@@ -226,9 +228,9 @@ class Verdict:
     """Hold the result of `judge` for one question."""
 
     chosen: int  # index of the scored answer
-    reward: Reward  # of the scored answer; its mask and IoU are those of the vote
-    lenient: tuple[int, int]  # intersection and union in pixels, all readable answers vote
-    strict: tuple[int, int]  # the same, only answers in the format vote
+    reward: Reward  # of the scored answer, but with the mask and the IoU of the vote
+    lenient: tuple[int, int]  # intersection and union in pixels, vote of all readable answers
+    strict: tuple[int, int]  # the same, vote of the answers in the format
     nothing: bool | None  # the strict mask is empty; None if no answer is in the format
 
 
@@ -236,9 +238,9 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
     """Score the answers to one question, with coordinates in a `side` x `side` square.
 
     The answers vote on a mask. In the strict vote only answers in the format vote. In the lenient
-    vote all answers with a readable box vote. The scored answer is the middle answer of the strict
-    vote. If the strict vote has no voter, it is the middle answer of the lenient vote. If that vote
-    has no voter either, it is the first answer.
+    vote all answers with a readable box vote. The scored answer is the one that agrees most with
+    the strict vote. If the strict vote has no voter, the lenient vote decides. If that vote has no
+    voter either, the first answer is scored.
     """
     answers = [read_leniently(text, side, s.max_points, s.objects) for text in texts]
     rewards = score_group(segmenter, x, answers, s)
@@ -292,10 +294,10 @@ def score_question(
 def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float | None:
     """Return the IoU of SAM's mask from the true box, or None if the true mask is empty.
 
-    With `objects` "several" each true object has its own box, if the data set knows the objects.
+    With `objects` "several" each true object has its own box, if the data set has its mask.
     """
     if x.box_only:
-        return 1.0  # the data set has boxes alone, so the true box is its own mask
+        return 1.0  # the data set has only boxes, so the true box is also the true mask
     if not x.mask.any():
         return None
     true_masks = [x.mask]
@@ -312,10 +314,10 @@ def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float
 def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     """Return the number of questions in one batch.
 
-    The number is --eval-batch. If --eval-batch is 0, the batch has about 16,000 prompt tokens, and
-    `votes` answers to each question make it `votes` times smaller. On a GPU with little free
-    memory, the batch is smaller. On a CPU, free memory does not count: the batch decides the
-    padding, and padding can change greedy answers. So results on a CPU repeat.
+    The number is --eval-batch. If --eval-batch is 0, the batch has about 16,000 prompt tokens,
+    divided by `votes`. On a GPU with little free memory, the batch is smaller. On a CPU, the batch
+    does not depend on free memory. Another batch has another padding, which can change greedy
+    answers.
     """
     if s.eval_batch:
         return s.eval_batch
@@ -407,7 +409,7 @@ class KeptRows:
 
 
 def batches(indices: range, size: int, name: str) -> Iterator[range]:
-    """Yield `indices` in batches of `size`. With a name the first process shows a progress bar."""
+    """Yield `indices` in batches of `size`. A `name` gives the first process a progress bar."""
     quiet = not (name and is_first())
     starts = range(0, len(indices), size)
     for start in tqdm(starts, name, disable=quiet, leave=False, dynamic_ncols=True):
@@ -432,10 +434,11 @@ def evaluate(
     - `blank` shows the policy a grey picture, so the score measures guessing. SAM sees the true
       picture.
     - `with_ceiling` also scores SAM's masks from the true boxes.
-    - `votes` 1 takes one greedy answer. A larger number samples that many answers at temperature 1.
+    - If `votes` is 1, the answer is greedy. A larger number of answers is sampled at temperature 1.
       The same seed gives the same answers.
-    - `keep` is a path and a line that describes the evaluation. A file at this path keeps the rows,
-      and its name ends in the number of the process. A later call with the same line continues.
+    - `keep` is a path, and a line that describes the evaluation. Each process keeps its rows in a
+      file: the path, followed by the number of the process. A later call with the same line
+      continues.
 
     Padding changes rounding, and rounding can change a greedy answer. s.eval_batch = 1 has no
     padding. Raises UserError if --empty-truth excludes every question.

@@ -37,7 +37,7 @@ JSON_FILES = (
     INDEX,
 )
 TEXT_FILES = ("chat_template.jinja", "merges.txt")
-NEEDED = (  # one of each
+NEEDED = (  # one file of each line
     ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"),
     ("tokenizer.json", "vocab.json"),
     ("preprocessor_config.json", "processor_config.json"),
@@ -86,7 +86,7 @@ class Download:
 
     @property
     def variable(self) -> str:
-        """Return the environment variable that moves the folder."""
+        """Return the environment variable that chooses the folder."""
         if self.folder == Path(HF_HUB_CACHE):
             return "HF_HOME"
         return "SAMR1_CACHE"
@@ -157,7 +157,7 @@ def load_json(file: Path, kind: type | tuple = dict, advice: str = AGAIN):
 def check_safetensors(file: Path) -> None:
     """Raise UserError if a file of weights is incomplete. No tensor is read.
 
-    The header of the file holds its size.
+    The header of the file holds the size of the whole file.
     """
     check_content(file)
     try:
@@ -194,7 +194,7 @@ def check_policy_files(folder: Path) -> None:
 
 def check_policy_is_whole(folder: Path) -> None:
     """Raise UserError if a policy's folder lacks a file, or if config.json lacks the sizes of a
-    part.
+    part of the model.
     """
     for names in NEEDED:
         if not any((folder / name).is_file() for name in names):
@@ -208,7 +208,7 @@ def check_policy_is_whole(folder: Path) -> None:
 
 
 def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
-    """Return the configuration of an adapter's folder, which the user named with `option`.
+    """Return the configuration of an adapter's folder. The user named the folder with `option`.
 
     Raises UserError if a file is missing or damaged, or if the adapter is no LoRA adapter.
     """
@@ -236,18 +236,18 @@ def refuse_missing_weights(found: dict, name: str) -> None:
 
 def read_adapter(base, adapter: str | Path):
     """Return the base model with the adapter of a folder. Raises UserError if it does not fit."""
-    from peft import PeftModel  # imported late: eval.py --help answers at once
+    from peft import PeftModel  # imported late, so that eval.py --help answers at once
 
     misfit = f"adapter {adapter} does not fit this policy"
     try:
-        with warnings.catch_warnings():  # for weights that the file lacks PEFT only warns
+        with warnings.catch_warnings():  # if the file lacks weights, PEFT only warns
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     except torch.OutOfMemoryError:
         raise
     except UserWarning:
         raise UserError(f"{misfit} (it is of other layers)") from None
-    except Exception as error:  # for a damaged configuration PEFT raises anything
+    except Exception as error:  # a damaged configuration can raise any exception in PEFT
         raise UserError(f"{misfit} ({cause(error)})") from None
     places = sum("lora_" in name for name, _ in model.named_parameters())
     with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:

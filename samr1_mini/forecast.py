@@ -1,7 +1,7 @@
-"""Forecast the memory of a training by arithmetic. Nothing is loaded, run or measured.
+"""Forecast the memory of a training by arithmetic. No model is loaded or run.
 
 The forecast adds the sizes of all tensors that exist at the peak of a phase. The sum is right
-within 10 %. sizes.py counts widths, weights and tokens. speed.py forecasts hours.
+within 10 %. sizes.py computes the numbers of weights and tokens. speed.py forecasts hours.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ CONTEXT = 0.6  # GiB of CUDA's libraries
 
 
 def staying_bytes(n: Sizes) -> dict[str, float]:
-    """Return the bytes of each part that stays in memory from the first update on."""
+    """Return the bytes of weights and moments, which stay in memory after the first update."""
     return {
         "language layers": n.linear_weights * n.linear_weight_bytes,
         "embeddings and head": (n.embedding_weights + n.head_weights) * n.number_bytes,
@@ -58,9 +58,10 @@ def prompt_bytes(n: Sizes) -> float:
 
 
 def fill_card(n: Sizes, gib: float) -> None:
-    """Keep the activations of as many layers as fit, if all tensors have `gib` GiB.
+    """Keep the activations of as many layers as fit. All tensors together may take `gib` GiB.
 
-    Training makes this choice before each forward, from the free memory and the length of the row.
+    Training makes this choice before each forward, from the free memory and the length of the
+    packed row.
     """
     taken = sum(staying_bytes(n).values()) + prompt_bytes(n)
     set_kept_layers(n, gib * GIB - taken)
@@ -72,7 +73,7 @@ def peaks(n: Sizes) -> dict[str, float]:
     gib = {}
     for phase, parts in phase_bytes(n).items():
         gib[phase] = (sum(stay.values()) + sum(parts.values())) / GIB
-    gib["load"] -= stay["moments"] / GIB  # they do not exist before the first update
+    gib["load"] -= stay["moments"] / GIB  # moments exist from the first update on
     gib["update"] = max(gib.pop("logits"), gib.pop("layers"))
     return gib
 
@@ -83,7 +84,7 @@ def usable(card: float) -> float:
 
 
 def has_known_shape(s: Settings) -> bool:
-    """Return True if the settings have a full-size preset and have not changed its policy."""
+    """Return True if the settings have a full-size preset, with the policy of this preset."""
     return s.preset in SHAPES and s.policy == PRESETS[s.preset]["policy"]
 
 

@@ -1,6 +1,6 @@
 """The GRPO of SAM-R1: rollout, reward, advantage, update, log, save.
 
-Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO, eq. (2). The
+Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO (eq. (2)). The
 clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4).
 
 From `train` to the gradient:
@@ -9,7 +9,7 @@ From `train` to the gradient:
                                                             -> grpo_loss  eq. (4)
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
-Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens of all answers.
+Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens in all answers.
 """
 
 import math
@@ -80,7 +80,7 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tuple:
-    """Return two tensors [S]: each token's KL to the base model, and True if it was bounded.
+    """Return two tensors [S]: each token's KL to the base model, and True if the bound is reached.
 
     The KL of eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide an update.
     So log(pi_ref / pi) is limited to `bound`. Above the bound, a token has no gradient of the KL.
@@ -107,7 +107,7 @@ def grpo_loss(
     old        [S] under the policy that sampled
     reference  [S] under the frozen base model, or None if beta is 0
     advantage  [S] of each token's answer
-    lengths    numbers of tokens of the answers, a list for each group
+    lengths    for each group, a list with the number of tokens of each answer
 
     The log gets the mean of each value over the tokens. For another loss, copy this function,
     change it, and pass it to `train`.
@@ -143,7 +143,7 @@ class Parts:
     settings: Settings
     reward_terms: Callable = reward_terms  # Reward, Settings -> terms by name: see reward.py
     loss: Callable = grpo_loss
-    trace: Callable | None = None  # called with parts, rollouts and log line of each step
+    trace: Callable | None = None  # called after each step, with parts, rollouts and log line
     skipped: int = 0  # updates in a row whose gradient was not finite
 
 
@@ -176,7 +176,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. With equal rewards, only the KL uses it."""
+        """Return True if the updates use this group. Equal rewards leave only its KL."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -237,7 +237,7 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
 
 
 def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
-    """Run one forward. Return the loss of its questions, and values of each token [S] to log."""
+    """Run one forward. Return the loss of its questions, and the values of each token [S] to log."""
     s, policy = parts.settings, parts.policy
     prompts = [rollout.prompt for rollout in rollouts]
     groups = [rollout.ids for rollout in rollouts]
@@ -280,7 +280,7 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     norm = torch.nn.utils.clip_grad_norm_(policy.trained, s.max_grad_norm)
     if norm.isfinite():
         parts.optimizer.step()
-    parts.optimizer.zero_grad()  # sampling can use the gradients' memory
+    parts.optimizer.zero_grad()  # frees the gradients' memory for sampling
     return total, norm.item(), forwards
 
 
@@ -327,12 +327,12 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
 def one_step(parts: Parts, data, step: int, asked: int) -> tuple[dict, list[dict]]:
     """Make step number `step`, counted from 0. Returns its log line and an answer to each question.
 
-    `asked` questions came before. Each process takes its share of the questions. The random numbers
-    depend only on the seed, the step and the batch. So a resumed run repeats them.
+    `asked` is the number of questions before this step. Each process takes its share of them.
+    The random numbers depend only on seed, step and batch. So a resumed run repeats them.
     """
     s = parts.settings
     torch.manual_seed(s.seed * 10**6 + step)
-    # [1 + redraw, B, G, L] of all processes. With and without --redraw, the first batch is the same
+    # [1 + redraw, B, G, L] of all processes. The first batch does not depend on --redraw
     uniforms = torch.rand(1 + s.redraw, s.questions, s.group, s.max_new_tokens)
     samples = [data[i % len(data)] for i in share(range(asked, asked + s.questions))]
     rollouts, seconds = roll_out(parts, samples, share(uniforms[0]))
@@ -366,9 +366,9 @@ def train(
 
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
     `reward_terms` and `loss` are the defaults. `log` is called after each step with its log line.
-    tutorials/notes/extend.md shows examples. A call in Python is one process. On a CPU, it has one
-    thread (join_processes). With several processes (launch.py, torchrun), each takes its share of
-    the questions. Only the first process writes files.
+    tutorials/notes/extend.md shows examples. A call from Python runs in one process. On a CPU, this
+    process has one thread (join_processes). With several processes (launch.py, torchrun), each
+    takes its share of the questions. Only the first process writes the run's files.
     """
     from .rehearse import before_training  # rehearse.py imports this file
 

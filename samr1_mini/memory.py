@@ -75,7 +75,7 @@ def compute_dtype(load_in: str, device: str) -> torch.dtype:
 
     With `load_in` bf16 or fp32, it is this dtype. With nf4, it is bf16 on GPUs of compute
     capability 8.0 or higher. CPUs and older GPUs only emulate bf16, and fp16 would overflow in
-    Qwen's vision tower. So there it is fp32. The adapter is always fp32.
+    Qwen's vision tower. So they compute in fp32. The adapter is always fp32.
     """
     if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
         return torch.float32
@@ -114,7 +114,7 @@ def free_memory(s: Settings) -> float:
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - taken
     if s.memory_limit:
         free = min(free, s.memory_limit * GIB - taken)
-    if windows_lends_memory():  # the limit of cap_memory stays when another program ends
+    if windows_lends_memory():  # cap_memory has set a limit, which does not grow later
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         free = min(free, torch.cuda.get_per_process_memory_fraction() * total - taken)
     return free

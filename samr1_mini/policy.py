@@ -40,17 +40,17 @@ TOWER_PIXELS = 4096 * 14 * 14  # most pixels in one call of the vision tower: 4,
 class Policy:
     """Hold a Qwen-VL with its adapter, its stop ids and its banned ids."""
 
-    model: PeftModel  # without an adapter (in pretraining), the model of transformers
+    model: PeftModel  # with the adapter; in pretraining, the model of transformers
     processor: object  # chat template, tokenizer and image processor
     coordinates: str = "auto"  # pixels, thousandths, or auto for the model's own unit
     prompt: str = PROMPT  # with {question} and {unit}, see prompt.py
-    cuda_graphs: bool = True  # False after a CUDA graph could not be recorded (decoding.py)
+    cuda_graphs: bool = True  # False once the recording of a CUDA graph has failed (decoding.py)
     stop: torch.Tensor = field(init=False)  # [k] ids that end an answer
     banned: torch.Tensor = field(init=False)  # bool [V], True for ids that are never sampled
 
     def __post_init__(self):
         config, tokenizer = self.base.config, self.processor.tokenizer
-        # With any other attention, answers would see each other. No error would be raised.
+        # With an attention not of attention.py, answers would see each other, without an error.
         assert config.text_config._attn_implementation == IMPLEMENTATION["text_config"]
         if self.coordinates == "auto":
             self.coordinates = COORDINATES[config.model_type]
@@ -333,7 +333,7 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     second tensor holds the id of the token.
     """
     device = policy.device
-    # The last token of an answer is predicted and never read.
+    # The model predicts the last token of an answer, and does not get it as input.
     lengths = [[len(ids) - 1 for ids in group] for group in groups]
     answers = [ids for group in groups for ids in group]
     read = torch.cat([ids[:-1] for ids in answers])

@@ -40,7 +40,7 @@ def describe(rollouts: list) -> dict:
 
 
 def flat_tokens(rollouts: list) -> float:
-    """Return the share of an update's tokens in groups without an advantage. Prompts count too."""
+    """Return the share of an update's tokens in groups with advantages of 0. Prompts count too."""
     tokens = [len(rollout.prompt.ids) + sum(rollout.lengths) for rollout in rollouts]
     learnt = [n for n, rollout in zip(tokens, rollouts) if rollout.advantage.any()]
     return 1 - sum(learnt) / sum(tokens)
@@ -69,9 +69,10 @@ def token_mean(forwards: list[dict], name: str) -> float:
 
 
 def sampling_gap(forwards: list[dict]) -> dict:
-    """Return the mean and largest difference of log-probabilities that rounding causes, in nats.
+    """Return the mean and the largest error that rounding causes in log-probabilities, in nats.
 
-    Without rounding, sampling and the first update would give the same log-probability.
+    If there were no rounding, a token would have the same log-probability in the first update as in
+    sampling.
     """
     if not forwards:
         return {"sampling_gap": 0.0, "sampling_gap_max": 0.0}
@@ -80,7 +81,7 @@ def sampling_gap(forwards: list[dict]) -> dict:
 
 
 def step_line(line: dict, drawn: int, s: Settings) -> dict:
-    """Return a step's log line with its last columns. `drawn` questions were asked."""
+    """Add the last columns to the log line of a step with `drawn` questions, and return it."""
     tokens = line["length"] * drawn * s.group
     line["tokens_per_second"] = tokens / line["seconds_rollout"]
     line["peak_memory_gib"] = peak_memory(s.device)
@@ -90,10 +91,10 @@ def step_line(line: dict, drawn: int, s: Settings) -> dict:
 
 
 def token_means(forwards: list[dict]) -> dict:
-    """Return the mean over all tokens of each value that the loss returns.
+    """For each value that the loss returns, return the mean over all tokens.
 
     The ratio gets its minimum and maximum instead of a mean. If no group takes part in an update,
-    there is no forward. Then four means are 0, and the ratio is 1.
+    there is no forward. Then the means are 0, and the ratio is 1.
     """
     if not forwards:
         nothing = ("approx_kl", "clip_low", "clip_high", "entropy")
@@ -110,7 +111,7 @@ MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row
 
 
 def count_skipped(parts, number: int) -> None:
-    """Count a skipped update. `number` is its number. Raises UserError for ten in a row."""
+    """Count the skipped update `number`. Raises UserError for ten in a row."""
     if is_first():
         tqdm.write(f"update {number} skipped: its gradient is not finite. If repeated, lower --lr")
     parts.skipped += 1

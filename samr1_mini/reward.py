@@ -32,7 +32,7 @@ from .metrics import repeated_share, tight_box
 from .segmenter import Segmenter
 
 MAX_TEXT = 20_000  # characters. A longer text is not read
-MAX_OBJECTS = 16  # of --objects several. A longer list is not read
+MAX_OBJECTS = 16  # with --objects several. A longer list is not read
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
@@ -50,7 +50,7 @@ class Object:
 
 @dataclass
 class Answer:
-    """Hold one parsed answer. In training, `objects` is None in a wrong segmentation format.
+    """Hold one parsed answer. In training, `objects` is None if the segmentation format is wrong.
 
     An answer that cannot be read has no list of objects. An empty list says that nothing is there.
     """
@@ -95,7 +95,7 @@ def check_box(value, side: int) -> Box:
     x1, y1, x2, y2 = [_clip(_number(number), side) for number in value]
     if x2 - x1 < 1e-3 or y2 - y1 < 1e-3:
         raise ValueError("bbox is reversed, empty or outside the picture")
-    # Such numbers are shares of the sides. As pixels, they would be a box of at most one pixel.
+    # Numbers up to 1 are shares of the sides. As pixels, they would be a box of at most one pixel.
     if x2 <= 1 and y2 <= 1:
         raise ValueError("bbox gives shares of width and height: all four numbers are at most 1")
     return x1, y1, x2, y2
@@ -260,7 +260,7 @@ def matching_term(reward: Reward) -> float:
 
 
 def repeats_term(reward: Reward) -> float:
-    """Return minus the share of boxes that repeat an earlier box, -1 to 0.
+    """Return the negative share of boxes that repeat an earlier box, -1 to 0.
 
     If a box is repeated, the union of SAM's masks stays the same. So the accuracy term does not see
     the repetition. This term is 0 for an answer without repeats.
@@ -346,7 +346,7 @@ def score_group(
     draw_masks(segmenter, sample, readable)
     for reward in rewards:
         if s.objects == "several" and reward.objects and not reward.mask.any():
-            # The answer names objects. So an empty mask must not count as the answer [].
+            # Objects with an empty mask must not get the reward of the answer [].
             reward.mask = None
         reward.pair = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pair)

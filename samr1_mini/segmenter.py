@@ -143,7 +143,7 @@ def encode_once(segmenter, image: np.ndarray) -> None:
     key = digest + str(image.shape).encode()
     if key == segmenter.encoded_key:
         return
-    segmenter.encoded_key = b""  # stays so if the encoder fails
+    segmenter.encoded_key = b""  # if the encoder fails, no picture counts as encoded
     segmenter.encode(image)
     segmenter.encoded_key = key
 
@@ -302,7 +302,7 @@ def random_sam(kind: str) -> Sam:
 def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
     """Check a segmenter's name before anything large is loaded.
 
-    Raises UserError if `kind` is no Segment Anything, or if it cannot take a `checkpoint`.
+    Raises UserError if `kind` is not a Segment Anything model, or if it cannot take a `checkpoint`.
     """
     if checkpoint and kind not in SAM_FILES:
         known = ", ".join(SAM_FILES)
@@ -340,15 +340,15 @@ def sam_file(kind: str) -> Path:
 
 
 def read_sam(kind: str, path: str | Path) -> Sam:
-    """Return segment_anything's Sam of `kind`, "vit_b", "vit_l" or "vit_h", with a file's weights.
+    """Return segment_anything's Sam of a kind ("vit_b", "vit_l" or "vit_h") with a file's weights.
 
     The model is built without weights, and takes the tensors of the file in fp32. The file is
     mapped into memory. So no random weights are drawn, and no second copy is made. A bad file may
     raise any exception.
     """
-    with init_empty_weights():  # Parameters stay empty. Buffers do not, as the file lacks some.
+    with init_empty_weights():  # Only parameters are empty: the file lacks some buffers.
         sam = random_sam(kind)
-    mapped = zipfile.is_zipfile(path)  # files before torch 1.6 are no zip files, and not mapped
+    mapped = zipfile.is_zipfile(path)  # no: a file of torch before 1.6, which cannot be mapped
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     weights = {name: value.float() for name, value in weights.items()}
     sam.load_state_dict(weights, assign=True)

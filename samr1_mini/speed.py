@@ -1,14 +1,15 @@
-"""Forecast the hours of a training by arithmetic. Nothing is loaded, run or measured.
+"""Forecast the hours of a training by arithmetic. No model is loaded or run.
 
 A time is the number of operations, or of bytes, divided by a speed. This speed is a share of the
-card's published speed. The forecast hours are right within a factor of 1.5.
+card's published speed. The hours are right within a factor of 1.5.
 """
 
 import re
 
 from .sizes import BF16, EVALUATED_TOKENS, FP32, Sizes, sam_number_bytes, sam_sizes
 
-# Published: GB/s, TFLOP/s in bf16 (dense, sums in fp32), TFLOP/s in fp32. Then GiB of the card.
+# Published: GB/s, TFLOP/s in bf16 (dense matrices; sums in fp32), TFLOP/s in fp32. Then GiB of
+# the card.
 CARDS = {
     "RTX 3090": (936, 71, 35.6, 23.6),
     "RTX 4090": (1008, 165, 82.6, 23.6),
@@ -18,18 +19,18 @@ CARDS = {
     "A100": (2039, 312, 19.5, 79.1),
     "H100": (3350, 989, 67, 79.1),
 }
-OTHER_WORDS = {"NVIDIA", "GeForce", "SXM4", "80GB", "HBM3"}  # beside the name of such a card
-BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these peaks that code reaches
-LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation: Python, CUDA graph (H100)
+OTHER_WORDS = {"NVIDIA", "GeForce", "SXM4", "80GB", "HBM3"}  # also in the names of these cards
+BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these speeds that code reaches
+LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation from Python, and in a CUDA graph
 OPERATIONS = 79  # number of operations of a layer in a forward
 
 
 def seconds(card: str, number_bytes: int, products: float, moved=0.0, weights=0.0) -> float:
     """Return the seconds of some work on a card.
 
-    `products` is the number of FLOPs, with values of `number_bytes` bytes. `moved` and `weights`
-    are bytes. The GPU reads `weights` while it computes. So only the longer of two times counts:
-    the time to read `weights`, or the time to compute.
+    `products` is the number of FLOPs. A number has `number_bytes` bytes. `moved` and `weights` are
+    bytes. The GPU reads `weights` while it computes. So only the longer one of these two times
+    counts. The time to move `moved` bytes is added.
     """
     bandwidth, half_peak, single_peak, _ = CARDS[card]
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
@@ -44,7 +45,7 @@ def moved_bytes(n: Sizes) -> float:
     layer += 2 * 6 * n.hidden_width  # two sums with the residual
     layer += 20 * (n.query_width + n.key_width)  # rotation by position
     layer += 10 * n.mlp_width  # SiLU of the gate, times up
-    layer += 2 * n.input_widths + 4 * n.output_widths  # adapters: read, add to the output
+    layer += 2 * n.input_widths + 4 * n.output_widths  # adapters: read the input, add to the output
     return n.layers * layer * n.number_bytes / BF16
 
 
@@ -62,7 +63,7 @@ def prefill_seconds(n: Sizes, card: str) -> float:
 def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     """Return the seconds to decode all answers to the questions, in one batch.
 
-    All tokens are counted like a token in the middle of its answer.
+    Each token is counted as if it were in the middle of its answer.
     """
     rows = questions * group
     middle = n.s.max_new_tokens / 2
@@ -73,7 +74,7 @@ def decode_seconds(n: Sizes, card: str, questions: int, group: int) -> float:
     moved += rows * n.layers * n.heads * (n.prompt_tokens + middle) * 30  # attention scores
     moved += rows * n.vocabulary * 68  # logits, softmax, sums in fp64
     moved += rows * moved_bytes(n)
-    moved += 8 * n.adapter_weights  # from fp32 to bf16, then read
+    moved += 8 * n.adapter_weights  # the adapter: read in fp32, written and read in bf16
     products = 2 * rows * (n.linear_weights + n.head_weights + n.adapter_weights)
     token = seconds(card, n.number_bytes, products, moved, weights)
     start = REPLAYED + LAUNCH * 2 / 64  # 2 of 64 tokens run without the CUDA graph
@@ -84,14 +85,14 @@ def update_seconds(n: Sizes, card: str) -> float:
     """Return the seconds that an update takes for one question.
 
     The parts are a forward of the base model (the reference), a forward, recomputed layers, and a
-    backward. With several passes, only the first pass computes the reference. Kept layers are not
-    recomputed.
+    backward. With several passes over the answers, only the first pass computes the reference.
+    Kept layers are not recomputed.
     """
     reference = int(n.s.beta > 0) / n.s.passes  # forwards of the base model
     forwards = 2 - n.kept_layers / n.layers
     all_forwards = reference + forwards
     tokens = n.row_tokens / n.row_questions
-    pairs = n.prompt_tokens**2 / 2  # of a token and a token that it sees
+    pairs = n.prompt_tokens**2 / 2  # pairs of a token and a token that it sees
     pairs += n.answer_tokens * (n.prompt_tokens + n.s.max_new_tokens / 2)
     # Frozen weights have no gradients, so a backward costs as much as one forward, not as two.
     products = 2 * n.linear_weights * tokens * (all_forwards + 1)
@@ -110,7 +111,7 @@ def sam_seconds(n: Sizes, card: str) -> float:
     sam = sam_sizes(n.s.sam)
     work = sam.weights * sam.tokens
     number_bytes = sam_number_bytes(n.s)
-    moved = work * number_bytes / 160  # 66 GB were counted for ViT-H in fp32
+    moved = work * number_bytes / 160  # ViT-H in fp32 moves about 66 GB for a picture
     return seconds(card, number_bytes, 2 * work, moved)
 
 
@@ -128,7 +129,7 @@ def hours(n: Sizes, card: str) -> float:
     """Return the hours of all steps and all evaluations."""
     s = n.s
     steps = s.samples // s.questions
-    evaluated = 2 * s.test_samples  # questions before and after training
+    evaluated = 2 * s.test_samples  # number of questions, before and after training
     if s.eval_every:
         evaluated += (1 + steps // s.eval_every) * s.eval_samples
     batch = max(1, EVALUATED_TOKENS // n.prompt_tokens)  # questions in one batch
@@ -141,7 +142,7 @@ def hours(n: Sizes, card: str) -> float:
 def known_card(name: str) -> str | None:
     """Return the key of CARDS for a name such as "NVIDIA A100-SXM4-80GB", or None.
 
-    Variants with other speeds have other words in their names, such as "PCIe", "Ti" or "40GB".
+    A name with other words, such as "PCIe", "Ti" or "40GB", gives None: the speed is another.
     """
     words = set(re.split("[ -]", name)) - OTHER_WORDS
     for card in CARDS:

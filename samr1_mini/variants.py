@@ -16,11 +16,11 @@ def redraw(
 ) -> tuple[list, int]:
     """In `rollouts`, replace each group whose advantages are all 0 by a group of a new question.
 
-    `uniforms` [B, G, L] are the random numbers that choose tokens: for this process's questions,
-    answers and tokens of an answer. The new questions begin at number `asked`. After the last
+    `uniforms` [B, G, L] are the random numbers that choose tokens: B questions of this process, G
+    answers, L tokens of an answer. The new questions begin at number `asked`. After the last
     question of the data, the first comes again. A group's place in the batch of all processes
-    decides which question it gets. So the number of processes changes nothing. Adds its times to
-    the dict `seconds`. Returns this process's new groups, and the number of new groups in all
+    decides which question it gets. So the number of processes changes nothing. The times are added
+    to the dict `seconds`. Returns this process's new groups, and the number of new groups in all
     processes.
     """
     from .grpo import roll_out  # grpo.py imports this file

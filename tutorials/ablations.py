@@ -1,23 +1,23 @@
 """Make the runs that ablations.csv lacks: `python tutorials/ablations.py`.
 
 These ablations use the tiny policy and drawn pictures. The CSV has one line for each run. Ctrl-C
-stops the command. The same command continues, also in the middle of a run.
+stops the command. The same command continues the runs, also in the middle of a run.
 `--table` prints the runs, with 95 % intervals. `--figure FILE` draws them.
 
-A row is a variant of "base": it changes the options that TABLES gives. A seed draws the same
+A row is a variant of "base". TABLES has the options of each row. A seed draws the same
 questions for every row, and all runs are tested on the same scenes. So a row is compared with
 "base" for each seed and each scene. For this, each run also leaves the IoU of each scene, in
 results/ablations/ROW-seedN.json.gz (older runs: .json, without ids).
 In the tables, "detects" is the smallest true difference from base that this number of seeds finds
-with 80 % power. "within" is the smallest margin around 0 for which a test at the 5 % level shows that
-the true difference lies in it. "=" marks a margin of at most 0.05. paired.py explains both.
-PREDICTED holds the expected result of each row. It was committed before the first run. There,
+with 80 % power. "within" is the smallest number m for which a test at the 5 % level shows: the true
+difference lies between -m and m. "=" marks a margin of at most 0.05. paired.py explains both.
+PREDICTED holds the expected result of each row. It was committed before the first run. Its
 "places" is the answer style that lists coordinates before it chooses an object.
 `--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,
 and prints the row of the README's table. You may change the code instead of options. Then take a
 new name for each change. The runs are kept in runs/challenge.csv, or in the file of --results.
-Each run has one thread, so that the lines do not depend on the number of cores. There are as many
-runs at a time as cores.
+Each run has one thread, so that the results do not depend on the number of cores. Each core makes
+one run at a time.
 """
 
 import argparse
@@ -43,7 +43,7 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Python looks in the folder of the script alone
+sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import parse_settings, read_settings
 from samr1_mini.tiny.scenes import KINDS
@@ -53,7 +53,7 @@ from tutorials.tiny_world.answers import style_of
 
 FILE = ROOT / "tutorials" / "results" / "ablations.csv"
 SCENES = 1000  # held-out scenes of the test, the same for all runs
-# The README's first command has three times as many questions, and half the learning rate.
+# The README's first command has three times the questions of base, and half its learning rate.
 SAMPLES = 1008
 FIXED = "--preset tiny --device cpu --processes 1 --eval-every 0 --lr 3e-4"
 # Options that a row of --challenge must not change.
@@ -102,7 +102,7 @@ TABLES = {
     "KL": {
         "beta 0": "--beta 0",
         "beta 0.05": "--beta 0.05",
-        "3008 samples, beta 0": "--samples 3008 --beta 0",  # compare it with 3008 samples
+        "3008 samples, beta 0": "--samples 3008 --beta 0",  # compare with 3008 samples
     },
     "samples": {
         "112 samples": "--samples 112",
@@ -133,7 +133,7 @@ TABLES = {
 }
 # These rows also need a function: see row_functions.py, which trains them.
 BY_FUNCTION = ("Dr. GRPO", "GSPO", "random reward", "mask of another question")
-# The paper's result for a row: gIoU on ReasonSeg test, or what the paper says.
+# The paper's result for a row: gIoU on ReasonSeg test, or the paper's words if it has no number.
 PAPER = {
     "base": "60.2",
     "threshold 0.5": "56.5",
@@ -193,14 +193,14 @@ ROWS = {"base": ""}  # row -> options
 for table in TABLES.values():
     ROWS |= table
 
-# Scores of greedy answers on held-out scenes. The score of a kind of question is lenient.
+# Scores of greedy answers on held-out scenes. The scores of single kinds of questions are lenient.
 TESTED = ("gIoU", "gIoU_lenient", "cIoU", *KINDS, "format", "box_accuracy", "base_gIoU_lenient")
 # columns of the log: means over the last ten steps
 LAST = ("points", "length", "kl", "clip_low", "clip_high", "zero_variance")
 # shares of two answer styles in the last tenth of the sampled answers
 STYLES = ("names", "places")
 COLUMNS = ("row", "seed", "options", *TESTED, *LAST, *STYLES)
-EDGE = -0.35  # a row further off is written at the figure's edge, so that the others stay apart
+EDGE = -0.35  # end of the figure's axis: a lower difference is written as text there
 
 # -------------------------------------------------------------------------------------- runs
 
@@ -214,8 +214,8 @@ def name_of(row: str, seed: int) -> str:
 def check_options(folder: Path, options: list[str], run: str) -> None:
     """Refuse to continue a run that began with other options.
 
-    --resume compares only the options of the command line. If a row has lost an option, --resume
-    does not notice. So this function compares all settings.
+    --resume compares only the options of the command line. If an option was removed from a row,
+    --resume does not notice. So this function compares all settings.
     """
     begun = read_settings(folder / "settings.json")
     now = asdict(parse_settings(options, "ablations.py", "")[0])
@@ -229,9 +229,9 @@ def check_options(folder: Path, options: list[str], run: str) -> None:
 def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     """Train and test once, or continue a run that was stopped.
 
-    Returns the CSV line with "scenes", the gIoU of each test scene, and with "ids" and "lenient".
-    Before the run's folder is deleted, `keep` is called with the line. Raises RuntimeError if the
-    run fails.
+    Returns the CSV line as a dict. Its lists "ids", "scenes" and "lenient" have one value for each
+    test scene: the id, the IoU and the lenient IoU. Before the run's folder is deleted, `keep` is
+    called with the line. Raises RuntimeError if the run fails.
     """
     run = f"{row}, seed {seed}"
     folder = ROOT / "runs" / "ablations" / name_of(row, seed)
@@ -269,7 +269,7 @@ def read_json(file: Path):
 
 
 def read_lines(file: Path) -> list[dict]:
-    """Read a file with one JSON object a line."""
+    """Read a file with one JSON object on each line."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -317,7 +317,7 @@ def scenes_file(line: dict, results: Path) -> Path:
 
 
 def write_scenes(line: dict, results: Path) -> None:
-    """Write ids and IoUs of the test scenes. Equal lists make equal files."""
+    """Write ids and IoUs of the test scenes. The same lists always give the same bytes."""
     scenes_file(line, results).unlink(missing_ok=True)  # perhaps one without .gz
     file = scenes_file(line, results)
     lists = {"ids": line["ids"], "iou_strict": line["scenes"], "iou": line["lenient"]}
@@ -422,7 +422,7 @@ def interval(values) -> tuple[float, float]:
         return float(mean), math.nan
     squares /= np.maximum(freedom, 1)  # mean squares: the variances above, times seeds * scenes
     a, b, c = squares
-    total = max(a + b - c, a, b)  # no effect has a variance below 0, whatever its estimate
+    total = max(a + b - c, a, b)  # an estimate can be below 0, a variance cannot
     if total == 0:
         return float(mean), 0.0
     degrees = total**2 / (squares[known] ** 2 / freedom[known]).sum()
@@ -431,7 +431,7 @@ def interval(values) -> tuple[float, float]:
 
 
 def values_of(lines: list[dict], row: str, measure: str) -> dict[int, np.ndarray]:
-    """Return an array for each seed of a row: the gIoU of each scene, or one other measure."""
+    """Return an array for each seed of a row: the IoU of each scene, or one other measure."""
     values = {}
     for line in lines:
         if line["row"] == row:
@@ -452,8 +452,8 @@ def differences(
 def with_interval(values: list[np.ndarray], sign: str = "") -> str:
     """Write the mean and the interval of values [seeds, scenes].
 
-    With one seed, a star marks an interval over scenes only. With two seeds, the mean of each seed
-    is written instead. An interval with one degree of freedom (t = 12.7) would say nothing.
+    With one seed, a star marks an interval over scenes only. With two seeds, the text has
+    the mean of each seed and no interval: with one degree of freedom (t = 12.7), it is too wide.
     """
     if not values:
         return ""
@@ -470,7 +470,7 @@ def with_interval(values: list[np.ndarray], sign: str = "") -> str:
 def side(lines: list[dict], row: str) -> int:
     """Return 1 or -1 if the interval of a row lies above or below base, else 0.
 
-    With one seed or two, each seed's own interval over scenes must lie there.
+    With one seed or two, the interval of each seed over scenes must lie on the same side.
     """
     apart = differences(lines, row)
     intervals = [interval([x]) for x in apart]
@@ -496,7 +496,7 @@ def cells(lines: list[dict], row: str) -> tuple[str, str, str, str, str]:
 
 
 def paired_cells(lines: list[dict], row: str) -> tuple[str, str]:
-    """Return the smallest difference that is found, and the margin of equivalence, as text.
+    """Return the numbers for "detects" and "within" as text.
 
     Both are "" for base, and for a row with fewer than two seeds.
     """
@@ -522,7 +522,7 @@ def print_challenge(lines: list[dict], row: str) -> None:
 
 
 def print_table(lines: list[dict], title: str) -> None:
-    """Print one of the TABLES, as far as its rows have runs."""
+    """Print one of the TABLES. Rows without runs are left out."""
     heads = f"{'gIoU':>22}{'against base':>24}{'detects':>9}{'within':>8}"
     print(f"\n{title:<30}{'runs':>5}{heads}   {'paper':<10}predicted")
     one_seed = False
@@ -556,7 +556,7 @@ def draw_row(axes, apart: list[np.ndarray], y: float) -> None:
 
 
 def draw(lines: list[dict], titles: list[str]):
-    """Return a figure: the difference of each row from base, with an interval and a dot a seed."""
+    """Return a figure: each row's difference from base, with an interval, and a dot for each seed."""
     count = sum(len(rows_of(lines, title)) for title in titles)
     figure, axes = plt.subplots(figsize=(8, 0.22 * count + 1.1))
     axes.axvline(0, color="0.6", lw=1)
@@ -641,7 +641,7 @@ def add_row(parser: argparse.ArgumentParser, args: argparse.Namespace, options: 
         if option.split("=")[0] in FIXED_BY_CHALLENGE:
             parser.error(f"{option}: the challenge sets this option for all rows")
     fixed = [*FIXED.split(), "--samples", str(SAMPLES)]
-    parse_settings([*fixed, *options], "ablations.py", "")  # exits after a wrong option
+    parse_settings([*fixed, *options], "ablations.py", "")  # ends the program if an option is wrong
     ROWS[name] = shlex.join(options)
     args.rows = [name]
     args.results = args.results or ROOT / "runs" / "challenge.csv"
@@ -697,9 +697,9 @@ def main(argv: list[str] | None = None) -> None:
         missing = [run for run in wanted if run not in there]
         try:
             make_runs(missing, args.results, args.workers)
-        except KeyboardInterrupt:  # the runs get it too: each ends its step and saves
+        except KeyboardInterrupt:  # Ctrl-C reaches the runs too: each finishes its step and saves
             sys.exit("stopping: the same command continues")
-        except (RuntimeError, OSError) as error:  # the folder of a run that failed stays
+        except (RuntimeError, OSError) as error:  # a run that fails keeps its folder
             parser.error(str(error))
     lines = read(args.results)
     if not lines:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # Python searches modules only in the script's folder
+sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import Settings, UserError, exit_with, parse_settings, print_anything
 from samr1_mini.data import Data, Sample
@@ -25,7 +25,7 @@ from tutorials.ablations import BY_FUNCTION
 def dr_grpo_loss(logp, old, reference, advantage, lengths, s):
     """Return the loss of Dr. GRPO (arXiv 2503.20783). Use it with --advantage mean.
 
-    A group's sum over tokens is divided by a constant, and not by its number of tokens. The
+    A group's sum over tokens is divided by a constant, not by the group's number of tokens. The
     constant is the largest possible number of tokens, G x --max-new-tokens. The arguments
     are those of grpo_loss.
     """
@@ -44,6 +44,7 @@ def dr_grpo_loss(logp, old, reference, advantage, lengths, s):
 
 
 def gspo_loss(logp, old, reference, advantage, lengths, s):
+    """Return the loss of GSPO (arXiv 2507.18071), which has one ratio for each answer."""
     sizes = [length for group in lengths for length in group]
     means = torch.stack([gap.mean() for gap in (logp - old).split(sizes)])  # one for each answer
     ratio = means.exp().repeat_interleave(torch.tensor(sizes, device=logp.device))  # [S]
@@ -59,7 +60,7 @@ def gspo_loss(logp, old, reference, advantage, lengths, s):
 
 
 def random_accuracy(reward: Reward, s: Settings) -> dict[str, float]:
-    """Return the reward terms, with a random tier as the accuracy.
+    """Return the reward terms, with a random tier of eq. (5) as the accuracy.
 
     The tier depends only on the seed, the question and the answer, so a resumed run repeats it.
     """
@@ -69,7 +70,7 @@ def random_accuracy(reward: Reward, s: Settings) -> dict[str, float]:
 
 
 class OtherMasks(Data):
-    """Questions with the true mask of the next question. All pictures must have the same size."""
+    """Questions, each with the mask of the next question. All pictures must have the same size."""
 
     def __init__(self, data: Data):
         self.data = data

@@ -24,10 +24,10 @@ def open_data(
     set, or a folder.
 
     A training split repeats its samples until it has `count`. With `seed` None, each sample comes
-    once. Three arguments are for public sets. `sentences` uses the "first" or "all" expressions of
-    an object. `coco_dir` is a folder with COCO's train2014 pictures. `ignore` counts undecided
-    pixels as "foreground", or as "excluded". `objects` is "one", or "several": then a question may
-    mean several objects or none.
+    once. Three arguments are for public sets. `sentences` is "first" or "all": the expressions of
+    an object that are used. `coco_dir` is a folder with COCO's train2014 pictures. `ignore` is
+    "foreground" or "excluded": the use of pixels that the data set leaves undecided. `objects` is
+    "one", or "several": then a question may mean several objects or none.
 
     Lines and file headers are checked here. Raises UserError. `Data.download` downloads pictures.
     """

@@ -58,7 +58,7 @@ def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) 
             if reason:
                 failed[jobs[job]] = reason
             if len(failed) > max(most_failures, 2 * WORKERS):
-                break  # the server is broken, and the other pictures would only take time
+                break  # the server is broken: do not try the other pictures
     finally:
         pool.shutdown(cancel_futures=True)
     if len(failed) > most_failures:
@@ -95,7 +95,7 @@ def download_picture(file: Path, size: Size) -> str:
         except (OSError, ValueError, HTTPException) as error:
             reason = str(error) or type(error).__name__
             if isinstance(error, HTTPError) and error.code in (404, 410):
-                break  # the picture will not be there at the next try
+                break  # the server does not have the picture: do not try again
     return reason
 
 
@@ -118,7 +118,7 @@ def read_within(seconds: float, url: str) -> bytes:
         except Exception as error:
             outcome.set_exception(error)
 
-    Thread(target=run, daemon=True).start()  # a late thread ends with its socket or the program
+    Thread(target=run, daemon=True).start()  # if late, it ends with its socket or the program
     wait([outcome], seconds)
     if not outcome.done():
         raise TimeoutError(f"not done within {seconds:.0f} seconds")

@@ -4,7 +4,7 @@ A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" an
 
     image    path of a picture in the folder
     mask     path of a PNG, COCO RLE, polygons, or rows of 0 and 1. [] means that the picture has
-             no such object
+             no object that fits the question
     masks    [mask, mask, ...], one for each of several objects, instead of a mask
     box      [x1, y1, x2, y2], instead of a mask
     ignore   same forms as mask; these pixels are left out of the score
@@ -52,10 +52,10 @@ SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
 )
 # Errors that broken data raise.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
-# The check of a training split stops after CHECK_SECONDS, once it has read CHECK_COUNT questions.
+# The check of a training split stops when CHECK_SECONDS and CHECK_COUNT questions are both reached.
 CHECK_SECONDS = 60
 CHECK_COUNT = 1000
-FEW_PICTURES = 2  # with so few, a split without questions gets all of them
+FEW_PICTURES = 2  # with so few pictures, a split without questions gets all questions
 
 
 @dataclass
@@ -237,8 +237,7 @@ class Folder(Data):
         """Read pictures and masks.
 
         Raises UserError for the first broken one. A resumed run accepts broken training questions,
-        up to `most_broken`, because the first start has replaced such questions. See CHECK_SECONDS
-        for large sets.
+        up to `most_broken`: sample_at replaces them. See CHECK_SECONDS for large sets.
         """
         lines, begun, shares = self.distinct_lines(), time.monotonic(), []
         title, few = f"pictures, {self.split}", len(lines) < 100
@@ -295,7 +294,7 @@ class Folder(Data):
         self.choose()
         failed, total = {}, len(self.wanted())
         most_failures = max(1, total // 100)
-        # Pictures of the lines that moved up may be missing too.
+        # The lines that replace missing ones may lack their pictures too.
         while new := download_pictures(self.wanted(), self.pictures, most_failures - len(failed)):
             failed |= new
             self.missing += new
@@ -324,7 +323,8 @@ class Folder(Data):
     def sample_at(self, i: int) -> Sample:
         """Read sample number `i`. In training, a spare sample replaces an unreadable one.
 
-        The choice of the spare sample depends on `i` alone, as --resume needs.
+        The choice of the spare sample depends only on `i`, because --resume must find the same
+        sample again.
         """
         try:
             return self.read_sample(self.lines[i])
@@ -430,8 +430,8 @@ def check_against_picture(
 ) -> tuple[bool, list[float]]:
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
-    Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both. It is not
-    doubtful if the rotation changes the size of a mask, because sizes are checked. Returns also the
+    Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both. If the
+    rotation changes the size of a mask, the check of sizes decides the case. Also returns the
     coordinates of the box or the polygons, as check_truth does.
     """
     files = mask_files(row)
@@ -451,7 +451,7 @@ def check_against_picture(
         raise
     width, height = header.size
     if not numbers and header.sideways and width != height:
-        unclear = False  # with the other rotation, the sizes would not match
+        unclear = False  # if one of the two were rotated differently, the sizes would not match
     return unclear, numbers
 
 

@@ -8,10 +8,10 @@
     from_boxes      boxes without masks: refCOCOg_*_840, and JSON lists as LISA-Grounding has them
     from_labelme    ReasonSeg's pairs of picture and labelme JSON, as its authors publish it
 
-Such a line differs from data.jsonl (folder.py) in two keys. "texts" has all expressions for the
-object, instead of "question". "image" may also be a Path, or the bytes of a picture. A broken row
-raises ValueError, LookupError or TypeError. A path is opened only inside the set's folder, and an
-address never.
+The lines differ from those of data.jsonl (folder.py) in two keys. "texts" has all expressions for
+the object, instead of "question". "image" may also be a Path, or the bytes of a picture. A broken
+row raises ValueError, LookupError or TypeError. A path is opened only if it is in the set's folder.
+A web address is never opened.
 """
 
 import base64
@@ -153,7 +153,7 @@ def from_labelme(row: dict) -> dict:
     }
 
 
-# The column that identifies a layout: it holds the truth.
+# The column that identifies a layout: it holds the true masks.
 LAYOUTS = {
     "raw_anns": from_tables,
     "annotation": from_refcoco,
@@ -241,11 +241,11 @@ def picture_beside(file: Path, name: str) -> Path:
 
 
 def draw_shapes(shapes: list[dict], size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """Draw labelme shapes like ReasonSeg's authors.
+    """Draw labelme shapes as ReasonSeg's authors draw them.
 
     Returns target and undecided pixels, each bool [H, W]. The largest shape is drawn first, and
-    smaller shapes overwrite larger ones. Labels that contain "ignore" are undecided, "flag" is
-    skipped, and all others are targets.
+    smaller shapes overwrite larger ones. A shape is undecided if its label contains
+    "ignore", and skipped if the label is "flag". All others are targets.
     """
     shapes = [shape for shape in shapes if str(shape["label"]).lower() != "flag"]
     numbers = list(chain(*[flat_polygon(shape["points"]) for shape in shapes]))
@@ -271,7 +271,7 @@ def draw_shape(shape: dict, size: Size) -> np.ndarray:
     canvas = Image.new("1", size)
     draw = ImageDraw.Draw(canvas)
     xs, ys = numbers[::2], numbers[1::2]
-    if kind == "rectangle" and len(xs) == 4:  # all corners instead of two
+    if kind == "rectangle" and len(xs) == 4:  # some files have all corners instead of two
         kind = "polygon"
     if kind in ("circle", "mask", "rectangle") and len(xs) != 2:
         raise ValueError(f"a {kind} needs two points, not {len(xs)}")

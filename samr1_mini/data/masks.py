@@ -24,7 +24,7 @@ EMPTY = (
 
 
 def truth_of(row: dict) -> list:
-    """Return the masks of a line, in any form: those of "masks", or one of "mask".
+    """Return the masks of a line, in any form: all of "masks", or the single "mask".
 
     The list is empty for "mask": [], which means that the picture has no such object. Raises
     ValueError for a line with both keys.
@@ -65,7 +65,7 @@ def check_mask(value, size: Size | None, may_be_empty: bool) -> list[float]:
     if isinstance(mask, str):
         return []
     polygons = mask if isinstance(mask, list) else []
-    is_known = size or not polygons  # polygons can be drawn only into a known size
+    is_known = size or not polygons  # drawing polygons needs the picture's size
     if is_known and not may_be_empty and not coco.area(draw_polygons(mask, size)):
         raise ValueError(EMPTY)
     return list(chain(*polygons))
@@ -168,7 +168,7 @@ def run_lengths(counts: bytes) -> list[int]:
             return [-1]
         if sign & 32:  # the number continues
             continue
-        if value >> (bits - 1):  # its highest bit is its sign
+        if value >> (bits - 1):  # the highest bit of the last character is the sign
             value -= 1 << bits
         if len(runs) > 2:
             value += runs[-2]
@@ -183,7 +183,7 @@ def parse_polygons(value) -> list[list[float]]:
     """Return polygons as COCO writes them: lists x1, y1, x2, y2, ...
 
     A single polygon does not need an outer list. Points may be pairs: [[x, y], [x, y], ...].
-    Polygons without three points are dropped if others are left.
+    Polygons with fewer than three points are dropped if others are left.
     """
     if not isinstance(value, list):
         raise ValueError(
@@ -232,7 +232,7 @@ def is_whole(value) -> bool:
 def is_rows(value, size: Size | None) -> bool:
     """Return True if a mask is a list of rows of pixels, and not a list of polygons.
 
-    Rows that do not have the picture's size may hold only 0 and one other value.
+    A list with another size than the picture counts as rows only if it holds 0 and one other value.
     """
     try:
         rows = np.array(value)
@@ -241,7 +241,7 @@ def is_rows(value, size: Size | None) -> bool:
     if rows.ndim != 2 or rows.dtype.kind not in "bif" or len(rows) < 2 or len(rows[0]) < 3:
         return False
     if size and sorted(size) == sorted(rows.shape):
-        return True  # exchanged sides are refused later
+        return True  # exchanged width and height are refused later
     numbers = set(np.unique(rows))
     return numbers <= {0, 1} or (0 in numbers and len(numbers) == 2 and len(rows) > 2)
 

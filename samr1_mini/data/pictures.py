@@ -85,7 +85,7 @@ def opened(file):
         raise ValueError(f"{name}{error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # OSError, SyntaxError, EOFError, ...: it depends on the format
+    except Exception as error:  # OSError, SyntaxError, EOFError and others, by format
         raise ValueError(
             f"{name}not a readable picture ({error}); save a new or smaller copy as PNG or JPEG"
         ) from None
@@ -157,7 +157,7 @@ def orientation_of(image: Image.Image) -> int:
     """Return EXIF's orientation: 1 is upright, 5 to 8 exchange width and height."""
     places = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
     if image.format == "PNG" and not any(place in image.info for place in places):
-        return 1  # Pillow would decode all pixels to find EXIF after them
+        return 1  # to find EXIF behind the pixels, Pillow would decode all pixels
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow raises anything for broken EXIF

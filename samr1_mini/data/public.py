@@ -30,10 +30,10 @@ from .layouts import convert_row, layout_of
 from .masks import check_truth
 from .pictures import read_header
 
-SETS = CACHE / "sets"  # converted sets; a set of the hub is looked up only once
+SETS = CACHE / "sets"  # converted sets, so that each set is converted only once
 VERSION = 1  # of the conversion: sets of another version are converted again
 
-# Name on the command line: for each split, the hub's id and the hub's name of the split.
+# From a name on the command line to the splits: for each, the hub's id and the hub's split.
 JXU124 = ("train", "validation", "test")
 HUB = {
     "refcocog": {split: ("jxu124/refcocog", split) for split in JXU124},
@@ -68,7 +68,7 @@ HUB = {
 class Source:
     """The arguments that identify a converted set."""
 
-    name: str  # on the command line: of the set, or of a folder with its files
+    name: str  # on the command line: a set, or a folder with its files
     split: str
     sentences: str  # of an object: "first" or "all"
     ignore: str  # undecided pixels: "foreground" or "excluded"
@@ -281,7 +281,7 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
     infos = {one["id"]: one for one in known["images"]}
     wanted = "val" if split == "validation" else split
     if split == "test" and all(ref["split"] != "test" for ref in refs):
-        wanted = "testA"  # RefCOCO and RefCOCO+ have two
+        wanted = "testA"  # RefCOCO and RefCOCO+ have testA and testB
     for number, ref in enumerate(refs, 1):
         if ref["split"] == wanted:
             ids, info = ref.get("ann_id"), infos.get(ref.get("image_id"))
@@ -341,7 +341,7 @@ def find_files(name: str, split: str) -> list[Path]:
     if refs:
         return refs[-1:]
     files = {}
-    # Beside parquet files, JSON files only describe them.
+    # In a folder with parquet files, JSON files only describe these.
     for file in files_in(folder, ".parquet") or files_in(folder, ".json"):
         files.setdefault(split_in(file.relative_to(folder)), []).append(file)
     if split == "test":
@@ -369,7 +369,7 @@ def files_in(folder: Path, ending: str) -> list[Path]:
     found, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in seen:
-            folders.clear()  # a link leads back
+            folders.clear()  # a link leads back to a folder that was searched before
             continue
         seen.add(os.path.realpath(place))
         # LISA's folder "explanatory" holds answers in words.

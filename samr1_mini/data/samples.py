@@ -21,15 +21,15 @@ class Sample:
     id: str
     kind: str = ""  # kind of question, if the data set names one
     ignore: np.ndarray | None = None  # pixels that the data set leaves undecided, bool [H, W]
-    box_only: bool = False  # the truth is a box: `mask` is filled, and the box's IoU is scored
-    picture: str = ""  # its name: bootstrap intervals resample pictures
+    box_only: bool = False  # the truth is a box: `mask` is its area, and the IoU of boxes is scored
+    picture: str = ""  # name of the picture: bootstrap intervals resample pictures
     # Masks of the single objects, bool [H, W]; None if the data set gives only one mask, [] for
     # "nothing".
     masks: list[np.ndarray] | None = None
 
 
 def union(masks: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Return the union of masks bool [H, W] of a picture of this size. No mask gives all False."""
+    """Return the union of masks bool [H, W] of a picture of this size; without masks, all False."""
     found = np.zeros(size[::-1], bool)
     for mask in masks:
         found |= mask
@@ -44,7 +44,7 @@ class Data(Sequence):
 
     box_only = False  # boxes and no masks
     download_bytes = 0  # about how much `download` will download
-    missing: Sequence[str] = ()  # pictures without a file; the next samples replaced theirs
+    missing: Sequence[str] = ()  # pictures without a file, whose samples were replaced
     warnings: Sequence[str] = ()  # lines for the user about possible mistakes
 
     def __getitem__(self, i: int | slice) -> Sample | list[Sample]:
@@ -57,8 +57,8 @@ class Data(Sequence):
     def download(self, missing: Sequence[str] = ()) -> None:
         """Download the files that are not here yet.
 
-        `missing` lists pictures that cannot be downloaded. Their samples are removed. So all
-        processes have the same samples.
+        `missing` lists pictures that cannot be downloaded. Every process removes their
+        samples, so all processes have the same samples.
         """
 
     def check_files(self, resumed: bool = False) -> None:

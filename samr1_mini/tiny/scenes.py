@@ -2,8 +2,8 @@
 
 A scene is a picture of 112 x 112 pixels with four to seven coloured things on a varied background.
 Some things touch a neighbour of their own colour. Some hide a corner of a neighbour.
-Some carry a dot, and some are faint. A predicted mask can therefore be partly right.
-A box that is too wide holds a part of a neighbour. Questions come in five kinds:
+Some carry a dot, and some are faint. A box that is too wide holds a part of a neighbour.
+So a predicted mask can be partly right. Questions come in five kinds:
 
     attribute   "the red star", "the blue object", "the ring"
     part        "the dot of the blue square"
@@ -94,7 +94,7 @@ class Thing:
     y: float
     size: float
     mask: np.ndarray  # the visible pixels, bool [SIZE, SIZE]
-    dot: "Thing | None" = None  # a part of this thing
+    dot: "Thing | None" = None  # the dot on this thing
 
     @property
     def name(self) -> str:
@@ -206,7 +206,7 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """Return muted colours with two slopes and blotches, float [SIZE, SIZE, 3].
+    """Return a background of weak colours with soft spots, float [SIZE, SIZE, 3].
 
     Red rises from left to right, and blue rises from top to bottom.
     The vision tower encodes only relative positions. So only these colours tell the policy where a
@@ -231,8 +231,8 @@ def _place(
 ) -> tuple[float, float, str] | None:
     """Return a place (x, y) and a colour for a new thing, or None if the place is taken.
 
-    Half of the things stand close to another thing. Some of these things take its colour instead
-    of `colour`. Things of one colour touch and do not overlap.
+    Half of the things stand close to another thing. Some of them take the colour of that thing
+    instead of `colour`. Such a pair touches, and does not overlap.
     """
     # The centre stays so far from the edge that a pixel is between the thing and the edge.
     low, high = size / 2 + 1, SIZE - size / 2 - 1
@@ -261,7 +261,8 @@ def _place(
 def _allowed(things: list[Thing], new: Thing) -> bool:
     """Return True if a new thing may be drawn over the others.
 
-    Names differ. At least 0.7 of the visible part of each old thing and its whole dot stay visible.
+    No two things have the same name. Of each old thing, at least 0.7 of the visible part stays
+    visible, and the whole dot.
     Things of one colour do not overlap.
     """
     for thing in things:
@@ -283,7 +284,8 @@ def _blend(image: np.ndarray, paint: np.ndarray, cover: np.ndarray) -> None:
 def _add_thing(rng: np.random.Generator, image: np.ndarray, things: list[Thing]) -> None:
     """Try to draw one more thing on the image. Change nothing if its place is taken.
 
-    A drawn thing is appended to `things`. The masks of the things below it lose its pixels.
+    A drawn thing is appended to `things`. Its pixels are removed from the masks of the things
+    below.
     """
     shape = str(rng.choice(SHAPES))
     colour = str(rng.choice(list(COLOURS)))
@@ -364,7 +366,8 @@ WITH_CORNERS = Description("things with corners", shapes=CORNERED)
 def _measures(thing: Thing, word: str) -> tuple[float, float]:
     """Return two values in pixels. Larger values fit the word ("leftmost") better.
 
-    For a direction, these are the coordinates of the centre and of the box's side.
+    For a direction, they are the coordinates of the centre and of the box's edge, with the sign
+    that fits the word.
     """
     x1, y1, x2, y2 = thing.box
     if word == "leftmost":
@@ -394,7 +397,10 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
 
 
 def _distance(thing: Thing, anchor: Thing, side: str) -> float:
-    """Return by how many pixels a thing's centre is on this side of the anchor's centre."""
+    """Return how many pixels a thing's centre lies on a side ("left of") of the anchor's centre.
+
+    The anchor is the thing that the question names.
+    """
     return _measures(thing, _SIDES[side])[0] - _measures(anchor, _SIDES[side])[0]
 
 
@@ -409,14 +415,14 @@ def _found(scene: Scene, what: Description) -> tuple[list[Thing], list[Thing]]:
 
 
 def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing | None:
-    """Return the only object that a reader can take for the answer, or None if there are more.
+    """Return the only object that can be the answer, or None if there is not exactly one.
 
     A question has one of four forms:
 
-    is       the thing of the description `what`
+    is       the thing that `what` describes
     dot      the dot of the thing
     extreme  the thing that wins by `word` ("leftmost") among the things of the description
-    side     the thing on the side `word` ("left of") of the thing of the description
+    side     the thing that is `word` ("left of") the described thing
 
     A dot is the answer only if the question asks for a dot.
     The question is unfair if a reader may take a dot for a small circle.
@@ -433,7 +439,7 @@ def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing
         return None
     if form == "is":
         return anchor
-    # A second thing on this side, or less than 7 px on the other side, makes the question unfair.
+    # The question is unfair if a second thing is on this side, or by less than 7 px on the other.
     near = [t for t in scene.things if t is not anchor and _distance(t, anchor, word) > -7]
     if len(near) == 1 and _distance(near[0], anchor, word) > 7:
         return near[0]
@@ -468,7 +474,7 @@ def _fair(scene: Scene, form: str, start: str, what: list[Description], words=("
 
 
 def _of_colour(words: str) -> list[Description]:
-    """Return a description for each subject of COLOUR_OF: `words` and the subject."""
+    """Return a description for each subject of COLOUR_OF. Its text is `words` and the subject."""
     return [Description(f"{words} {subject}", c) for subject, c in COLOUR_OF.items()]
 
 
@@ -510,7 +516,7 @@ def fair_questions(scene: Scene, kind: str) -> Pairs:
 def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] | None:
     """Choose a random fair question of a kind: (text, object), or None if there is none.
 
-    All forms of the kind that have a fair question are equally likely.
+    All forms with at least one fair question are equally likely.
     """
     return _pick(rng, _forms(scene, kind))
 

@@ -41,7 +41,7 @@ class Shapes(Data):
     def sample_at(self, i: int) -> Sample:
         seed, name = self.first + i, self.ids[i]
         scene, rng = make_scene(seed), np.random.default_rng([seed, 1])
-        for turn in range(len(self.asked)):  # a scene may allow no question of its own kind
+        for turn in range(len(self.asked)):  # a scene may lack fair questions of a kind
             kind = self.asked[(i + turn) % len(self.asked)]
             found = ask_group(scene, rng, kind)
             if found:

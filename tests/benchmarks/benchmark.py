@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
+sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import auto_device, cell_size
 from samr1_mini.data import load_data

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
+sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data

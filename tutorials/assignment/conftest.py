@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from functions import load_functions  # pytest looks in this folder
+from functions import load_functions  # pytest puts this folder on the path
 
 from samr1_mini.config import UserError
 

@@ -1,9 +1,9 @@
 """Find a silent bug in a training program: `python tutorials/assignment/find_bugs.py 3`.
 
 The command writes bugs/program_3.py: a program like program.py, with one bug that gives no error.
-It also shows a finished run of this program. In bugs/run_3, report.html is the page of the run, and
-curves.png compares the run with correct runs. bugs/run_correct/report.html is the page of a correct
-run.
+It also writes figures of a finished run of this program. In bugs/run_3, report.html is the page of
+the run, and curves.png compares the run with correct runs. bugs/run_correct/report.html is the page
+of a correct run.
 Find the bug and repair it. `--check` tells if the program is repaired.
 """
 
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))  # Python looks only in the script's own folder
+sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import UserError
 from samr1_mini.files import write_json
@@ -30,8 +30,8 @@ from samr1_mini.runs import read_log
 from tutorials.assignment.functions import load_functions
 
 BUGS = HERE / "bugs"
-BAND_SEEDS = range(5)  # of the correct runs that make the band
-RUN_SEED = 5  # of the runs with a bug, and of a sixth correct run
+BAND_SEEDS = range(5)  # seeds of the correct runs that make the band
+RUN_SEED = 5  # seed of the runs with a bug, and of a sixth correct run
 SMOOTH = 5  # steps in a running mean
 COLUMNS = ("reward", "iou", "zero_variance", "unique", "length", "entropy")
 COLUMNS += ("kl", "ratio_min", "ratio_max", "clip_low", "clip_high", "grad_norm")
@@ -43,7 +43,7 @@ def read_changes() -> dict[str, list]:
 
 
 def program_with_bug(number: int) -> str:
-    """Return the text of program.py with one bug, for a file in the folder bugs.
+    """Return the text of program.py with one bug. Its paths fit a file in the folder bugs.
 
     Raises UserError if program.py was changed.
     """
@@ -94,7 +94,7 @@ def draw_curves(number: int, log: list[dict], band: dict, file: Path) -> None:
 
 
 def hand_out(number: int) -> None:
-    """Write the program with the bug, the page and curves of its run, and a correct run's page."""
+    """Write the program that has the bug, and files about its run: page, curves, a correct page."""
     program = BUGS / f"program_{number}.py"
     if program.exists():
         print(f"{program} exists, and stays as it is.")
@@ -148,14 +148,14 @@ def check(number: int) -> str:
 def make_run(program: Path, folder: Path, seed: int) -> None:
     """Run a program to its end. Its page is not kept, because it can be made from the log."""
     shutil.rmtree(folder, ignore_errors=True)  # an older run of the same name
-    name = Path(os.path.relpath(folder, HERE)).as_posix()  # settings.json keeps this name
+    name = Path(os.path.relpath(folder, HERE)).as_posix()  # settings.json keeps the name of the run
     command = [sys.executable, str(program), "--seed", str(seed), "--run", name]
     run(command, check=True, cwd=HERE)
     (folder / "report.html").unlink()
 
 
 def make_bug_run(number: int) -> None:
-    """Make the committed run of the program with a bug."""
+    """Make the run of the program with a bug that git stores."""
     program = BUGS / f"making_{number}.py"
     program.write_text(program_with_bug(number), encoding="utf-8")
     make_run(program, BUGS / f"run_{number}", RUN_SEED)

@@ -7,7 +7,7 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # Python looks only in the folder of the script
+sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import UserError, cause
 
@@ -28,7 +28,7 @@ def load_functions(file: Path | str):
 
 
 def line_of(error: BaseException, file: Path) -> str:
-    """Return the line of the file at which an error came, as ", line 3", or ""."""
+    """Return the line of the file that raised the error, as ", line 3", or "" if none did."""
     lines = []
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == str(file):

@@ -28,10 +28,11 @@ def read_answer(text: str) -> dict | None:
       - the box does not have exactly four finite numbers between -1,000,000 and 1,000,000
       - x2 <= x1, or y2 <= y1
       - there is no point
-      - a point does not have exactly three finite numbers, or its label is neither 0 nor 1
+      - a point has fewer or more than three numbers, or one that is not finite
+      - the label of a point is neither 0 nor 1
 
-    Never raise an error: the policy can write any text. The thought can have several lines. Hints:
-    re.fullmatch with re.DOTALL, json.loads, RecursionError.
+    Never raise an error: the policy can write any text. The text in <think> can have several lines.
+    Hints: re.fullmatch with re.DOTALL, json.loads, RecursionError.
     """
     raise NotImplementedError
 
@@ -39,8 +40,9 @@ def read_answer(text: str) -> dict | None:
 def to_picture(box: list, points: list, side: int, width: int, height: int) -> tuple[list, list]:
     """2. Scale box and points to the picture.
 
-    The policy sees every picture as a square of `side` x `side` pixels. The picture has `width` x
-    `height` pixels. Return the box and the points in the picture's pixels. Labels do not change.
+    The policy sees every picture as a square of `side` x `side` pixels. The original picture has
+    `width` x `height` pixels. Return the box and the points in the picture's pixels. Labels do not
+    change.
     """
     raise NotImplementedError
 
@@ -122,9 +124,9 @@ def loss(
 def packed_row(prompt: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """9. Return positions and visibility of a packed row.
 
-    A packed row holds the prompt once, with `prompt` tokens, then the G answers one after another.
-    It has T = prompt + S tokens. The model must treat each answer as if the other answers were not
-    in the row.
+    A packed row holds the prompt once, then the G answers one after another. The prompt has
+    `prompt` tokens, and the row has T = prompt + S tokens. The model must treat each answer as if
+    the other answers were not in the row.
 
     positions  [T] integers from 0. The first token of every answer has the position `prompt`.
     visible    bool [T, T]. visible[i, j] is True if token i sees token j. A token of the prompt
@@ -137,16 +139,18 @@ def packed_row(prompt: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Ten
 def one_step(tools, samples: list) -> float:
     """10. Make one training step with a list of samples. Return the mean reward of all answers.
 
-      a. Sample: groups = tools.sample(samples). It returns one list of G answers for each sample.
-         Each answer has `text` and `length`.
+    A sample is a question with its picture and its true mask.
+
+      a. Draw answers: groups = tools.sample(samples). It returns one list of G answers for each
+         sample. Each answer has `text` and `length`.
 
     For each sample and its group of answers:
 
       b. Read each answer: read_answer(answer.text).
       c. Scale it: to_picture(box, points, tools.side, *sample.image.size).
       d. Draw its mask: tools.mask(sample, box, points) returns a bool tensor [H, W].
-      e. Reward it: 2 because it can be read, plus accuracy_reward(IoU). The IoU compares the mask
-         with sample.mask, a bool tensor [H, W]. An answer that cannot be read has the reward 0.
+      e. Reward the answer: 2 if it can be read, plus accuracy_reward(IoU). The IoU compares the
+         mask with sample.mask, bool [H, W]. An answer that cannot be read has the reward 0.
       f. Compute the advantages from the G rewards.
       g. Get log-probabilities: logp, old, reference = tools.logprobs(sample, answers), [S] each.
       h. Compute the loss, divide it by the number of samples, and call .backward().

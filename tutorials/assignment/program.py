@@ -5,7 +5,7 @@
 It makes 40 steps. A step has 8 questions, with 8 sampled answers to each. A step makes four
 updates, each with two of the questions. The folder of the run gets metrics.jsonl and report.html.
 This program has one process, no evaluation and no --resume. It uses only some of the settings. With
-the settings of main, it computes the same numbers as train.py.
+the settings in the function main, it computes the same numbers as train.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # Python looks only in the script's own folder
+sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
@@ -44,7 +44,7 @@ def sample_groups(parts: Parts, prompts: list) -> list:
 
 
 def rewarded(parts: Parts, samples: list, prompts: list, groups: list) -> list[Rollout]:
-    """Reward each answer, and return one rollout for each question."""
+    """Reward each answer. Return one rollout, a group with its rewards, for each question."""
     rewards = []
     for sample, completions in zip(samples, groups):
         answers = [read_answer(one.text, SIDE, tokens=one.ids) for one in completions]
@@ -70,12 +70,12 @@ def set_references(parts: Parts, rollouts: list[Rollout]) -> None:
 
 
 def token_objectives(tokens: dict, logp: torch.Tensor, s: Settings) -> tuple[torch.Tensor, dict]:
-    """Return the objective of each token, eq. (4), a tensor [T], and values [T] for the log.
+    """Return two things: the objectives of all tokens [S] by eq. (4), and values [S] for the log.
 
-    `tokens` has three tensors [T]: the log-probabilities "old" and "reference", and "advantage".
+    `tokens` has three tensors [S]: the log-probabilities "old" and "reference", and "advantage".
     """
     advantage = tokens["advantage"]
-    ratio = (logp - tokens["old"]).exp()  # [T]
+    ratio = (logp - tokens["old"]).exp()  # [S]
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
     kl, _ = kl_to_base(logp, tokens["reference"], s.kl_bound)
@@ -108,7 +108,7 @@ def add_gradient(parts: Parts, rollout: Rollout, questions: int) -> list[dict]:
     second = {name: values[cut:] for name, values in values_of_tokens.items()}
     logps, forwards = [], []
     for ids, tokens in ((rollout.ids[:half], first), (rollout.ids[half:], second)):
-        logp, entropy = logprobs(parts.policy, [rollout.prompt], [ids], s.temperature)  # [T]
+        logp, entropy = logprobs(parts.policy, [rollout.prompt], [ids], s.temperature)  # [S]
         objective, values = token_objectives(tokens, logp, s)
         loss = -objective.sum() / sum(rollout.lengths)
         (loss / questions).backward()

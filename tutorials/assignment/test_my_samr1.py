@@ -235,7 +235,7 @@ def test_visibility_of_a_packed_row(mine):
 
 
 class FakeTools:
-    """Tools with known answers. The policy has one weight for each answer, its log-probability."""
+    """Tools with known answers. The policy's weights are the log-probabilities of the answers."""
 
     side = 10
 
@@ -280,7 +280,7 @@ LEFT, RIGHT, BAD = answer_with([0, 0, 5, 10]), answer_with([5, 0, 10, 10]), "I d
 
 
 def stepped(mine, texts=((LEFT, RIGHT, BAD), (RIGHT, LEFT, RIGHT))):
-    """Make a step with two samples of three answers. The right object is on the left."""
+    """Make a step with two samples and three answers each. The object is in the left half."""
     tools = FakeTools(texts)
     samples = []
     for number in range(2):
@@ -318,7 +318,7 @@ def test_a_step_updates_once(mine):
 
 def test_a_group_with_equal_rewards_still_has_its_kl(mine):
     _, tools = stepped(mine, ((LEFT, RIGHT, BAD), (LEFT, LEFT, LEFT)))
-    slope = 0.005 * (1 - math.exp(-0.5))  # of one token: the KL alone
+    slope = 0.005 * (1 - math.exp(-0.5))  # of one token's loss, which is only the KL
     wanted = slope * torch.tensor([1.0, 2.0, 3.0]) / 6 / 2
     message = "in a group with equal rewards, the KL still has a gradient: do not skip this group"
     assert near(tools.gradient[1], wanted), message
@@ -331,7 +331,7 @@ def test_each_reward_belongs_to_its_own_answer_and_question(mine):
         r = torch.tensor(rewards)
         advantage = (r - r.mean()) / r.std(correction=0)
         lengths = torch.tensor([1.0, 2.0, 3.0])
-        slope = -advantage * math.exp(0.1) + 0.005 * (1 - math.exp(-0.5))  # of one token
+        slope = -advantage * math.exp(0.1) + 0.005 * (1 - math.exp(-0.5))  # of one token's loss
         expected.append(slope * lengths / 6 / 2)  # S = 6 tokens, 2 samples
     wanted = torch.stack(expected)
     signs = torch.equal(tools.gradient.sign(), wanted.sign())
