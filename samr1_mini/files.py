@@ -50,20 +50,32 @@ NEEDED = (  # one file of each line
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file or a folder under a temporary name, then rename it to `path`.
 
-    Readers never find an incomplete file. If `write` fails, the old file stays. Several processes
-    may write the same file.
+    Readers never find an incomplete file. If anything fails, the old file or folder stays. Several
+    processes may write the same file.
     """
+    path = path.resolve()  # a link stays, and its target is replaced
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    old = path.with_name(f"{path.name}.{os.getpid()}.old")
     try:
         write(part)
-        if part.is_dir():  # a rename replaces files, but no folder with files in it
-            shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():  # a rename replaces files, but no folder with files in it
+            path.rename(old)
         part.replace(path)
+    except BaseException:  # also Ctrl-C
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        remove(part)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
@@ -88,6 +100,8 @@ class Download:
     def variable(self) -> str:
         """Return the environment variable that chooses the folder."""
         if self.folder == Path(HF_HUB_CACHE):
+            if "HF_HUB_CACHE" in os.environ:  # it comes before HF_HOME
+                return "HF_HUB_CACHE"
             return "HF_HOME"
         return "SAMR1_CACHE"
 
@@ -95,7 +109,7 @@ class Download:
     def place(self) -> Path:
         """Return the folder, or the first folder above it that exists."""
         place = self.folder
-        while not place.exists():
+        while not place.exists() and place != place.parent:  # Windows may lack a whole drive
             place = place.parent
         return place
 
@@ -177,6 +191,11 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{folder / INDEX} names no weights: {AGAIN}")
     names = {str(name) for name in shards.values()}
+    for name in names:
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
+            raise UserError(
+                f"{folder / INDEX} names {name!r}, which is no file of weights: {AGAIN}"
+            )
     return [folder / name for name in sorted(names)]
 
 
@@ -212,6 +231,10 @@ def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
 
     Raises UserError if a file is missing or damaged, or if the adapter is no LoRA adapter.
     """
+    if (folder / "adapter").is_dir():  # the folder of a run
+        raise UserError(f"{option} {folder} is no adapter. Name {folder / 'adapter'}")
+    if not folder.is_dir():
+        raise UserError(f"{option} {folder}: there is no such folder")
     config = folder / "adapter_config.json"
     weights = folder / "adapter_model.safetensors"
     for file in (config, weights):
@@ -230,8 +253,11 @@ def refuse_missing_weights(found: dict, name: str) -> None:
 
     `found` is the loading information of transformers. The error begins with `name`.
     """
-    if found["missing_keys"]:  # the library fills these at random, and only warns
-        raise UserError(f"{name}: its files lack weights, such as {min(found['missing_keys'])}")
+    missing = found["missing_keys"]
+    if missing:  # the library fills these at random, and only warns
+        raise UserError(
+            f"{name}: its files lack weights ({len(missing)}), such as {min(missing)}: {AGAIN}"
+        )
 
 
 def read_adapter(base, adapter: str | Path):

@@ -84,7 +84,7 @@ def usable(card: float) -> float:
 
 
 def has_known_shape(s: Settings) -> bool:
-    """Return True if the settings have a full-size preset, with the policy of this preset."""
+    """Return True for a full-size preset whose policy is not changed."""
     return s.preset in SHAPES and s.policy == PRESETS[s.preset]["policy"]
 
 
@@ -104,9 +104,9 @@ def forecast_line(s: Settings) -> str:
 def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     """Return one or two lines with the forecast of a training: peak memory in GiB, and hours.
 
-    `free` and `whole` are GiB of the card called `name`. If the peak and the gaps between
-    tensors do not fit in the free memory, a second line warns. Raises UserError if the free memory
-    cannot hold the weights.
+    `free` and `whole` are the free and the total memory of the card `name`, in GiB. If the peak and
+    the gaps between tensors do not fit in the free memory, a second line warns. Raises UserError if
+    the free memory cannot hold the weights.
     """
     room = free * (1 - GAPS)  # for all tensors
     n = policy_sizes(s)

@@ -81,7 +81,7 @@ def sampling_gap(forwards: list[dict]) -> dict:
 
 
 def step_line(line: dict, drawn: int, s: Settings) -> dict:
-    """Add the last columns to the log line of a step with `drawn` questions, and return it."""
+    """Add the last columns to the log line of a step, and return it. It asked `drawn` questions."""
     tokens = line["length"] * drawn * s.group
     line["tokens_per_second"] = tokens / line["seconds_rollout"]
     line["peak_memory_gib"] = peak_memory(s.device)
@@ -111,7 +111,7 @@ MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row
 
 
 def count_skipped(parts, number: int) -> None:
-    """Count the skipped update `number`. Raises UserError for ten in a row."""
+    """Count a skipped update, whose number is `number`. Raises UserError for ten in a row."""
     if is_first():
         tqdm.write(f"update {number} skipped: its gradient is not finite. If repeated, lower --lr")
     parts.skipped += 1

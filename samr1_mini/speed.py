@@ -19,7 +19,7 @@ CARDS = {
     "A100": (2039, 312, 19.5, 79.1),
     "H100": (3350, 989, 67, 79.1),
 }
-OTHER_WORDS = {"NVIDIA", "GeForce", "SXM4", "80GB", "HBM3"}  # also in the names of these cards
+OTHER_WORDS = {"NVIDIA", "GeForce", "SXM", "SXM4", "80GB", "HBM3"}  # also in these cards' names
 BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these speeds that code reaches
 LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation from Python, and in a CUDA graph
 OPERATIONS = 79  # number of operations of a layer in a forward
@@ -29,8 +29,8 @@ def seconds(card: str, number_bytes: int, products: float, moved=0.0, weights=0.
     """Return the seconds of some work on a card.
 
     `products` is the number of FLOPs. A number has `number_bytes` bytes. `moved` and `weights` are
-    bytes. The GPU reads `weights` while it computes. So only the longer one of these two times
-    counts. The time to move `moved` bytes is added.
+    bytes. The GPU reads `weights` while it computes. So only the longer time counts: the time to
+    compute, or the time to read `weights`. The time to move `moved` bytes is added.
     """
     bandwidth, half_peak, single_peak, _ = CARDS[card]
     bytes_a_second = bandwidth * 1e9 * BYTE_SHARE
@@ -142,7 +142,8 @@ def hours(n: Sizes, card: str) -> float:
 def known_card(name: str) -> str | None:
     """Return the key of CARDS for a name such as "NVIDIA A100-SXM4-80GB", or None.
 
-    A name with other words, such as "PCIe", "Ti" or "40GB", gives None: the speed is another.
+    A name with other words, such as "PCIe", "Ti" or "40GB", gives None, because such a card has
+    another speed.
     """
     words = set(re.split("[ -]", name)) - OTHER_WORDS
     for card in CARDS:

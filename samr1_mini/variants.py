@@ -19,9 +19,9 @@ def redraw(
     `uniforms` [B, G, L] are the random numbers that choose tokens: B questions of this process, G
     answers, L tokens of an answer. The new questions begin at number `asked`. After the last
     question of the data, the first comes again. A group's place in the batch of all processes
-    decides which question it gets. So the number of processes changes nothing. The times are added
-    to the dict `seconds`. Returns this process's new groups, and the number of new groups in all
-    processes.
+    decides which question it gets. So the new questions do not depend on the number of processes.
+    The times are added to the dict `seconds`. Returns this process's new groups, and the number of
+    new groups in all processes.
     """
     from .grpo import roll_out  # grpo.py imports this file
 

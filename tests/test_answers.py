@@ -24,6 +24,7 @@ from samr1_mini import lenient as lenient_module
 from samr1_mini import reward
 from samr1_mini.config import Settings, UserError, make_settings, option
 from samr1_mini.evaluation import evaluate
+from samr1_mini.files import check_adapter_files
 from samr1_mini.decoding import generate
 from samr1_mini.grpo import Parts, new_optimizer, roll_out
 from samr1_mini.lenient import read_leniently
@@ -689,6 +690,26 @@ def test_a_damaged_shard_or_index_is_named(name, kind, sharded):
     assert ("git lfs pull" in line) == (kind == "pointer")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../model.safetensors", "/etc/passwd", "..\\model.safetensors", "", None, "config.json"],
+)
+def test_an_index_opens_no_file_outside_its_folder_and_no_other_kind(name, sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["more"] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    line = refused(sharded)
+    assert str(sharded / INDEX) in line and repr(str(name)) in line
+
+
+def test_an_adapter_that_is_not_there_or_is_a_run_is_refused_by_its_name(tmp_path):
+    with pytest.raises(UserError, match="--adapter .*nowhere"):
+        check_adapter_files(tmp_path / "nowhere")
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(UserError, match="--start-from .*run is no adapter. Name .*run/adapter"):
+        check_adapter_files(tmp_path / "run", "--start-from")
+
+
 def test_an_index_that_lacks_weights_is_refused(sharded):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"] = dict(list(index["weight_map"].items())[:50])
@@ -753,9 +774,7 @@ def test_a_whole_state_is_put_back(learner, taken, tmp_path):
     assert again["optimizer"]["state"].keys() == taken["optimizer"]["state"].keys()
 
 
-def test_a_state_of_an_older_version_has_asked_the_questions_of_its_steps(
-    learner, taken, tmp_path
-):
+def test_a_state_of_an_older_version_has_asked_the_questions_of_its_steps(learner, taken, tmp_path):
     old = {name: value for name, value in taken.items() if name != "asked"}
     assert save_state(tmp_path, learner[0], old)
     assert load_state(tmp_path, *learner, Settings(questions=5)) == (3, 15, 1.5)

@@ -73,8 +73,32 @@ MISTAKES = {
         "torch.arange(start, start + length)",
     ),
     "answers see each other": (
-        "visible[start:end, start:end] =",
-        "visible[start:end, prompt:end] =",
+        "visible[start:end, start:end] = torch.ones(length, length).tril().bool()",
+        "visible[start:end, prompt:end] = "
+        "torch.ones(end - prompt, end - prompt).tril().bool()[start - prompt:]",
+    ),
+    "the first answer sees all of itself": (
+        "visible[start:end, start:end] = torch.ones(length, length).tril().bool()",
+        "visible[start:end, start:end] = torch.ones(length, length).tril().bool() | (start == prompt)",
+    ),
+    "prompt without itself": (
+        "torch.ones(prompt, prompt).tril()",
+        "torch.ones(prompt, prompt).tril(-1)",
+    ),
+    "prompt sees the next token": (
+        "torch.ones(prompt, prompt).tril()",
+        "torch.ones(prompt, prompt).tril(1)",
+    ),
+    "reversed boxes": (" or box[3] <= box[1]:", " or box[3] == box[1]:"),
+    "long points": ("len(point) != 3", "len(point) < 3"),
+    "text before the answer": (
+        "FORM.fullmatch(text.strip())",
+        're.search(FORM.pattern + "$", text, re.DOTALL)',
+    ),
+    "no bound": ("abs(value) < 1e6  #", "abs(value) < 1e300  #"),
+    "NaN in points": (
+        "not all(map(is_number, point))",
+        "not all(type(x) in (int, float) for x in point)",
     ),
     "prompt sees all": (".tril().bool()\n    start = prompt", ".bool()\n    start = prompt"),
     "rewards of another answer": (
@@ -119,7 +143,7 @@ def failures(file):
         for case in cases:
             try:
                 test(mine, **case)
-            except Exception:
+            except AssertionError:  # another error would not show that the test notices the mistake
                 failed.append(name)
     return failed
 
@@ -194,6 +218,51 @@ def test_a_file_that_cannot_be_loaded_is_named_in_one_line(text, word, tmp_path,
     assert stopped.value.code == 2 and word in capsys.readouterr().err
 
 
+def test_an_error_in_an_imported_file_names_the_line_of_the_import(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_helper.py").write_text("x = 1\ny = 2\nf(\n")
+    (tmp_path / "mine.py").write_text("\n\n\n\n\nimport broken_helper\n")
+    with pytest.raises(UserError, match="mine.py, line 6 cannot be loaded"):
+        load_functions(tmp_path / "mine.py")
+
+
+def test_a_file_with_dataclasses_is_loaded_as_it_is_now_and_leaves_no_other_file(tmp_path):
+    file = tmp_path / "mine.py"
+    text = (
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class A:\n"
+        "    x: int = 1\n"
+    )
+    file.write_text(text)
+    assert load_functions(file).A().x == 1
+    file.write_text(text.replace("1", "2"))  # same size, same second
+    assert load_functions(file).A().x == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("def two_steps(tools, samples):\n    return 1.0\n", "has no function one_step"),
+        ("def one_step(tools, samples):\n    pass\n", "must return the mean reward, not None"),
+    ],
+)
+def test_a_file_without_a_usable_one_step_ends_with_one_line(text, word, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        train_mine.main(["--file", str(tmp_path / "mine.py"), "--steps", "1", "--test", "1"])
+    assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--steps", "--test"])
+def test_a_training_needs_steps_and_held_out_questions(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_mine.main(["--file", str(SOLUTION), option, "0"])
+    assert stopped.value.code == 2 and option in capsys.readouterr().err
+
+
 def test_grading_a_file_that_cannot_be_loaded_ends_with_one_line(tmp_path):
     (tmp_path / "mine.py").write_text("def f(:\n")
     done = graded(tmp_path / "mine.py")
@@ -261,8 +330,14 @@ def test_a_bug_is_handed_out_with_its_run_and_the_repaired_program_is_accepted(b
         assert picture.width > 1000
     for run in ("run_7", "run_correct"):
         assert (bugs / run / "report.html").stat().st_size < 8 * 2**20
-    shares = re.findall(r"^grad_norm +(\d+)% +(\d+)%", capsys.readouterr().out, re.M)
-    assert len(shares) == 1
+    printed = dict(re.findall(r"^(\w+) +(\d+% +\d+)%$", capsys.readouterr().out, re.M))
+    assert printed.keys() == set(find_bugs.COLUMNS)
+    band = json.loads((bugs / "band.json").read_text())
+    for column in find_bugs.COLUMNS:
+        shares = [int(share) for share in printed[column].split("%")]
+        for run, share in zip(("run_7", "run_correct"), shares):
+            wanted = 100 * find_bugs.outside(read_log(bugs / run), band, column)
+            assert share == pytest.approx(wanted, abs=0.51)
     program_file = bugs / "program_7.py"
     [[right, wrong]] = find_bugs.read_changes()["7"]
     program_file.write_text(program_file.read_text().replace(wrong, right))
@@ -285,6 +360,39 @@ def test_no_bug_is_made_from_a_changed_program(tmp_path, monkeypatch):
         find_bugs.program_with_bug(2)
 
 
+def test_a_check_against_a_changed_program_is_refused(bugs, tmp_path, monkeypatch, capsys):
+    text = (FOLDER / "program.py").read_text()
+    changed = text.replace("centred = rewards - rewards.mean()", "centred = rewards")
+    assert changed != text
+    (tmp_path / "program.py").write_text(changed)
+    find_bugs.main(["2"])
+    monkeypatch.setattr(find_bugs, "HERE", tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        find_bugs.main(["2", "--check"])
+    assert stopped.value.code == 2 and "program.py was changed" in capsys.readouterr().err
+
+
+def test_a_program_runs_as_a_script_where_it_is_handed_out(tmp_path):
+    file = find_bugs.BUGS / f"program_{os.getpid()}.py"  # git ignores this name
+    file.write_text(find_bugs.program_with_bug(3))
+    try:
+        command = [sys.executable, str(file), "--run", str(tmp_path / "run"), "--steps", "1"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    finally:
+        file.unlink()
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert len(read_log(tmp_path / "run")) == 1
+
+
+def test_a_run_without_steps_ends_with_one_line(bugs, capsys):
+    (bugs / "run_2" / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        find_bugs.main(["2"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "0 steps instead of 40" in error
+    assert not (bugs / "program_2.py").exists()
+
+
 def test_a_program_does_not_replace_a_run(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("{}")
     with pytest.raises(SystemExit) as stopped:
@@ -297,7 +405,11 @@ def test_a_log_that_lacks_a_column_or_a_step_is_not_a_repair():
     log = [{"step": 1, "reward": 2.0}]
     assert find_bugs.first_difference(log, log) == ""
     assert "does not log the column reward" in find_bugs.first_difference([{"step": 1}], log)
+    assert "does not log the column reward" in find_bugs.first_difference(
+        [{"step": 1, "reward": None}], log
+    )
     assert "0 steps instead of 1" in find_bugs.first_difference([], log)
+    assert "does not return the log" in find_bugs.first_difference(None, log)
 
 
 @pytest.mark.parametrize("number", [*range(1, 9), "correct"])
@@ -309,7 +421,7 @@ def test_the_committed_run_of_a_bug_is_whole_and_names_no_machine(number):
     assert len(read_trace(folder)) >= 5
 
 
-def test_the_band_holds_five_different_correct_runs():
+def test_the_band_covers_all_steps_of_a_run():
     band = json.loads((find_bugs.BUGS / "band.json").read_text())
     for column in find_bugs.COLUMNS:
         low, high = np.array(band[column]["low"]), np.array(band[column]["high"])

@@ -261,6 +261,8 @@ def test_each_line_of_the_table_is_a_forecast_and_holds_its_figures():
     [
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("A100-SXM-80GB", "A100"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", None),

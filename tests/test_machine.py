@@ -605,6 +605,7 @@ def test_the_package_works_where_it_cannot_import_modules_of_unix():
 def test_a_full_disk_names_only_what_helps(
     changes, named, left_out, settings, monkeypatch, tmp_path
 ):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setattr(loading, "hub_bytes", lambda name: 10**9 * (name not in ("tiny", "vit_h")))
     monkeypatch.setattr(loading, "CACHE", tmp_path)
     monkeypatch.setattr(segmenter_module, "CACHE", tmp_path)
@@ -614,6 +615,21 @@ def test_a_full_disk_names_only_what_helps(
         loading.check_downloads(replace(settings, **changes), sets)
     assert all(name in str(error.value) for name in named), error.value
     assert not any(name in str(error.value) for name in left_out), error.value
+
+
+def test_the_advice_names_the_variable_that_has_an_effect(monkeypatch):
+    """HF_HUB_CACHE comes before HF_HOME in huggingface_hub."""
+    download = files.Download("model", 1, Path(files.HF_HUB_CACHE))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    assert download.variable == "HF_HOME"
+    monkeypatch.setenv("HF_HUB_CACHE", "/elsewhere")
+    assert download.variable == "HF_HUB_CACHE"
+
+
+def test_a_drive_that_does_not_exist_does_not_hang():
+    drive = SimpleNamespace(exists=lambda: False)
+    drive.parent = drive  # as PureWindowsPath("Z:\\").parent
+    assert files.Download("model", 1, drive).place is drive
 
 
 def test_disks_without_a_number_are_told_apart_by_their_letter():

@@ -244,6 +244,40 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert found == ["a.json", "folder", "folder/two"]
 
 
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    def write(part):
+        part.mkdir()
+        (part / "new").write_text("new")
+
+    def replace(part, path):
+        raise PermissionError("in use")
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(PermissionError):
+        files.replace_file(tmp_path / "folder", write)
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == ["folder", "folder/old"]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").write_text("old")
+    (tmp_path / "adapter").symlink_to(tmp_path / "disk")
+    (tmp_path / "a.json").symlink_to(tmp_path / "b.json")
+
+    def write(part):
+        part.mkdir()
+        (part / "new").write_text("new")
+
+    files.replace_file(tmp_path / "adapter", write)
+    files.write_json(tmp_path / "a.json", [1])
+    assert (tmp_path / "adapter").is_symlink() and (tmp_path / "a.json").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
+    assert json.loads((tmp_path / "b.json").read_text()) == [1]
+
+
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), UserError("line 4: image file is truncated")]
 )

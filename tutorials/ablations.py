@@ -9,10 +9,10 @@ questions for every row, and all runs are tested on the same scenes. So a row is
 "base" for each seed and each scene. For this, each run also leaves the IoU of each scene, in
 results/ablations/ROW-seedN.json.gz (older runs: .json, without ids).
 In the tables, "detects" is the smallest true difference from base that this number of seeds finds
-with 80 % power. "within" is the smallest number m for which a test at the 5 % level shows: the true
-difference lies between -m and m. "=" marks a margin of at most 0.05. paired.py explains both.
-PREDICTED holds the expected result of each row. It was committed before the first run. Its
-"places" is the answer style that lists coordinates before it chooses an object.
+with 80 % power. "within" is the smallest number m for which a test at the 5 % level shows that the
+true difference lies between -m and m. "=" marks an m of at most 0.05. paired.py explains both.
+PREDICTED holds the expected result of each row. It was committed before the first run. The
+word "places" in it is the answer style that lists coordinates before it chooses an object.
 `--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,
 and prints the row of the README's table. You may change the code instead of options. Then take a
 new name for each change. The runs are kept in runs/challenge.csv, or in the file of --results.

@@ -52,7 +52,8 @@ SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
 )
 # Errors that broken data raise.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
-# The check of a training split stops when CHECK_SECONDS and CHECK_COUNT questions are both reached.
+# The check of a training split stops when it has taken CHECK_SECONDS, and has read CHECK_COUNT
+# questions.
 CHECK_SECONDS = 60
 CHECK_COUNT = 1000
 FEW_PICTURES = 2  # with so few pictures, a split without questions gets all questions
@@ -431,8 +432,8 @@ def check_against_picture(
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
     Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both. If the
-    rotation changes the size of a mask, the check of sizes decides the case. Also returns the
-    coordinates of the box or the polygons, as check_truth does.
+    rotation changes the size of the mask, the case is clear: the sizes fit, or an error is raised.
+    Also returns the coordinates of the box or the polygons, as check_truth does.
     """
     files = mask_files(row)
     unclear = header.turned and not files

@@ -66,7 +66,7 @@ def coco_texts(row: dict) -> dict:
 
 
 def from_tables(row: dict) -> dict:
-    """Convert a row of jxu124's tables: annotation and picture are JSON texts."""
+    """Convert a row of jxu124's tables: JSON texts describe the annotation and the picture."""
     row["annotation"] = json.loads(row["raw_anns"])
     row["info"] = json.loads(row["raw_image_info"])
     return from_refcoco(row)
@@ -187,9 +187,9 @@ def layout_of(columns, ignore: str) -> str:
 
 
 def convert_row(row: dict, where: str, sentences: str, ignore: str) -> list[dict]:
-    """Convert a row to lines: one for its first text, or one for each ("all").
+    """Convert a row to lines: one line for the first text, or with "all" one line for each text.
 
-    `where` names a row that has no id.
+    If the row has no id, the ids of its lines begin with `where`.
     """
     line = LAYOUTS[layout_of(row, ignore)](row)
     if "ignore" in line and ignore == "foreground":

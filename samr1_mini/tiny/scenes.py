@@ -261,8 +261,8 @@ def _place(
 def _allowed(things: list[Thing], new: Thing) -> bool:
     """Return True if a new thing may be drawn over the others.
 
-    No two things have the same name. Of each old thing, at least 0.7 of the visible part stays
-    visible, and the whole dot.
+    No two things have the same colour and shape. At least 0.7 of the visible part of each old
+    thing stays visible. Its dot stays wholly visible.
     Things of one colour do not overlap.
     """
     for thing in things:
@@ -397,9 +397,9 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
 
 
 def _distance(thing: Thing, anchor: Thing, side: str) -> float:
-    """Return how many pixels a thing's centre lies on a side ("left of") of the anchor's centre.
+    """Return the distance in pixels from the anchor's centre to a thing's centre, towards a side.
 
-    The anchor is the thing that the question names.
+    The anchor is the thing that the question names. A distance towards the other side is negative.
     """
     return _measures(thing, _SIDES[side])[0] - _measures(anchor, _SIDES[side])[0]
 
@@ -439,7 +439,7 @@ def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing
         return None
     if form == "is":
         return anchor
-    # The question is unfair if a second thing is on this side, or by less than 7 px on the other.
+    # Unfair: a second thing is on this side, or on the other side, but less than 7 px away.
     near = [t for t in scene.things if t is not anchor and _distance(t, anchor, word) > -7]
     if len(near) == 1 and _distance(near[0], anchor, word) > 7:
         return near[0]
@@ -540,9 +540,10 @@ def right_group(scene: Scene, what: Description) -> list[Thing] | None:
 
 
 def right_two(scene: Scene, word: str) -> list[Thing] | None:
-    """Return the two things that win by `word` ("leftmost"), or None without clear winners.
+    """Return the two things that win by `word` ("leftmost"), or None if there are no clear winners.
 
-    Each of them has to win clearly against all other things. A dot may be the smallest thing.
+    Each of them has to win clearly against all other things. If the scene has a dot, a reader may
+    take it for the smallest thing, so "smallest" has no clear winners.
     """
     two = sorted(scene.things, key=lambda t: _measures(t, word)[0])[-2:]
     rest = [t for t in scene.things if t not in two]

@@ -8,7 +8,7 @@ Find the bug and repair it. `--check` tells if the program is repaired.
 """
 
 import argparse
-import json
+import hashlib
 import os
 import shutil
 import sys
@@ -24,12 +24,14 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
 from samr1_mini.config import UserError
-from samr1_mini.files import write_json
+from samr1_mini.files import load_json, write_json
 from samr1_mini.report import write_report
 from samr1_mini.runs import read_log
 from tutorials.assignment.functions import load_functions
 
 BUGS = HERE / "bugs"
+# SHA-256 of program.py: a changed program.py would make every check wrong.
+PROGRAM = "6f6080e7f5eb4566d8e495f41d1bb0e9491b05c0e4b162f9eb7acac3de80a0d2"
 BAND_SEEDS = range(5)  # seeds of the correct runs that make the band
 RUN_SEED = 5  # seed of the runs with a bug, and of a sixth correct run
 SMOOTH = 5  # steps in a running mean
@@ -39,22 +41,26 @@ COLUMNS += ("kl", "ratio_min", "ratio_max", "clip_low", "clip_high", "grad_norm"
 
 def read_changes() -> dict[str, list]:
     """Return the changes that make each bug: pairs of correct and wrong lines of program.py."""
-    return json.loads((BUGS / "changes.json").read_text(encoding="utf-8"))
+    return load_json(BUGS / "changes.json")
+
+
+def correct_program() -> str:
+    """Return the text of program.py. Raises UserError if it was changed."""
+    text = (HERE / "program.py").read_text(encoding="utf-8")
+    if hashlib.sha256(text.encode()).hexdigest() != PROGRAM:
+        file = "tutorials/assignment/program.py"
+        raise UserError(f"{file} was changed. Restore it, for example: git checkout {file}")
+    return text
 
 
 def program_with_bug(number: int) -> str:
-    """Return the text of program.py with one bug. Its paths fit a file in the folder bugs.
-
-    Raises UserError if program.py was changed.
-    """
-    text = (HERE / "program.py").read_text(encoding="utf-8")
+    """Return the text of program.py with one bug, and with paths that fit the folder bugs."""
+    text = correct_program()
     command = "tutorials/assignment/program.py --run runs/program"
     new_command = f"tutorials/assignment/bugs/program_{number}.py --run runs/program_{number}"
     moved = [[command, new_command], ["parents[2]", "parents[3]"]]
     for right, wrong in moved + read_changes()[str(number)]:
-        if text.count(right) != 1:
-            file = "tutorials/assignment/program.py"
-            raise UserError(f"{file} was changed. Restore it, for example: git checkout {file}")
+        assert text.count(right) == 1, right
         text = text.replace(right, wrong)
     return text
 
@@ -66,6 +72,15 @@ def curve(log: list[dict], column: str) -> np.ndarray:
     """Return the running means of one column of a run. Each mean is over SMOOTH steps."""
     values = [line[column] for line in log]
     return np.convolve(values, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
+
+
+def read_run(folder: Path, band: dict) -> list[dict]:
+    """Return the log of a run of the bug hunt. Raises UserError if it lacks steps."""
+    log = read_log(folder)
+    steps = len(band["reward"]["low"]) + SMOOTH - 1
+    if len(log) != steps:
+        raise UserError(f"{folder} has {len(log)} steps instead of {steps}. Restore the folder")
+    return log
 
 
 def outside(log: list[dict], band: dict, column: str) -> float:
@@ -95,6 +110,10 @@ def draw_curves(number: int, log: list[dict], band: dict, file: Path) -> None:
 
 def hand_out(number: int) -> None:
     """Write the program that has the bug, and files about its run: page, curves, a correct page."""
+    band = load_json(BUGS / "band.json")
+    folder = BUGS / f"run_{number}"
+    correct = BUGS / "run_correct"
+    log, sixth = read_run(folder, band), read_run(correct, band)
     program = BUGS / f"program_{number}.py"
     if program.exists():
         print(f"{program} exists, and stays as it is.")
@@ -102,15 +121,10 @@ def hand_out(number: int) -> None:
         program.write_text(program_with_bug(number), encoding="utf-8")
         print(f"program: {program}")
     print("The run below is of the program as it was handed out.")
-    folder = BUGS / f"run_{number}"
-    band = json.loads((BUGS / "band.json").read_text(encoding="utf-8"))
-    log = read_log(folder)
     draw_curves(number, log, band, folder / "curves.png")
     print(f"page of its run: {write_report(folder)}")
-    correct = BUGS / "run_correct"
     print(f"page of a correct run: {write_report(correct)}")
     print(f"curves beside five correct runs: {folder / 'curves.png'}")
-    sixth = read_log(correct)
     print("\nshare of the steps outside the band")
     print(f"{'column':15}{'run ' + str(number):>10}{'a sixth correct run':>22}")
     for column in COLUMNS:
@@ -120,11 +134,13 @@ def hand_out(number: int) -> None:
 
 def first_difference(ours: list[dict], right: list[dict]) -> str:
     """Compare two logs. Return a sentence about the first number that differs, or nothing."""
+    if not isinstance(ours, list):
+        return "The function main of your program does not return the log."
     if len(ours) != len(right):
         return f"Your program logged {len(ours)} steps instead of {len(right)}."
     for mine, correct in zip(ours, right):
         for column, value in correct.items():
-            if column not in mine:
+            if mine.get(column) is None:
                 return f"Your program does not log the column {column}."
             if not np.isclose(mine[column], value, rtol=1e-3, atol=1e-6):
                 values = f"{column} is {mine[column]:.5g} in your program"
@@ -134,8 +150,9 @@ def first_difference(ours: list[dict], right: list[dict]) -> str:
 
 def check(number: int) -> str:
     """Run two steps of the learner's program and of program.py. Return the first difference."""
-    mine = load_functions(BUGS / f"program_{number}.py")
-    correct = load_functions(HERE / "program.py")
+    correct_program()
+    mine = load_functions(BUGS / f"program_{number}.py", "main")
+    correct = load_functions(HERE / "program.py", "main")
     with tempfile.TemporaryDirectory() as folder:
         steps = ["--steps", "2"]
         logs = [
@@ -155,11 +172,13 @@ def make_run(program: Path, folder: Path, seed: int) -> None:
 
 
 def make_bug_run(number: int) -> None:
-    """Make the run of the program with a bug that git stores."""
+    """Run the program that has the bug. Git stores this run."""
     program = BUGS / f"making_{number}.py"
     program.write_text(program_with_bug(number), encoding="utf-8")
-    make_run(program, BUGS / f"run_{number}", RUN_SEED)
-    program.unlink()
+    try:
+        make_run(program, BUGS / f"run_{number}", RUN_SEED)
+    finally:
+        program.unlink()
 
 
 def make_band() -> None:
@@ -194,17 +213,17 @@ def main(argv: list[str] | None = None) -> int:
         help="make the committed run of this bug again or, without a number, the correct runs",
     )
     args = parser.parse_args(argv)
-    if args.make and args.number is None:
-        make_band()
-        return 0
-    if args.make:
-        make_bug_run(args.number)
-        return 0
-    if args.number is None:
+    if args.number is None and not args.make:
         parser.error("give the number of a bug, 1 to 8")
     if args.check and not (BUGS / f"program_{args.number}.py").is_file():
         parser.error(f"there is no program {args.number} yet: run the command without --check")
     try:
+        if args.make and args.number is None:
+            make_band()
+            return 0
+        if args.make:
+            make_bug_run(args.number)
+            return 0
         if not args.check:
             hand_out(args.number)
             return 0

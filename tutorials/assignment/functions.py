@@ -2,9 +2,8 @@
 
 import sys
 import traceback
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
@@ -12,18 +11,22 @@ sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's o
 from samr1_mini.config import UserError, cause
 
 
-def load_functions(file: Path | str):
-    """Return the module in a Python file.
+def load_functions(file: Path | str, needed: str = "") -> ModuleType:
+    """Run a Python file, and return it as a module. `needed` names a function that it must have.
 
-    Raises UserError with one line if the file cannot be loaded.
+    Raises UserError with one line if the file cannot be loaded. An import would save compiled code
+    beside the file, and could load old code after a quick change.
     """
     file = Path(file).resolve()
-    spec = spec_from_loader("my_samr1", SourceFileLoader("my_samr1", str(file)))
-    module = module_from_spec(spec)
+    module = ModuleType(file.name)
+    module.__file__ = str(file)
+    sys.modules[file.name] = module  # dataclasses look there
     try:
-        spec.loader.exec_module(module)
+        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         raise UserError(f"{file}{line_of(error, file)} cannot be loaded: {cause(error)}") from None
+    if needed and not callable(getattr(module, needed, None)):
+        raise UserError(f"{file} has no function {needed}")
     return module
 
 
@@ -33,7 +36,7 @@ def line_of(error: BaseException, file: Path) -> str:
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == str(file):
             lines.append(frame.lineno)
-    if isinstance(error, SyntaxError) and error.lineno:
+    if isinstance(error, SyntaxError) and error.filename == str(file) and error.lineno:
         lines.append(error.lineno)
     if not lines:
         return ""

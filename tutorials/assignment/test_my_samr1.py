@@ -29,6 +29,7 @@ def test_a_good_answer_is_read(mine):
 
 FAULTS = [
     ("an answer without <think>", GOOD.split("</think>")[1]),
+    ("text before <think>", "Well. " + GOOD),
     ("text after </answer>", GOOD + " Done."),
     ("two answers", GOOD + GOOD),
     ("content that is no JSON", GOOD.replace('"bbox"', "'bbox'")),
@@ -39,10 +40,12 @@ FAULTS = [
     ("a box of three numbers", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40]")),
     ("a word in the box", GOOD.replace("40, 60]", '40, "x"]')),
     ("a box with x2 < x1", GOOD.replace("[10, 20, 40, 60]", "[40, 20, 10, 60]")),
+    ("a box with y2 < y1", GOOD.replace("[10, 20, 40, 60]", "[10, 60, 40, 20]")),
     ("a box of width 0", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 10, 60]")),
     ("a box of height 0", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40, 20]")),
     ("no point", GOOD.replace("[[25, 40, 1]]", "[]")),
     ("a point of two numbers", GOOD.replace("[25, 40, 1]", "[25, 40]")),
+    ("a point of four numbers", GOOD.replace("[25, 40, 1]", "[25, 40, 1, 1]")),
     ("the label 2", GOOD.replace("40, 1]]", "40, 2]]")),
     ("the label 0.5", GOOD.replace("40, 1]]", "40, 0.5]]")),
     ("an answer that was cut off", GOOD[:-20]),
@@ -50,6 +53,8 @@ FAULTS = [
     ("a box of texts", GOOD.replace("[10, 20, 40, 60]", '["1", "1", "5", "5"]')),
     ("a point with a text", GOOD.replace("[25, 40, 1]", '["a", 40, 1]')),
     ("NaN in the box", GOOD.replace("[10, 20, 40, 60]", "[10, 20, NaN, 60]")),
+    ("NaN in a point", GOOD.replace("[25, 40, 1]", "[NaN, 40, 1]")),
+    ("a number of the box above 1,000,000", GOOD.replace("60]", "2000000]")),
     ("a number that is infinite", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40, 1e999]")),
     ("a number of 401 digits", GOOD.replace("60]", "1" + "0" * 400 + "]")),
     ("100,000 brackets", GOOD.replace("[10, 20, 40, 60]", "[" * 100_000)),
@@ -219,16 +224,18 @@ def test_positions_of_a_packed_row(mine):
 def test_visibility_of_a_packed_row(mine):
     _, visible = mine.packed_row(3, [2, 4])
     assert visible.shape == (9, 9) and visible.dtype == torch.bool, "visible is bool [T, T]"
-    assert (
-        not visible[0, 1] and visible[1, 0]
+    assert torch.equal(
+        visible[:3, :3], torch.ones(3, 3).tril().bool()
     ), "a token of the prompt sees itself and earlier tokens"
     assert not visible[:3, 3:].any(), "the prompt must not see an answer"
     assert visible[3:, :3].all(), "each token of an answer sees the whole prompt"
     assert not visible[5:, 3:5].any(), "the second answer must not see the first one"
     assert not visible[3:5, 5:].any(), "the first answer must not see the second one"
-    assert torch.equal(
-        visible[5:, 5:], torch.ones(4, 4).tril().bool()
-    ), "an answer sees itself so far"
+    for block in (visible[3:5, 3:5], visible[5:, 5:]):
+        wanted = torch.ones(len(block), len(block)).tril().bool()
+        assert torch.equal(
+            block, wanted
+        ), "a token of an answer sees itself and earlier tokens of it"
 
 
 # ---------------------------------------------------------------------------------- 10. one_step

@@ -1,9 +1,9 @@
 """Train the tiny policy with the functions of my_samr1.py: `python tutorials/assignment/train_mine.py`.
 
 It makes 40 steps of 8 questions with 8 answers each, and takes a few minutes. You have passed if
-the lenient gIoU on held-out questions is above BAR at the end. The lenient gIoU reads a box in any
-format. One update follows each sampling, so rho is 1 for all tokens. So this training does not test
-the clip.
+the lenient gIoU on held-out questions is above BAR at the end. For the lenient gIoU, a box counts
+in any format. One update follows each sampling, so rho is 1 for all tokens. So this training does
+not test the clip.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Answer:
 
 
 class Tools:
-    """The tools of one_step beyond your functions: sampling, SAM, log-probabilities, AdamW."""
+    """What one_step needs besides your functions: sampling, SAM, log-probabilities, AdamW."""
 
     side = 112  # the coordinates of an answer belong to a square with this side, in pixels
 
@@ -103,7 +103,11 @@ def train(mine, tools: Tools, data, steps: int) -> None:
         samples = [data[step * QUESTIONS + i] for i in range(QUESTIONS)]
         for sample in samples:
             sample.mask = torch.from_numpy(sample.mask)
-        bar.set_postfix(reward=f"{mine.one_step(tools, samples):.2f}")
+        reward = mine.one_step(tools, samples)
+        try:
+            bar.set_postfix(reward=f"{float(reward):.2f}")
+        except (TypeError, ValueError):
+            raise UserError(f"one_step must return the mean reward, not {reward!r}") from None
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -113,9 +117,11 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, default=TEST, help="number of held-out questions")
     args = parser.parse_args(argv)
+    if min(args.steps, args.test) < 1:
+        parser.error("--steps and --test must be at least 1")
     torch.set_num_threads(1)
     try:
-        mine = load_functions(args.file)
+        mine = load_functions(args.file, "one_step")
     except UserError as error:
         parser.error(str(error))
     tools = Tools(args.seed)
@@ -129,6 +135,8 @@ def main(argv: list[str] | None = None) -> float:
             raise
         name = traceback.extract_tb(error.__traceback__)[-1].name
         parser.error(f"{name} is not written yet")
+    except UserError as error:
+        parser.error(str(error))
     after = score(tools, args.test)
     minutes = (time.perf_counter() - begun) / 60
     print(f"gIoU before {before:.3f}, after {after:.3f}, {minutes:.1f} minutes")
