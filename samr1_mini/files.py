@@ -163,7 +163,7 @@ def check_content(file: Path, advice: str = AGAIN) -> None:
 
 
 def load_json(file: Path, kind: type | tuple = dict, advice: str = AGAIN):
-    """Return the JSON value in a file. Raises UserError as parse_json does."""
+    """Return the JSON value in a file. Raises UserError as check_content and parse_json do."""
     check_content(file, advice)
     return parse_json(file.read_bytes(), file, kind, advice)
 
@@ -200,7 +200,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_policy_files(folder: Path) -> None:
-    """Raise UserError if a file of a policy's folder is damaged, or weights are missing."""
+    """Raise UserError if a file of a policy's folder is damaged, or is missing and in the index."""
     for name in JSON_FILES:
         if (folder / name).is_file():
             load_json(folder / name)
