@@ -4,6 +4,7 @@
 `python eval.py --image photo.jpg --question "the red star"`
 """
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -49,6 +50,7 @@ USED = {  # the settings that an evaluation uses
     "prompt_file",
     "eval_batch",
 }
+SLOW = "Add --device cpu if you can wait: an answer then takes minutes"
 
 # ------------------------------------------------------------------------------------- parse
 
@@ -111,7 +113,8 @@ def settings_of_run(options: Namespace, typed: dict) -> dict:
         saved["prompt_file"] = str(settings_file(options.adapter).with_name("prompt.txt"))
     if "preset" in typed and typed["preset"] != saved.get("preset"):
         raise UserError("--preset is for a base model: an adapter uses the settings of its run")
-    return {name: saved[name] for name in USED - {"device"} if name in saved}
+    names = USED - {"device"} | {"seed"}  # the seed chooses the drawn scenes of the train split
+    return {name: saved[name] for name in names if name in saved}
 
 
 def describe_adapter(settings: Settings, options: Namespace, typed: dict) -> str:
@@ -137,7 +140,7 @@ def parse(argv: list[str] | None) -> tuple[Settings, Namespace, str]:
         check_options(options)
         settings, line = make_settings(**settings_of_run(options, typed) | typed)
         if options.merge is None:  # a merge needs no GPU
-            check_machine(settings, typed.get("device"))
+            check_machine(settings, typed.get("device"), SLOW)
     except UserError as error:
         parser.error(str(error))
     if options.adapter is not None:
@@ -163,9 +166,11 @@ def read_picture(options: Namespace) -> list:
 
     from samr1_mini.data import Sample, clean_question, open_picture
 
+    if not Path(options.image).is_file():
+        raise UserError(f"--image {options.image}: there is no such file")
     try:
         image = open_picture(options.image)
-    except (OSError, ValueError) as error:  # no picture, truncated or far too large
+    except ValueError as error:  # no picture, truncated or far too large
         raise UserError(f"--image {options.image}: {error}") from None
     try:
         question = clean_question(options.question)
@@ -185,11 +190,12 @@ def open_input(settings: Settings, options: Namespace):
     count = options.count
     if count is None:
         count = 600 if settings.data == "shapes" else sys.maxsize
+    seed = settings.seed if settings.data == "shapes" else None
     return open_data(
         settings.data,
         options.split,
         count,
-        None,
+        seed,
         settings.sentences,
         settings.coco_dir,
         settings.ignore,
@@ -234,13 +240,18 @@ def load(settings: Settings, options: Namespace) -> tuple:
 # --------------------------------------------------------------------- evaluate, print, save
 
 
-def describe_evaluation(settings: Settings, options: Namespace, ids: list[str]) -> str:
+def describe_evaluation(settings: Settings, options: Namespace, data) -> str:
     """Return all inputs that change the answers, as one line of JSON."""
+    from samr1_mini.prompt import choose_prompt
+
     used = {name: getattr(settings, name) for name in sorted(USED)}
+    used |= {"seed": settings.seed, "prompt": choose_prompt(settings)}
+    if data.file:
+        used["lines"] = hashlib.sha256(data.file.read_bytes()).hexdigest()
     time = 0
     if options.adapter is not None:
         time = (Path(options.adapter) / "adapter_model.safetensors").stat().st_mtime
-    return json.dumps([vars(options) | {"out": ""}, used, list(ids), time])
+    return json.dumps([vars(options) | {"out": ""}, used, list(data.ids), time])
 
 
 def print_scores(summary: dict, data, settings: Settings, options: Namespace, batch: int) -> None:
@@ -249,7 +260,7 @@ def print_scores(summary: dict, data, settings: Settings, options: Namespace, ba
 
     print(f"{options.split} split{blanked(options)}, {summary['count']} questions")
     rows = {}
-    for name, scores in [("all", summary), *summary["by_kind"].items()]:
+    for name, scores in [("all questions", summary), *summary["by_kind"].items()]:
         rows[f"{name or 'no kind':<15}{scores['count']:>9}"] = scores
     print(score_table(f"{'questions':>24}", rows))
     g_low, g_high = summary["gIoU_interval"]
@@ -308,7 +319,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
         options.split,
         options.blank,
         votes=options.votes,
-        keep=(out / "answers.part", describe_evaluation(settings, options, data.ids)),
+        keep=(out / "answers.part", describe_evaluation(settings, options, data)),
     )
     if not is_first():
         return
@@ -357,6 +368,7 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
         print_objects(reward.objects)
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
+    Path(f"{stem}-mask.png").unlink(missing_ok=True)  # of an earlier question
     if mask is not None:
         Image.fromarray(mask).save(f"{stem}-mask.png")
         print(f"mask: {mask.mean():.1%} of the picture, {stem}-mask.png")
@@ -392,8 +404,9 @@ def main(argv: list[str] | None = None) -> None:
     print_anything()
     settings, options, line = parse(argv)
     print(line, flush=True)
-    from torch import OutOfMemoryError
+    from torch import AcceleratorError, OutOfMemoryError
 
+    from samr1_mini.memory import is_memory_error
     from samr1_mini.processes import fail_together, join_processes
 
     try:
@@ -409,7 +422,9 @@ def main(argv: list[str] | None = None) -> None:
                 answer_one(policy, segmenter, data, settings, options)
     except (UserError, OSError) as error:
         exit_with(error, "eval.py")
-    except OutOfMemoryError as error:
+    except (OutOfMemoryError, AcceleratorError) as error:
+        if not is_memory_error(error):
+            raise  # an error of the GPU or of the code, which needs its traceback
         advice = "lower --eval-batch or --max-new-tokens, or take --load-in nf4"
         exit_with(UserError(f"GPU memory ran out: {advice} ({error})"), "eval.py")
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from samr1_mini.config import (
     print_anything,
 )
 from samr1_mini.gpu import card_memory
-from samr1_mini.memory import cap_memory, memory_warning
+from samr1_mini.memory import cap_memory, is_memory_error, memory_warning
 from samr1_mini.stops import first_started, outlive_terminal
 
 OUT_OF_MEMORY = (
@@ -87,7 +87,7 @@ def run_or_exit(settings: Settings) -> None:
     except (UserError, OSError) as error:  # most OSErrors come from a full disk
         leave(error)
     except (OutOfMemoryError, AcceleratorError) as error:
-        if isinstance(error, AcceleratorError) and "out of memory" not in str(error):
+        if not is_memory_error(error):
             raise  # an error of the GPU or of the code, which needs its traceback
         leave(UserError(f"{OUT_OF_MEMORY} ({error})"))
     except Terminated as error:

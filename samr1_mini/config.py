@@ -506,8 +506,11 @@ def auto_device() -> str:
     return "cpu" if gpu_fault() else "cuda"
 
 
-def check_machine(s: Settings, typed_device: str | None) -> None:
-    """Raise UserError for a full-size policy on the CPU, which would take weeks.
+WEEKS = "Take --preset tiny. Or add --device cpu, if you can wait for weeks"
+
+
+def check_machine(s: Settings, typed_device: str | None, advice: str = WEEKS) -> None:
+    """Raise UserError for a full-size policy on the CPU, which is very slow.
 
     A user who typed --device cpu is willing to wait.
     """
@@ -521,10 +524,7 @@ def check_machine(s: Settings, typed_device: str | None) -> None:
     else:
         return
     why = gpu_fault() or "the CPU was chosen"
-    raise UserError(
-        f"{what} needs a GPU, but {why}. Take --preset tiny. Or add --device cpu, if you can wait "
-        "for weeks"
-    )
+    raise UserError(f"{what} needs a GPU, but {why}. {advice}")
 
 
 # Settings that may change at --resume. A run may become longer, or use less memory. Its data and
@@ -585,8 +585,9 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
                 f"--resume: this run was started with {typed} {saved[name]}, not {value}"
             )
     changed.pop("preset", None)
-    if saved["prompt_file"]:  # the file may have changed since
-        changed["prompt_file"] = str(file.parent / "prompt.txt")
+    prompt = file.parent / "prompt.txt"
+    if saved["prompt_file"] and prompt.is_file():  # the user's file may have changed since
+        changed["prompt_file"] = str(prompt)
     settings = Settings(**saved | changed)
     if settings.device == "auto":  # no run writes this value, but a person may
         settings = replace(settings, device=auto_device())

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 
 from .config import UserError, cause, parse_json
+from .memory import is_memory_error
 
 POINTER = b"version https://git-lfs"  # git-lfs puts a small text in the place of a large file
 AGAIN = "download or copy it again"
@@ -246,6 +247,23 @@ def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
         raise UserError(f"{config}: peft_type must be LORA, not {kind}")
     check_safetensors(weights)
     return content
+
+
+def loading_error(error: Exception) -> str:
+    """Return the text of a UserError for weights that could not be loaded, with advice."""
+    text = f"cannot be loaded ({cause(error)})"
+    if is_memory_error(error):
+        return f"{text}: the memory is too small. Close other programs, or name a smaller model"
+    return f"{text}: if its files are damaged, download them again"
+
+
+def refuse_quantised(config, name: str) -> None:
+    """Raise UserError for the configuration of a policy whose weights are already quantised."""
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"--policy {name} has quantised weights. Name the original model: --load-in nf4 "
+            "quantises it"
+        )
 
 
 def refuse_missing_weights(found: dict, name: str) -> None:

@@ -92,9 +92,8 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
 def shape_processor(config: Qwen2_5_VLConfig) -> ProcessorMixin:
     """Return the processor of the tiny policy, with the patch size of this shape."""
     processor = AutoProcessor.from_pretrained(TINY)
-    cell = cell_size(config)
     processor.image_processor.patch_size = config.vision_config.patch_size
-    processor.image_processor.size["longest_edge"] = cell * cell * 1280  # pixels
+    processor.image_processor.size["longest_edge"] = 16384 * 28 * 28  # Qwen2.5-VL's limit of pixels
     return processor
 
 

@@ -50,14 +50,14 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     """
     centred = rewards - rewards.mean(1, keepdim=True)  # [B, G]
     std = rewards.std(1, keepdim=True, correction=0)  # [B, 1]
-    flat = std <= 1e-6  # [B, 1]
+    low, high = rewards.aminmax(dim=1, keepdim=True)  # [B, 1], [B, 1]
+    flat = high - low <= 1e-6 * high.abs().clamp(min=1)  # [B, 1] equal rewards, up to rounding
     if kind == "mean":
         return centred.masked_fill(flat, 0.0)
     if kind != "std":
         raise ValueError(f"advantage {kind!r} is neither std nor mean")
     # (1)  A_i = (r_i - mean(r)) / std(r)
-    scaled = centred / std.clamp(min=1e-6)
-    return scaled.masked_fill(flat, 0.0)
+    return (centred / std.clamp(min=1e-6)).masked_fill(flat, 0.0)
 
 
 def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
 
 from .config import CACHE, PACKAGED, Settings, UserError
 from .data import open_data
@@ -157,4 +158,21 @@ def load_models(
             s.policy, s.load_in, s.rank, adapter, s.device, s.checkpointing, s.coordinates
         )
     policy.prompt = choose_prompt(s)
+    check_picture_size(policy, s)
     return policy, segmenter
+
+
+def check_picture_size(policy: Policy, s: Settings) -> None:
+    """Raise UserError if the policy's processor would make the pictures smaller.
+
+    Then coordinates in pixels would not fit the pictures that the policy sees.
+    """
+    reader = policy.processor.image_processor
+    picture = Image.new("RGB", (s.image_size, s.image_size))
+    [[_, height, width]] = reader(images=[picture], return_tensors="pt").image_grid_thw.tolist()
+    seen = (width * reader.patch_size, height * reader.patch_size)
+    if seen != picture.size:
+        raise UserError(
+            f"--image-size {s.image_size}: the processor of --policy {s.policy} makes pictures of "
+            f"{seen[0]} x {seen[1]} pixels. Take --image-size {min(seen)} or less"
+        )

@@ -70,6 +70,17 @@ def less_memory(s: Settings) -> list[str]:
     return [*ways, *smaller_weights(s)]
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Return True if the memory of the machine or of the GPU ran out.
+
+    Windows then says that its paging file is too small. A GPU can report it as AcceleratorError.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("out of memory", "allocate memory", "paging file", "not enough memory")
+    return any(word in str(error).lower() for word in words)
+
+
 def compute_dtype(load_in: str, device: str) -> torch.dtype:
     """Return the dtype of all weights and computations except 4-bit weights and the adapter.
 

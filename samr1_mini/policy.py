@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from .attention import IMPLEMENTATION, PackedRow
 from .config import PACKAGED, UserError, cause, check_size, first_line
-from .files import check_adapter_files, check_policy_files, check_policy_is_whole, read_adapter
-from .files import refuse_missing_weights
+from .files import check_adapter_files, check_policy_files, check_policy_is_whole, loading_error
+from .files import read_adapter, refuse_missing_weights, refuse_quantised
 from .lora import compute_in_input_dtype, new_adapter
 from .memory import compute_dtype
 from .prompt import PROMPT, instruction
@@ -149,6 +149,7 @@ def check_policy(name: str, image_size: int | None = None):
         raise UserError(
             f"--policy {name} is a {config.model_type} model. It must be one of {known}"
         )
+    refuse_quantised(config, name)
     if folder.is_dir():
         check_policy_is_whole(folder)
     if image_size is not None:
@@ -214,8 +215,7 @@ def load_base(name: str | Path, load_in: str, device: str):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors for wrong files
-        why = f"--policy {name} cannot be loaded ({cause(error)})"
-        raise UserError(f"{why}: download its files again") from None
+        raise UserError(f"--policy {name} {loading_error(error)}") from None
     refuse_missing_weights(found, f"--policy {name}")
     return base, processor
 

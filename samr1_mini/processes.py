@@ -163,8 +163,8 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
 def average(line: dict) -> dict:
     """Return the mean of each number of a log line over the processes.
 
-    Names that end in _min or _max get the smallest or the largest value instead. A number that
-    a process lacks counts as 0 in the mean.
+    Names that end in _min or _max get the smallest or the largest value instead. Only the
+    processes that have a number count in its mean.
     """
     lines = gather([line])
     names = {}
@@ -178,5 +178,5 @@ def average(line: dict) -> dict:
         elif name.endswith("_max"):
             averaged[name] = max(values)
         else:
-            averaged[name] = sum(values) / len(lines)
+            averaged[name] = sum(values) / len(values)
     return averaged

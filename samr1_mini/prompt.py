@@ -1,5 +1,6 @@
 """The prompt: the text that the policy reads beside the picture."""
 
+import re
 from pathlib import Path
 
 from .config import Settings, UserError, first_line
@@ -27,12 +28,21 @@ Question: {question}"""
 def load_prompt(name: str) -> str:
     """Return the text of a file for --prompt-file.
 
-    Raises UserError if the file cannot be read, or does not contain {question}.
+    Raises UserError if the file cannot be read, does not contain {question}, or contains a special
+    token.
     """
     try:
-        text = Path(name).read_text(encoding="utf-8").strip()
+        text = Path(name).read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt-file {name}: save the file in UTF-8") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--prompt-file {name}: {first_line(error)}") from None
+    special = re.search(r"<\|\w+\|>", text)
+    if special:
+        raise UserError(
+            f"--prompt-file {name}: remove {special[0]}. The chat template of the policy adds its "
+            "special tokens itself"
+        )
     if "{question}" not in text:
         raise UserError(f"--prompt-file {name}: write {{question}} where the question must stand")
     return text

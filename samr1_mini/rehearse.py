@@ -11,6 +11,7 @@ and the rewards are random numbers.
 
 import gc
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from .gpu import card_memory
 from .grpo import Parts, Rollout, advantages, batch_loss, new_optimizer, roll_out, update
 from .memory import free_memory, peak_memory
 from .policy import Policy, Prompt
-from .processes import is_first
+from .processes import is_first, process_count
 from .reports import base_summary
 from .reward import Answer, Object, score_group
 from .segmenter import SAM_FILES, SamSegmenter, encoder_dtype, random_sam, set_encoder_dtype
@@ -388,10 +389,13 @@ def rehearse(s: Settings) -> dict:
     if s.device != "cuda":
         shape, tokens = "small", min(s.max_new_tokens, 32)
         s = replace(s, questions=2, updates=2, max_new_tokens=tokens, sam="tiny")
+        above = "no GPU, so the lines above are not measured. "
+        if not expected:
+            above = "no GPU. For a forecast, add --preset 3b or --preset 7b. "
         print(
-            "no GPU, so the lines above are not measured. The table below measures a small policy "
-            f"and the tiny SAM with 2 questions and {tokens} tokens. Its memory is that of the "
-            "whole process. These figures say nothing about a GPU"
+            f"{above}The table below measures a small policy and the tiny SAM with 2 questions and "
+            f"{tokens} tokens. Its memory is that of the whole process. These figures say nothing "
+            "about a GPU"
         )
     meter = Meter(s.device)
     parts, prompt, tokens = measure_steps(shape, s, meter)
@@ -429,7 +433,9 @@ def try_largest_update(parts: Parts, samples: list[Sample]) -> None:
     """
     s, policy = parts.settings, parts.policy
     rollouts = full_rollouts(policy, encode_questions(policy, samples, s.image_size), s)
-    moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]  # size of AdamW's
+    moments = []
+    if not parts.optimizer.state:  # AdamW has no moments before the first update
+        moments = [torch.zeros_like(p) for p in policy.trained for _ in range(2)]
     policy.model.train()
     loss, _ = batch_loss(parts, rollouts)
     loss.backward()
@@ -442,7 +448,8 @@ def before_training(parts: Parts, data, resumed: bool) -> None:
     """Try the largest update on a GPU. For a new run, print a summary of sampled answers."""
     s = parts.settings
     if s.device == "cuda":
-        try_largest_update(parts, [data[i] for i in range(min(s.micro, len(data)))])
+        share = math.ceil(s.questions / s.updates / process_count())  # questions of an update
+        try_largest_update(parts, [data[i] for i in range(min(s.micro, share, len(data)))])
     if resumed:
         return
     samples = [data[i] for i in range(min(4, len(data)))]

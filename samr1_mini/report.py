@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -97,25 +98,40 @@ def traced_steps(folder: Path) -> list[dict]:
     return steps
 
 
+def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+    """Return the rows of the same questions before and after training. An id may come twice."""
+    trained = {(row["id"], row.get("question")): row for row in after}
+    pairs = []
+    for row in before:
+        key = row["id"], row.get("question")
+        if key in trained:
+            pairs.append((row, trained[key]))
+    return pairs
+
+
 def held_out(test, segmenter, s: Settings, side: int, before: list, after: list) -> dict:
     """Return "scores" of all held-out questions, and "questions" with pictures and both answers.
 
     `before` and `after` are the contents of test-base.json and test-trained.json. Each score
     has three values: the kind, and the lenient IoU before and after training. The questions with
-    pictures are those whose IoU changed most, as many as TEST_BYTES allows.
+    pictures are those whose IoU changed most, as many as TEST_BYTES allows. Questions that have
+    changed since the run are left out.
     """
-    trained = {row["id"]: row for row in after}
-    places = {name: i for i, name in enumerate(test.ids)}
-    pairs = []
-    for row in before:
-        if row["id"] in trained and row["id"] in places:
-            pairs.append((row, trained[row["id"]]))
+    pairs = pair_rows(before, after)
     scores = [[a["kind"], round(a["iou"], 4), round(b["iou"], 4)] for a, b in pairs]
     pairs.sort(key=lambda pair: -abs(pair[1]["iou"] - pair[0]["iou"]))
+    places = defaultdict(list)  # an id may come twice
+    for i, name in enumerate(test.ids):
+        places[name].append(i)
     found = []
     length = 0
     for rows in pairs:
-        sample = test[places[rows[0]["id"]]]
+        samples = [test[i] for i in places[rows[0]["id"]]]
+        asked = rows[0].get("question")  # older runs lack it
+        samples = [sample for sample in samples if asked in (None, sample.question)]
+        if not samples:
+            continue
+        sample = samples[0]
         size = small_size(sample.image.size, TEST_SIDE)
         entry = {"kind": sample.kind, "question": sample.question, "side": side, "size": size}
         entry["picture"] = webp(sample.image, size, 75)
@@ -139,6 +155,9 @@ def held_out(test, segmenter, s: Settings, side: int, before: list, after: list)
 # --------------------------------------------------------------------------------- page
 
 
+NO_TEST = {"scores": [], "questions": []}
+
+
 def rounded(value) -> float | None:
     """Return a number with five significant digits, or None for a number that JSON cannot hold."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -158,7 +177,7 @@ def content(folder: Path, test: dict) -> dict:
     last = log[-1]["step"]
     summary = read_saved(folder / "summary.json", dict, None)
     if summary and summary.get("samples", 0) < last * s.questions:
-        summary = None  # the run was continued after this summary
+        summary, test = None, NO_TEST  # the run was continued after this summary
     names = list(dict.fromkeys(name for line in log for name in line))
     terms = names[names.index("reward") + 1 : names.index("zero_variance")]
     weights = s.reward_weights
@@ -204,9 +223,6 @@ def page(data: dict) -> str:
     template = (PAGE / "page.html").read_text(encoding="utf-8")
     # All placeholders are filled in one pass. So text that looks like a placeholder stays.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
-
-
-NO_TEST = {"scores": [], "questions": []}
 
 
 def write_report(folder: Path, test: dict = NO_TEST) -> Path:

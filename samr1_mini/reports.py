@@ -75,14 +75,22 @@ def sampling_gap(forwards: list[dict]) -> dict:
     sampling.
     """
     if not forwards:
-        return {"sampling_gap": 0.0, "sampling_gap_max": 0.0}
+        return {}
     largest = max(values["sampling_gap"].max().item() for values in forwards)
     return {"sampling_gap": token_mean(forwards, "sampling_gap"), "sampling_gap_max": largest}
+
+
+# columns of a step in which no process had a forward
+WITHOUT_FORWARDS = {"ratio_min": 1.0, "ratio_max": 1.0}
+for _name in ("approx_kl", "clip_low", "clip_high", "entropy", "sampling_gap", "sampling_gap_max"):
+    WITHOUT_FORWARDS[_name] = 0.0
 
 
 def step_line(line: dict, drawn: int, s: Settings) -> dict:
     """Add the last columns to the log line of a step, and return it. It asked `drawn` questions."""
     tokens = line["length"] * drawn * s.group
+    for name, value in WITHOUT_FORWARDS.items():
+        line.setdefault(name, value)
     line["tokens_per_second"] = tokens / line["seconds_rollout"]
     line["peak_memory_gib"] = peak_memory(s.device)
     if s.redraw:
@@ -94,11 +102,10 @@ def token_means(forwards: list[dict]) -> dict:
     """For each value that the loss returns, return the mean over all tokens.
 
     The ratio gets its minimum and maximum instead of a mean. If no group takes part in an update,
-    there is no forward. Then the means are 0, and the ratio is 1.
+    there is no forward, and the result is empty.
     """
     if not forwards:
-        nothing = ("approx_kl", "clip_low", "clip_high", "entropy")
-        return {"ratio_min": 1.0, "ratio_max": 1.0} | dict.fromkeys(nothing, 0.0)
+        return {}
     names = forwards[0].keys() - {"ratio", "sampling_gap"}
     log = {name: token_mean(forwards, name) for name in sorted(names)}
     if "ratio" in forwards[0]:

@@ -18,6 +18,7 @@ curves and the drawn sheets of answers then show the term.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .config import Settings
+from .config import Settings, UserError
 from .data import Sample
 from .metrics import box_iou, filled, hull, intersection_union, iou, matched_iou
 from .metrics import repeated_share, tight_box
@@ -321,6 +322,13 @@ def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> N
         start = end
 
 
+def check_finite(terms: dict[str, float]) -> None:
+    """Raise UserError for a reward term that is NaN or infinite."""
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            raise UserError(f"the reward term {name!r} is {value}, but must be a finite number")
+
+
 def score_group(
     segmenter: Segmenter,
     sample: Sample,
@@ -350,6 +358,7 @@ def score_group(
             reward.mask = None
         reward.pair = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pair)
-        reward.terms = terms(reward, s)
+        reward.terms = {name: float(value) for name, value in terms(reward, s).items()}
+        check_finite(reward.terms)
         reward.total = sum(s.reward_weights.get(k, 1.0) * v for k, v in reward.terms.items())
     return rewards

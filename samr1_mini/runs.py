@@ -2,6 +2,7 @@
 
 settings.json               all settings
 samples.json                ids of the training questions, in the order in which they are asked
+prompt.txt                  the prompt, if it comes from --prompt-file
 missing.json                pictures that could not be fetched, if there are any
 base.json, test-base.json   scores and answers of the base model on the test set
 metrics.jsonl               numbers of each step, one line a step
@@ -28,6 +29,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -99,8 +101,8 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
         replace_file(folder / "state.pt", write_state)
         replace_file(folder / "adapter", write_adapter)
         return True
-    except (OSError, RuntimeError, MemoryError) as error:
-        # torch and safetensors raise RuntimeErrors for a full disk
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        # for a full disk, torch raises a RuntimeError, and safetensors a SafetensorError
         why = " ".join(str(error).split())
         tqdm.write(
             f"step {state['step']} could not be saved in {folder} ({why}). The state saved before "
@@ -286,7 +288,9 @@ def known_missing(folder: Path) -> list[list[str]]:
 
 
 def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
-    """Return the first `count` lines of metrics.jsonl or answers.jsonl, or all lines.
+    """Return the first `count` lines of a log: metrics.jsonl, answers.jsonl or trace.jsonl.
+
+    Without `count`, all lines are returned.
 
     Later lines are not read, because a stop may have cut off the last one. Raises UserError for a
     damaged line.
@@ -454,7 +458,7 @@ class Run:
         if line["step"] == self.start + FIRST_STEPS:
             self.report_first_steps()
         shown = ("reward", "iou", "segmentation_format", "zero_variance")
-        self.bar.set_postfix({name: f"{line[name]:.2f}" for name in shown})
+        self.bar.set_postfix({name: f"{line[name]:.2f}" for name in shown if name in line})
         if stopped:
             self.bar.close()
             self.save_to_continue()
@@ -474,7 +478,7 @@ class Run:
         if not is_first():
             return
         changed = any(not torch.equal(before[name], after[name]) for name in after)
-        log = read_log(self.folder)[self.start :]
+        log = [line for line in read_log(self.folder) if line["step"] > self.start]
         phases = ("seconds_rollout", "seconds_reward", "seconds_update")
         seconds = [sum(line[phase] for phase in phases) for line in log]
         tqdm.write(time_left(seconds, self.total - self.start))

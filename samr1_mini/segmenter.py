@@ -31,7 +31,8 @@ from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
 from .config import CACHE, UserError, emulates_bf16, first_line
-from .files import refuse_missing_weights
+from .files import loading_error, refuse_missing_weights
+from .memory import is_memory_error
 
 
 class Segmenter(Protocol):
@@ -411,6 +412,8 @@ def load_segmenter(
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # a broken file may raise any exception
+        if is_memory_error(error):
+            raise UserError(f"{name} {loading_error(error)}") from None
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
     set_encoder_dtype(sam.image_encoder, encoder_dtype(dtype, device))
     return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))

@@ -28,6 +28,7 @@ from samr1_mini.files import check_adapter_files
 from samr1_mini.decoding import generate
 from samr1_mini.grpo import Parts, new_optimizer, roll_out
 from samr1_mini.lenient import read_leniently
+from samr1_mini.loading import check_picture_size
 from samr1_mini.policy import TINY, encode, load_policy, logprobs
 from samr1_mini.reward import read_answer
 from samr1_mini.reports import first_answers, base_summary
@@ -700,6 +701,40 @@ def test_an_index_opens_no_file_outside_its_folder_and_no_other_kind(name, shard
     (sharded / INDEX).write_text(json.dumps(index))
     line = refused(sharded)
     assert str(sharded / INDEX) in line and repr(str(name)) in line
+
+
+def test_quantised_weights_are_refused_before_they_are_loaded(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "has quantised weights" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "error, word",
+    [
+        (OSError("The paging file is too small (os error 1455)"), "the memory is too small"),
+        (MemoryError(), "the memory is too small"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "memory is too",
+        ),
+        (OSError("header too large"), "if its files are damaged"),
+    ],
+)
+def test_too_little_memory_is_not_blamed_on_the_files(error, word, folder, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(policy_module.AutoModelForImageTextToText, "from_pretrained", fail)
+    assert word in refused(folder)
+
+
+def test_a_picture_size_that_the_processor_changes_is_refused(policy):
+    check_picture_size(policy, make_settings(preset="tiny", device="cpu", image_size=112)[0])
+    s, _ = make_settings(preset="tiny", device="cpu", image_size=840)
+    with pytest.raises(UserError, match="--image-size 840.* 490 x 490 .*--image-size 490 or less"):
+        check_picture_size(policy, s)
 
 
 def test_an_adapter_that_is_not_there_or_is_a_run_is_refused_by_its_name(tmp_path):

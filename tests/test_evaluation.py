@@ -10,7 +10,7 @@ import warnings
 import weakref
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -1094,8 +1094,65 @@ def test_answers_that_were_kept_are_of_the_same_questions_and_the_same_adapter(
         first == line()
         and len({first, line("--votes", 2), line("--blank"), line("--split", "train")}) == 4
     )
+    prompt = tmp_path / "prompt.txt"
+    lines = set()
+    for text in ("Find {question}", "Where is {question}?"):
+        prompt.write_text(text)
+        lines.add(line("--prompt-file", prompt))
+    assert len(lines) == 2
     os.utime(adapter / "adapter_model.safetensors", (1, 1))  # trained on
     assert line() != first
+
+
+def test_answers_that_were_kept_are_of_the_same_lines_of_data(asked, tmp_path):
+    folder = Path(folder_of(tmp_path / "d", [{}]))
+    line = lambda: asked("--data", folder, "--out", tmp_path / "out")["keep"][1]
+    first = line()
+    assert first == line()
+    text = (folder / "data.jsonl").read_text()
+    (folder / "data.jsonl").write_text(text.replace("what?", "where?"))
+    assert line() != first
+
+
+def test_the_train_split_of_drawn_scenes_is_that_of_the_adapters_run(asked, policy, tmp_path):
+    adapter = tmp_path / "run/adapter"
+    policy.model.save_pretrained(adapter)
+    settings, _ = make_settings(preset="tiny", device="cpu", seed=3)
+    (tmp_path / "run/settings.json").write_text(json.dumps(asdict(settings)))
+    told = asked("--adapter", adapter, "--split", "train", "--count", 4, "--out", tmp_path / "out")
+    assert told["data"].ids == load_data("shapes", "train", 4, 3).ids
+
+
+def test_a_picture_that_is_not_there_is_named(capsys, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        command.main(
+            ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
+            + ["--image", str(tmp_path / "none.jpg"), "--question", "the cup"]
+        )
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and "no such file" in error and "save a new" not in error
+
+
+def test_the_mask_of_an_earlier_question_does_not_stay(tmp_path, samples, monkeypatch):
+    samples[0].image.save(tmp_path / "scene.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scene-mask.png").write_bytes(b"old")
+    monkeypatch.setattr(evaluation, "answer_batch", lambda *_: [[Completion([], [], False, "no")]])
+    command.main(
+        ["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
+        + ["--image", str(tmp_path / "scene.png"), "--question", "the cup"]
+    )
+    assert not (tmp_path / "out/scene-mask.png").exists()
+
+
+def test_a_gpu_that_runs_out_of_memory_in_any_way_gets_one_line(monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(command, "load", full)
+    with pytest.raises(SystemExit) as left:
+        command.main(["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert left.value.code == 2 and "GPU memory ran out" in capsys.readouterr().err
 
 
 def test_kept_answers_of_a_folder_go_where_its_lines_are_others(asked, tmp_path):
@@ -1117,7 +1174,8 @@ def test_what_eval_prints_and_draws_of_a_report(policy, segmenter, monkeypatch, 
         evaluation, "shown", lambda segmenter, data, rows, *_: [r.index for r in rows]
     )
     monkeypatch.setattr(evaluation, "sample_sheet", lambda path, panels, *_: drawn.extend(panels))
-    data = type("Some", (list,), {"ids": [], "box_only": False, "missing": ["gone.jpg"]})(range(20))
+    values = {"ids": [], "box_only": False, "missing": ["gone.jpg"], "file": None}
+    data = type("Some", (list,), values)(range(20))
     options = Namespace(out=str(tmp_path), votes=1, adapter=None, split="test", blank=False)
     command.evaluate_set(policy, segmenter, data, SETTINGS, options)
     assert drawn == [19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0]  # best, middle, worst

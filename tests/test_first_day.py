@@ -502,6 +502,83 @@ def test_a_mask_of_the_whole_picture_is_counted_in_one_warning(tmp_path):
     )
 
 
+def damaged_png(file, image):
+    """A PNG whose pixels are damaged, but not cut off."""
+    image.save(file)
+    data = bytearray(file.read_bytes())
+    start = data.index(b"IDAT") + 4
+    middle = start + (len(data) - start) // 2
+    data[middle : middle + 40] = bytes(40)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["a.png", "m.png"])
+def test_a_picture_or_a_mask_with_damaged_pixels_is_refused(name, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 2, (HEIGHT, WIDTH)).astype(bool)
+    mask_file(tmp_path, "m.png", grey(noise))
+    damaged_png(tmp_path / name, photo() if name == "a.png" else grey(noise))
+    data = open_data(str(tmp_path), "test", 5)
+    with pytest.raises(UserError, match=f"line 2: {name}: not a readable picture"):
+        data.check_files()
+
+
+def test_undecided_pixels_that_cover_the_whole_mask_are_refused(tmp_path):
+    """Else every answer, even an empty one, would have the IoU 1."""
+    grey(square()).save(tmp_path / "m.png")
+    grey(square() | True).save(tmp_path / "i.png")
+    write(tmp_path, mask="m.png", ignore="i.png")
+    with pytest.raises(UserError, match="line 2: ignore covers the whole mask"):
+        open_data(str(tmp_path), "test", 5).check_files()
+
+
+def test_missing_values_of_pandas_are_no_values(tmp_path):
+    nan = float("nan")
+    write(tmp_path, mask=nan, masks=[POLYGON, POLYGON], kind=nan, ignore=nan, box=nan)
+    sample = open_data(str(tmp_path), "test", 5, objects="several")[0]
+    assert len(sample.masks) == 2 and sample.kind == "" and sample.ignore is None
+
+
+def test_a_users_key_picture_does_not_change_the_intervals(tmp_path):
+    write(tmp_path, mask=POLYGON, picture="holiday", kind=0)
+    sample = open_data(str(tmp_path), "test", 5)[0]
+    assert sample.picture == "a.png" and sample.kind == "0"
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ({"mask": ["a.png", "b.png"]}, 'write "masks"'),
+        ({"mask": [], "box": [10, 5, 30, 25]}, "an empty mask and a box"),
+        ({"mask": "A" * 5000}, "no such file"),
+    ],
+)
+def test_a_line_that_says_two_things_is_refused_with_advice(line, word, tmp_path):
+    write_line(tmp_path, **line)
+    with pytest.raises(UserError, match="line 2") as refused:
+        open_data(str(tmp_path), "test", 5, objects="several")
+    assert word in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_a_picture_in_two_splits_is_a_warning(tmp_path):
+    lines = []
+    for name, split in (("a", "train"), ("a", "test"), ("b", "validation"), ("c", "train")):
+        photo().save(tmp_path / f"{name}.png")
+        row = {"image": f"{name}.png", "question": "what?", "mask": POLYGON, "split": split}
+        lines.append(json.dumps(row))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    [warning] = open_data(str(tmp_path), "test", 5).warnings
+    assert "several splits" in warning and "a.png" in warning
+
+
+def test_the_name_of_a_labelme_file_is_no_split(tmp_path):
+    labelme(tmp_path, {"points": PAIRS})
+    for name in ("train-at-platform", "val d isere"):
+        photo().save(tmp_path / "test" / f"{name}.jpg")
+        text = (tmp_path / "test/a.json").read_text()
+        (tmp_path / "test" / f"{name}.json").write_text(text)
+    assert len(open_data(str(tmp_path), "test", 5)) == 3
+
+
 @pytest.mark.parametrize("mask", [grey(square()), square])
 def test_a_turn_by_exif_that_sizes_do_not_tell_is_a_warning(mask, tmp_path):
     """A picture that is turned upside down has the same size, and polygons have none."""

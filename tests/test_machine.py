@@ -366,6 +366,8 @@ def test_gpus_that_a_variable_hides_are_not_blamed_on_the_driver(put_in, monkeyp
     assert "CUDA_VISIBLE_DEVICES" in gpu.gpu_fault()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert "CUDA_VISIBLE_DEVICES" not in gpu.gpu_fault() and "container" in gpu.gpu_fault()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # on a machine with one GPU
+    assert "CUDA_VISIBLE_DEVICES is 1" in gpu.gpu_fault()
 
 
 # ------------------------------------------------------------------------------------------------- memory

@@ -185,15 +185,14 @@ def test_questions_that_cannot_be_shared_are_refused(settings, monkeypatch):
         grpo.train(replace(settings, questions=7))
 
 
-def test_what_only_one_process_counted_is_averaged_over_all_and_extremes_are_those_of_whoever_has_them(
-    monkeypatch,
-):
+def test_a_mean_and_an_extreme_are_those_of_the_processes_that_have_the_number(monkeypatch):
+    """A process has no entropy if none of its groups takes part in the updates."""
     lines = [
-        {"loss": 1.0, "skipped_updates": 1.0, "ratio_max": 1.5, "ratio_min": 0.5},
+        {"loss": 1.0, "entropy": 0.4, "ratio_max": 1.5, "ratio_min": 0.5},
         {"loss": 2.0, "ratio_max": 1.2},
     ]
     monkeypatch.setattr(processes, "gather_object", lambda mine: lines)
-    expected = {"loss": 1.5, "skipped_updates": 0.5, "ratio_max": 1.5, "ratio_min": 0.5}
+    expected = {"loss": 1.5, "entropy": 0.4, "ratio_max": 1.5, "ratio_min": 0.5}
     assert [processes.average(line) for line in lines] == [expected] * 2
 
 

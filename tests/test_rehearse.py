@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit
+from PIL import Image
 from peft.tuners import lora
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -16,7 +17,8 @@ from samr1_mini.config import UserError, make_settings
 import benchmark
 from samr1_mini import full_size
 from samr1_mini import rehearse as rehearse_module
-from samr1_mini.full_size import random_policy, shape_config
+from samr1_mini.full_size import random_policy, shape_config, shape_processor
+from samr1_mini.grpo import Parts, new_optimizer
 from samr1_mini.policy import TINY, load_policy
 from samr1_mini.memory import cap_memory
 
@@ -188,3 +190,24 @@ def test_a_3b_rehearsal_fits_a_24_gb_card(tmp_path):
     cap_memory(settings)
     table = rehearse_module.rehearse(settings)
     assert max(table["peak_gib"].values()) < 24 and table["device"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize("side", [840, 1008, 1120])
+def test_the_rehearsal_sees_pictures_of_the_size_of_the_settings(side):
+    reader = shape_processor(shape_config("7b")).image_processor
+    grid = reader(images=[Image.new("RGB", (side, side))], return_tensors="pt").image_grid_thw
+    assert grid.tolist() == [[1, side // 14, side // 14]]
+
+
+def test_moments_that_the_optimizer_already_has_are_not_made_twice(settings, policy, monkeypatch):
+    parts = Parts(policy, None, new_optimizer(policy, settings), settings)
+    made = []
+    monkeypatch.setattr(torch, "zeros_like", lambda p: made.append(p))
+    monkeypatch.setattr(rehearse_module, "encode_questions", lambda *_: [])
+    loss = torch.zeros((), requires_grad=True)
+    monkeypatch.setattr(rehearse_module, "batch_loss", lambda *_: (loss * 1, {}))
+    rehearse_module.try_largest_update(parts, [])
+    assert len(made) == 2 * len(parts.policy.trained)
+    parts.optimizer.state[parts.policy.trained[0]] = {"step": torch.ones(())}
+    rehearse_module.try_largest_update(parts, [])
+    assert len(made) == 2 * len(parts.policy.trained)

@@ -21,7 +21,7 @@ from pycocotools import mask as coco
 from test_photos import PHOTOS, photo_settings
 
 from samr1_mini import decoding, report, trace
-from samr1_mini.config import make_settings
+from samr1_mini.config import Settings, make_settings
 from samr1_mini.data import load_data
 from samr1_mini.data.masks import to_rle
 from samr1_mini.evaluation import encode_questions
@@ -325,6 +325,30 @@ def test_a_summary_from_before_the_run_was_continued_is_not_on_the_page(run, tmp
     )
     data = block(report.write_report(folder).read_text(encoding="utf-8"))
     assert data["log"]["step"] == [1, 2, 3, 4, 5] and data["summary"] is None
+    old = {"scores": [["attribute", 0.1, 0.9]], "questions": []}
+    data = block(report.write_report(folder, old).read_text(encoding="utf-8"))
+    assert data["test"]["scores"] == []
+
+
+def test_two_questions_with_one_id_are_not_mixed_up(segmenter):
+    one, two = load_data("shapes", "test", 2)
+    two.id = one.id
+
+    class Test(list):
+        ids = [one.id, one.id]
+
+    rows = []
+    for sample, ious in ((one, (0.1, 0.5)), (two, (0.2, 0.9))):
+        row = {"id": sample.id, "question": sample.question, "kind": sample.kind, "text": ""}
+        rows.append([row | {"iou": iou} for iou in ious])
+    before, after = [list(each) for each in zip(*rows)]
+    found = report.held_out(Test([one, two]), segmenter, Settings(), 112, before, after)
+    assert [score[1:] for score in found["scores"]] == [[0.1, 0.5], [0.2, 0.9]]
+    changes = {x["question"]: (x["before"]["iou"], x["after"]["iou"]) for x in found["questions"]}
+    assert changes == {one.question: (0.1, 0.5), two.question: (0.2, 0.9)}
+    before[0]["question"] = after[0]["question"] = "a question of older data"
+    found = report.held_out(Test([one, two]), segmenter, Settings(), 112, before, after)
+    assert [x["question"] for x in found["questions"]] == [two.question]
 
 
 def test_the_pictures_of_held_out_questions_have_a_budget(run, tmp_path, segmenter, monkeypatch):

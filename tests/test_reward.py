@@ -950,3 +950,17 @@ def test_box_iou_against_counting_pixels():
         assert box_iou(*boxes) == pytest.approx(
             (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
         )
+
+
+def test_a_reward_term_that_is_no_finite_number_is_named(segmenter, samples):
+    answers = [read_answer("", 112)]
+    for value in (float("nan"), np.float32("inf")):
+        with pytest.raises(UserError, match="the reward term 'mine'"):
+            score_group(segmenter, samples[0], answers, terms=lambda *_: {"mine": value})
+
+
+def test_numpy_values_of_a_reward_term_become_python_numbers(segmenter, samples):
+    values = {"a": np.bool_(True), "b": np.int64(2), "c": np.float32(0.5), "d": torch.tensor(1)}
+    [reward] = score_group(segmenter, samples[0], [read_answer("", 112)], terms=lambda *_: values)
+    assert reward.terms == {"a": 1.0, "b": 2.0, "c": 0.5, "d": 1.0} and reward.total == 4.5
+    assert {type(value) for value in reward.terms.values()} == {float}

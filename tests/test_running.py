@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import failing_update
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import eval as eval_command
@@ -21,6 +23,7 @@ from samr1_mini.config import Terminated, UserError, parse_settings
 from samr1_mini import policy as policy_module
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import train
+from samr1_mini.prompt import load_prompt
 from samr1_mini import files, loading, memory, reports, runs
 from samr1_mini.reports import first_answers
 from samr1_mini.tiny.shapes import Shapes
@@ -65,6 +68,7 @@ def test_boxes_without_masks_are_trained_on_by_their_boxes_alone(settings, monke
 def test_what_is_set_about_the_models_reaches_them(settings, monkeypatch):
     asked = []
     policy = SimpleNamespace(prompt="")
+    monkeypatch.setattr(loading, "check_picture_size", lambda *_: None)
     monkeypatch.setattr(loading, "load_policy", lambda *a: asked.append(a) or policy)
     monkeypatch.setattr(loading, "load_segmenter", lambda *a: asked.append(a))
     monkeypatch.setattr(loading, "check_segmenter", lambda *_: None)
@@ -387,14 +391,59 @@ def test_a_run_keeps_its_prompt_and_a_resumed_run_and_an_evaluation_use_it(
     assert chosen.prompt_file == str(tmp_path / "run/prompt.txt")
 
 
-@pytest.mark.parametrize("text", [None, "no place for it", "\x00"])
-def test_a_prompt_file_without_a_question_is_refused_in_one_line(text, settings, tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"no place for it",
+        b"\x00",
+        b"<|im_start|>user\n{question}<|im_end|>",
+        "Find {question}".encode("utf-16"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_used_is_refused_in_one_line(content, settings, tmp_path):
     file = tmp_path / "other.txt"
-    if text is not None:
-        file.write_text(text)
+    if content is not None:
+        file.write_bytes(content)
     with pytest.raises(UserError, match=f"--prompt-file {file}") as refused:
         train(replace(settings, prompt_file=str(file)))
     assert "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path):
+    (tmp_path / "prompt.txt").write_text("Find {question}", encoding="utf-8-sig")
+    assert load_prompt(str(tmp_path / "prompt.txt")) == "Find {question}"
+
+
+def test_a_run_that_stopped_before_it_kept_its_prompt_continues_with_the_users_file(tmp_path):
+    (tmp_path / "mine.txt").write_text("Find {question}")
+    s, _ = parse_settings(["--preset", "tiny", "--prompt-file", str(tmp_path / "mine.txt")], "", "")
+    (tmp_path / "run").mkdir()
+    runs.write_settings(tmp_path / "run", s)
+    resumed, _ = parse_settings(["--resume", "--run", str(tmp_path / "run")], "", "")
+    assert resumed.prompt_file == str(tmp_path / "mine.txt")
+
+
+def test_an_adapter_that_does_not_fit_on_the_disk_does_not_end_the_run(settings, tmp_path, capsys):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    policy = SimpleNamespace(model=SimpleNamespace(save_pretrained=full))
+    state = {"step": 3, "adapter": {}, "optimizer": {}}
+    assert not runs.save_state(tmp_path, policy, state)
+    assert "step 3 could not be saved" in capsys.readouterr().out
+
+
+def test_a_run_continues_without_its_deleted_log(settings, tmp_path, monkeypatch, capsys):
+    train(settings)
+    (tmp_path / "run/metrics.jsonl").unlink()
+    monkeypatch.setattr(runs, "FIRST_STEPS", 2)
+    train(replace(settings, resume=True, samples=16))
+    assert re.search(r"measured: \d+\.\d s a step", capsys.readouterr().out)
+
+
+def test_a_reward_of_ones_own_terms_needs_none_of_the_papers(settings):
+    train(replace(settings, samples=4), reward_terms=lambda reward, s: {"mine": reward.iou})
 
 
 def test_a_run_starts_from_an_adapter_of_the_same_rank_and_its_base_is_the_base_model(

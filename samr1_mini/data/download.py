@@ -6,7 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from http.client import HTTPException
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -45,10 +45,10 @@ def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) 
     Returns {name: reason} for the pictures that could not be downloaded. Raises UserError for more
     than `most_failures` failures, or for a full disk.
     """
-    pool, jobs, failed = ThreadPoolExecutor(WORKERS), {}, {}
+    pool, jobs, failed, stop = ThreadPoolExecutor(WORKERS), {}, {}, Event()
     for name, size in sizes.items():
         if not is_there(folder / name):
-            job = pool.submit(download_picture, folder / name, size)
+            job = pool.submit(download_picture, folder / name, size, stop)
             jobs[job] = name
     done = as_completed(jobs)
     bar = tqdm(done, "pictures", len(jobs), dynamic_ncols=True, disable=not jobs)
@@ -60,6 +60,7 @@ def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) 
             if len(failed) > max(most_failures, 2 * WORKERS):
                 break  # the server is broken: do not try the other pictures
     finally:
+        stop.set()  # jobs that are running do not try again
         pool.shutdown(cancel_futures=True)
     if len(failed) > most_failures:
         name, reason = next(iter(failed.items()))
@@ -75,16 +76,17 @@ def is_there(file: Path) -> bool:
     return file.is_file() and file.stat().st_size > 0
 
 
-def download_picture(file: Path, size: Size) -> str:
+def download_picture(file: Path, size: Size, stop: Event) -> str:
     """Download one of COCO's pictures to `file`.
 
-    Returns "" or the reason for failure. Only complete files get the final name.
+    Returns "" or the reason for failure. Only complete files get the final name. When `stop` is
+    set, there is no further try.
     """
     end, reason = time.monotonic() + LIMIT, ""
     for pause in (0.0, *PAUSES):
-        time.sleep(pause)
+        stopped = stop.wait(pause)
         left = end - time.monotonic()
-        if left <= 0:
+        if stopped or left <= 0:
             break
         try:
             data = read_within(left, COCO_URL + file.name)

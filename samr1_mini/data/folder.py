@@ -13,15 +13,16 @@ A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" an
 Lines with "masks" or with "mask": [] are for --objects several. With --objects one, the true mask
 is the union of "masks", and a line with "mask": [] is refused.
 
-Without "split", about a tenth of the pictures is for validation, and a tenth for test. With a few
-dozen pictures or more, a picture keeps its split when lines are added. All coordinates are pixels
-of the picture after its EXIF rotation.
+Without "split", about a tenth of the pictures is for validation, and a tenth for test. With 60
+pictures or more, a picture almost always keeps its split when lines are added. All coordinates are
+pixels of the picture after its EXIF rotation.
 """
 
 import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -112,8 +113,10 @@ class Folder(Data):
         """Parse all lines that are not empty."""
         try:
             text = self.file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise UserError(f"{self.file}: {error}; save the file in UTF-8") from None
+        except OSError as error:
+            raise UserError(f"{self.file} cannot be read ({error.strerror})") from None
         lines = []
         # Only "\n" ends a line. Python's splitlines would also split at other characters.
         for number, line in enumerate(text.split("\n"), 1):
@@ -129,6 +132,7 @@ class Folder(Data):
         Lines of converted sets are not checked again.
         """
         row = parse_json(text, f"{self.file} line {number}", dict, "write one question a line")
+        row = present(row)
         with self.named(number):
             if not self.converted:
                 row.pop("size", None)
@@ -151,6 +155,11 @@ class Folder(Data):
         it gets all lines.
         """
         splits = split_pictures(lines)
+        named = {(line.image, line.split or splits[line.image]) for line in lines}
+        counts = Counter(image for image, _ in named)
+        twice = sorted(image for image, count in counts.items() if count > 1)
+        if twice and len(splits) > FEW_PICTURES:
+            self.warn(f"{len(twice)} pictures are in several splits, such as {twice[0]}")
         found = [line for line in lines if (line.split or splits[line.image]) == self.split]
         if not found and len(splits) <= FEW_PICTURES:
             found = lines
@@ -200,19 +209,20 @@ class Folder(Data):
         """Check the file headers of all chosen lines, and compare each mask with its picture's
         size.
         """
-        turned, corners = 0, []
+        turned, corners = set(), []
         for line in self.distinct_lines():
             with self.named(line.number):
-                row = json.loads(line.text)
+                row = present(json.loads(line.text))
                 header = read_header(inside(self.pictures, line.image))
                 check_size(line.image, header.size, line.size, "; use the original picture")
                 unsure, numbers = check_against_picture(row, header, self.folder, self.converted)
-            turned += unsure
+            if unsure:
+                turned.add(line.image)
             if numbers:
                 corners.append((max(numbers[::2]), max(numbers[1::2]), *header.size))
         if turned:
             self.warn(
-                f"EXIF rotates {turned} pictures. Their masks must fit the rotated pictures. To be "
+                f"EXIF rotates {len(turned)} pictures. Their masks must fit the rotated pictures. To be "
                 "sure, save pictures and masks upright"
             )
         if are_suspect(corners):
@@ -272,6 +282,12 @@ class Folder(Data):
         masks = [sample.mask] if sample.masks is None else sample.masks
         if not self.converted and not all(mask.any() for mask in masks):
             raise UserError(f"{self.file} line {line.number}: {EMPTY}")
+        hidden = sample.ignore is not None and not (sample.mask & ~sample.ignore).any()
+        if hidden and not self.converted and not line.nothing:
+            raise UserError(
+                f"{self.file} line {line.number}: ignore covers the whole mask; in ignore, only "
+                "undecided pixels may be white"
+            )
         return sample.mask.mean()
 
     # -------------------------------------------------------------------------------- download
@@ -351,10 +367,12 @@ class Folder(Data):
     def read_sample(self, line: Line) -> Sample:
         """Read a line's picture and mask. Raises UserError."""
         with self.named(line.number):
-            row = json.loads(line.text)
+            row = present(json.loads(line.text))
             image = open_picture(inside(self.pictures, line.image))
             question = clean_question(row["question"])
-            kind, picture = str(row.get("kind") or ""), str(row.get("picture") or line.image)
+            kind, picture = str(row.get("kind", "")), line.image
+            if self.converted:  # its pictures have new names
+                picture = str(row.get("picture", picture))
             ignore = None
             if row.get("ignore"):
                 ignore = read_mask(row["ignore"], self.folder, image.size)
@@ -370,6 +388,11 @@ class Folder(Data):
 
 
 # -------------------------------------------------------------------------------- one line
+
+
+def present(row: dict) -> dict:
+    """Return a line without missing values: null, an empty text, or NaN, as pandas writes it."""
+    return {name: value for name, value in row.items() if not is_absent(value)}
 
 
 def check_texts(row: dict) -> None:

@@ -32,6 +32,8 @@ def truth_of(row: dict) -> list:
     mask, masks = row.get("mask"), row.get("masks")
     if is_absent(masks):
         if mask == []:
+            if not is_absent(row.get("box")):
+                raise ValueError("the line has an empty mask and a box; remove one of them")
             return []
         return [mask]
     if not is_absent(mask):
@@ -191,6 +193,8 @@ def parse_polygons(value) -> list[list[float]]:
         )
     if not value:
         raise ValueError(EMPTY)
+    if isinstance(value[0], (str, dict)):
+        raise ValueError('the mask is a list of masks; write "masks" for several objects')
     if not isinstance(value[0], list) or is_point(value[0]):
         value = [value]
     polygons = [flat_polygon(polygon) for polygon in value]

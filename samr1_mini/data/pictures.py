@@ -5,7 +5,7 @@ All functions raise ValueError for a broken file.
 
 import os
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +36,11 @@ def inside(folder: Path, name: str) -> Path:
     Raises ValueError if there is no such file.
     """
     file = folder
-    for part in Path(normal_path(name)).parts:
-        file = child(file, part)
-    if file.is_file():
-        return file
+    with suppress(OSError):  # such as a name that is too long
+        for part in Path(normal_path(name)).parts:
+            file = child(file, part)
+        if file.is_file():
+            return file
     raise ValueError(f"{name:.80}: no such file in {folder}; write paths in this folder, with /")
 
 
@@ -92,9 +93,12 @@ def opened(file):
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF says. Broken EXIF is ignored."""
+    """Turn a picture as its EXIF says. Broken EXIF is ignored, broken pixels are not."""
+    image.load()  # damaged pixels raise an error here, and only here
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # Pillow raises anything for broken EXIF
         return image
 

@@ -343,7 +343,10 @@ def find_files(name: str, split: str) -> list[Path]:
     files = {}
     # In a folder with parquet files, JSON files only describe these.
     for file in files_in(folder, ".parquet") or files_in(folder, ".json"):
-        files.setdefault(split_in(file.relative_to(folder)), []).append(file)
+        named = file.relative_to(folder)
+        if has_picture(file):  # a labelme file is named like its picture, so only folders count
+            named = named.parent
+        files.setdefault(split_in(named), []).append(file)
     if split == "test":
         files.setdefault("test", files.get(None, []))
     if not files.get(split):
@@ -351,6 +354,12 @@ def find_files(name: str, split: str) -> list[Path]:
             f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split"
         )
     return files[split]
+
+
+def has_picture(file: Path) -> bool:
+    """Return True if a picture of the same name is beside a JSON file."""
+    endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+    return file.suffix == ".json" and any(file.with_suffix(one).is_file() for one in endings)
 
 
 def split_in(path: Path) -> str | None:
@@ -393,7 +402,10 @@ def watched(files: list[Path]) -> list[Path]:
         return files
     found = []
     for folder in dict.fromkeys(file.parent for file in files):
-        found += [file for file in sorted(folder.iterdir()) if file.is_file()]
+        for file in sorted(folder.iterdir()):
+            # Systems write hidden files such as .DS_Store.
+            if file.is_file() and not file.name.startswith(".") and file.name != "Thumbs.db":
+                found.append(file)
     return found
 
 

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -42,6 +43,7 @@ class Data(Sequence):
     A subclass defines `ids`, the sample ids, and `sample_at(i)`, which reads sample number `i`.
     """
 
+    file: Path | None = None  # the file of the questions, if there is one
     box_only = False  # boxes and no masks
     download_bytes = 0  # about how much `download` will download
     missing: Sequence[str] = ()  # pictures without a file, whose samples were replaced
