@@ -311,6 +311,9 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
 
     out = Path(options.out)
     batch = batch_size(policy, settings, options.votes)
+    inputs = describe_evaluation(settings, options, data)
+    # Each evaluation has its own file, so that another one in between loses nothing.
+    kept = out / f"answers-{hashlib.sha256(inputs.encode()).hexdigest()[:8]}.part"
     report = evaluate(
         policy,
         segmenter,
@@ -319,7 +322,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
         options.split,
         options.blank,
         votes=options.votes,
-        keep=(out / "answers.part", describe_evaluation(settings, options, data)),
+        keep=(kept, inputs),
     )
     if not is_first():
         return
@@ -328,7 +331,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     results = vars(options) | {name: getattr(settings, name) for name in sorted(USED)}
     results |= {"missing": list(data.missing), "summary": summary, "answers": report.each()}
     write_json(out / "results.json", results)
-    for part in out.glob("answers.part.*"):
+    for part in out.glob(f"{kept.name}.*"):
         part.unlink()
     rows, title = best_middle_worst(report.rows)
     title += blanked(options)

@@ -669,6 +669,12 @@ def test_a_picture_that_breaks_during_training_gives_its_place_to_a_spare_questi
     assert data.ids[3] != replaced[0] and f"line {int(data.ids[3]) + 1}" in capsys.readouterr().out
 
 
+def test_without_pictures_of_spare_questions_another_question_of_the_run_takes_the_place(tmp_path):
+    data = open_data(many(tmp_path, 250), "train", 240, seed=1)
+    break_pictures(tmp_path, int(data.ids[3]), *(int(line.id) for line in data.spare))
+    assert data[3].id == data.ids[4]
+
+
 def test_a_resumed_run_continues_after_a_training_picture_broke(tmp_path):
     data = open_data(many(tmp_path, 250), "train", 240, seed=1)
     break_pictures(tmp_path, int(data.ids[3]))

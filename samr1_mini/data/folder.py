@@ -338,9 +338,10 @@ class Folder(Data):
         return len(self.lines)
 
     def sample_at(self, i: int) -> Sample:
-        """Read sample number `i`. In training, a spare sample replaces an unreadable one.
+        """Read sample number `i`. In training, another sample replaces an unreadable one.
 
-        The choice of the spare sample depends only on `i`, because --resume must find the same
+        It is a spare one or, if all are unreadable, one of the next. The pictures of spare samples
+        are not downloaded. The choice depends only on `i`, because --resume must find the same
         sample again.
         """
         try:
@@ -349,9 +350,10 @@ class Folder(Data):
             if not self.repeats:
                 raise
             self.count_broken(self.lines[i], error)
-            for k in range(len(self.spare)):
-                with suppress(UserError):
-                    return self.read_sample(self.spare[(i + k) % len(self.spare)])
+            for lines, start in ((self.spare, i), (self.lines, i + 1)):
+                for k in range(min(100, len(lines))):
+                    with suppress(UserError):
+                        return self.read_sample(lines[(start + k) % len(lines)])
             raise
 
     def count_broken(self, line: Line, error: UserError) -> None:
