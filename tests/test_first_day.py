@@ -571,11 +571,10 @@ def test_a_picture_in_two_splits_is_a_warning(tmp_path):
 
 
 def test_the_name_of_a_labelme_file_is_no_split(tmp_path):
-    labelme(tmp_path, {"points": PAIRS})
-    for name in ("train-at-platform", "val d isere"):
-        photo().save(tmp_path / "test" / f"{name}.jpg")
-        text = (tmp_path / "test/a.json").read_text()
-        (tmp_path / "test" / f"{name}.json").write_text(text)
+    content = {"text": ["what?"], "shapes": [{"label": "target", "points": PAIRS}]}
+    for name in ("cat", "train-at-platform", "val d isere"):
+        photo().save(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert len(open_data(str(tmp_path), "test", 5)) == 3
 
 
