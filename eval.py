@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,8 +114,14 @@ def settings_of_run(options: Namespace, typed: dict) -> dict:
         saved["prompt_file"] = str(settings_file(options.adapter).with_name("prompt.txt"))
     if "preset" in typed and typed["preset"] != saved.get("preset"):
         raise UserError("--preset is for a base model: an adapter uses the settings of its run")
-    names = USED - {"device"} | {"seed"}  # the seed chooses the drawn scenes of the train split
-    return {name: saved[name] for name in names if name in saved}
+    return {name: saved[name] for name in USED - {"device"} if name in saved}
+
+
+def seed_of_run(options: Namespace) -> int:
+    """Return the seed of the adapter's run, or 0. It chooses the scenes of the train split."""
+    if options.adapter is None or not settings_file(options.adapter).is_file():
+        return 0
+    return read_settings(settings_file(options.adapter)).get("seed", 0)
 
 
 def describe_adapter(settings: Settings, options: Namespace, typed: dict) -> str:
@@ -190,7 +197,7 @@ def open_input(settings: Settings, options: Namespace):
     count = options.count
     if count is None:
         count = 600 if settings.data == "shapes" else sys.maxsize
-    seed = settings.seed if settings.data == "shapes" else None
+    seed = seed_of_run(options) if settings.data == "shapes" else None
     return open_data(
         settings.data,
         options.split,
@@ -241,11 +248,11 @@ def load(settings: Settings, options: Namespace) -> tuple:
 
 
 def describe_evaluation(settings: Settings, options: Namespace, data) -> str:
-    """Return all inputs that change the answers, as one line of JSON."""
+    """Return the settings, the prompt and the questions of an evaluation as one line of JSON."""
     from samr1_mini.prompt import choose_prompt
 
     used = {name: getattr(settings, name) for name in sorted(USED)}
-    used |= {"seed": settings.seed, "prompt": choose_prompt(settings)}
+    used["prompt"] = choose_prompt(settings)
     if data.file:
         used["lines"] = hashlib.sha256(data.file.read_bytes()).hexdigest()
     time = 0
@@ -312,7 +319,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     out = Path(options.out)
     batch = batch_size(policy, settings, options.votes)
     inputs = describe_evaluation(settings, options, data)
-    # Each evaluation has its own file, so that another one in between loses nothing.
+    # Each evaluation has its own file. So an interrupted one keeps its answers if another one runs.
     kept = out / f"answers-{hashlib.sha256(inputs.encode()).hexdigest()[:8]}.part"
     report = evaluate(
         policy,
@@ -371,8 +378,10 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
         print_objects(reward.objects)
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
-    Path(f"{stem}-mask.png").unlink(missing_ok=True)  # of an earlier question
-    if mask is not None:
+    if mask is None:
+        with suppress(OSError):
+            Path(f"{stem}-mask.png").unlink()  # of an earlier question
+    else:
         Image.fromarray(mask).save(f"{stem}-mask.png")
         print(f"mask: {mask.mean():.1%} of the picture, {stem}-mask.png")
     overlay = f"{stem}-overlay.png"

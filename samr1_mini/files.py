@@ -60,6 +60,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(part)
         if path.is_dir():  # a rename replaces files, but no folder with files in it
+            remove(old)  # left by a program that was killed
             path.rename(old)
         part.replace(path)
     except BaseException:  # also Ctrl-C
@@ -101,7 +102,7 @@ class Download:
     def variable(self) -> str:
         """Return the environment variable that chooses the folder."""
         if self.folder == Path(HF_HUB_CACHE):
-            if "HF_HUB_CACHE" in os.environ:  # it comes before HF_HOME
+            if "HF_HUB_CACHE" in os.environ:  # it has priority over HF_HOME
                 return "HF_HUB_CACHE"
             return "HF_HOME"
         return "SAMR1_CACHE"
@@ -201,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_policy_files(folder: Path) -> None:
-    """Raise UserError if a file of a policy's folder is damaged, or is missing and in the index."""
+    """Raise UserError if a file of a policy's folder is damaged, or if the index names a missing one."""
     for name in JSON_FILES:
         if (folder / name).is_file():
             load_json(folder / name)

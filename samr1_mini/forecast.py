@@ -84,7 +84,7 @@ def usable(card: float) -> float:
 
 
 def has_known_shape(s: Settings) -> bool:
-    """Return True for a full-size preset whose policy is not changed."""
+    """Return True for a full-size preset with its own policy, without another --policy."""
     return s.preset in SHAPES and s.policy == PRESETS[s.preset]["policy"]
 
 

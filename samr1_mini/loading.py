@@ -163,16 +163,20 @@ def load_models(
 
 
 def check_picture_size(policy: Policy, s: Settings) -> None:
-    """Raise UserError if the policy's processor would make the pictures smaller.
+    """Raise UserError if the policy's processor would change the size of the pictures.
 
-    Then coordinates in pixels would not fit the pictures that the policy sees.
+    Then coordinates in pixels would not fit the pictures that the policy sees. Thousandths fit
+    every size.
     """
+    if policy.coordinates == "thousandths":
+        return
     reader = policy.processor.image_processor
     picture = Image.new("RGB", (s.image_size, s.image_size))
     [[_, height, width]] = reader(images=[picture], return_tensors="pt").image_grid_thw.tolist()
     seen = (width * reader.patch_size, height * reader.patch_size)
     if seen != picture.size:
+        limit = "less" if min(seen) < s.image_size else "more"
         raise UserError(
             f"--image-size {s.image_size}: the processor of --policy {s.policy} makes pictures of "
-            f"{seen[0]} x {seen[1]} pixels. Take --image-size {min(seen)} or less"
+            f"{seen[0]} x {seen[1]} pixels. Take --image-size {min(seen)} or {limit}"
         )

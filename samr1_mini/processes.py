@@ -163,8 +163,8 @@ def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
 def average(line: dict) -> dict:
     """Return the mean of each number of a log line over the processes.
 
-    Names that end in _min or _max get the smallest or the largest value instead. Only the
-    processes that have a number count in its mean.
+    Names that end in _min or _max get the smallest or the largest value instead. A mean uses
+    only the processes that have a value of this name.
     """
     lines = gather([line])
     names = {}

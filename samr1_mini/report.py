@@ -99,8 +99,14 @@ def traced_steps(folder: Path) -> list[dict]:
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
-    """Return the rows of the same questions before and after training. An id may come twice."""
-    trained = {(row["id"], row.get("question")): row for row in after}
+    """Return the rows of the same questions before and after training.
+
+    An id may come twice. Rows of older runs have no question.
+    """
+    trained = {}
+    for row in after:
+        trained[row["id"], None] = row
+        trained[row["id"], row.get("question")] = row
     pairs = []
     for row in before:
         key = row["id"], row.get("question")
@@ -115,7 +121,7 @@ def held_out(test, segmenter, s: Settings, side: int, before: list, after: list)
     `before` and `after` are the contents of test-base.json and test-trained.json. Each score
     has three values: the kind, and the lenient IoU before and after training. The questions with
     pictures are those whose IoU changed most, as many as TEST_BYTES allows. Questions that have
-    changed since the run are left out.
+    changed since the run have no picture.
     """
     pairs = pair_rows(before, after)
     scores = [[a["kind"], round(a["iou"], 4), round(b["iou"], 4)] for a, b in pairs]
@@ -126,12 +132,11 @@ def held_out(test, segmenter, s: Settings, side: int, before: list, after: list)
     found = []
     length = 0
     for rows in pairs:
-        samples = [test[i] for i in places[rows[0]["id"]]]
         asked = rows[0].get("question")  # older runs lack it
-        samples = [sample for sample in samples if asked in (None, sample.question)]
-        if not samples:
+        samples = (test[i] for i in places[rows[0]["id"]])
+        sample = next((one for one in samples if asked in (None, one.question)), None)
+        if sample is None:
             continue
-        sample = samples[0]
         size = small_size(sample.image.size, TEST_SIDE)
         entry = {"kind": sample.kind, "question": sample.question, "side": side, "size": size}
         entry["picture"] = webp(sample.image, size, 75)

@@ -87,10 +87,10 @@ for _name in ("approx_kl", "clip_low", "clip_high", "entropy", "sampling_gap", "
 
 
 def step_line(line: dict, drawn: int, s: Settings) -> dict:
-    """Add the last columns to the log line of a step, and return it. It asked `drawn` questions."""
+    """Add the last columns to a step's log line, and return it. The step asked `drawn` questions."""
     tokens = line["length"] * drawn * s.group
-    for name, value in WITHOUT_FORWARDS.items():
-        line.setdefault(name, value)
+    if "approx_kl" not in line:
+        line |= WITHOUT_FORWARDS
     line["tokens_per_second"] = tokens / line["seconds_rollout"]
     line["peak_memory_gib"] = peak_memory(s.device)
     if s.redraw:

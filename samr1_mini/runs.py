@@ -290,10 +290,8 @@ def known_missing(folder: Path) -> list[list[str]]:
 def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> list[dict]:
     """Return the first `count` lines of a log: metrics.jsonl, answers.jsonl or trace.jsonl.
 
-    Without `count`, all lines are returned.
-
-    Later lines are not read, because a stop may have cut off the last one. Raises UserError for a
-    damaged line.
+    Without `count`, all whole lines are returned. Lines after `count` are not read, because a stop
+    may have cut off the last one. Raises UserError for a damaged line.
     """
     file = folder / f"{name}.jsonl"
     if count == 0 or not file.exists():

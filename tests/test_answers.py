@@ -735,6 +735,7 @@ def test_a_picture_size_that_the_processor_changes_is_refused(policy):
     s, _ = make_settings(preset="tiny", device="cpu", image_size=840)
     with pytest.raises(UserError, match="--image-size 840.* 490 x 490 .*--image-size 490 or less"):
         check_picture_size(policy, s)
+    check_picture_size(replace(policy, coordinates="thousandths"), s)  # fit every size
 
 
 def test_an_adapter_that_is_not_there_or_is_a_run_is_refused_by_its_name(tmp_path):

@@ -247,6 +247,7 @@ def test_a_file_with_dataclasses_is_loaded_as_it_is_now_and_leaves_no_other_file
     [
         ("def two_steps(tools, samples):\n    return 1.0\n", "has no function one_step"),
         ("def one_step(tools, samples):\n    pass\n", "must return the mean reward, not None"),
+        ("import torch\ndef one_step(tools, samples):\n    return torch.ones(2)\n", "mean reward"),
     ],
 )
 def test_a_file_without_a_usable_one_step_ends_with_one_line(text, word, tmp_path, capsys):
@@ -410,6 +411,7 @@ def test_a_log_that_lacks_a_column_or_a_step_is_not_a_repair():
     )
     assert "0 steps instead of 1" in find_bugs.first_difference([], log)
     assert "does not return the log" in find_bugs.first_difference(None, log)
+    assert "does not log the column step" in find_bugs.first_difference([1], log)
 
 
 @pytest.mark.parametrize("number", [*range(1, 9), "correct"])

@@ -567,7 +567,7 @@ def test_a_picture_in_two_splits_is_a_warning(tmp_path):
         lines.append(json.dumps(row))
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     [warning] = open_data(str(tmp_path), "test", 5).warnings
-    assert "several splits" in warning and "a.png" in warning
+    assert "another split too" in warning and "a.png" in warning
 
 
 def test_the_name_of_a_labelme_file_is_no_split(tmp_path):

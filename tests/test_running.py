@@ -258,11 +258,20 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
 
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
-    monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(PermissionError):
-        files.replace_file(tmp_path / "folder", write)
+    left = tmp_path / f"folder.{os.getpid()}.old"  # by a program that was killed
+    left.mkdir()
+    (left / "file").write_text("")
+    with monkeypatch.context() as locked:
+        locked.setattr(Path, "replace", replace)
+        with pytest.raises(PermissionError):
+            files.replace_file(tmp_path / "folder", write)
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert found == ["folder", "folder/old"]
+    left.mkdir()
+    (left / "file").write_text("")
+    files.replace_file(tmp_path / "folder", write)
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == ["folder", "folder/new"]
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
@@ -444,6 +453,15 @@ def test_a_run_continues_without_its_deleted_log(settings, tmp_path, monkeypatch
 
 def test_a_reward_of_ones_own_terms_needs_none_of_the_papers(settings):
     train(replace(settings, samples=4), reward_terms=lambda reward, s: {"mine": reward.iou})
+
+
+def test_a_loss_without_a_ratio_gets_no_columns_about_the_ratio(settings):
+    def loss(logp, old, reference, advantage, lengths, s):
+        return -(logp * advantage).mean(), {}
+
+    train(replace(settings, samples=4), loss=loss)
+    [line] = runs.read_log(Path(settings.run))
+    assert "approx_kl" in line and not {"ratio_min", "clip_low"} & line.keys()
 
 
 def test_a_run_starts_from_an_adapter_of_the_same_rank_and_its_base_is_the_base_model(

@@ -82,7 +82,7 @@ def download_picture(file: Path, size: Size, stop: Event) -> str:
     Returns "" or the reason for failure. Only complete files get the final name. When `stop` is
     set, there is no further try.
     """
-    end, reason = time.monotonic() + LIMIT, ""
+    end, reason = time.monotonic() + LIMIT, "stopped"
     for pause in (0.0, *PAUSES):
         stopped = stop.wait(pause)
         left = end - time.monotonic()

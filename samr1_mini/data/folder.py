@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -155,11 +154,6 @@ class Folder(Data):
         it gets all lines.
         """
         splits = split_pictures(lines)
-        named = {(line.image, line.split or splits[line.image]) for line in lines}
-        counts = Counter(image for image, _ in named)
-        twice = sorted(image for image, count in counts.items() if count > 1)
-        if twice and len(splits) > FEW_PICTURES:
-            self.warn(f"{len(twice)} pictures are in several splits, such as {twice[0]}")
         found = [line for line in lines if (line.split or splits[line.image]) == self.split]
         if not found and len(splits) <= FEW_PICTURES:
             found = lines
@@ -171,6 +165,10 @@ class Folder(Data):
             raise UserError(
                 f"{self.file} has no line for the {self.split} split; add lines with this split"
             )
+        others = {line.image for line in lines if (line.split or splits[line.image]) != self.split}
+        shared = sorted(others & {line.image for line in found})
+        if shared and self.split == "test" and len(splits) > FEW_PICTURES:
+            self.warn(f"{len(shared)} pictures, such as {shared[0]}, are in another split too")
         return found
 
     def choose(self) -> None:
@@ -182,9 +180,9 @@ class Folder(Data):
         order = in_order(self.candidates, self.split, self.count, self.seed)
         if missing.issuperset(line.image for line in self.candidates):
             order = iter(())  # the order of a training split has no end
-        present = (line for line in order if line.image not in missing)
-        self.lines = list(islice(present, self.count))
-        self.spare = list(islice(present, 10 + self.most_broken))
+        remaining = (line for line in order if line.image not in missing)
+        self.lines = list(islice(remaining, self.count))
+        self.spare = list(islice(remaining, 10 + self.most_broken))
 
     @property
     def most_broken(self) -> int:
@@ -340,9 +338,9 @@ class Folder(Data):
     def sample_at(self, i: int) -> Sample:
         """Read sample number `i`. In training, another sample replaces an unreadable one.
 
-        It is a spare one or, if all are unreadable, one of the next. The pictures of spare samples
-        are not downloaded. The choice depends only on `i`, because --resume must find the same
-        sample again.
+        It is a spare sample. If no spare sample can be read, it is one of the next samples of the
+        split: no picture is downloaded for a spare sample. The choice depends only on `i`, because
+        --resume must find the same sample again.
         """
         try:
             return self.read_sample(self.lines[i])

@@ -222,15 +222,20 @@ def picture_bytes(row: dict) -> bytes:
     )
 
 
+def pictures_beside(file: Path) -> list[Path]:
+    """Return the pictures beside a labelme file: the same name with .jpg, .jpeg or .png."""
+    endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".Jpg", ".Jpeg", ".Png")
+    found = [child(file.parent, f"{file.stem}{ending}") for ending in endings]
+    return [picture for picture in found if picture.is_file()]
+
+
 def picture_beside(file: Path, name: str) -> Path:
-    """Find the picture of a labelme file: the same name with .jpg, .jpeg or .png.
+    """Return the picture of a labelme file.
 
     If several files match, `name` selects one by its ending. `name` is the file's "imagePath". It
     is only compared, never opened.
     """
-    endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".Jpg", ".Jpeg", ".Png")
-    found = [child(file.parent, f"{file.stem}{ending}") for ending in endings]
-    found = [picture for picture in found if picture.is_file()]
+    found = pictures_beside(file)
     if not found:
         raise ValueError(f"no picture {file.stem}.jpg, .jpeg or .png is in its folder")
     meant = [picture for picture in found if picture.suffix == Path(name).suffix]

@@ -94,7 +94,7 @@ def opened(file):
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn a picture as its EXIF says. Broken EXIF is ignored, broken pixels are not."""
-    image.load()  # damaged pixels raise an error here, and only here
+    image.load()  # damaged pixels raise an error at the first try, and only then
     try:
         return ImageOps.exif_transpose(image)
     except MemoryError:

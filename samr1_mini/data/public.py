@@ -26,7 +26,7 @@ from ..config import CACHE, UserError, cause, first_line, parse_json
 from ..files import Download, check_disk_space, load_json, write_json
 from . import download
 from .folder import BROKEN, SPLITS, Folder, check_against_picture, check_texts
-from .layouts import convert_row, layout_of
+from .layouts import convert_row, layout_of, pictures_beside
 from .masks import check_truth
 from .pictures import read_header
 
@@ -86,6 +86,8 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
     for file in watched(files):
         state = file.stat()
         known.append((str(file.resolve()), state.st_size, state.st_mtime_ns))
+    if files and is_labelme(files[0]):  # the splits are in the names of folders
+        known.append([str(file.resolve()) for file in files])
     key = repr([VERSION, known or hub_place(name, split), source.sentences, source.ignore])
     folder = SETS / f"{Path(name).name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
@@ -344,7 +346,9 @@ def find_files(name: str, split: str) -> list[Path]:
     # In a folder with parquet files, JSON files only describe these.
     for file in files_in(folder, ".parquet") or files_in(folder, ".json"):
         named = file.relative_to(folder)
-        if has_picture(file):  # a labelme file is named like its picture, so only folders count
+        if is_labelme(
+            file
+        ):  # a labelme file is named like its picture, so only folders name the split
             named = named.parent
         files.setdefault(split_in(named), []).append(file)
     if split == "test":
@@ -356,10 +360,9 @@ def find_files(name: str, split: str) -> list[Path]:
     return files[split]
 
 
-def has_picture(file: Path) -> bool:
-    """Return True if a picture of the same name is beside a JSON file."""
-    endings = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-    return file.suffix == ".json" and any(file.with_suffix(one).is_file() for one in endings)
+def is_labelme(file: Path) -> bool:
+    """Return True for a JSON file with a picture of the same name beside it."""
+    return file.suffix == ".json" and bool(pictures_beside(file))
 
 
 def split_in(path: Path) -> str | None:

@@ -262,7 +262,7 @@ def _allowed(things: list[Thing], new: Thing) -> bool:
     """Return True if a new thing may be drawn over the others.
 
     No two things have the same colour and shape. At least 0.7 of the visible part of each old
-    thing stays visible. Its dot stays wholly visible.
+    thing stays visible. The dot of an old thing stays wholly visible.
     Things of one colour do not overlap.
     """
     for thing in things:
@@ -439,7 +439,7 @@ def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing
         return None
     if form == "is":
         return anchor
-    # Unfair: a second thing is on this side, or on the other side, but less than 7 px away.
+    # Unfair: a second thing is on this side, or at most 7 px beyond the anchor's centre.
     near = [t for t in scene.things if t is not anchor and _distance(t, anchor, word) > -7]
     if len(near) == 1 and _distance(near[0], anchor, word) > 7:
         return near[0]

@@ -140,7 +140,7 @@ def first_difference(ours: list[dict], right: list[dict]) -> str:
         return f"Your program logged {len(ours)} steps instead of {len(right)}."
     for mine, correct in zip(ours, right):
         for column, value in correct.items():
-            if mine.get(column) is None:
+            if not isinstance(mine, dict) or mine.get(column) is None:
                 return f"Your program does not log the column {column}."
             if not np.isclose(mine[column], value, rtol=1e-3, atol=1e-6):
                 values = f"{column} is {mine[column]:.5g} in your program"
