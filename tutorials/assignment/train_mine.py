@@ -107,7 +107,7 @@ def train(mine, tools: Tools, data, steps: int) -> None:
         reward = mine.one_step(tools, samples)
         try:
             bar.set_postfix(reward=f"{float(reward):.2f}")
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError):
             raise UserError(f"one_step must return the mean reward, not {reward!r}") from None
 
 
