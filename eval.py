@@ -100,14 +100,21 @@ def settings_file(adapter: str) -> Path:
     return Path(adapter).resolve().parent / "settings.json"
 
 
+def saved_settings(options: Namespace) -> dict:
+    """Return the content of the settings file of the adapter's run, or {} if there is none."""
+    if options.adapter is None or not settings_file(options.adapter).is_file():
+        return {}
+    return read_settings(settings_file(options.adapter))
+
+
 def settings_of_run(options: Namespace, typed: dict) -> dict:
     """Return the settings in USED from the adapter's run, or {} without its settings file.
 
     Raises UserError if --preset differs from the preset of the run.
     """
-    if options.adapter is None or not settings_file(options.adapter).is_file():
+    saved = saved_settings(options)
+    if not saved:
         return {}
-    saved = read_settings(settings_file(options.adapter))
     if saved.get("eval_data") and options.split != "train":
         saved["data"] = saved["eval_data"]
     if saved.get("prompt_file"):
@@ -115,13 +122,6 @@ def settings_of_run(options: Namespace, typed: dict) -> dict:
     if "preset" in typed and typed["preset"] != saved.get("preset"):
         raise UserError("--preset is for a base model: an adapter uses the settings of its run")
     return {name: saved[name] for name in USED - {"device"} if name in saved}
-
-
-def seed_of_run(options: Namespace) -> int:
-    """Return the seed of the adapter's run, or 0. It chooses the scenes of the train split."""
-    if options.adapter is None or not settings_file(options.adapter).is_file():
-        return 0
-    return read_settings(settings_file(options.adapter)).get("seed", 0)
 
 
 def describe_adapter(settings: Settings, options: Namespace, typed: dict) -> str:
@@ -197,7 +197,9 @@ def open_input(settings: Settings, options: Namespace):
     count = options.count
     if count is None:
         count = 600 if settings.data == "shapes" else sys.maxsize
-    seed = seed_of_run(options) if settings.data == "shapes" else None
+    seed = None
+    if settings.data == "shapes":  # the seed of the run chooses the scenes of its train split
+        seed = saved_settings(options).get("seed", 0)
     return open_data(
         settings.data,
         options.split,

@@ -16,7 +16,6 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from .attention import IMPLEMENTATION
-from .config import cell_size
 from .memory import compute_dtype
 from .policy import TINY, Policy, add_adapter, four_bits
 

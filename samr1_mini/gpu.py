@@ -134,7 +134,8 @@ def driver_fault(driver: str) -> str:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip().lower() in HIDES_ALL:
         hint = "CUDA_VISIBLE_DEVICES hides every GPU"
     elif "CUDA_VISIBLE_DEVICES" in os.environ:
-        hint = f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']}: perhaps it names no GPU of this machine"
+        named = os.environ["CUDA_VISIBLE_DEVICES"]
+        hint = f"CUDA_VISIBLE_DEVICES is {named}: perhaps it names no GPU of this machine"
     else:
         hint = "In a container, start with docker run --gpus all"
     return (

@@ -81,9 +81,16 @@ def sampling_gap(forwards: list[dict]) -> dict:
 
 
 # columns of a step in which no process had a forward
-WITHOUT_FORWARDS = {"ratio_min": 1.0, "ratio_max": 1.0}
-for _name in ("approx_kl", "clip_low", "clip_high", "entropy", "sampling_gap", "sampling_gap_max"):
-    WITHOUT_FORWARDS[_name] = 0.0
+WITHOUT_FORWARDS = {
+    "ratio_min": 1.0,
+    "ratio_max": 1.0,
+    "approx_kl": 0.0,
+    "clip_low": 0.0,
+    "clip_high": 0.0,
+    "entropy": 0.0,
+    "sampling_gap": 0.0,
+    "sampling_gap_max": 0.0,
+}
 
 
 def step_line(line: dict, drawn: int, s: Settings) -> dict:

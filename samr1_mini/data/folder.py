@@ -75,6 +75,11 @@ class Line:
     box_only: bool
     nothing: bool  # the picture has no such object
 
+    @property
+    def row(self) -> dict:
+        """Return the keys and values of the line, without missing values."""
+        return present(json.loads(self.text))
+
 
 class Folder(Data):
     """`count` questions of a split of the folder's data.jsonl.
@@ -140,9 +145,7 @@ class Folder(Data):
                 for name in (row["image"], *mask_files(row)):
                     inside(self.folder, name)
                 row["image"] = normal_path(row["image"])
-            name = row.get("id")
-            if is_absent(name):
-                name = f"line-{number}"
+            name = row.get("id", f"line-{number}")
             split, size, box_only = split_of(row), row.get("size"), has_box(row)
             nothing = not box_only and not truth_of(row)
             return Line(number, text, str(name), row["image"], split, size, box_only, nothing)
@@ -210,7 +213,7 @@ class Folder(Data):
         turned, corners = set(), []
         for line in self.distinct_lines():
             with self.named(line.number):
-                row = present(json.loads(line.text))
+                row = line.row
                 header = read_header(inside(self.pictures, line.image))
                 check_size(line.image, header.size, line.size, "; use the original picture")
                 unsure, numbers = check_against_picture(row, header, self.folder, self.converted)
@@ -367,7 +370,7 @@ class Folder(Data):
     def read_sample(self, line: Line) -> Sample:
         """Read a line's picture and mask. Raises UserError."""
         with self.named(line.number):
-            row = present(json.loads(line.text))
+            row = line.row
             image = open_picture(inside(self.pictures, line.image))
             question = clean_question(row["question"])
             kind, picture = str(row.get("kind", "")), line.image
@@ -415,7 +418,7 @@ def mask_files(row: dict) -> list[str]:
 def split_of(row: dict) -> str | None:
     """Return the split that a line names, or None."""
     name = row.get("split")
-    if is_absent(name):
+    if name is None:
         return None
     if str(name).lower() not in SPLITS:
         raise ValueError(f"split {name!r} is none of {', '.join(SPLITS)}")
