@@ -198,10 +198,7 @@ def test_these_models_are_asked_in_thousandths_and_their_answers_read_so(other, 
 
 
 def test_the_coordinate_system_can_be_set_against_the_models_habit(folders, policy):
-    assert (
-        load_policy(folders["qwen2_vl"], "fp32", 4, coordinates="pixels").answer_side(112)
-        == 112
-    )
+    assert load_policy(folders["qwen2_vl"], "fp32", 4, coordinates="pixels").answer_side(112) == 112
     assert policy.coordinates == "pixels" and policy.answer_side(112) == 112
     assert load_policy("tiny", "fp32", 4, coordinates="thousandths").answer_side(112) == 1000
 

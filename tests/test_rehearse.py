@@ -125,15 +125,13 @@ def test_memory_that_runs_out_is_told_with_its_phase(step, monkeypatch):
     settings, _ = make_settings(
         preset="tiny", device="cpu", rehearse=2, max_new_tokens=8, image_size=112, group=2
     )
-    with pytest.raises(UserError, match="in the phase update; lower --group.*2.00 GiB"):
+    with pytest.raises(UserError, match="update.*--group.*2.00 GiB"):
         rehearse_module.rehearse(settings)
 
 
 def test_a_size_that_the_shape_cannot_cut_is_refused_in_one_line():
     settings, _ = make_settings(preset="3b", device="cpu", rehearse=1, image_size=100)
-    with pytest.raises(
-        UserError, match="--image-size must be a multiple of 28 .* not 100: try 112"
-    ):
+    with pytest.raises(UserError, match="--image-size .*28.*100.*112"):
         rehearse_module.rehearse(settings)
 
 
@@ -141,9 +139,7 @@ def test_a_policy_of_another_shape_than_the_presets_is_refused_in_one_line():
     settings, _ = make_settings(
         preset="7b", device="cpu", rehearse=1, policy="Qwen/Qwen3-VL-4B-Instruct", image_size=832
     )
-    with pytest.raises(
-        UserError, match="knows the shape of --preset 7b's own policy, not of --policy Qwen/Qwen3"
-    ):
+    with pytest.raises(UserError, match="--preset 7b.*--policy Qwen/Qwen3"):
         rehearse_module.rehearse(settings)
 
 

@@ -85,7 +85,7 @@ def result_rows():
     for name, key in (
         ("gIoU", "gIoU"),
         ("cIoU", "cIoU"),
-        ("boxes with IoU above 0.5", "box_accuracy"),
+        ("boxes: IoU with the true box above 0.5", "box_accuracy"),
     ):
         yield three_runs(name, lambda scores, key=key: scores[key])
     for kind, example in (

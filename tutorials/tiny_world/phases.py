@@ -13,12 +13,24 @@ from matplotlib.figure import Figure
 from samr1_mini.config import Parser, UserError, exit_with
 from samr1_mini.plots import BLACK, BLUE, GREEN, ORANGE, PINK, smooth
 from samr1_mini.runs import read_log
-from samr1_mini.tiny.scenes import KINDS
-from .answers import STYLES, style_of
+from .answers import style_of
 
 # Styles outside the asked format are grey.
-STYLE_COLOURS = dict(zip((*STYLES, "other"), ("0.75", "0.55", BLUE, ORANGE, GREEN, PINK)))
-KIND_COLOURS = dict(zip(KINDS, (BLUE, ORANGE, GREEN, PINK, BLACK)))
+STYLE_COLOURS = {
+    "sentence": "0.75",
+    "json": "0.55",
+    "short": BLUE,
+    "names": ORANGE,
+    "places": GREEN,
+    "other": PINK,
+}
+KIND_COLOURS = {
+    "attribute": BLUE,
+    "part": ORANGE,
+    "relation": GREEN,
+    "indirect": PINK,
+    "combined": BLACK,
+}
 WINDOW = 9  # steps that a curve is smoothed over
 FEWEST = 5  # answers in the window: a mean over fewer is not drawn
 
