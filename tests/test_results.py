@@ -85,14 +85,14 @@ def result_rows():
     for name, key in (
         ("gIoU", "gIoU"),
         ("cIoU", "cIoU"),
-        ("boxes: IoU with the true box above 0.5", "box_accuracy"),
+        ("share of boxes: IoU with the true box above 0.5", "box_accuracy"),
     ):
         yield three_runs(name, lambda scores, key=key: scores[key])
     for kind, example in (
         ("attribute", "the red star"),
         ("relation", "the object left of the blue ring"),
     ):
-        name = f'gIoU, such as "{example}"'
+        name = f'gIoU of questions such as "{example}"'
         yield three_runs(name, lambda scores, kind=kind: scores["by_kind"][kind]["gIoU"])
 
 
