@@ -135,9 +135,20 @@ Groups = list[tuple[str, list[Thing]]]  # questions: a text and all right object
 # ------------------------------------------------------------------------------------- drawing
 
 
-def _on_circle(angles: np.ndarray) -> np.ndarray:
-    """Return the points [N, 2] of the unit circle at `angles` [N] in radians."""
+def _polygon(count: int, start: float) -> np.ndarray:
+    """Return `count` points [N, 2] at equal distances on the unit circle.
+
+    The first point is at the angle `start` in radians.
+    """
+    angles = start + np.linspace(0, 2 * math.pi, count, endpoint=False)
     return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def _star() -> np.ndarray:
+    """Return the ten corners of a star."""
+    corners = _polygon(10, _UP)
+    corners[1::2] *= 0.42
+    return corners
 
 
 def _cross() -> np.ndarray:
@@ -159,25 +170,25 @@ def _heart() -> np.ndarray:
     return np.stack([x, -y], 1) / 17
 
 
-def _outline(shape: str, angle: float) -> np.ndarray:
-    """Return corners [N, 2] of a shape of radius 1 around (0, 0), turned by `angle` (radians).
+_UP = -math.pi / 2
+_CIRCLE = _polygon(48, 0)
+# Corners [N, 2] of each shape. The radius is 1 and the middle is (0, 0).
+_OUTLINES = {
+    "circle": _CIRCLE,
+    "ring": _CIRCLE,
+    "moon": _CIRCLE,
+    "square": _polygon(4, math.pi / 4),
+    "triangle": _polygon(3, _UP),
+    "star": _star(),
+    "cross": _cross(),
+    "heart": _heart(),
+}
 
-    Round shapes are not turned.
-    """
-    up = -math.pi / 2
-    if shape in ("circle", "ring", "moon"):
-        return _on_circle(np.linspace(0, 2 * math.pi, 48, endpoint=False))
-    if shape == "square":
-        corners = _on_circle(np.arange(4) * math.pi / 2 + math.pi / 4)
-    elif shape == "triangle":
-        corners = _on_circle(up + np.arange(3) * 2 * math.pi / 3)
-    elif shape == "star":
-        radius = np.where(np.arange(10) % 2, 0.42, 1.0)
-        corners = _on_circle(up + np.arange(10) * math.pi / 5) * radius[:, None]
-    elif shape == "cross":
-        corners = _cross()
-    else:
-        corners = _heart()
+
+def _turned(corners: np.ndarray, angle: float) -> np.ndarray:
+    """Turn corners [N, 2] around (0, 0) by an angle in radians. A circle stays as it is."""
+    if corners is _CIRCLE:
+        return corners
     c, s = math.cos(angle), math.sin(angle)
     return corners @ np.array([[c, s], [-s, c]])
 
@@ -195,7 +206,7 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
         pixels = (np.array([x, y]) + corners * (size / 2)) * scale
         draw.polygon(pixels.ravel().tolist(), fill=fill)
 
-    corners = _outline(shape, angle)
+    corners = _turned(_OUTLINES[shape], angle)
     polygon(corners, 255)
     if shape == "ring":
         polygon(corners * 0.55, 0)
