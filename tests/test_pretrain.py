@@ -22,10 +22,10 @@ from samr1_mini.metrics import box_iou, intersection_union, iou
 from samr1_mini.policy import Policy, Prompt, encode, load_policy, logprobs
 from samr1_mini.reward import read_answer
 from samr1_mini.segmenter import TINY_SAM, load_segmenter, random_sam
-from samr1_mini.tiny.scenes import SIZE, SPLITS, ask_group, fair_questions, make_scene
+from samr1_mini.tiny.scenes import SIZE, SPLITS, ask, make_scene
 from tutorials.tiny_world import answers, ground, language, measure, pretrain, sam, training
 from tutorials.tiny_world import warm_start
-from tutorials.tiny_world.answers import STYLES, answer_parts, style_of, wide_box
+from tutorials.tiny_world.answers import STYLES, answer_parts, fair_questions, style_of, wide_box
 from tutorials.tiny_world.build import build_policy, build_processor
 from tutorials.tiny_world.ground import line_up_numbers, new_policy
 from tutorials.tiny_world.sam import box_around, meant, neighbour, points_on
@@ -832,7 +832,7 @@ def test_answers_of_the_warm_start_are_lists_in_the_format_and_short_enough(proc
     for seed in range(40):
         scene = make_scene(seed)
         for kind in warm_start.KINDS:
-            found = ask_group(scene, rng, kind)
+            found = ask(scene, rng, kind)
             if not found:
                 continue
             question, things = found

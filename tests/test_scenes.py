@@ -17,7 +17,8 @@ from samr1_mini.lenient import read_leniently
 from samr1_mini.metrics import box_iou
 from samr1_mini.reward import read_answer
 from samr1_mini.tiny import scenes
-from tutorials.tiny_world.answers import STYLES, answer_parts, fact_texts, loose_points, style_of
+from tutorials.tiny_world.answers import STYLES, answer_parts, fact_texts, fair_questions
+from tutorials.tiny_world.answers import loose_points, style_of
 from tutorials.tiny_world.language import described_questions
 from tutorials.tiny_world.mirror import Mirrored
 from samr1_mini.tiny.shapes import ASKED
@@ -33,9 +34,8 @@ from samr1_mini.tiny.scenes import (
     SPLITS,
     Scene,
     Thing,
-    _group_forms,
     ask,
-    fair_questions,
+    fair_forms,
     make_scene,
 )
 
@@ -631,7 +631,7 @@ def test_a_question_about_a_group_has_exactly_these_objects(kind):
     asked = Counter()
     for seed in range(300):
         scene = drawn(seed)
-        for text, things in sum(_group_forms(scene, kind), []):
+        for text, things in sum(fair_forms(scene, kind), []):
             found = read_group(scene, text)
             assert found is not None and set(found) == set(things), (seed, text)
             assert len(things) == 0 if kind == "none" else 2 <= len(things) <= 3
@@ -647,7 +647,7 @@ def test_the_two_extreme_things_leave_room_to_the_third():
     asked = 0
     for seed in range(300):
         scene = drawn(seed)
-        for text, two in sum(_group_forms(scene, "two"), []):
+        for text, two in sum(fair_forms(scene, "two"), []):
             rest = [t for t in scene.things if t not in two]
             if text == "the two leftmost things":
                 assert all(o.x - t.x >= 7 for o in rest for t in two)

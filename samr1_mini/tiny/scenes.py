@@ -15,7 +15,7 @@ So a predicted mask can be partly right. Questions come in five kinds:
 
 `make_scene(seed)` depends on its seed alone.
 Train, validation and test scenes come from disjoint ranges of seeds (`SPLITS`).
-A question is asked only if `right_object` finds one object for it.
+A question is asked only if its right object is beyond doubt.
 
 Four more kinds, for --objects several, mean several objects or none:
 
@@ -26,8 +26,9 @@ Four more kinds, for --objects several, mean several objects or none:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -43,7 +44,9 @@ SPLITS = {
 PRETRAIN = (3 * 10**9, 4 * 10**9)  # the base networks learn from scenes that no split holds
 KINDS = ("attribute", "part", "relation", "indirect", "combined")
 GROUP_KINDS = ("all", "two", "dots", "none")
-MOST_OBJECTS = 3  # in one answer
+# For each kind, the numbers of right objects that a fair question can have
+COUNTS = dict.fromkeys(KINDS, (1,))
+COUNTS |= {"all": (2, 3), "two": (2,), "dots": (2, 3), "none": (0,)}
 
 COLOURS = {
     "red": (215, 40, 40),
@@ -128,8 +131,8 @@ class Scene:
     things: list[Thing]
 
 
-Pairs = list[tuple[str, Thing]]  # questions: a text and the right object
-Groups = list[tuple[str, list[Thing]]]  # questions: a text and all right objects
+RightObjects = list[Thing] | None  # None: a reader may doubt which objects are right
+Question = tuple[str, list[Thing]]  # a text, and all objects that it means
 
 
 # ------------------------------------------------------------------------------------- drawing
@@ -289,7 +292,8 @@ def _allowed(things: list[Thing], new: Thing) -> bool:
 
 def _blend(image: np.ndarray, paint: np.ndarray, cover: np.ndarray) -> None:
     """Lay a colour [3] on an image [SIZE, SIZE, 3], in place. `cover` [SIZE, SIZE] is 0 to 1."""
-    image[:] = image * (1 - cover[..., None]) + paint * cover[..., None]
+    cover = cover[..., None]
+    image[:] = image * (1 - cover) + paint * cover
 
 
 def _add_thing(rng: np.random.Generator, image: np.ndarray, things: list[Thing]) -> None:
@@ -312,7 +316,8 @@ def _add_thing(rng: np.random.Generator, image: np.ndarray, things: list[Thing])
     thing = Thing(shape, colour, x, y, size, cover > 0.5)
     if not _allowed(things, thing):
         return
-    paint = np.array(COLOURS[colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
+    paint = np.array(COLOURS[colour], np.float32)
+    paint += rng.normal(0, 8, 3).astype(np.float32)
     if rng.random() < 0.15:  # a faint thing: a third of the background shines through
         paint = 0.67 * paint + 0.33 * image[thing.mask].mean(0)
     _blend(image, paint, cover)
@@ -344,7 +349,8 @@ def make_scene(seed: int) -> Scene:
     for _ in range(80):
         if len(things) < wanted:
             _add_thing(rng, image, things)
-    return Scene((image + grain).clip(0, 255).astype(np.uint8), things)
+    image = (image + grain).clip(0, 255)
+    return Scene(image.astype(np.uint8), things)
 
 
 # ------------------------------------------------------------------------------------- questions
@@ -369,9 +375,6 @@ class Description:
 
     def fits(self, colour: str, shape: str) -> bool:
         return self.colour in (None, colour) and shape in self.shapes
-
-
-WITH_CORNERS = Description("things with corners", shapes=CORNERED)
 
 
 def _measures(thing: Thing, word: str) -> tuple[float, float]:
@@ -407,14 +410,6 @@ def _extreme(things: list[Thing], word: str) -> list[Thing]:
     return [thing for thing, is_near in zip(things, near) if is_near]
 
 
-def _distance(thing: Thing, anchor: Thing, side: str) -> float:
-    """Return the distance in pixels from the anchor's centre to a thing's centre, towards a side.
-
-    The anchor is the thing that the question names. A distance towards the other side is negative.
-    """
-    return _measures(thing, _SIDES[side])[0] - _measures(anchor, _SIDES[side])[0]
-
-
 def _found(scene: Scene, what: Description) -> tuple[list[Thing], list[Thing]]:
     """Return two lists: the things that fit a description, and the things with a dot that fits it.
 
@@ -425,63 +420,81 @@ def _found(scene: Scene, what: Description) -> tuple[list[Thing], list[Thing]]:
     return found, dotted
 
 
-def right_object(scene: Scene, form: str, what: Description, word: str) -> Thing | None:
-    """Return the only object that can be the answer, or None if there is not exactly one.
+# Each of the next five functions returns the right objects of a question, or None if they are in
+# doubt. A dot is the answer only if the question asks for a dot. `word` is "leftmost", "left of",
+# or "" in a question that compares nothing. The number of objects is checked later (COUNTS).
 
-    A question has one of four forms:
 
-    is       the thing that `what` describes
-    dot      the dot of the thing
-    extreme  the thing that wins by `word` ("leftmost") among the things of the description
-    side     the thing that is `word` ("left of") the described thing
+def right_named(scene: Scene, what: Description, word: str) -> RightObjects:
+    """Return the things of a description, if no reader can take a dot for one of them."""
+    found, dotted = _found(scene, what)
+    return None if dotted else found
 
-    A dot is the answer only if the question asks for a dot.
-    The question is unfair if a reader may take a dot for a small circle.
+
+def right_dot(scene: Scene, what: Description, word: str) -> RightObjects:
+    """Return the dots of the things of a description, if each of these things has a dot."""
+    found, _ = _found(scene, what)
+    dots = [thing.dot for thing in found]
+    return None if None in dots else dots
+
+
+def right_dots(scene: Scene, what: Description, word: str) -> RightObjects:
+    """Return all dots. Things without a dot do not matter."""
+    return [thing.dot for thing in scene.things if thing.dot]
+
+
+def right_side(scene: Scene, what: Description, word: str) -> RightObjects:
+    """Return the things that are `word` ("left of") the only thing of a description."""
+    anchors = right_named(scene, what, word)
+    if anchors is None or len(anchors) != 1:
+        return None
+    [anchor] = anchors
+    start, _ = _measures(anchor, _SIDES[word])
+    beyond = []
+    for thing in scene.things:
+        end, _ = _measures(thing, _SIDES[word])
+        distance = end - start  # pixels from the anchor's centre towards this side
+        if thing is not anchor and -7 < distance <= 7:
+            return None
+        if distance > 7:
+            beyond.append(thing)
+    return beyond
+
+
+def right_extreme(scene: Scene, what: Description, word: str, count: int = 1) -> RightObjects:
+    """Return the `count` clear winners by `word` ("leftmost") among the things of a description.
+
+    Each winner has to win clearly against all things that do not win. A dot cannot win.
     """
     found, dotted = _found(scene, what)
-    if form == "extreme":
-        return _right_extreme(found, dotted, word)
-    if len(found) != 1:
-        return None
-    anchor = found[0]
-    if form == "dot":
-        return anchor.dot
-    if dotted:
-        return None
-    if form == "is":
-        return anchor
-    # Unfair: a second thing is on this side, or at most 7 px beyond the anchor's centre.
-    near = [t for t in scene.things if t is not anchor and _distance(t, anchor, word) > -7]
-    if len(near) == 1 and _distance(near[0], anchor, word) > 7:
-        return near[0]
-    return None
-
-
-def _right_extreme(found: list[Thing], dotted: list[Thing], word: str) -> Thing | None:
-    """Return the clear winner among the things found, or None. A dot cannot win."""
-    if len(found) < 2:  # one object leaves nothing to compare
+    if len(found) <= count:  # nothing is left to compare
         return None
     if word == "smallest" and dotted:
         return None
-    dots = [t.dot for t in dotted if t not in found]
-    best = _extreme(found + dots, word)
-    if len(best) == 1 and best[0] in found:
-        return best[0]
-    return None
+    rivals = found + [t.dot for t in dotted if t not in found]
+    rivals.sort(key=lambda thing: _measures(thing, word)[0])
+    winners, rest = rivals[-count:], rivals[:-count]
+    for thing in winners:
+        if thing not in found or _extreme([thing, *rest], word) != [thing]:
+            return None
+    return winners
 
 
-def _fair(scene: Scene, form: str, start: str, what: list[Description], words=("",)) -> Pairs:
+def _fair(
+    scene: Scene, counts: tuple, right: Callable, start: str, what: list, words=("",)
+) -> list[Question]:
     """Return the fair questions of a form, for all words and descriptions.
 
-    A text is `start` and a description. A "*" in `start` stands for the word.
+    `right` is one of the functions above. It has to find one of the `counts` of objects. A text is
+    `start` and a description of the list `what`. A "*" in `start` stands for the word.
     """
-    pairs = []
+    questions = []
     for word in words:
         for one in what:
-            thing = right_object(scene, form, one, word)
-            if thing is not None:
-                pairs.append((f"{start.replace('*', word)} {one.text}", thing))
-    return pairs
+            things = right(scene, one, word)
+            if things is not None and len(things) in counts:
+                questions.append((f"{start.replace('*', word)} {one.text}", things))
+    return questions
 
 
 def _of_colour(words: str) -> list[Description]:
@@ -489,109 +502,59 @@ def _of_colour(words: str) -> list[Description]:
     return [Description(f"{words} {subject}", c) for subject, c in COLOUR_OF.items()]
 
 
-def _forms(scene: Scene, kind: str) -> list[Pairs]:
-    """Return the fair questions of a kind, one list for each form."""
-    colours = sorted({t.colour for t in scene.things})
-    shapes = sorted({t.shape for t in scene.things})
+def _forms(scene: Scene, kind: str) -> list[tuple]:
+    """Return the forms of a kind: the last arguments of _fair."""
     names = [Description(t.name, t.colour, (t.shape,)) for t in scene.things]
-    of_colour = [Description(f"{colour} object", colour) for colour in colours]
-    of_shape = [Description(shape, shapes=(shape,)) for shape in shapes]
+    of_colour = [Description(f"{colour} object", colour) for colour in sorted(COLOURS)]
+    of_shape = [Description(shape, shapes=(shape,)) for shape in sorted(SHAPES)]
+    cornered = [Description("things with corners", shapes=CORNERED)]
+    if {"heart", "moon"} & {t.shape for t in scene.things}:
+        cornered = []
     if kind == "attribute":
-        by_name = _fair(scene, "is", "the", names)
-        return [by_name, _fair(scene, "is", "the", of_colour + of_shape)]
+        return [(right_named, "the", names), (right_named, "the", of_colour + of_shape)]
     if kind == "part":
-        return [_fair(scene, "dot", "the dot of the", names + of_shape)]
+        return [(right_dot, "the dot of the", names + of_shape)]
     if kind == "relation":
         compared = [Description("object"), *of_colour, *of_shape]
-        extremes = _fair(scene, "extreme", "the *", compared, _EXTREMES)
-        return [extremes, _fair(scene, "side", "the object * the", names, _SIDES)]
+        extremes = right_extreme, "the *", compared, _EXTREMES
+        return [extremes, (right_side, "the object * the", names, _SIDES)]
     indirect = _of_colour("thing that has the colour of")
     for feature, shape in SHAPE_WITH.items():
         indirect.append(Description(f"object with {feature}", shapes=(shape,)))
     if kind == "indirect":
-        return [_fair(scene, "is", "the", indirect)]
-    if kind != "combined":
-        raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(KINDS)}")
-    compared = _of_colour("things that have the colour of")
-    if not {"heart", "moon"} & set(shapes):
-        compared += [WITH_CORNERS] * 4  # asked more often
-    sides = _fair(scene, "side", "the object * the", indirect, _SIDES)
-    return [sides, _fair(scene, "extreme", "the * of the", compared, _EXTREMES)]
+        return [(right_named, "the", indirect)]
+    if kind == "combined":
+        compared = _of_colour("things that have the colour of")
+        compared += cornered * 4  # asked more often
+        sides = right_side, "the object * the", indirect, _SIDES
+        return [sides, (right_extreme, "the * of the", compared, _EXTREMES)]
+    if kind == "two":
+        return [(partial(right_extreme, count=2), "the two *", [Description("things")], _EXTREMES)]
+    if kind == "dots":
+        return [(right_dots, "the dots of all", [Description("things")])]
+    if kind == "none":
+        names = [Description(f"{c} {shape}", c, (shape,)) for c in COLOURS for shape in SHAPES]
+        return [(right_named, "the", names)]
+    of_colour = [Description(f"{colour} things", colour) for colour in COLOURS]
+    of_shape = []
+    for shape in SHAPES:
+        plural = shape.replace("cross", "crosse") + "s"
+        of_shape.append(Description(plural, shapes=(shape,)))
+    return [(right_named, "all", what) for what in (of_colour, of_shape, cornered)]
 
 
-def fair_questions(scene: Scene, kind: str) -> Pairs:
-    """Return all questions of a kind that have exactly one right object."""
-    return sum(_forms(scene, kind), [])
+def fair_forms(scene: Scene, kind: str) -> list[list[Question]]:
+    """Return all fair questions of a kind, one list for each form."""
+    return [_fair(scene, COUNTS[kind], *form) for form in _forms(scene, kind)]
 
 
-def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, Thing] | None:
-    """Choose a random fair question of a kind: (text, object), or None if there is none.
+def ask(scene: Scene, rng: np.random.Generator, kind: str) -> Question | None:
+    """Choose a random fair question of a kind, or return None if there is none.
 
     All forms with at least one fair question are equally likely.
     """
-    return _pick(rng, _forms(scene, kind))
-
-
-def _pick(rng: np.random.Generator, forms: list[list]):
-    """Return a question of a random form that is not empty, or None if all forms are empty."""
-    forms = [form for form in forms if form]
+    forms = [form for form in fair_forms(scene, kind) if form]
     if not forms:
         return None
     questions = forms[rng.integers(len(forms))]
     return questions[rng.integers(len(questions))]
-
-
-# ------------------------------------------------------------------------------------- groups
-
-
-def right_group(scene: Scene, what: Description) -> list[Thing] | None:
-    """Return all objects of a description, or None if a reader may take a dot for one of them."""
-    found, dotted = _found(scene, what)
-    return None if dotted else found
-
-
-def right_two(scene: Scene, word: str) -> list[Thing] | None:
-    """Return the two things that win by `word` ("leftmost"), or None if there are no clear winners.
-
-    Each of them has to win clearly against all other things. If the scene has a dot, a reader may
-    take it for the smallest thing, so "smallest" has no clear winners.
-    """
-    two = sorted(scene.things, key=lambda t: _measures(t, word)[0])[-2:]
-    rest = [t for t in scene.things if t not in two]
-    if not rest or (word == "smallest" and any(t.dot for t in scene.things)):
-        return None
-    if any(_extreme([thing, *rest], word) != [thing] for thing in two):
-        return None
-    return two
-
-
-def _group_forms(scene: Scene, kind: str) -> list[Groups]:
-    """Return the fair questions of a kind in GROUP_KINDS, one list for each form."""
-    if kind == "two":
-        pairs = [(f"the two {word} things", right_two(scene, word)) for word in _EXTREMES]
-        return [[pair for pair in pairs if pair[1]]]
-    if kind == "dots":
-        dots = [t.dot for t in scene.things if t.dot]
-        return [[("the dots of all things", dots)]] if 2 <= len(dots) <= MOST_OBJECTS else []
-    if kind == "none":
-        names = [Description(f"{c} {shape}", c, (shape,)) for c in COLOURS for shape in SHAPES]
-        return [[(f"the {one.text}", []) for one in names if right_group(scene, one) == []]]
-    plurals = [shape.replace("cross", "crosse") + "s" for shape in SHAPES]
-    of_colour = [Description(f"{colour} things", colour) for colour in COLOURS]
-    of_shape = [Description(text, shapes=(shape,)) for text, shape in zip(plurals, SHAPES)]
-    cornered = [WITH_CORNERS]
-    if {"heart", "moon"} & {t.shape for t in scene.things}:
-        cornered = []
-    forms = []
-    for what in (of_colour, of_shape, cornered):
-        groups = [(f"all {one.text}", right_group(scene, one) or []) for one in what]
-        forms.append([group for group in groups if 2 <= len(group[1]) <= MOST_OBJECTS])
-    return forms
-
-
-def ask_group(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, list[Thing]] | None:
-    """Choose a random fair question of a kind, with the list of its objects, or None."""
-    if kind in GROUP_KINDS:
-        return _pick(rng, _group_forms(scene, kind))
-    found = ask(scene, rng, kind)
-    return found and (found[0], [found[1]])

@@ -5,7 +5,7 @@ from PIL import Image
 
 from ..config import UserError
 from ..data.samples import Data, Sample, union
-from .scenes import SPLITS, ask_group, make_scene
+from .scenes import SPLITS, ask, make_scene
 
 # The kinds of questions, in turn. The harder kinds occur twice.
 ASKED = ("attribute", "relation", "combined", "part", "indirect", "relation", "combined")
@@ -43,7 +43,7 @@ class Shapes(Data):
         scene, rng = make_scene(seed), np.random.default_rng([seed, 1])
         for turn in range(len(self.asked)):  # a scene may lack fair questions of a kind
             kind = self.asked[(i + turn) % len(self.asked)]
-            found = ask_group(scene, rng, kind)
+            found = ask(scene, rng, kind)
             if found:
                 text, things = found
                 image, masks = Image.fromarray(scene.image), [thing.mask for thing in things]

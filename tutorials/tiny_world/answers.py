@@ -23,11 +23,16 @@ from samr1_mini.tiny.scenes import (
     SIZE,
     Scene,
     Thing,
-    fair_questions,
+    fair_forms,
     make_scene,
 )
 
 ANSWER = '.</think><answer>{"bbox": ['  # from a thought to the first number
+
+
+def fair_questions(scene: Scene, kind: str) -> list[tuple[str, Thing]]:
+    """Return all questions of a kind that have exactly one right object."""
+    return [(text, thing) for form in fair_forms(scene, kind) for text, [thing] in form]
 
 
 def wide_box(box, rng: np.random.Generator, slack: float) -> list[float]:

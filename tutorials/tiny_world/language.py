@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from samr1_mini.policy import Policy, Prompt, encode, logprobs
-from samr1_mini.tiny.scenes import Scene, Thing, ask, fair_questions
-from .answers import ANSWER, LISTING, STYLES, answer_parts, draw_style, fact_texts, listed
+from samr1_mini.tiny.scenes import Scene, Thing, ask
+from .answers import ANSWER, LISTING, STYLES, answer_parts, draw_style, fact_texts
+from .answers import fair_questions, listed
 from .ground import align_words, cut, policy_optimizers
 from .training import DEVICE, learn, scenes_from
 
@@ -73,7 +74,8 @@ def questions_on(scene: Scene, rng: np.random.Generator) -> list[Asked]:
     for kind in kinds:
         found = ask(scene, rng, str(kind))
         if found:
-            questions.append(Asked(str(kind), *found))
+            text, [thing] = found
+            questions.append(Asked(str(kind), text, thing))
     if questions:
         return questions
     return [Asked("attribute", *fair_questions(scene, "attribute")[0])]
@@ -157,7 +159,7 @@ def described_questions(rng: np.random.Generator, scene: Scene, count: int) -> l
         found = ask(scene, rng, kind)
         if not found:
             continue
-        question, thing = found
+        question, [thing] = found
         hint = STYLES[style].hint if rng.random() < 0.5 else ""
         questions.append(Described(question, hint, listed(scene, style, question), thing.name))
     return questions

@@ -22,7 +22,7 @@ import torch
 from samr1_mini.config import Parser, UserError, exit_with
 from samr1_mini.policy import Policy, load_base, logprobs
 from samr1_mini.prompt import SEVERAL_PROMPT
-from samr1_mini.tiny.scenes import Scene, Thing, ask_group
+from samr1_mini.tiny.scenes import Scene, Thing, ask
 from .answers import called, in_order, listed, loose_points, wide_box
 from .ground import policy_optimizers
 from .language import TURN, Written, prompts_before_question, written
@@ -89,7 +89,7 @@ def rows_about(policy: Policy, scene: Scene, rng: np.random.Generator) -> list[W
     """Return up to QUESTIONS questions about a scene with their answers. The answers are learnt."""
     rows = []
     for kind in rng.permutation(KINDS):
-        found = ask_group(scene, rng, str(kind))
+        found = ask(scene, rng, str(kind))
         if found and len(rows) < QUESTIONS:
             question, things = found
             answered = some_forgotten(things, rng)
