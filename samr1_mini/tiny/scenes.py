@@ -516,7 +516,7 @@ def _forms(scene: Scene, kind: str) -> list[tuple]:
         return [(right_dot, "the dot of the", names + of_shape)]
     if kind == "relation":
         compared = [Description("object"), *of_colour, *of_shape]
-        extremes = right_extreme, "the *", compared, _EXTREMES
+        extremes = (right_extreme, "the *", compared, _EXTREMES)
         return [extremes, (right_side, "the object * the", names, _SIDES)]
     indirect = _of_colour("thing that has the colour of")
     for feature, shape in SHAPE_WITH.items():
@@ -525,8 +525,9 @@ def _forms(scene: Scene, kind: str) -> list[tuple]:
         return [(right_named, "the", indirect)]
     if kind == "combined":
         compared = _of_colour("things that have the colour of")
-        compared += cornered * 4  # asked more often
-        sides = right_side, "the object * the", indirect, _SIDES
+        share = 4  # "things with corners" are asked for as often as four colours
+        compared += cornered * share
+        sides = (right_side, "the object * the", indirect, _SIDES)
         return [sides, (right_extreme, "the * of the", compared, _EXTREMES)]
     if kind == "two":
         return [(partial(right_extreme, count=2), "the two *", [Description("things")], _EXTREMES)]
