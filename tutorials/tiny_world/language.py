@@ -17,8 +17,16 @@ from PIL import Image
 
 from samr1_mini.policy import Policy, Prompt, encode, logprobs
 from samr1_mini.tiny.scenes import Scene, Thing, ask
-from .answers import ANSWER, LISTING, STYLES, answer_parts, draw_style, fact_texts
-from .answers import fair_questions, listed
+from .answers import (
+    ANSWER,
+    LISTING,
+    STYLES,
+    answer_parts,
+    draw_style,
+    fact_texts,
+    fair_questions,
+    listed,
+)
 from .ground import align_words, cut, policy_optimizers
 from .training import DEVICE, learn, scenes_from
 
