@@ -13,8 +13,7 @@ from .full_size import SHAPES, shape_config
 from .gpu import GIB, card_memory
 from .memory import GAPS, memory_warning, smaller_weights
 from .policy import check_policy
-from .sizes import FP32, Sizes, sam_number_bytes, sam_sizes, sampling_bytes, set_kept_layers
-from .sizes import update_bytes
+from .sizes import FP32, Sizes, sam_sizes, sampling_bytes, set_kept_layers, update_bytes
 from .speed import hours, known_card
 
 CONTEXT = 0.6  # GiB of CUDA's libraries
@@ -26,7 +25,7 @@ def staying_bytes(n: Sizes) -> dict[str, float]:
         "language layers": n.linear_weights * n.linear_weight_bytes,
         "embeddings and head": (n.embedding_weights + n.head_weights) * n.number_bytes,
         "vision tower": n.vision_weights * n.number_bytes,
-        "SAM": sam_sizes(n.s.sam).weights * sam_number_bytes(n.s),
+        "SAM": sam_sizes(n.s.sam).weights * n.sam_number_bytes,
         "adapter": n.adapter_weights * FP32,
         "moments": 2 * n.adapter_weights * FP32,
     }
@@ -44,7 +43,7 @@ def phase_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     for name, parts in sampling_bytes(n).items():
         for part, size in parts.items():
             phases[name][part] = s.questions * size
-    scores = 3 * sam_sizes(s.sam).scores * sam_number_bytes(s)
+    scores = 3 * sam_sizes(s.sam).scores * n.sam_number_bytes
     phases["reward"]["SAM's attention scores, and two position terms"] = scores
     for name, parts in update_bytes(n).items():
         phases[name] |= parts

@@ -81,16 +81,17 @@ def is_memory_error(error: BaseException) -> bool:
     return any(word in str(error).lower() for word in words)
 
 
-def compute_dtype(load_in: str, device: str) -> torch.dtype:
-    """Return the dtype of all weights and computations except 4-bit weights and the adapter.
+def compute_dtype(choice: str, device: str) -> torch.dtype:
+    """Return the dtype of weights and computations for a value of --load-in or --sam-dtype.
 
-    With `load_in` bf16 or fp32, it is this dtype. With nf4, it is bf16 on GPUs of compute
-    capability 8.0 or higher. CPUs and older GPUs only emulate bf16, and fp16 would overflow in
-    Qwen's vision tower. So they compute in fp32. The adapter is always fp32.
+    bf16 and fp32 name their dtype. nf4 and auto mean bf16 on GPUs of compute capability 8.0 or
+    higher. CPUs and older GPUs only emulate bf16, and fp16 would overflow in Qwen's vision tower.
+    So they compute in fp32. 4-bit weights have their own format. The adapter and SAM's decoder are
+    always fp32.
     """
-    if load_in == "nf4" and (device == "cpu" or emulates_bf16()):
+    if choice == "fp32":
         return torch.float32
-    if load_in == "fp32":
+    if choice != "bf16" and (device == "cpu" or emulates_bf16()):
         return torch.float32
     return torch.bfloat16
 

@@ -28,13 +28,12 @@ from .forecast import GAPS, GIB, fill_card, has_known_shape, peaks, staying_byte
 from .full_size import SHAPES, random_policy, shape_config
 from .gpu import card_memory
 from .grpo import Parts, Rollout, advantages, batch_loss, new_optimizer, roll_out, update
-from .memory import free_memory, peak_memory
+from .memory import compute_dtype, free_memory, peak_memory
 from .policy import Policy, Prompt
 from .processes import is_first, process_count
 from .reports import base_summary
 from .reward import Answer, Object, score_group
-from .segmenter import SAM_FILES, SamSegmenter, encoder_dtype, random_sam, set_encoder_dtype
-from .segmenter import small_folder
+from .segmenter import SAM_FILES, SamSegmenter, random_sam, set_encoder_dtype, small_folder
 from .sizes import Sizes, questions_per_batch
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
@@ -199,7 +198,7 @@ def forecast_sam(s: Settings) -> str:
 def random_parts(shape: str, s: Settings) -> Parts:
     """Return policy, SAM and optimizer with random weights. No answer can stop early."""
     sam = random_sam(forecast_sam(s)).requires_grad_(False)
-    set_encoder_dtype(sam.image_encoder, encoder_dtype(s.sam_dtype, s.device))
+    set_encoder_dtype(sam.image_encoder, compute_dtype(s.sam_dtype, s.device))
     sam = sam.to(s.device)
     policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
     policy.banned[policy.stop] = True

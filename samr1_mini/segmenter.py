@@ -30,9 +30,9 @@ from segment_anything.modeling import (
 from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
-from .config import CACHE, UserError, emulates_bf16, first_line
+from .config import CACHE, UserError, first_line
 from .files import loading_error, refuse_missing_weights
-from .memory import is_memory_error
+from .memory import compute_dtype, is_memory_error
 
 
 class Segmenter(Protocol):
@@ -363,17 +363,6 @@ def read_small_sam(folder: Path) -> Sam:
     return sam
 
 
-def encoder_dtype(choice: str, device: str) -> torch.dtype:
-    """Return the dtype of SAM's encoder for a value of --sam-dtype.
-
-    auto is bf16 on a GPU of compute capability 8.0 or higher, and fp32 elsewhere.
-    """
-    has_bf16 = device == "cuda" and not emulates_bf16()
-    if choice == "bf16" or (choice == "auto" and has_bf16):
-        return torch.bfloat16
-    return torch.float32
-
-
 def set_encoder_dtype(encoder: torch.nn.Module, dtype: torch.dtype) -> None:
     """Let a picture encoder compute in `dtype`. Its input and its output stay fp32."""
     if dtype == torch.float32:
@@ -408,12 +397,12 @@ def load_segmenter(
         elif kind in SAM_FILES:
             sam = read_sam(kind, path)
         else:
-            return Sam2Segmenter(kind, device, encoder_dtype(dtype, device))
+            return Sam2Segmenter(kind, device, compute_dtype(dtype, device))
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # a broken file may raise any exception
         if is_memory_error(error):
             raise UserError(f"{name} {loading_error(error)}") from None
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
-    set_encoder_dtype(sam.image_encoder, encoder_dtype(dtype, device))
+    set_encoder_dtype(sam.image_encoder, compute_dtype(dtype, device))
     return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))

@@ -14,7 +14,8 @@ from segment_anything.modeling import Sam
 from transformers import AutoConfig, AutoModelForMaskGeneration
 
 from .attention import BLOCK
-from .config import Settings, cell_size, emulates_bf16
+from .config import Settings, cell_size
+from .memory import compute_dtype
 from .segmenter import SAM_FILES, random_sam, small_folder
 from .tokens import CHUNK_LOGITS
 
@@ -42,7 +43,8 @@ class Sizes:
         head_width = getattr(text, "head_dim", None) or self.hidden_width // self.heads
         self.query_width = head_width * self.heads  # of one token, all heads
         self.key_width = head_width * text.num_key_value_heads
-        self.number_bytes = number_bytes(s)
+        self.number_bytes = number_bytes(s.load_in, s.device)  # of the frozen policy
+        self.sam_number_bytes = number_bytes(s.sam_dtype, s.device)  # of SAM's encoder
         self.cache_token_bytes = self.layers * 2 * self.key_width * self.number_bytes
         self.count_weights(config)
         self.read_vision(config)
@@ -90,26 +92,14 @@ class Sizes:
         self.patches = (self.s.image_size // vision.patch_size) ** 2
 
 
-def number_bytes(s: Settings) -> int:
-    """Return how many bytes the frozen policy takes for one value. 4-bit weights take fewer.
+def number_bytes(choice: str, device: str) -> int:
+    """Return the bytes of one number for a value of --load-in or --sam-dtype.
 
-    GPUs below compute capability 8.0 lack bf16 and need 4 bytes. On a CPU, the function returns the
-    value of a GPU with bf16.
+    4-bit weights take fewer bytes. On a CPU, the result is that of a GPU with bf16.
     """
-    if s.load_in == "fp32" or (s.device == "cuda" and emulates_bf16()):
-        return FP32
-    return BF16
-
-
-def sam_number_bytes(s: Settings) -> int:
-    """Return the bytes of one number of SAM's encoder, which has almost all of SAM's weights.
-
-    On a CPU, the result is that of a GPU with bf16.
-    """
-    emulated = s.device == "cuda" and emulates_bf16()
-    if s.sam_dtype == "fp32" or (s.sam_dtype == "auto" and emulated):
-        return FP32
-    return BF16
+    if device != "cuda" and choice != "fp32":
+        return BF16
+    return compute_dtype(choice, device).itemsize
 
 
 class SamSizes(NamedTuple):

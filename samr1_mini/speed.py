@@ -6,7 +6,7 @@ card's published speed. The hours are right within a factor of 1.5.
 
 import re
 
-from .sizes import BF16, EVALUATED_TOKENS, FP32, Sizes, sam_number_bytes, sam_sizes
+from .sizes import BF16, EVALUATED_TOKENS, FP32, Sizes, sam_sizes
 
 # Published: GB/s, TFLOP/s in bf16 (dense matrices; sums in fp32), TFLOP/s in fp32. Then GiB of
 # the card.
@@ -110,9 +110,8 @@ def sam_seconds(n: Sizes, card: str) -> float:
     """Return the seconds of SAM for one picture."""
     sam = sam_sizes(n.s.sam)
     work = sam.weights * sam.tokens
-    number_bytes = sam_number_bytes(n.s)
-    moved = work * number_bytes / 160  # ViT-H in fp32 moves about 66 GB for a picture
-    return seconds(card, number_bytes, 2 * work, moved)
+    moved = work * n.sam_number_bytes / 160  # ViT-H in fp32 moves about 66 GB for a picture
+    return seconds(card, n.sam_number_bytes, 2 * work, moved)
 
 
 def step_seconds(n: Sizes, card: str) -> dict[str, float]:

@@ -231,10 +231,10 @@ def test_a_gpu_without_bf16_keeps_all_but_the_4_bit_weights_in_fp32(monkeypatch)
     gib = {}
     for capability in ((8, 0), (7, 5)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
-        gib[number_bytes(s)] = staying_bytes(policy_sizes(s))
+        gib[number_bytes(s.load_in, s.device)] = staying_bytes(policy_sizes(s))
     assert gib[4]["language layers"] == gib[2]["language layers"]
     assert gib[4]["vision tower"] == 2 * gib[2]["vision tower"]
-    assert number_bytes(full_size("3b", load_in="fp32")) == 4
+    assert policy_sizes(full_size("3b", load_in="fp32")).number_bytes == 4
 
 
 def test_each_line_of_the_table_is_a_forecast_and_holds_its_figures():

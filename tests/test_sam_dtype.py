@@ -9,7 +9,8 @@ import torch
 from conftest import score
 from samr1_mini.config import make_settings
 from samr1_mini.forecast import phase_bytes, policy_sizes, staying_bytes
-from samr1_mini.segmenter import encoder_dtype, load_segmenter
+from samr1_mini.memory import compute_dtype
+from samr1_mini.segmenter import load_segmenter
 from samr1_mini.speed import sam_seconds
 from samr1_mini.tiny.scenes import make_scene
 
@@ -31,7 +32,7 @@ def half():
 )
 def test_auto_takes_bf16_only_on_a_gpu_that_has_it(choice, device, capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert encoder_dtype(choice, device) == dtype
+    assert compute_dtype(choice, device) == dtype
 
 
 def test_only_the_encoder_is_in_bf16_and_the_decoder_gets_fp32(half, segmenter):

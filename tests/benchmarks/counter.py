@@ -38,7 +38,8 @@ from samr1_mini.grpo import Parts, new_optimizer, update
 from samr1_mini.rehearse import full_rollouts
 from samr1_mini.decoding import generate
 from samr1_mini.policy import Policy, Prompt, add_adapter
-from samr1_mini.segmenter import encoder_dtype, random_sam
+from samr1_mini.memory import compute_dtype
+from samr1_mini.segmenter import random_sam
 from samr1_mini.speed import BYTE_SHARE, CARDS, FLOP_SHARE
 
 FUSED_ROWS = 64  # to so many rows bitsandbytes multiplies from the 4 bits, beyond from a bf16 copy
@@ -302,7 +303,7 @@ def count_phases(policy: Policy, counter: Counter, s: Settings, prompt_tokens: i
 def count_sam(s: Settings, counter: Counter) -> dict:
     """Return a lap of SAM's encoder on one picture. Its peak holds the weights too."""
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(encoder_dtype(s.sam_dtype, s.device))
+    torch.set_default_dtype(compute_dtype(s.sam_dtype, s.device))
     with counting(counter), torch.no_grad():
         encoder = random_sam(s.sam).image_encoder
         pixels = torch.empty(1, 3, encoder.img_size, encoder.img_size)
