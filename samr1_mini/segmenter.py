@@ -10,7 +10,6 @@ import json
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -48,16 +47,54 @@ class Segmenter(Protocol):
         """
 
 
-class SamSegmenter:
+MOST_PROMPTS = 64  # in one pass of the decoder: long lists of objects then fit in memory
+
+
+def same_sizes(points: list) -> Iterator[list[int]]:
+    """Yield the indices of prompts with the same number of points, at most MOST_PROMPTS at once."""
+    for count in sorted({len(labelled) for labelled in points}):
+        rows = [i for i, labelled in enumerate(points) if len(labelled) == count]
+        for start in range(0, len(rows), MOST_PROMPTS):
+            yield rows[start : start + MOST_PROMPTS]
+
+
+class AnySam:
+    """Choose the best masks of a SAM. A subclass has the methods encode, predict and to_mask."""
+
+    encoded = None  # the picture that is encoded
+
+    @torch.no_grad()
+    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
+        """Return for each prompt the mask with the highest predicted IoU, see Segmenter.
+
+        Training and evaluation use the same rule. Prompts with the same number of points share one
+        decoder pass. With padded lists of points, a mask would depend on the other prompts. Only
+        the best mask is brought to the picture's size, one prompt at a time. For 12 megapixels, all
+        masks of 8 prompts would take 1.1 GB.
+        """
+        encode_once(self, image)
+        found = np.zeros((len(boxes), *image.shape[:2]), bool)
+        for rows in same_sizes(points):
+            logits, scores = self.predict([boxes[i] for i in rows], [points[i] for i in rows])
+            for row, three, best in zip(rows, logits, scores.argmax(1)):
+                found[row] = self.to_mask(three[best]).cpu().numpy()
+        return found
+
+
+def encode_once(segmenter: AnySam, image: np.ndarray) -> None:
+    """Encode a picture, uint8 RGB [H, W, 3], unless it is the last encoded picture."""
+    if np.array_equal(image, segmenter.encoded):
+        return
+    segmenter.encoded = None  # if the encoder fails, no picture counts as encoded
+    segmenter.encode(image)
+    segmenter.encoded = image.copy()
+
+
+class SamSegmenter(AnySam):
     """Segment with SAM, the model of the segment_anything library."""
 
     def __init__(self, predictor: SamPredictor):
         self.predictor = predictor
-        self.encoded_key = b""  # of the picture that is encoded
-
-    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
-        """Return masks as described in Segmenter. Encodes a repeated picture only once."""
-        return best_masks(self, image, boxes, points)
 
     def encode(self, image: np.ndarray) -> None:
         """Run the encoder on a picture, uint8 RGB [H, W, 3]."""
@@ -88,10 +125,10 @@ class SamSegmenter:
         return logits[0, 0] > model.mask_threshold
 
 
-class Sam2Segmenter:
+class Sam2Segmenter(AnySam):
     """Segment with SAM 2, SAM 2.1 or the tracker of SAM 3, from the library transformers."""
 
-    def __init__(self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, name: str, device: str, dtype: torch.dtype):
         """Load the folder or hub id `name`. The encoder computes in `dtype`."""
         model, found = AutoModelForMaskGeneration.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True
@@ -101,11 +138,6 @@ class Sam2Segmenter:
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.device = device
-        self.encoded_key = b""  # of the picture that is encoded
-
-    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
-        """Return masks as described in Segmenter. Encodes a repeated picture only once."""
-        return best_masks(self, image, boxes, points)
 
     def encode(self, image: np.ndarray) -> None:
         """Run the encoder on a picture, uint8 RGB [H, W, 3]."""
@@ -138,46 +170,6 @@ class Sam2Segmenter:
         return logits[0, 0] > 0
 
 
-def encode_once(segmenter, image: np.ndarray) -> None:
-    """Encode a picture, uint8 RGB [H, W, 3], unless it is the last encoded picture."""
-    digest = blake2b(np.ascontiguousarray(image), digest_size=16).digest()
-    key = digest + str(image.shape).encode()
-    if key == segmenter.encoded_key:
-        return
-    segmenter.encoded_key = b""  # if the encoder fails, no picture counts as encoded
-    segmenter.encode(image)
-    segmenter.encoded_key = key
-
-
-MOST_PROMPTS = 64  # in one pass of the decoder: long lists of objects then fit in memory
-
-
-def same_sizes(points: list) -> Iterator[list[int]]:
-    """Yield the indices of prompts with the same number of points, at most MOST_PROMPTS at once."""
-    for count in sorted({len(labelled) for labelled in points}):
-        rows = [i for i, labelled in enumerate(points) if len(labelled) == count]
-        for start in range(0, len(rows), MOST_PROMPTS):
-            yield rows[start : start + MOST_PROMPTS]
-
-
-@torch.no_grad()
-def best_masks(segmenter, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
-    """Return for each prompt the mask with the highest predicted IoU, bool [n, H, W].
-
-    Training and evaluation use the same rule. Prompts with the same number of points share one
-    decoder pass. With padded lists of points, a mask would depend on the other prompts. Only the
-    best mask is brought to the picture's size, one prompt at a time. For 12 megapixels, all masks
-    of 8 prompts would take 1.1 GB.
-    """
-    encode_once(segmenter, image)
-    found = np.zeros((len(boxes), *image.shape[:2]), bool)
-    for rows in same_sizes(points):
-        logits, scores = segmenter.predict([boxes[i] for i in rows], [points[i] for i in rows])
-        for row, three, best in zip(rows, logits, scores.argmax(1)):
-            found[row] = segmenter.to_mask(three[best]).cpu().numpy()
-    return found
-
-
 def sam_logits(
     sam: Sam,
     features: torch.Tensor,
@@ -207,7 +199,6 @@ def sam_logits(
 
 SAM2_KINDS = ("sam2", "sam2_video", "sam3_tracker", "sam3_video")
 TINY_SAM = Path(__file__).parent / "tiny" / "sam"
-PIXEL_MEAN, PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of ImageNet, in RGB
 
 # segment_anything's files: name, bytes and SHA-256. A download is checked with these values.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -255,7 +246,7 @@ def random_sam(kind: str) -> Sam:
     """Return segment_anything's Sam with random weights.
 
     kind: "vit_b", "vit_l", "vit_h", "tiny", or the folder of a small SAM. The folder's sam.json
-    contains the sizes of the small SAM.
+    contains the sizes of the small SAM. All others are the library's defaults.
     """
     folder = small_folder(kind)
     if folder is None:
@@ -269,13 +260,9 @@ def random_sam(kind: str) -> Sam:
         embed_dim=size["encoder_width"],
         depth=size["encoder_depth"],
         num_heads=size["encoder_heads"],
-        mlp_ratio=4,
         out_chans=width,
-        qkv_bias=True,
         use_rel_pos=True,
         norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-        window_size=0,
-        global_attn_indexes=(),
     )
     prompt_encoder = PromptEncoder(
         embed_dim=width,
@@ -291,13 +278,10 @@ def random_sam(kind: str) -> Sam:
     )
     mask_decoder = MaskDecoder(
         transformer_dim=width,
-        num_multimask_outputs=3,
-        iou_head_depth=3,
         iou_head_hidden_dim=width,
         transformer=transformer,
     )
-    sam = Sam(image_encoder, prompt_encoder, mask_decoder, PIXEL_MEAN, PIXEL_STD)
-    return sam.eval()
+    return Sam(image_encoder, prompt_encoder, mask_decoder).eval()
 
 
 def check_segmenter(kind: str, checkpoint: str | Path | None = None) -> None:
@@ -329,9 +313,9 @@ def sam_file(kind: str) -> Path:
     path = CACHE / name
     if not sam_bytes(kind):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")
     try:  # the file gets its name only after its hash was checked
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
         why = f"{SAM_URL}{name} could not be fetched ({first_line(error)})"
@@ -354,13 +338,6 @@ def read_sam(kind: str, path: str | Path) -> Sam:
     weights = {name: value.float() for name, value in weights.items()}
     sam.load_state_dict(weights, assign=True)
     return sam.eval()
-
-
-def read_small_sam(folder: Path) -> Sam:
-    """Return the small Sam of a folder with its weights. A bad file may raise any exception."""
-    sam = random_sam(str(folder))
-    sam.load_state_dict(load_file(folder / "model.safetensors"))
-    return sam
 
 
 def set_encoder_dtype(encoder: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -386,15 +363,14 @@ def load_segmenter(
     check_segmenter(kind, checkpoint)
     small = small_folder(kind)
     name = f"--sam {kind}"
-    if small is not None:
-        name = small / "model.safetensors"
-    elif kind in SAM_FILES:
-        path = checkpoint or sam_file(kind)
-        name = f"--sam-checkpoint {path}"
     try:
         if small is not None:
-            sam = read_small_sam(small)
+            name = small / "model.safetensors"
+            sam = random_sam(kind)
+            sam.load_state_dict(load_file(name))
         elif kind in SAM_FILES:
+            path = checkpoint or sam_file(kind)
+            name = f"--sam-checkpoint {path}"
             sam = read_sam(kind, path)
         else:
             return Sam2Segmenter(kind, device, compute_dtype(dtype, device))

@@ -237,7 +237,7 @@ def test_the_ceiling_is_that_of_the_true_boxes_and_each_picture_is_encoded_once(
     monkeypatch.setattr(
         segmenter.predictor.model.image_encoder, "forward", lambda x: calls.append(1) or encode(x)
     )
-    segmenter.encoded_key = b""
+    segmenter.encoded = None
     blind = Sample(samples[0].image, "?", np.zeros_like(samples[0].mask), "no object")
     report = evaluate(policy, segmenter, [*samples, blind], SETTINGS, with_ceiling=True)
     assert len(calls) == len(samples) + 1
