@@ -95,26 +95,21 @@ def policy_sizes(s: Settings) -> Sizes:
 
 
 def forecast_line(s: Settings) -> str:
-    """Return one or two lines with the forecast for this machine's GPU. See card_line."""
-    free, whole = card_memory(s.memory_limit)
-    return card_line(s, torch.cuda.get_device_name(), free, whole)
+    """Return one or two lines with the forecast for this machine's GPU: peak GiB, and hours.
 
-
-def card_line(s: Settings, name: str, free: float, whole: float) -> str:
-    """Return one or two lines with the forecast of a training: peak memory in GiB, and hours.
-
-    `free` and `whole` are the free and the total memory of the card `name`, in GiB. If the peak and
-    the gaps between tensors do not fit in the free memory, a second line warns. Raises UserError if
-    the free memory cannot hold the weights.
+    If the peak and the gaps between tensors do not fit in the free memory, a second line warns.
+    Raises UserError if the free memory cannot hold the weights.
     """
+    check_free_memory(s)
+    free, whole = card_memory(s.memory_limit)
     room = free * (1 - GAPS)  # for all tensors
     n = policy_sizes(s)
     fill_card(n, room)
     gib = peaks(n)
-    check_weights(s, gib["load"], free)
     # With little free memory, a batch of the rollout has fewer questions.
     sampling = min(room, max(gib["prefill"], gib["decode"]))
     peak = max(sampling, gib["reward"], gib["update"])
+    name = torch.cuda.get_device_name()
     card = known_card(name)
     time = f"no forecast of hours, because the speed of {name} is not known"
     if card is not None:
@@ -130,8 +125,10 @@ def card_line(s: Settings, name: str, free: float, whole: float) -> str:
     return line
 
 
-def check_weights(s: Settings, weights: float, free: float) -> None:
-    """Raise UserError if `weights` is more than `free`, the free memory of the GPU, in GiB."""
+def check_free_memory(s: Settings) -> None:
+    """Raise UserError if the weights need more than the free memory of the GPU."""
+    weights = peaks(policy_sizes(s))["load"]
+    free, _ = card_memory(s.memory_limit)
     if weights <= free:
         return
     advice = ", or ".join(smaller_weights(s))
@@ -139,10 +136,3 @@ def check_weights(s: Settings, weights: float, free: float) -> None:
         f"--preset {s.preset}: the weights need {weights:.1f} GiB, and {free:.1f} GiB are free on "
         f"the GPU. You can {advice}"
     )
-
-
-def check_free_memory(s: Settings) -> None:
-    """Raise UserError if the weights need more than the free memory of the GPU."""
-    if s.device == "cuda":
-        free, _ = card_memory(s.memory_limit)
-        check_weights(s, peaks(policy_sizes(s))["load"], free)

@@ -21,14 +21,6 @@ WSL_TOOL = Path("/usr/lib/wsl/lib/nvidia-smi")
 # CUDA's major version -> the oldest driver that supports it (NVIDIA's release notes)
 OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
 WHEELS = "https://download.pytorch.org/whl/cu130"
-HIDES_ALL = ("", "-1", "none")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
-
-
-def gpu_is_usable() -> bool:
-    """Return True if PyTorch finds a GPU and has kernels for it."""
-    return torch.cuda.is_available() and has_kernels(
-        torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
-    )
 
 
 def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
@@ -57,15 +49,14 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 def gpu_fault() -> str:
     """Return the reason why PyTorch cannot use a GPU here, in one line. Return "" if it can."""
-    if gpu_is_usable():
-        return ""
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
         major, minor = torch.cuda.get_device_capability()
-        built_for = ", ".join(torch.cuda.get_arch_list())
+        built_for = torch.cuda.get_arch_list()
+        if has_kernels((major, minor), built_for):
+            return ""
         return (
-            f"PyTorch {torch.__version__} has no code for the GPU {name} of compute capability "
-            f"{major}.{minor}, only for {built_for}"
+            f"PyTorch {torch.__version__} has no code for the GPU {torch.cuda.get_device_name()} "
+            f"of compute capability {major}.{minor}, only for {', '.join(built_for)}"
         )
     driver = driver_version()
     if driver is None:
@@ -131,13 +122,10 @@ def driver_fault(driver: str) -> str:
         return f"{found}. An NVIDIA GPU needs {needed}"
     if int(driver.split(".")[0]) < oldest:
         return f"the NVIDIA driver {driver} is too old for {pytorch}. Install {needed}"
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip().lower() in HIDES_ALL:
-        hint = "CUDA_VISIBLE_DEVICES hides every GPU"
-    elif "CUDA_VISIBLE_DEVICES" in os.environ:
-        named = os.environ["CUDA_VISIBLE_DEVICES"]
-        hint = f"CUDA_VISIBLE_DEVICES is {named}: perhaps it names no GPU of this machine"
-    else:
-        hint = "In a container, start with docker run --gpus all"
+    hint = "In a container, start with docker run --gpus all"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        named = os.environ["CUDA_VISIBLE_DEVICES"] or "empty"
+        hint = f"CUDA_VISIBLE_DEVICES is {named}: it may hide the GPUs of this machine"
     return (
         f"{pytorch} finds no GPU. The NVIDIA driver {driver} is new enough ({oldest} is "
         f"needed). {hint}"

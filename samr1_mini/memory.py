@@ -1,13 +1,12 @@
 """Limit and measure the memory of this process, and advise how to use less."""
 
 import os
-import platform
 import sys
 
 import torch
 
 from .config import Settings, emulates_bf16
-from .gpu import GIB, gpu_is_usable, windows_lends_memory
+from .gpu import GIB, windows_lends_memory
 
 GAPS = 0.1  # share of memory lost between tensors
 
@@ -96,13 +95,6 @@ def compute_dtype(choice: str, device: str) -> torch.dtype:
     return torch.bfloat16
 
 
-def device_name() -> str:
-    """Return the name of the GPU. Without a GPU, return the CPU's threads and architecture."""
-    if gpu_is_usable():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads, {platform.machine()}"
-
-
 def peak_memory(device: str) -> float:
     """Return the peak memory of this process in GiB. If `device` is cuda, it is GPU memory."""
     if device == "cuda":
@@ -127,7 +119,7 @@ def free_memory(s: Settings) -> float:
     if s.memory_limit:
         free = min(free, s.memory_limit * GIB - taken)
     if windows_lends_memory():  # cap_memory has set a limit, which does not grow later
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        total = torch.cuda.get_device_properties().total_memory
         free = min(free, torch.cuda.get_per_process_memory_fraction() * total - taken)
     return free
 

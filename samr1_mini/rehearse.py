@@ -10,30 +10,29 @@ and the rewards are random numbers.
 """
 
 import gc
-import json
 import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from segment_anything import SamPredictor
 from tqdm import tqdm
 
 from .config import Settings, UserError, check_size
 from .data import Sample
 from .decoding import Completion, generate
 from .evaluation import encode_questions, evaluate
+from .files import write_json
 from .forecast import GAPS, GIB, fill_card, has_known_shape, peaks, staying_bytes, usable
 from .full_size import SHAPES, random_policy, shape_config
 from .gpu import card_memory
 from .grpo import Parts, Rollout, advantages, batch_loss, new_optimizer, roll_out, update
-from .memory import compute_dtype, free_memory, peak_memory
+from .memory import free_memory, peak_memory
 from .policy import Policy, Prompt
 from .processes import is_first, process_count
 from .reports import base_summary
 from .reward import Answer, Object, score_group
-from .segmenter import SAM_FILES, SamSegmenter, random_sam, set_encoder_dtype, small_folder
+from .segmenter import SAM_FILES, frozen_segmenter, random_sam, small_folder
 from .sizes import Sizes, questions_per_batch
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
 from .tiny.shapes import Shapes
@@ -84,7 +83,7 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
     lines = [
         f"{s.preset} in {s.load_in}, {s.questions} questions x {s.group} answers of "
         f"{s.max_new_tokens} tokens, prompts of {table['prompt_tokens']} tokens, SAM "
-        f"{forecast_sam(s)}; by arithmetic, nothing is measured",
+        f"{s.sam}; by arithmetic, nothing is measured",
         "GiB that stay: " + gib_list(table["staying_gib"], 2),
         "GiB of the whole process at the peak of a phase: " + gib_list(table["peak_gib"], 1),
         f"prefill and decode are of all {s.questions} questions at once; where memory is short, "
@@ -131,24 +130,17 @@ def comparison_table(
     The forecast describes the second step and later steps. During rollout and reward of the first
     step, AdamW's moments do not exist yet.
     """
-    expected = {name: forecast_gib.get(name) for name in ("load", "reward", "update")}
     if forecast_gib:
-        expected["rollout"] = max(forecast_gib["prefill"], forecast_gib["decode"])
+        rollout = max(forecast_gib["prefill"], forecast_gib["decode"])
+        forecast_gib = forecast_gib | {"rollout": rollout}
+    times = {phase: f"{value:.1f}" for phase, value in forecast_seconds.items()}
+    sizes = {phase: f"{value:.3f}" for phase, value in forecast_gib.items()}
     lines = [f"{'phase':<12}{'seconds':>10}{'forecast':>10}{'peak GiB':>12}{'forecast':>10}"]
     for phase, value in seconds.items():
-        time_cell = cell(forecast_seconds.get(phase), 1)
-        memory_cell = cell(expected.get(phase), 3)
-        lines.append(
-            f"{phase:<12}{value:>10.1f}{time_cell:>10}{gib[phase]:>12.3f}{memory_cell:>10}"
-        )
+        time_cells = f"{value:>10.1f}{times.get(phase, '-'):>10}"
+        memory_cells = f"{gib[phase]:>12.3f}{sizes.get(phase, '-'):>10}"
+        lines.append(f"{phase:<12}{time_cells}{memory_cells}")
     return lines
-
-
-def cell(value: float | None, digits: int) -> str:
-    """Return a number as text, or "-" for None."""
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}"
 
 
 # -------------------- the measurement
@@ -197,12 +189,10 @@ def forecast_sam(s: Settings) -> str:
 
 def random_parts(shape: str, s: Settings) -> Parts:
     """Return policy, SAM and optimizer with random weights. No answer can stop early."""
-    sam = random_sam(forecast_sam(s)).requires_grad_(False)
-    set_encoder_dtype(sam.image_encoder, compute_dtype(s.sam_dtype, s.device))
-    sam = sam.to(s.device)
+    segmenter = frozen_segmenter(random_sam(forecast_sam(s)), s.device, s.sam_dtype)
     policy = random_policy(shape_config(shape), s.load_in, s.rank, s.device, s.checkpointing)
     policy.banned[policy.stop] = True
-    return Parts(policy, SamSegmenter(SamPredictor(sam)), new_optimizer(policy, s), s)
+    return Parts(policy, segmenter, new_optimizer(policy, s), s)
 
 
 def reward_full_answers(parts: Parts, samples: list[Sample]) -> None:
@@ -217,8 +207,8 @@ def reward_full_answers(parts: Parts, samples: list[Sample]) -> None:
         score_group(parts.segmenter, sample, [answer] * s.group, s)
 
 
-def measure_step(parts: Parts, samples: list[Sample], meter: Meter) -> tuple[Prompt, int]:
-    """Run a whole step with answers of full length. Returns a prompt and the number of tokens."""
+def measure_step(parts: Parts, samples: list[Sample], meter: Meter) -> Prompt:
+    """Run a whole step with answers of full length. Returns a prompt."""
     # SAM does not run in roll_out, because the text of a random policy contains no box.
     rollouts, _ = meter("rollout", roll_out, parts, samples)
     meter("reward", reward_full_answers, parts, samples)
@@ -227,7 +217,7 @@ def measure_step(parts: Parts, samples: list[Sample], meter: Meter) -> tuple[Pro
         rollout.advantage = advantage
     meter("update", update, parts, rollouts, 0)
     meter("evaluation", evaluate, parts.policy, parts.segmenter, samples[:1], parts.settings)
-    return rollouts[0].prompt, sum(sum(rollout.lengths) for rollout in rollouts)
+    return rollouts[0].prompt
 
 
 def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
@@ -242,8 +232,7 @@ def token_ms(policy: Policy, prompts: list[Prompt], group: int) -> dict:
         seconds = {}
         for tokens in (8, 8, 24):  # the first run is a warm-up
             start = time.perf_counter()
-            answers = generate(policy, prompts, group, tokens)
-            answers[0][0].ids.tolist()  # waits for the GPU
+            generate(policy, prompts, group, tokens)  # waits for the GPU, to decode the text
             seconds[tokens] = time.perf_counter() - start
         taken[name] = 1000 * (seconds[24] - seconds[8]) / 16
     policy.cuda_graphs = True
@@ -255,8 +244,8 @@ def update_peak(parts: Parts, prompt: Prompt, group: int, length: int) -> float 
 
     Returns None if memory runs out.
     """
-    s = replace(parts.settings, group=group, max_new_tokens=length, updates=1, passes=1, micro=1)
-    s = replace(s, memory_limit=0.001)  # no free memory, so no activations are kept
+    once = dict(updates=1, passes=1, memory_limit=0.001)  # no free memory: no activations are kept
+    s = replace(parts.settings, group=group, max_new_tokens=length, **once)
     try:
         torch.cuda.reset_peak_memory_stats()
         update(replace(parts, settings=s), full_rollouts(parts.policy, [prompt], s), 0)
@@ -288,24 +277,23 @@ def checked_shape(s: Settings) -> str:
     return s.preset
 
 
-def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple[Parts, Prompt, int]:
-    """Run `s.rehearse` steps. Returns the parts, a prompt, and the number of sampled tokens.
+def measure_steps(shape: str, s: Settings, meter: Meter) -> tuple[Parts, Prompt]:
+    """Run `s.rehearse` steps. Returns the parts and a prompt.
 
     Raises UserError if memory runs out.
     """
     torch.manual_seed(s.seed)
-    data = Shapes("train", s.questions)
-    samples = [data[i] for i in range(s.questions)]
+    samples = list(Shapes("train", s.questions))
     try:
         parts = meter("load", random_parts, shape, s)
         for _ in tqdm(range(s.rehearse), desc="rehearse"):
-            prompt, tokens = measure_step(parts, samples, meter)
+            prompt = measure_step(parts, samples, meter)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"memory ran out in the phase {meter.phase}; lower --group, --max-new-tokens or "
             f"--image-size, or take --load-in nf4 ({error})"
         ) from None
-    return parts, prompt, tokens
+    return parts, prompt
 
 
 def measure_gpu(parts: Parts, prompt: Prompt) -> dict:
@@ -339,13 +327,14 @@ REPORTED = (
 )
 
 
-def step_table(shape: str, parts: Parts, prompt: Prompt, tokens: int, meter: Meter) -> dict:
-    """Return settings and measurements of the steps. `tokens` is the number sampled in a step."""
+def step_table(shape: str, parts: Parts, prompt: Prompt, meter: Meter) -> dict:
+    """Return settings and measurements of the steps."""
     s = parts.settings
     device = "cpu"
     if s.device == "cuda":
         device = torch.cuda.get_device_name()
     mean = meter.means()
+    tokens = s.questions * s.group * s.max_new_tokens  # no answer can stop early
     return {
         "shape": shape,
         "device": device,
@@ -359,8 +348,8 @@ def step_table(shape: str, parts: Parts, prompt: Prompt, tokens: int, meter: Met
     }
 
 
-def print_steps(table: dict, expected: dict) -> None:
-    """Print the measurements. On a GPU the forecast `expected` stands beside them."""
+def print_steps(table: dict) -> None:
+    """Print the measurements. On a GPU the forecast stands beside them."""
     print(
         f"\n{table['device']}, policy {table['shape']} in {table['load_in']}, "
         f"{table['questions']} questions x {table['group']} answers of {table['max_new_tokens']} "
@@ -368,10 +357,10 @@ def print_steps(table: dict, expected: dict) -> None:
     )
     gib, times = {}, {}
     if table["device"] != "cpu":
-        gib = expected["peak_gib"]
+        gib = table["forecast"]["peak_gib"]
     card = known_card(table["device"])
     if card:
-        times = expected["seconds_per_step"][card][str(table["max_new_tokens"])]
+        times = table["forecast"]["seconds_per_step"][card][str(table["max_new_tokens"])]
     print(*comparison_table(table["seconds"], table["peak_gib"], gib, times), sep="\n")
     print(f"{table['tokens_per_second']:.0f} tokens/s in the rollout")
 
@@ -397,9 +386,9 @@ def rehearse(s: Settings) -> dict:
             "about a GPU"
         )
     meter = Meter(s.device)
-    parts, prompt, tokens = measure_steps(shape, s, meter)
-    table = step_table(shape, parts, prompt, tokens, meter) | {"forecast": expected}
-    print_steps(table, expected)
+    parts, prompt = measure_steps(shape, s, meter)
+    table = step_table(shape, parts, prompt, meter) | {"forecast": expected}
+    print_steps(table)
     if s.device == "cuda":
         table |= measure_gpu(parts, prompt)
         total = table["seconds_per_step"] * (3000 // s.questions) / 3600
@@ -407,8 +396,7 @@ def rehearse(s: Settings) -> dict:
         print(f"training on 3,000 samples: about {total:.1f} hours with answers of this length")
     if s.run:
         Path(s.run).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(table, indent=1)
-        (Path(s.run) / "rehearsal.json").write_text(text, encoding="utf-8")
+        write_json(Path(s.run) / "rehearsal.json", table)
     return table
 
 

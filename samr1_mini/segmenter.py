@@ -26,7 +26,6 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
-from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
 from .config import CACHE, UserError, first_line
@@ -165,9 +164,8 @@ class Sam2Segmenter(AnySam):
 
     def to_mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Bring the logits of one mask [h, w] to the picture's size -> bool [H, W]."""
-        logits = logits[None, None].float()
-        logits = interpolate(logits, self.size, mode="bilinear", align_corners=False)
-        return logits[0, 0] > 0
+        [mask] = self.processor.post_process_masks(logits[None, None, None], [self.size])
+        return mask[0, 0]
 
 
 def sam_logits(
@@ -349,6 +347,12 @@ def set_encoder_dtype(encoder: torch.nn.Module, dtype: torch.dtype) -> None:
     encoder.register_forward_hook(lambda _, args, out: convert_to_fp32(out))
 
 
+def frozen_segmenter(sam: Sam, device: str, dtype: str) -> SamSegmenter:
+    """Return a segmenter with a frozen Sam. `dtype` is a value of --sam-dtype."""
+    set_encoder_dtype(sam.image_encoder, compute_dtype(dtype, device))
+    return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))
+
+
 def load_segmenter(
     kind: str, checkpoint: str | Path | None = None, device: str = "cpu", dtype: str = "auto"
 ) -> Segmenter:
@@ -380,5 +384,4 @@ def load_segmenter(
         if is_memory_error(error):
             raise UserError(f"{name} {loading_error(error)}") from None
         raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
-    set_encoder_dtype(sam.image_encoder, compute_dtype(dtype, device))
-    return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))
+    return frozen_segmenter(sam, device, dtype)

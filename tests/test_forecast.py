@@ -16,7 +16,7 @@ from counter import Counter, count_phases, counting, fake_counter, fake_policy
 from samr1_mini import forecast as forecast_module
 from samr1_mini import grpo, speed
 from samr1_mini.config import make_settings
-from samr1_mini.forecast import GIB, card_line, forecast_line, peaks, phase_bytes
+from samr1_mini.forecast import GIB, forecast_line, peaks, phase_bytes
 from samr1_mini.forecast import policy_sizes, prompt_bytes, staying_bytes, usable
 from samr1_mini.full_size import random_policy, shape_config
 from samr1_mini.rehearse import comparison_table, forecast, forecast_lines
@@ -202,7 +202,9 @@ def test_other_qwens_are_counted_by_their_configs(config, vision, queries, featu
     n = policy_sizes(s)
     assert n.vision_weights == pytest.approx(vision, rel=0.05)
     assert (n.query_width, n.vision_outputs) == (queries, features)
-    assert "forecast: peak" in card_line(s, "NVIDIA L4", 80.0, 80.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    monkeypatch.setattr(forecast_module, "card_memory", lambda limit: (80.0, 80.0))
+    assert "forecast: peak" in forecast_line(s)
 
 
 def test_a_larger_rank_group_and_longer_answers_take_more_memory_and_time():

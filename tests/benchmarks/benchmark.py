@@ -42,11 +42,10 @@ from samr1_mini.policy import (
     pack,
     prompt_text,
 )
-from samr1_mini.gpu import gpu_is_usable
-from samr1_mini.memory import device_name
 from samr1_mini.full_size import SHAPES, random_policy, shape_config
 
-from counter import Counter  # beside this file
+from benchmark_step import device_name  # beside this file
+from counter import Counter
 
 SIDES = ((8, 8), (30, 1))  # picture tokens a side, and how many questions
 
@@ -54,11 +53,12 @@ SIDES = ((8, 8), (30, 1))  # picture tokens a side, and how many questions
 def seconds(functions: dict, rounds: int) -> dict:
     """Return the median seconds of each function. They run in turn; the first round warms up."""
     taken = {name: [] for name in functions}
+    on_gpu = auto_device() == "cuda"
     for _ in range(rounds + 1):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if gpu_is_usable():
+            if on_gpu:
                 torch.cuda.synchronize()
             taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in taken.items()}

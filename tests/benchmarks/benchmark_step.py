@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,8 @@ from samr1_mini.evaluation import policy_image
 from samr1_mini.grpo import Parts, new_optimizer, roll_out, update
 from samr1_mini.policy import instruction, load_policy
 from samr1_mini.reward import read_answer, score_group
-from samr1_mini.memory import device_name, peak_memory
+from samr1_mini.gpu import gpu_fault
+from samr1_mini.memory import peak_memory
 from samr1_mini.processes import average, is_first, join_processes, share
 from samr1_mini.segmenter import load_segmenter
 
@@ -71,6 +73,13 @@ def ours(s: Settings, steps: int) -> list[dict]:
         phases = {name: phases[name] for name in PHASES}
         taken.append(average({"seconds": time.perf_counter() - start} | phases))
     return taken
+
+
+def device_name() -> str:
+    """Return the name of the GPU. Without a GPU, return the CPU's threads and architecture."""
+    if gpu_fault():
+        return f"{torch.get_num_threads()} threads, {platform.machine()}"
+    return torch.cuda.get_device_name()
 
 
 def trl_config(s: Settings, steps: int, folder: str):
