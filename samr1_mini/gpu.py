@@ -154,7 +154,7 @@ def card_memory(limit: float) -> tuple[float, float]:
     try:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             free = torch.cuda.mem_get_info()[0] / GIB
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         # If other programs have filled the GPU, this call itself runs out of memory.
         if "out of memory" in str(error):
             free = 0.0

@@ -293,6 +293,7 @@ def test_training_starts_with_a_line_about_its_card_and_keeps_its_random_numbers
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=23.6 * GIB)
     )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (23.6 * GIB, 23.6 * GIB))
     line = forecast_line(s)
     assert re.findall(r"\d+\.\d", line) == ["20.6", "23.6", "2.5"] and "128 tokens" in line
     assert torch.equal(before, torch.get_rng_state())
