@@ -335,7 +335,7 @@ def read_sam(kind: str, path: str | Path) -> Sam:
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     weights = {name: value.float() for name, value in weights.items()}
     sam.load_state_dict(weights, assign=True)
-    return sam.eval()
+    return sam
 
 
 def set_encoder_dtype(encoder: torch.nn.Module, dtype: torch.dtype) -> None:
