@@ -26,6 +26,7 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
+from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
 from .config import CACHE, UserError, first_line
@@ -57,30 +58,25 @@ def same_sizes(points: list) -> Iterator[list[int]]:
             yield rows[start : start + MOST_PROMPTS]
 
 
-class AnySam:
-    """Choose the best masks of a SAM. A subclass has the methods encode, predict and to_mask."""
+@torch.no_grad()
+def best_masks(segmenter, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
+    """Return for each prompt the mask with the highest predicted IoU, bool [n, H, W].
 
-    encoded = None  # the picture that is encoded
-
-    @torch.no_grad()
-    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
-        """Return for each prompt the mask with the highest predicted IoU, see Segmenter.
-
-        Training and evaluation use the same rule. Prompts with the same number of points share one
-        decoder pass. With padded lists of points, a mask would depend on the other prompts. Only
-        the best mask is brought to the picture's size, one prompt at a time. For 12 megapixels, all
-        masks of 8 prompts would take 1.1 GB.
-        """
-        encode_once(self, image)
-        found = np.zeros((len(boxes), *image.shape[:2]), bool)
-        for rows in same_sizes(points):
-            logits, scores = self.predict([boxes[i] for i in rows], [points[i] for i in rows])
-            for row, three, best in zip(rows, logits, scores.argmax(1)):
-                found[row] = self.to_mask(three[best]).cpu().numpy()
-        return found
+    Training and evaluation use the same rule. Prompts with the same number of points share one
+    decoder pass. With padded lists of points, a mask would depend on the other prompts. Only the
+    best mask is brought to the picture's size, one prompt at a time. For 12 megapixels, all masks
+    of 8 prompts would take 1.1 GB.
+    """
+    encode_once(segmenter, image)
+    found = np.zeros((len(boxes), *image.shape[:2]), bool)
+    for rows in same_sizes(points):
+        logits, scores = segmenter.predict([boxes[i] for i in rows], [points[i] for i in rows])
+        for row, three, best in zip(rows, logits, scores.argmax(1)):
+            found[row] = segmenter.to_mask(three[best]).cpu().numpy()
+    return found
 
 
-def encode_once(segmenter: AnySam, image: np.ndarray) -> None:
+def encode_once(segmenter, image: np.ndarray) -> None:
     """Encode a picture, uint8 RGB [H, W, 3], unless it is the last encoded picture."""
     if np.array_equal(image, segmenter.encoded):
         return
@@ -89,11 +85,16 @@ def encode_once(segmenter: AnySam, image: np.ndarray) -> None:
     segmenter.encoded = image.copy()
 
 
-class SamSegmenter(AnySam):
+class SamSegmenter:
     """Segment with SAM, the model of the segment_anything library."""
 
     def __init__(self, predictor: SamPredictor):
         self.predictor = predictor
+        self.encoded = None  # the picture that is encoded
+
+    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
+        """Return masks as described in Segmenter. Encodes a repeated picture only once."""
+        return best_masks(self, image, boxes, points)
 
     def encode(self, image: np.ndarray) -> None:
         """Run the encoder on a picture, uint8 RGB [H, W, 3]."""
@@ -108,7 +109,7 @@ class SamSegmenter(AnySam):
         to_pixels = self.predictor.transform.apply_coords_torch  # pixels of the encoded picture
         corners = torch.tensor(boxes, dtype=torch.float32, device=device).view(-1, 2, 2)
         box = to_pixels(corners, size).flatten(1)  # [n, 4]
-        place = label = None
+        place, label = None, None
         if points[0]:
             labelled = torch.tensor(points, dtype=torch.float32, device=device)  # [n, count, 3]
             place = to_pixels(labelled[..., :2], size)  # [n, count, 2]
@@ -124,7 +125,7 @@ class SamSegmenter(AnySam):
         return logits[0, 0] > model.mask_threshold
 
 
-class Sam2Segmenter(AnySam):
+class Sam2Segmenter:
     """Segment with SAM 2, SAM 2.1 or the tracker of SAM 3, from the library transformers."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype):
@@ -137,6 +138,11 @@ class Sam2Segmenter(AnySam):
         self.model = model.to(device).eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.device = device
+        self.encoded = None  # the picture that is encoded
+
+    def masks(self, image: np.ndarray, boxes: list, points: list) -> np.ndarray:
+        """Return masks as described in Segmenter. Encodes a repeated picture only once."""
+        return best_masks(self, image, boxes, points)
 
     def encode(self, image: np.ndarray) -> None:
         """Run the encoder on a picture, uint8 RGB [H, W, 3]."""
@@ -164,8 +170,9 @@ class Sam2Segmenter(AnySam):
 
     def to_mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Bring the logits of one mask [h, w] to the picture's size -> bool [H, W]."""
-        [mask] = self.processor.post_process_masks(logits[None, None, None], [self.size])
-        return mask[0, 0]
+        logits = logits[None, None].float()
+        logits = interpolate(logits, self.size, mode="bilinear", align_corners=False)
+        return logits[0, 0] > 0
 
 
 def sam_logits(
