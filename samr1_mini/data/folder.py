@@ -35,7 +35,7 @@ from tqdm import tqdm
 from ..config import UserError, parse_json
 from ..metrics import filled
 from .download import COCO_BYTES, download_pictures, is_there
-from .masks import EMPTY, check_truth, has_box, is_absent, read_mask, refuse_lossy, truth_of
+from .masks import EMPTY, check_truth, has_box, read_mask, refuse_lossy, truth_of
 from .pictures import (
     Header,
     Size,
@@ -395,7 +395,8 @@ class Folder(Data):
 
 def present(row: dict) -> dict:
     """Return a line without missing values: null, an empty text, or NaN, as pandas writes it."""
-    return {name: value for name, value in row.items() if not is_absent(value)}
+    # NaN differs from itself.
+    return {key: value for key, value in row.items() if value not in (None, "") and value == value}
 
 
 def check_texts(row: dict) -> None:

@@ -1,7 +1,7 @@
 """Read true masks: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
 `truth_of` lists the masks of a line. `check_truth` checks them without reading any pixels.
-`read_mask` returns pixels.
+`read_mask` returns pixels. A line is given as a dict without missing values.
 """
 
 import math
@@ -30,13 +30,13 @@ def truth_of(row: dict) -> list:
     ValueError for a line with both keys.
     """
     mask, masks = row.get("mask"), row.get("masks")
-    if is_absent(masks):
-        if mask == []:
-            if not is_absent(row.get("box")):
-                raise ValueError("the line has an empty mask and a box; remove one of them")
-            return []
-        return [mask]
-    if not is_absent(mask):
+    if masks is None:
+        if mask != []:
+            return [mask]
+        if "box" in row:
+            raise ValueError("the line has an empty mask and a box; remove one of them")
+        return []
+    if mask is not None:
         raise ValueError("the line has mask and masks; remove one of them")
     if not isinstance(masks, list):
         raise ValueError("masks is not a list; write one mask for each object: [mask, mask]")
@@ -57,36 +57,24 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
         return row["box"]
     numbers = []
     for value in truth_of(row):
-        numbers += check_mask(value, size, may_be_empty)
+        mask = parse_mask(value, size)
+        if isinstance(mask, list):
+            numbers += chain(*mask)
+            if size and not may_be_empty:
+                mask = draw_polygons(mask, size)
+        if isinstance(mask, dict) and not may_be_empty and not coco.area(mask):
+            raise ValueError(EMPTY)
     return numbers
-
-
-def check_mask(value, size: Size | None, may_be_empty: bool) -> list[float]:
-    """Check one mask as check_truth does, and return its coordinates."""
-    mask = parse_mask(value, size)
-    if isinstance(mask, str):
-        return []
-    polygons = mask if isinstance(mask, list) else []
-    is_known = size or not polygons  # drawing polygons needs the picture's size
-    if is_known and not may_be_empty and not coco.area(draw_polygons(mask, size)):
-        raise ValueError(EMPTY)
-    return list(chain(*polygons))
 
 
 def has_box(row: dict) -> bool:
     """Return True if a line has a box instead of a mask."""
-    has_mask = not is_absent(row.get("mask")) or not is_absent(row.get("masks"))
-    return not has_mask and not is_absent(row.get("box"))
-
-
-def is_absent(value) -> bool:
-    """Return True for null, an empty text, and NaN, which pandas writes for a missing value."""
-    return value is None or value == "" or value != value
+    return "box" in row and "mask" not in row and "masks" not in row
 
 
 def check_box(box, size: Size | None) -> None:
     """Refuse a box that is not [x1, y1, x2, y2] in pixels of a picture of this size."""
-    if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
+    if not are_numbers(box) or len(box) != 4:
         raise ValueError("the box is not a list of four numbers x1, y1, x2, y2")
     x1, y1, x2, y2 = box
     written = f"the box {x1:g}, {y1:g}, {x2:g}, {y2:g}"
@@ -121,7 +109,7 @@ def parse_mask(value, size: Size | None) -> str | list[list[float]] | dict:
 
     Returns the path of a file, polygons as flat lists, or a COCO RLE for all other forms.
     """
-    if is_absent(value):
+    if value in (None, ""):
         raise ValueError("mask missing; a line needs image, question, and mask or box")
     if isinstance(value, str):
         return value
@@ -144,12 +132,12 @@ def parse_rle(rle: dict, size: Size | None) -> dict:
     if not {"size", "counts"} <= set(rle):
         raise ValueError("the mask's RLE needs both keys, size and counts")
     sides, runs = rle["size"], rle["counts"]
-    if not isinstance(sides, list) or len(sides) != 2 or not all(map(is_whole, sides)):
+    if not are_whole(sides) or len(sides) != 2:
         raise ValueError("the size of the mask's RLE is not [height, width]")
     check_size("the mask", sides[::-1], size, "; write an RLE's size as [height, width]")
     if isinstance(runs, str):
         runs = run_lengths(runs.encode())
-    if not all(map(is_whole, runs)) or sum(runs) != math.prod(sides):
+    if not are_whole(runs) or sum(runs) != math.prod(sides):
         raise ValueError("the counts of the mask's RLE must add up to height x width")
     return coco.frPyObjects({"size": sides, "counts": runs}, *sides)
 
@@ -211,26 +199,28 @@ def has_area(polygon: list[float]) -> bool:
 
 def is_point(value) -> bool:
     """Return True if a value is [x, y]."""
-    return isinstance(value, list) and len(value) == 2 and are_numbers(value)
+    return are_numbers(value) and len(value) == 2
 
 
 def flat_polygon(polygon) -> list[float]:
     """Convert a flat list or a list of pairs to one flat polygon [x1, y1, x2, y2, ...]."""
-    if isinstance(polygon, list) and polygon and all(map(is_point, polygon)):
+    if isinstance(polygon, list) and all(map(is_point, polygon)):
         return list(chain(*polygon))
-    if isinstance(polygon, list) and len(polygon) % 2 == 0 and are_numbers(polygon):
+    if are_numbers(polygon) and len(polygon) % 2 == 0:
         return polygon
     raise ValueError("a polygon is not a list of x, y pairs")
 
 
-def are_numbers(values: list) -> bool:
-    """Return True if all values of a list are finite numbers. Booleans do not count as numbers."""
+def are_numbers(values) -> bool:
+    """Return True for a list of finite numbers. Booleans do not count as numbers."""
+    if not isinstance(values, list):
+        return False
     return set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
 
 
-def is_whole(value) -> bool:
-    """Return True if a JSON value is a whole number from 0 on."""
-    return type(value) is int and value >= 0
+def are_whole(values) -> bool:
+    """Return True for a list of whole numbers from 0 on."""
+    return isinstance(values, list) and all(type(one) is int and one >= 0 for one in values)
 
 
 def is_rows(value, size: Size | None) -> bool:
@@ -256,15 +246,13 @@ def is_rows(value, size: Size | None) -> bool:
 def to_rle(mask: np.ndarray) -> dict:
     """Return a mask bool [H, W] as a COCO RLE that JSON can hold."""
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    return rle | {"counts": rle["counts"].decode()}
 
 
-def draw_polygons(mask: list | dict, size: Size | None) -> dict:
-    """Return polygons as one RLE of a picture of this size. An RLE is returned as it is."""
-    if isinstance(mask, dict):
-        return mask
+def draw_polygons(polygons: list[list[float]], size: Size) -> dict:
+    """Return polygons as one RLE of a picture of this size."""
     width, height = size
-    return coco.merge(coco.frPyObjects(mask, height, width))
+    return coco.merge(coco.frPyObjects(polygons, height, width))
 
 
 def read_mask(value, folder: Path, size: Size) -> np.ndarray:
@@ -277,7 +265,9 @@ def read_mask(value, folder: Path, size: Size) -> np.ndarray:
         pixels = read_mask_file(inside(folder, mask))
         check_size(f"{mask}: the mask", pixels.shape[::-1], size)
         return pixels
-    return coco.decode(draw_polygons(mask, size)).astype(bool)
+    if isinstance(mask, list):
+        mask = draw_polygons(mask, size)
+    return coco.decode(mask).astype(bool)
 
 
 def read_mask_file(file: Path) -> np.ndarray:
