@@ -38,7 +38,6 @@ def open_data(
         return Shapes(split, count, seed or 0, objects)
     if (Path(name) / "data.jsonl").is_file():
         found = Folder(Path(name), split, count, seed)
-        found.check_headers()
     else:
         from .public import HUB, Source, open_public
 
@@ -48,6 +47,7 @@ def open_data(
                 "or a folder"
             )
         found = open_public(Source(name, split, sentences, ignore), count, seed, coco_dir)
+    found.check_headers()
     if objects == "one":
         found.refuse_nothing()
     return found

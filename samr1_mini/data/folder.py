@@ -21,8 +21,10 @@ pixels of the picture after its EXIF rotation.
 import hashlib
 import json
 import os
+import random
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ from .pictures import (
     open_picture,
     read_header,
 )
-from .samples import Data, Sample, clean_question, in_order, union
+from .samples import Data, Sample, clean_question, union
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
@@ -157,8 +159,14 @@ class Folder(Data):
         it gets all lines.
         """
         splits = split_pictures(lines)
-        found = [line for line in lines if (line.split or splits[line.image]) == self.split]
-        if not found and len(splits) <= FEW_PICTURES:
+        few = len(splits) <= FEW_PICTURES
+        found, others = [], set()
+        for line in lines:
+            if (line.split or splits[line.image]) == self.split:
+                found.append(line)
+            else:
+                others.add(line.image)
+        if few and not found:
             found = lines
             self.warn(
                 f"the folder has only {len(splits)} pictures, so this split has all questions. Its "
@@ -168,19 +176,32 @@ class Folder(Data):
             raise UserError(
                 f"{self.file} has no line for the {self.split} split; add lines with this split"
             )
-        others = {line.image for line in lines if (line.split or splits[line.image]) != self.split}
         shared = sorted(others & {line.image for line in found})
-        if shared and self.split == "test" and len(splits) > FEW_PICTURES:
+        if shared and self.split == "test" and not few:
             self.warn(f"{len(shared)} pictures, such as {shared[0]}, are in another split too")
         return found
 
+    def in_order(self) -> Iterator[Line]:
+        """Yield the lines of this split in the order of their use.
+
+        A training split with a seed repeats all lines without end, each time in a new order.
+        Otherwise each line comes once: in file order if all are used, or in one fixed random order.
+        """
+        lines = self.candidates
+        if self.repeats:
+            rng = random.Random(self.seed)
+            while True:
+                yield from rng.sample(lines, len(lines))
+        if self.count < len(lines):  # the first lines of a file are often of one kind
+            lines = random.Random(0).sample(lines, len(lines))
+        yield from lines
+
     def choose(self) -> None:
-        """Choose `count` lines, and spare ones.
+        """Choose `count` lines, and spare ones, which replace unreadable ones.
 
         A line whose picture is missing is replaced by the next.
         """
-        missing = set(self.missing)
-        order = in_order(self.candidates, self.split, self.count, self.seed)
+        missing, order = set(self.missing), self.in_order()
         if missing.issuperset(line.image for line in self.candidates):
             order = iter(())  # the order of a training split has no end
         remaining = (line for line in order if line.image not in missing)
@@ -208,8 +229,10 @@ class Folder(Data):
 
     def check_headers(self) -> None:
         """Check the file headers of all chosen lines, and compare each mask with its picture's
-        size.
+        size. Pictures that will be downloaded are not checked.
         """
+        if self.downloads:
+            return
         turned, corners = set(), []
         for line in self.distinct_lines():
             with self.named(line.number):
@@ -263,10 +286,8 @@ class Folder(Data):
                         break
                     if resumed and self.repeats and job.exception():
                         self.count_broken(line, job.exception())
-                        continue
-                    share = job.result()
-                    if not line.nothing:
-                        shares.append(share)
+                    else:
+                        shares.append(job.result())
             finally:
                 pool.shutdown(cancel_futures=True)
         if 1 in shares:
@@ -277,14 +298,19 @@ class Folder(Data):
         if 0 in shares:
             self.warn(f"{shares.count(0)} masks are empty (see --empty-truth)")
 
-    def mask_share(self, line: Line) -> float:
-        """Read a line's picture and mask; return the mask's share of the picture."""
+    def mask_share(self, line: Line) -> float | None:
+        """Read a line's picture and mask, and return the mask's share of the picture.
+
+        Returns None if the picture has no such object.
+        """
         sample = self.read_sample(line)
-        masks = [sample.mask] if sample.masks is None else sample.masks
+        if line.nothing:
+            return None
+        masks = sample.masks or [sample.mask]
         if not self.converted and not all(mask.any() for mask in masks):
             raise UserError(f"{self.file} line {line.number}: {EMPTY}")
         hidden = sample.ignore is not None and not (sample.mask & ~sample.ignore).any()
-        if hidden and not self.converted and not line.nothing:
+        if hidden and not self.converted:
             raise UserError(
                 f"{self.file} line {line.number}: ignore covers the whole mask; in ignore, only "
                 "undecided pixels may be white"
@@ -418,12 +444,12 @@ def mask_files(row: dict) -> list[str]:
 
 def split_of(row: dict) -> str | None:
     """Return the split that a line names, or None."""
-    name = row.get("split")
-    if name is None:
+    if "split" not in row:
         return None
-    if str(name).lower() not in SPLITS:
-        raise ValueError(f"split {name!r} is none of {', '.join(SPLITS)}")
-    return SPLITS[str(name).lower()]
+    split = SPLITS.get(str(row["split"]).lower())
+    if split is None:
+        raise ValueError(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
+    return split
 
 
 def split_pictures(lines: list[Line]) -> dict[str, str]:
@@ -436,10 +462,10 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
     splits = {}
     for line in lines:
         splits[line.image] = line.split or splits.get(line.image)
-    free = {name: hash_number(name) for name, split in splits.items() if split is None}
-    order = sorted(free, key=free.get)
-    first = max(1, sum(number < 0.1 for number in free.values()))
-    second = max(first + 1, sum(number < 0.2 for number in free.values()))
+    free = [name for name, split in splits.items() if split is None]
+    order = sorted(free, key=hash_number)
+    first = max(1, bisect_left(order, 0.1, key=hash_number))
+    second = max(first + 1, bisect_left(order, 0.2, key=hash_number))
     if len(splits) <= FEW_PICTURES:
         first, second = 0, 0
     splits |= dict.fromkeys(order[:first], "validation")

@@ -1,8 +1,7 @@
 """Define `Sample`, a question about a picture, and `Data`, the interface of all data sets."""
 
-import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,23 +64,6 @@ class Data(Sequence):
 
     def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks before the first step. Raises UserError for a broken one."""
-
-
-def in_order(items: list, split: str, count: int, seed: int | None) -> Iterator:
-    """Yield the items of a split in the order of their use.
-
-    The first `count` items are used. The others replace unreadable ones.
-
-    A training split with a seed repeats all items without end, each time in a new order. Otherwise
-    each item comes once: in file order if all are used, or in one fixed random order.
-    """
-    if split == "train" and seed is not None:
-        rng = random.Random(seed)
-        while True:
-            yield from rng.sample(items, len(items))
-    if count < len(items):  # the first lines of a file are often of one kind
-        items = random.Random(0).sample(items, len(items))
-    yield from items
 
 
 def clean_question(question) -> str:
