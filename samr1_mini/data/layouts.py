@@ -259,12 +259,13 @@ def draw_shapes(shapes: list[dict], size: Size) -> tuple[np.ndarray, np.ndarray]
     parts = []
     for shape in shapes:
         ignored = "ignore" in str(shape["label"]).lower()
-        parts.append((draw_shape(shape, size), 2 if ignored else 1))
+        parts.append((draw_shape(shape, size), ignored))
     parts.sort(key=lambda part: -part[0].sum())
-    labels = np.zeros(size[::-1], np.uint8)  # 1: target, 2: undecided
-    for drawn, label in parts:
-        labels[drawn] = label
-    return labels == 1, labels == 2
+    target, undecided = np.zeros((2, *size[::-1]), bool)
+    for drawn, ignored in parts:
+        target[drawn] = not ignored
+        undecided[drawn] = ignored
+    return target, undecided
 
 
 def draw_shape(shape: dict, size: Size) -> np.ndarray:
@@ -281,25 +282,24 @@ def draw_shape(shape: dict, size: Size) -> np.ndarray:
     if kind in ("circle", "mask", "rectangle") and len(xs) != 2:
         raise ValueError(f"a {kind} needs two points, not {len(xs)}")
     if kind == "circle":
-        x, y, *on_circle = numbers
-        radius = math.dist((x, y), on_circle)
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=1, outline=1)
+        centre, on_circle = numbers[:2], numbers[2:]
+        draw.circle(centre, math.dist(centre, on_circle), fill=1)
     elif kind == "mask":
-        paste_mask(canvas, shape["mask"], [int(number) for number in numbers])
+        paste_mask(canvas, shape["mask"], numbers)
     elif kind == "rectangle":
-        draw.rectangle([min(xs), min(ys), max(xs), max(ys)], fill=1, outline=1)
+        draw.rectangle([min(xs), min(ys), max(xs), max(ys)], fill=1)
     elif kind != "polygon":
         raise ValueError(
             f"a shape of type {kind!r}; only polygon, rectangle, circle and mask have an area"
         )
     elif has_area(numbers):
-        draw.polygon(numbers, fill=1, outline=1)
+        draw.polygon(numbers, fill=1)
     return np.array(canvas)
 
 
-def paste_mask(canvas: Image.Image, text: str, box: list[int]) -> None:
+def paste_mask(canvas: Image.Image, text: str, corners: list[float]) -> None:
     """Paste a labelme mask: a PNG as base64 text, in a box of two corner pixels."""
-    left, top, right, bottom = box
+    left, top, right, bottom = map(int, corners)
     with opened(io.BytesIO(base64.b64decode(text))) as image:
         part = np.array(image.convert("L")) > 0
     check_size("a mask shape", part.shape[::-1], (right - left + 1, bottom - top + 1))

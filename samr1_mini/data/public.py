@@ -130,10 +130,9 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
     name, part = source.name, folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         (part / "pictures").mkdir(parents=True, exist_ok=True)
-        rows = read_rows(files or hub_files(source), source)
-        with (part / "data.jsonl").open("w", encoding="utf-8") as out:
-            bar = tqdm(rows, f"rows of {name}", leave=False, dynamic_ncols=True)
-            found = write_lines(bar, source, out, part)
+        rows = read_rows(files or hub_files(source), source.split)
+        bar = tqdm(rows, f"rows of {name}", leave=False, dynamic_ncols=True)
+        found = write_lines(bar, source, part)
         if not found["rows"]:
             raise UserError(
                 f"--data {name} has no row in its {source.split} split; use another --data"
@@ -158,28 +157,28 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_lines(rows: Iterator, source: Source, out, part: Path) -> dict:
-    """Convert rows to lines of data.jsonl, and store their pictures in the folder `part`.
+def write_lines(rows: Iterator, source: Source, part: Path) -> dict:
+    """Convert rows to lines of data.jsonl, and store their pictures, in the folder `part`.
 
-    `out` is the open file data.jsonl. Returns the row count, the broken rows and the picture
-    folder, for source.json. The picture folder is "" (the converted folder), "coco" (train2014), or
-    the folder of the set's files.
+    Returns the row count, the broken rows and the picture folder, for source.json. The picture
+    folder is "" (the converted folder), "coco" (train2014), or the folder of the set's files.
     """
     count, left_out, place = 0, [], ""
-    for where, row in rows:
-        count += 1
-        try:
-            lines = convert_row(row, where, source.sentences, source.ignore)
-            image = lines[0]["image"]
+    with (part / "data.jsonl").open("w", encoding="utf-8") as out:
+        for where, row in rows:
+            count += 1
+            try:
+                lines = convert_row(row, where, source.sentences, source.ignore)
+                image = lines[0]["image"]
+                for line in lines:
+                    place = finish_line(line, Path(source.name))
+            except BROKEN as error:
+                left_out.append(f"{where}: {cause(error)}")
+                continue
+            if isinstance(image, bytes):
+                (part / lines[0]["image"]).write_bytes(image)
             for line in lines:
-                place = finish_line(line, Path(source.name))
-        except BROKEN as error:
-            left_out.append(f"{where}: {cause(error)}")
-            continue
-        if isinstance(image, bytes):
-            (part / lines[0]["image"]).write_bytes(image)
-        for line in lines:
-            out.write(json.dumps(line | {"split": source.split}) + "\n")
+                out.write(json.dumps(line | {"split": source.split}) + "\n")
     return {"rows": count, "left_out": left_out, "pictures": place}
 
 
@@ -210,7 +209,7 @@ def finish_line(line: dict, root: Path) -> str:
 # -------------------------------------------------------------------------------- rows
 
 
-def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
+def read_rows(files: list, split: str) -> Iterator[tuple[str, dict]]:
     """Yield each row of a split with its location, from any of the published file formats.
 
     Raises UserError, which names the file that cannot be read.
@@ -218,25 +217,24 @@ def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
     for file in map(Path, files):
         try:
             if file.suffix == ".p" or file.name.startswith("grefs("):
-                yield from refer_rows(file, source.split)
+                yield from refer_rows(file, split)
             elif file.suffix == ".json":
                 yield from json_rows(file)
             else:  # the hub's cache has names without an ending
-                yield from parquet_rows(file, source.ignore)
+                yield from parquet_rows(file)
         except UserError:
             raise
         except Exception as error:  # a damaged pickle or table raises anything
             raise UserError(f"{file} cannot be read ({cause(error)}); download it again") from None
 
 
-def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
+def parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
     """Yield the rows of a table.
 
     A mask comes as one array for each row of pixels. Python's lists would take megabytes.
     """
     table = pyarrow.parquet.ParquetFile(file)
     columns = table.schema_arrow.names
-    layout_of(columns, ignore)
     at_once = 4 if {"mask", "solution_mask"} & set(columns) else 256
     number = 0
     for batch in table.iter_batches(at_once):
@@ -273,8 +271,8 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
     if file.suffix == ".json":
         refs = load_json(file, list)
     else:
-        with file.open("rb") as opened_file:
-            refs = PlainUnpickler(opened_file, encoding="latin1").load()
+        content = io.BytesIO(file.read_bytes())
+        refs = PlainUnpickler(content, encoding="latin1").load()
     known = load_json(file.parent / "instances.json")
     annotations = {one["id"]: one for one in known["annotations"]}
     infos = {one["id"]: one for one in known["images"]}
@@ -283,12 +281,12 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
         wanted = "testA"  # RefCOCO and RefCOCO+ have testA and testB
     for number, ref in enumerate(refs, 1):
         if ref["split"] == wanted:
-            ids, info = ref.get("ann_id"), infos.get(ref.get("image_id"))
+            row = ref | {"info": infos.get(ref.get("image_id"))}
+            ids = ref.get("ann_id")
             if isinstance(ids, list):
-                found = [annotations.get(one) for one in ids if one != -1]
-                row = ref | {"annotations": found, "info": info}
+                row["annotations"] = [annotations.get(one) for one in ids if one != -1]
             else:
-                row = ref | {"annotation": annotations.get(ids), "info": info}
+                row["annotation"] = annotations.get(ids)
             yield f"{file.name} row {number}", row
 
 
