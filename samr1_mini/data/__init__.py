@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ..config import UserError
 from .folder import Folder
 
 # Other modules import these names from here.
@@ -39,13 +38,8 @@ def open_data(
     if (Path(name) / "data.jsonl").is_file():
         found = Folder(Path(name), split, count, seed)
     else:
-        from .public import HUB, Source, open_public
+        from .public import Source, open_public
 
-        if name not in HUB and not Path(name).is_dir():
-            raise UserError(
-                f"--data {name} is unknown; write shapes, a public data set ({', '.join(HUB)}), "
-                "or a folder"
-            )
         found = open_public(Source(name, split, sentences, ignore), count, seed, coco_dir)
     found.check_headers()
     if objects == "one":

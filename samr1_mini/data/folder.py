@@ -236,10 +236,11 @@ class Folder(Data):
         turned, corners = set(), []
         for line in self.distinct_lines():
             with self.named(line.number):
-                row = line.row
                 header = read_header(inside(self.pictures, line.image))
                 check_size(line.image, header.size, line.size, "; use the original picture")
-                unsure, numbers = check_against_picture(row, header, self.folder, self.converted)
+                unsure, numbers = check_against_picture(
+                    line.row, header, self.folder, self.converted
+                )
             if unsure:
                 turned.add(line.image)
             if numbers:
@@ -323,7 +324,7 @@ class Folder(Data):
         """Return the names and sizes of the pictures that are downloaded if they are missing."""
         if not self.downloads:
             return {}
-        return {line.image: tuple(line.size) for line in self.lines}
+        return {line.image: line.size for line in self.lines}
 
     @property
     def download_bytes(self) -> int:
@@ -439,7 +440,7 @@ def check_texts(row: dict) -> None:
 def mask_files(row: dict) -> list[str]:
     """Return the paths of the files that hold a line's masks and its undecided pixels."""
     values = (*truth_of(row), row.get("ignore"))
-    return [value for value in values if isinstance(value, str) and value]
+    return [value for value in values if isinstance(value, str)]
 
 
 def split_of(row: dict) -> str | None:

@@ -185,11 +185,10 @@ def parse_polygons(value) -> list[list[float]]:
         raise ValueError('the mask is a list of masks; write "masks" for several objects')
     if not isinstance(value[0], list) or is_point(value[0]):
         value = [value]
-    polygons = [flat_polygon(polygon) for polygon in value]
-    whole = [polygon for polygon in polygons if has_area(polygon)]
-    if not whole:
+    polygons = [polygon for polygon in map(flat_polygon, value) if has_area(polygon)]
+    if not polygons:
         raise ValueError("no polygon of the mask has three points; draw the object again")
-    return whole
+    return polygons
 
 
 def has_area(polygon: list[float]) -> bool:

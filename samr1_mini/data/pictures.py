@@ -162,10 +162,8 @@ def orientation_of(image: Image.Image) -> int:
     places = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
     if image.format == "PNG" and not any(place in image.info for place in places):
         return 1  # to find EXIF behind the pixels, Pillow would decode all pixels
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow raises anything for broken EXIF
-        return 1
-    if orientation in range(1, 9):
-        return orientation
+    with suppress(Exception):  # Pillow raises anything for broken EXIF
+        orientation = image.getexif().get(ORIENTATION)
+        if orientation in range(1, 9):
+            return orientation
     return 1

@@ -32,6 +32,7 @@ from .pictures import read_header
 
 SETS = CACHE / "sets"  # converted sets, so that each set is converted only once
 VERSION = 1  # of the conversion: sets of another version are converted again
+ROWS = 16  # of a table that are in memory at a time, because masks are large
 
 # From a name on the command line to the splits: for each, the hub's id and the hub's split.
 JXU124 = ("train", "validation", "test")
@@ -235,9 +236,8 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
     """
     table = pyarrow.parquet.ParquetFile(file)
     columns = table.schema_arrow.names
-    at_once = 4 if {"mask", "solution_mask"} & set(columns) else 256
     number = 0
-    for batch in table.iter_batches(at_once):
+    for batch in table.iter_batches(ROWS):
         for i in range(batch.num_rows):
             row = {name: cell_value(name, batch.column(name)[i]) for name in columns}
             number += 1
@@ -409,6 +409,11 @@ def watched(files: list[Path]) -> list[Path]:
 
 def hub_place(name: str, split: str) -> tuple[str, str]:
     """Return the set's repository id on the hub, and the hub's name for this split."""
+    if name not in HUB:
+        raise UserError(
+            f"--data {name} is unknown; write shapes, a public data set ({', '.join(HUB)}), or a "
+            "folder"
+        )
     if split in HUB[name]:
         return HUB[name][split]
     other = ""
