@@ -191,7 +191,7 @@ def finish_line(line: dict, root: Path) -> str:
     """
     if "size" in line:
         check_texts(line)
-        check_truth(line, tuple(line["size"]))
+        check_truth(line, line["size"])
         return "coco"
     image = line["image"]
     if isinstance(image, bytes):
@@ -341,9 +341,8 @@ def find_files(name: str, split: str) -> list[Path]:
     # In a folder with parquet files, JSON files only describe these.
     for file in files_in(folder, ".parquet") or files_in(folder, ".json"):
         named = file.relative_to(folder)
-        if is_labelme(
-            file
-        ):  # a labelme file is named like its picture, so only folders name the split
+        # A labelme file is named like its picture, so only folders name the split.
+        if is_labelme(file):
             named = named.parent
         files.setdefault(split_in(named), []).append(file)
     if split == "test":
