@@ -549,6 +549,8 @@ def test_a_users_key_picture_does_not_change_the_intervals(tmp_path):
     [
         ({"mask": ["a.png", "b.png"]}, 'write "masks"'),
         ({"mask": [], "box": [10, 5, 30, 25]}, "an empty mask and a box"),
+        ({"mask": None, "masks": [], "box": [10, 5, 30, 25]}, "an empty mask and a box"),
+        ({"ignore": 0}, "ignore"),
         ({"mask": "A" * 5000}, "no such file"),
     ],
 )

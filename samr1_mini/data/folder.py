@@ -23,7 +23,6 @@ import json
 import os
 import random
 import time
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -328,7 +327,8 @@ class Folder(Data):
 
     @property
     def download_bytes(self) -> int:
-        return COCO_BYTES * sum(not is_there(self.pictures / name) for name in self.wanted())
+        absent = [name for name in self.wanted() if not is_there(self.pictures / name)]
+        return COCO_BYTES * len(absent)
 
     def download(self, missing: Sequence[str] = ()) -> None:
         """Download the pictures of the chosen lines.
@@ -422,8 +422,12 @@ class Folder(Data):
 
 def present(row: dict) -> dict:
     """Return a line without missing values: null, an empty text, or NaN, as pandas writes it."""
-    # NaN differs from itself.
-    return {key: value for key, value in row.items() if value not in (None, "") and value == value}
+    kept = {}
+    for name, value in row.items():
+        is_nan = value != value  # only NaN differs from itself
+        if value not in (None, "") and not is_nan:
+            kept[name] = value
+    return kept
 
 
 def check_texts(row: dict) -> None:
@@ -465,8 +469,8 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
         splits[line.image] = line.split or splits.get(line.image)
     free = [name for name, split in splits.items() if split is None]
     order = sorted(free, key=hash_number)
-    first = max(1, bisect_left(order, 0.1, key=hash_number))
-    second = max(first + 1, bisect_left(order, 0.2, key=hash_number))
+    first = max(1, len([name for name in free if hash_number(name) < 0.1]))
+    second = max(first + 1, len([name for name in free if hash_number(name) < 0.2]))
     if len(splits) <= FEW_PICTURES:
         first, second = 0, 0
     splits |= dict.fromkeys(order[:first], "validation")

@@ -259,13 +259,12 @@ def draw_shapes(shapes: list[dict], size: Size) -> tuple[np.ndarray, np.ndarray]
     parts = []
     for shape in shapes:
         ignored = "ignore" in str(shape["label"]).lower()
-        parts.append((draw_shape(shape, size), ignored))
+        parts.append((draw_shape(shape, size), 2 if ignored else 1))
     parts.sort(key=lambda part: -part[0].sum())
-    target, undecided = np.zeros((2, *size[::-1]), bool)
-    for drawn, ignored in parts:
-        target[drawn] = not ignored
-        undecided[drawn] = ignored
-    return target, undecided
+    labels = np.zeros(size[::-1], np.uint8)  # 1: target, 2: undecided
+    for drawn, label in parts:
+        labels[drawn] = label
+    return labels == 1, labels == 2
 
 
 def draw_shape(shape: dict, size: Size) -> np.ndarray:

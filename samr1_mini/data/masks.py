@@ -26,20 +26,20 @@ EMPTY = (
 def truth_of(row: dict) -> list:
     """Return the masks of a line, in any form: all of "masks", or the single "mask".
 
-    The list is empty for "mask": [], which means that the picture has no such object. Raises
-    ValueError for a line with both keys.
+    An empty list in the line means that the picture has no such object. Raises ValueError for a
+    line with both keys.
     """
-    mask, masks = row.get("mask"), row.get("masks")
-    if masks is None:
-        if mask != []:
-            return [mask]
-        if "box" in row:
-            raise ValueError("the line has an empty mask and a box; remove one of them")
-        return []
-    if mask is not None:
+    if "masks" not in row:
+        mask = row.get("mask")
+        masks = [] if mask == [] else [mask]
+    elif "mask" in row:
         raise ValueError("the line has mask and masks; remove one of them")
+    else:
+        masks = row["masks"]
     if not isinstance(masks, list):
         raise ValueError("masks is not a list; write one mask for each object: [mask, mask]")
+    if not masks and "box" in row:
+        raise ValueError("the line has an empty mask and a box; remove one of them")
     return masks
 
 
@@ -50,8 +50,11 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
     x, y, x, y, ... of the box or the polygons, and [] for other masks. The pixels of a PNG are not
     read here.
     """
-    if row.get("ignore"):
-        parse_mask(row["ignore"], size)
+    if row.get("ignore", []) != []:
+        try:
+            parse_mask(row["ignore"], size)
+        except ValueError as error:
+            raise ValueError(f"ignore: {error}") from None
     if has_box(row):
         check_box(row["box"], size)
         return row["box"]

@@ -110,7 +110,7 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
 
 def check_coco_dir(data: Folder) -> None:
     """Refuse a folder of COCO's pictures that lacks pictures of the chosen questions."""
-    names = [line.image for line in data.distinct_lines()]
+    names = sorted({line.image for line in data.distinct_lines()})
     lacking = [name for name in names if not download.is_there(data.pictures / name)]
     if lacking:
         raise UserError(

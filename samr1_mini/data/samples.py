@@ -50,10 +50,12 @@ class Data(Sequence):
 
     def __getitem__(self, i: int | slice) -> Sample | list[Sample]:
         """Return a sample, or a list of samples for a slice. Negative numbers count from the end."""
-        found = range(len(self))[i]
-        if isinstance(found, range):
-            return [self.sample_at(number) for number in found]
-        return self.sample_at(found)
+        if isinstance(i, slice):
+            return [self.sample_at(number) for number in range(*i.indices(len(self)))]
+        number = i + len(self) if i < 0 else i
+        if not 0 <= number < len(self):
+            raise IndexError(f"question {i} of {len(self)}")
+        return self.sample_at(number)
 
     def download(self, missing: Sequence[str] = ()) -> None:
         """Download the files that are not here yet.
