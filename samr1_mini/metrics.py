@@ -7,6 +7,7 @@ unions.
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from PIL import Image
 
 
 def mean(values: Iterable[float]) -> float:
@@ -59,14 +60,14 @@ def vote(masks: list[np.ndarray]) -> tuple[int, np.ndarray]:
     the most neighbours, the first of them is the middle mask. A pixel is in the result if more than
     half of the middle mask's neighbours contain the pixel.
     """
-    near = np.zeros((len(masks), len(masks)), bool)  # [n, n]
-    for i, a in enumerate(masks):
-        for j, b in enumerate(masks):
-            near[i, j] = iou(*intersection_union(a, b)) >= AGREE
-    middle = int(near.sum(1).argmax())
-    neighbours = [mask for mask, close in zip(masks, near[middle]) if close]
-    counts = np.sum(neighbours, axis=0, dtype=np.uint16)  # [H, W]
-    return middle, counts * 2 > len(neighbours)
+    middle = 0
+    most = []  # the neighbours of the middle mask
+    for i, mask in enumerate(masks):
+        near = [other for other in masks if iou(*intersection_union(mask, other)) >= AGREE]
+        if len(near) > len(most):
+            middle, most = i, near
+    counts = np.sum(most, axis=0, dtype=np.uint16)  # [H, W]
+    return middle, counts * 2 > len(most)
 
 
 def box_iou(a: tuple, b: tuple) -> float:
@@ -113,8 +114,7 @@ def repeated_share(boxes: list[tuple]) -> float:
     """Return the share of boxes whose IoU with an earlier box is above 0.5, 0 to 1."""
     repeated = 0
     for i, box in enumerate(boxes):
-        overlaps = [box_iou(box, earlier) for earlier in boxes[:i]]
-        repeated += max(overlaps, default=0.0) > 0.5
+        repeated += any(box_iou(box, earlier) > 0.5 for earlier in boxes[:i])
     return repeated / max(1, len(boxes))
 
 
@@ -131,12 +131,7 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
     x2 and y2 are exclusive. An empty mask gives (0, 0, 0, 0).
     """
-    ys, xs = np.where(mask)
-    if len(xs) == 0:
-        return 0, 0, 0, 0
-    x1, x2 = int(xs.min()), int(xs.max()) + 1
-    y1, y2 = int(ys.min()), int(ys.max()) + 1
-    return x1, y1, x2, y2
+    return Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
 
 
 def giou(pairs) -> float:
