@@ -79,12 +79,10 @@ def nothing_scores(rows: list[ScoredAnswer]) -> dict:
     share is left out.
     """
     found = {}
-    without_target = [row.nothing is True for row in rows if row.no_target]
-    if without_target:
-        found["N_acc"] = mean(without_target)
-    with_target = [row.nothing is False for row in rows if not row.no_target]
-    if with_target:
-        found["T_acc"] = mean(with_target)
+    for name, no_target in (("N_acc", True), ("T_acc", False)):
+        correct = [row.nothing == no_target for row in rows if row.no_target == no_target]
+        if correct:
+            found[name] = mean(correct)
     return found
 
 
@@ -248,47 +246,16 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
     in_format = [i for i in read if rewards[i].answer.in_format]
     chosen, mask = majority(rewards, read)
     lenient = intersection_union(mask, x.mask, x.ignore)
-    strict_chosen, strict_mask = majority(rewards, in_format)
-    strict = intersection_union(strict_mask, x.mask, x.ignore)
     pair = lenient
-    if in_format:
-        chosen, mask, pair = strict_chosen, strict_mask, strict
-    reward = replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair))
+    strict = intersection_union(None, x.mask, x.ignore)
     nothing = None
-    if strict_mask is not None:
-        nothing = not strict_mask.any()
+    if in_format:
+        chosen, mask = majority(rewards, in_format)
+        strict = intersection_union(mask, x.mask, x.ignore)
+        pair = strict
+        nothing = not mask.any()
+    reward = replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair))
     return Verdict(chosen, reward, lenient, strict, nothing)
-
-
-def score_question(
-    segmenter: Segmenter,
-    index: int,
-    x: Sample,
-    answers: list[Completion],
-    s: Settings,
-    side: int,
-) -> ScoredAnswer:
-    """Score the answers to one question. `index` is its index in the data set."""
-    texts = [answer.text for answer in answers]
-    verdict = judge(segmenter, x, texts, s, side)
-    answer = verdict.reward.answer
-    return ScoredAnswer(
-        index=index,
-        id=x.id,
-        picture=x.picture,
-        kind=x.kind,
-        question=x.question,
-        texts=texts,
-        text=texts[verdict.chosen],
-        truncated=answers[verdict.chosen].truncated,
-        in_format=answer.in_format,
-        why=answer.why,
-        box_iou=verdict.reward.box_iou,
-        pair=verdict.lenient,
-        strict=verdict.strict,
-        no_target=not x.mask.any(),
-        nothing=verdict.nothing,
-    )
 
 
 def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float | None:
@@ -358,54 +325,66 @@ def answer_batch(
     return generate(policy, prompts, votes, s.max_new_tokens, 1.0, uniforms)
 
 
-def answer_and_score(
+def score_batch(
     policy: Policy,
     segmenter: Segmenter,
     samples: dict[int, Sample],
+    groups: list[list[Completion]],
     s: Settings,
-    blank: bool,
     with_ceiling: bool,
-    votes: int,
-) -> dict[int, ScoredAnswer]:
-    """Answer and score questions in one batch. See evaluate."""
+) -> list[ScoredAnswer]:
+    """Score the answers to the questions of one batch. `groups` holds the answers of each sample."""
     side = policy.answer_side(s.image_size)
-    groups = answer_batch(policy, samples, s, blank, votes)
-    rows = {}
+    rows = []
     for (i, x), answers in zip(samples.items(), groups):
-        rows[i] = score_question(segmenter, i, x, answers, s, side)
+        texts = [answer.text for answer in answers]
+        verdict = judge(segmenter, x, texts, s, side)
+        answer = verdict.reward.answer
+        row = ScoredAnswer(
+            index=i,
+            id=x.id,
+            picture=x.picture,
+            kind=x.kind,
+            question=x.question,
+            texts=texts,
+            text=texts[verdict.chosen],
+            truncated=answers[verdict.chosen].truncated,
+            in_format=answer.in_format,
+            why=answer.why,
+            box_iou=verdict.reward.box_iou,
+            pair=verdict.lenient,
+            strict=verdict.strict,
+            no_target=not x.mask.any(),
+            nothing=verdict.nothing,
+        )
         if with_ceiling:
-            rows[i].ceiling = true_box_iou(segmenter, x, s.objects)
+            row.ceiling = true_box_iou(segmenter, x, s.objects)
+        rows.append(row)
     return rows
 
 
-class KeptRows:
-    """Keep the rows of an evaluation in a file. A later call can continue the same evaluation.
+def kept_rows(file: Path, description: str) -> list[ScoredAnswer]:
+    """Return the rows that an interrupted evaluation has kept in a file.
 
-    The first line is `description`. Each further line holds the rows of one batch.
+    The first line of the file is `description`. Each further line holds the rows of one batch. A
+    file of another evaluation is emptied.
     """
+    try:
+        # A kill can leave an incomplete last line. This line is removed.
+        first, *lines, _ = file.read_text(encoding="utf-8").split("\n")
+        if first == description:
+            file.write_text("\n".join([first, *lines, ""]), encoding="utf-8")
+            return [ScoredAnswer(**row) for line in lines for row in json.loads(line)]
+    except (OSError, ValueError, TypeError):
+        pass  # the file holds nothing usable
+    file.write_text(f"{description}\n", encoding="utf-8")
+    return []
 
-    def __init__(self, path: Path, description: str):
-        self.path = path
-        self.description = description
 
-    def read(self) -> dict[int, ScoredAnswer]:
-        """Return the kept rows by index. A file of another evaluation is emptied first."""
-        try:
-            # A kill can leave an incomplete last line. This line is removed.
-            first, *lines, _ = self.path.read_text(encoding="utf-8").split("\n")
-            if first == self.description:
-                self.path.write_text("\n".join([first, *lines, ""]), encoding="utf-8")
-                rows = [ScoredAnswer(**row) for line in lines for row in json.loads(line)]
-                return {row.index: row for row in rows}
-        except (OSError, ValueError, TypeError):
-            pass  # the file holds nothing usable
-        self.path.write_text(f"{self.description}\n", encoding="utf-8")
-        return {}
-
-    def append(self, rows: Iterable[ScoredAnswer]) -> None:
-        """Append the rows of one batch to the file."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([asdict(row) for row in rows]) + "\n")
+def keep_rows(file: Path, rows: list[ScoredAnswer]) -> None:
+    """Append the rows of one batch to a file for kept_rows."""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps([asdict(row) for row in rows]) + "\n")
 
 
 def batches(indices: range, size: int, name: str) -> Iterator[range]:
@@ -445,23 +424,23 @@ def evaluate(
     """
     processes = join_processes(s.device)
     size = batch_size(policy, s, votes)
-    assigned = share(range(len(data)))
-    kept = None
+    rows = []
     if keep:  # the rows of a file depend on the number of processes and on the batch size
         file = Path(f"{keep[0]}.{processes.process_index}")
-        kept = KeptRows(file, f"{keep[1]} {processes.num_processes} {size}")
-    rows = kept.read() if kept else {}
-    for indices in batches(assigned, size, name):
-        if rows.keys() & indices:
+        rows = kept_rows(file, f"{keep[1]} {processes.num_processes} {size}")
+    done = {row.index for row in rows}
+    for indices in batches(share(range(len(data))), size, name):
+        if not done.isdisjoint(indices):
             continue
         samples = load_samples(data, indices, s)
         if not samples:
             continue
-        new = answer_and_score(policy, segmenter, samples, s, blank, with_ceiling, votes)
-        rows |= new
-        if kept:
-            kept.append(new.values())
-    every = sorted(gather(list(rows.values())), key=lambda row: row.index)
+        groups = answer_batch(policy, samples, s, blank, votes)
+        new = score_batch(policy, segmenter, samples, groups, s, with_ceiling)
+        rows += new
+        if keep:
+            keep_rows(file, new)
+    every = sorted(gather(rows), key=lambda row: row.index)
     if not every:
         asked = s.eval_data or s.data
         raise UserError(f"{asked}: every true mask is empty, and --empty-truth is excluded")
