@@ -9,12 +9,14 @@ import json
 import sys
 import tempfile
 from argparse import Namespace
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from torch import AcceleratorError, OutOfMemoryError
+
 # Functions import the modules with models. So --help and wrong options are answered at once.
-from samr1_mini.files import check_adapter_files, replace_file, write_json
 from samr1_mini.config import (
     Parser,
     Settings,
@@ -28,6 +30,11 @@ from samr1_mini.config import (
     print_anything,
     read_settings,
 )
+from samr1_mini.data import Sample, clean_question, open_picture
+from samr1_mini.files import check_adapter_files, replace_file, write_json
+from samr1_mini.memory import cap_memory, is_memory_error
+from samr1_mini.processes import fail_together, first_before_others, is_first, join_processes
+from samr1_mini.prompt import choose_prompt
 
 USED = {  # the settings that an evaluation uses
     "preset",
@@ -169,10 +176,6 @@ def make_folder(folder: Path, option: str) -> None:
 
 def read_picture(options: Namespace) -> list:
     """Return one sample from --image and --question. Raise UserError if one of them is invalid."""
-    import numpy as np
-
-    from samr1_mini.data import Sample, clean_question, open_picture
-
     if not Path(options.image).is_file():
         raise UserError(f"--image {options.image}: there is no such file")
     try:
@@ -189,27 +192,19 @@ def read_picture(options: Namespace) -> list:
 
 def open_input(settings: Settings, options: Namespace):
     """Open the data set or the single picture. No model is loaded yet."""
-    from samr1_mini.data import open_data
+    from samr1_mini.loading import open_split
 
     make_folder(Path(options.out), f"--out {options.out}")
     if options.image is not None:
         return read_picture(options)
-    count = options.count
-    if count is None:
-        count = 600 if settings.data == "shapes" else sys.maxsize
+    count = sys.maxsize
     seed = None
-    if settings.data == "shapes":  # the seed of the run chooses the scenes of its train split
-        seed = saved_settings(options).get("seed", 0)
-    return open_data(
-        settings.data,
-        options.split,
-        count,
-        seed,
-        settings.sentences,
-        settings.coco_dir,
-        settings.ignore,
-        settings.objects,
-    )
+    if settings.data == "shapes":
+        count = 600
+        seed = saved_settings(options).get("seed", 0)  # it chooses the scenes of the train split
+    if options.count is not None:
+        count = options.count
+    return open_split(settings, settings.data, options.split, count, seed)
 
 
 def refuse_too_little_memory(settings: Settings) -> None:
@@ -218,8 +213,6 @@ def refuse_too_little_memory(settings: Settings) -> None:
     This check is before the download. If the check itself fails, one line prints the error, and the
     program continues.
     """
-    if settings.device != "cuda":
-        return
     try:
         from samr1_mini.forecast import check_free_memory
 
@@ -233,8 +226,6 @@ def refuse_too_little_memory(settings: Settings) -> None:
 def load(settings: Settings, options: Namespace) -> tuple:
     """Return policy, segmenter and data."""
     from samr1_mini.loading import check_models, load_models
-    from samr1_mini.memory import cap_memory
-    from samr1_mini.processes import first_before_others
 
     cap_memory(settings)
     refuse_too_little_memory(settings)
@@ -251,8 +242,6 @@ def load(settings: Settings, options: Namespace) -> tuple:
 
 def describe_evaluation(settings: Settings, options: Namespace, data) -> str:
     """Return the settings, the prompt and the questions of an evaluation as one line of JSON."""
-    from samr1_mini.prompt import choose_prompt
-
     used = {name: getattr(settings, name) for name in sorted(USED)}
     used["prompt"] = choose_prompt(settings)
     if data.file:
@@ -316,7 +305,6 @@ def best_middle_worst(rows: list) -> tuple[list, str]:
 def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
     """Evaluate a data set, print a table, and write results.json and a sheet of answers."""
     from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
-    from samr1_mini.processes import is_first
 
     out = Path(options.out)
     batch = batch_size(policy, settings, options.votes)
@@ -359,11 +347,8 @@ def print_objects(objects: list) -> None:
 
 def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) -> None:
     """Ask about one picture, print the answer, and write its mask and an overlay."""
-    from PIL import Image
-
     from samr1_mini.evaluation import evaluate, shown
     from samr1_mini.plots import sample_sheet
-    from samr1_mini.processes import is_first
 
     report = evaluate(policy, segmenter, data, settings, blank=options.blank, votes=options.votes)
     if not is_first():
@@ -373,6 +358,7 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
     reward = panel.reward
     mask = reward.mask
     stem = Path(options.out) / Path(options.image).stem
+    mask_file = Path(f"{stem}-mask.png")
     print(panel.text)
     if reward.answer.objects is None:
         print(f"no box can be read from this answer: {reward.answer.why}")
@@ -381,11 +367,10 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
     if mask is None:
-        with suppress(OSError):
-            Path(f"{stem}-mask.png").unlink()  # of an earlier question
+        mask_file.unlink(missing_ok=True)  # of an earlier question
     else:
-        Image.fromarray(mask).save(f"{stem}-mask.png")
-        print(f"mask: {mask.mean():.1%} of the picture, {stem}-mask.png")
+        Image.fromarray(mask).save(mask_file)
+        print(f"mask: {mask.mean():.1%} of the picture, {mask_file}")
     overlay = f"{stem}-overlay.png"
     sample_sheet(overlay, [panel], size, "Answer of the policy", truth=False)
     print(f"overlay: {overlay}")
@@ -418,11 +403,6 @@ def main(argv: list[str] | None = None) -> None:
     print_anything()
     settings, options, line = parse(argv)
     print(line, flush=True)
-    from torch import AcceleratorError, OutOfMemoryError
-
-    from samr1_mini.memory import is_memory_error
-    from samr1_mini.processes import fail_together, join_processes
-
     try:
         if options.merge is not None:
             merge(settings.policy, options.adapter, options.merge)

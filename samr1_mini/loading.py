@@ -48,9 +48,12 @@ def open_sets(s: Settings, sets: list | None = None) -> list:
         return open_three(s)
 
 
-def open_split(s: Settings, name: str, split: str, count: int):
-    """Open one split of a data set with the options of the settings. Raises UserError."""
-    return open_data(name, split, count, s.seed, s.sentences, s.coco_dir, s.ignore, s.objects)
+def open_split(s: Settings, name: str, split: str, count: int, seed: int | None):
+    """Open one split of a data set with the options of the settings. Raises UserError.
+
+    For `seed` see open_data.
+    """
+    return open_data(name, split, count, seed, s.sentences, s.coco_dir, s.ignore, s.objects)
 
 
 def open_three(s: Settings) -> list:
@@ -64,7 +67,7 @@ def open_three(s: Settings) -> list:
     sets = []
     for name, split, count in wanted:
         try:
-            sets.append(open_split(s, name, split, count))
+            sets.append(open_split(s, name, split, count, s.seed))
         except UserError as error:  # open_data always names --data, so name the right option
             if split == "train" or not s.eval_data:
                 raise

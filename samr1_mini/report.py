@@ -266,7 +266,7 @@ def test_of(folder: Path, s: Settings) -> dict:
     after = read_saved(folder / "test-trained.json", list, [])
     if not before or not after:
         return NO_TEST
-    test = open_split(s, s.eval_data or s.data, "test", s.test_samples)
+    test = open_split(s, s.eval_data or s.data, "test", s.test_samples, s.seed)
     test.download(known_missing(folder)[2])
     segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device, s.sam_dtype)
     return held_out(test, segmenter, s, side_of(s), before, after)

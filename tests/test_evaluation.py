@@ -963,7 +963,7 @@ def test_a_public_set_is_taken_whole_unless_a_count_is_given(tmp_path, no_model)
     taken = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "samr1_mini.data.open_data", lambda *a: taken.append(a[:3]) or leave(UserError(""))
+            "samr1_mini.loading.open_data", lambda *a: taken.append(a[:3]) or leave(UserError(""))
         )
         for more in ([], ["--data", "reasonseg"], ["--data", "reasonseg", "--count", "5"]):
             with pytest.raises(SystemExit):

@@ -431,7 +431,7 @@ def test_evaluation_under_wsl_is_held_too(put_in, monkeypatch):
         raise UserError("enough")
 
     monkeypatch.setattr(evaluate_command, "open_input", stop)
-    monkeypatch.setattr("samr1_mini.processes.join_processes", lambda device: None)
+    monkeypatch.setattr(evaluate_command, "join_processes", lambda device: None)
     with pytest.raises(SystemExit):
         evaluate_command.main(["--preset", "3b"])
     assert fractions == [pytest.approx(10.8 / 12)]
