@@ -70,27 +70,14 @@ class Panel:
     reward: Reward
 
 
-def nothing_scores(rows: list[ScoredAnswer]) -> dict:
-    """Return N_acc and T_acc of gRefCOCO (arXiv 2306.00968), each 0 to 1.
-
-    N_acc is the share of questions without a target for which the answer says that nothing is
-    there. T_acc is the share of questions with a target for which the answer names an object. An
-    answer outside the format counts in neither of them. If there are no questions of one kind, its
-    share is left out.
-    """
-    found = {}
-    for name, no_target in (("N_acc", True), ("T_acc", False)):
-        correct = [row.nothing == no_target for row in rows if row.no_target == no_target]
-        if correct:
-            found[name] = mean(correct)
-    return found
-
-
-def scores(rows: list[ScoredAnswer], with_nothing: bool = False) -> dict:
+def scores(rows: list[ScoredAnswer], with_nothing: bool) -> dict:
     """Return gIoU, gIoU_lenient, cIoU and format rate, each 0 to 1, and the question count.
 
     With several answers to a question, one answer in the format is enough for the format rate.
-    `with_nothing` adds the entries of nothing_scores.
+    `with_nothing` adds N_acc and T_acc of gRefCOCO (arXiv 2306.00968), each 0 to 1. N_acc is the
+    share of questions without a target for which the answer says that nothing is there. T_acc is
+    the share of questions with a target for which the answer names an object. An answer outside the
+    format counts in neither of them. If there are no questions of one kind, its share is left out.
     """
     strict = [row.strict for row in rows]
     lenient = [row.pair for row in rows]
@@ -101,8 +88,12 @@ def scores(rows: list[ScoredAnswer], with_nothing: bool = False) -> dict:
         "format": mean(row.in_format for row in rows),
         "count": len(rows),
     }
-    if with_nothing:
-        found |= nothing_scores(rows)
+    if not with_nothing:
+        return found
+    for name, no_target in (("N_acc", True), ("T_acc", False)):
+        correct = [row.nothing == no_target for row in rows if row.no_target == no_target]
+        if correct:
+            found[name] = mean(correct)
     return found
 
 
@@ -115,7 +106,7 @@ class Report:
 
     @property
     def with_nothing(self) -> bool:
-        """True if the report needs nothing_scores."""
+        """True if the report needs N_acc and T_acc."""
         return self.several or any(row.no_target for row in self.rows)
 
     def summary(self) -> dict:

@@ -83,9 +83,8 @@ def draw_outline(axes, area: np.ndarray, colour: str, width: float, style: str =
 def draw_object(axes, one, sx: float, sy: float) -> None:
     """Draw the box and the points of one object (a reward.Object), scaled by sx and sy."""
     x1, y1, x2, y2 = one.box
-    x1, x2 = x1 * sx - 0.5, x2 * sx - 0.5
-    y1, y2 = y1 * sy - 0.5, y2 * sy - 0.5
-    xs, ys = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
+    xs = np.array([x1, x2, x2, x1, x1]) * sx - 0.5
+    ys = np.array([y1, y1, y2, y2, y1]) * sy - 0.5
     for colour, width in (("white", 3.2), (BLUE, 1.6)):
         axes.plot(xs, ys, color=colour, lw=width)
     for x, y, label in one.points:

@@ -9,11 +9,9 @@ import hashlib
 import html
 import io
 import json
-import math
 import re
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ from .loading import open_split
 from .policy import COORDINATES, check_policy
 from .runs import known_missing, read_log, read_saved, read_test_answers
 from .segmenter import load_segmenter
-from .trace import SIDE, read_trace, small_rle, small_size, webp
+from .trace import SIDE, described_answer, described_sample, read_trace
 
 PAGE = Path(__file__).parent / "page"  # page.html with its style and its script
 TEST_BYTES = 3_500_000  # bytes of held-out pictures on the page, at most
@@ -56,8 +54,9 @@ SHOWN = (  # the settings that the page uses
 # ----------------------------------------------------------------------------- pictures
 
 
-def enlarged(mask: np.ndarray) -> np.ndarray:
-    """Enlarge a small mask [H, W] by a whole factor. Then an outline of one pixel looks thin."""
+def enlarged(rle: dict) -> np.ndarray:
+    """Return a small mask, bool, enlarged by a whole factor. Then a one-pixel outline looks thin."""
+    mask = coco.decode(rle).astype(bool)  # [H, W]
     times = max(1, SIDE // max(mask.shape))
     return mask.repeat(times, 0).repeat(times, 1)
 
@@ -68,10 +67,10 @@ def overlay(mask: dict | None, truth: dict) -> str:
     `mask` and `truth` are COCO RLEs of the picture's size. The picture is darker outside the mask.
     The mask has an orange outline. The true mask has a white outline with a black border.
     """
-    true = enlarged(coco.decode(truth).astype(bool))
+    true = enlarged(truth)
     colours = np.zeros(true.shape, np.uint8)  # indices into the palette
     if mask is not None:
-        drawn = enlarged(coco.decode(mask).astype(bool))
+        drawn = enlarged(mask)
         if drawn.any():
             colours[~drawn] = 1
         colours[binary_dilation(drawn, iterations=2) & ~drawn] = 2
@@ -115,6 +114,18 @@ def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
     return pairs
 
 
+def sample_of(test, row: dict):
+    """Return the sample of a row, or None if it has changed since the run. An id may come twice."""
+    asked = row.get("question")  # older runs lack it
+    for i, name in enumerate(test.ids):
+        if name != row["id"]:
+            continue
+        sample = test[i]
+        if asked in (None, sample.question):
+            return sample
+    return None
+
+
 def held_out(test, segmenter, s: Settings, side: int, before: list, after: list) -> dict:
     """Return "scores" of all held-out questions, and "questions" with pictures and both answers.
 
@@ -126,29 +137,22 @@ def held_out(test, segmenter, s: Settings, side: int, before: list, after: list)
     pairs = pair_rows(before, after)
     scores = [[a["kind"], round(a["iou"], 4), round(b["iou"], 4)] for a, b in pairs]
     pairs.sort(key=lambda pair: -abs(pair[1]["iou"] - pair[0]["iou"]))
-    places = defaultdict(list)  # an id may come twice
-    for i, name in enumerate(test.ids):
-        places[name].append(i)
     found = []
     length = 0
     for rows in pairs:
-        asked = rows[0].get("question")  # older runs lack it
-        samples = (test[i] for i in places[rows[0]["id"]])
-        sample = next((one for one in samples if asked in (None, one.question)), None)
+        sample = sample_of(test, rows[0])
         if sample is None:
             continue
-        size = small_size(sample.image.size, TEST_SIDE)
-        entry = {"kind": sample.kind, "question": sample.question, "side": side, "size": size}
-        entry["picture"] = webp(sample.image, size, 75)
-        truth = small_rle(sample.mask, size)
+        entry = described_sample(sample, side, TEST_SIDE, 75)
+        truth = entry.pop("truth")
         for name, row in zip(("before", "after"), rows):
             reward = judge(segmenter, sample, [row["text"]], s, side).reward
-            objects = [asdict(one) for one in reward.answer.objects or []]
+            answer = described_answer(reward, entry["size"])
             entry[name] = {
                 "text": row["text"],
                 "iou": round(row["iou"], 4),
-                "objects": objects,
-                "overlay": overlay(small_rle(reward.mask, size), truth),
+                "objects": answer["objects"],
+                "overlay": overlay(answer["mask"], truth),
             }
         length += len(json.dumps(entry))
         if length > TEST_BYTES:
@@ -164,8 +168,8 @@ NO_TEST = {"scores": [], "questions": []}
 
 
 def rounded(value) -> float | None:
-    """Return a number with five significant digits, or None for a number that JSON cannot hold."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    """Return a number with five significant digits, or None for any other value."""
+    if not isinstance(value, (int, float)):
         return None
     return float(f"{value:.5g}")
 
@@ -198,24 +202,15 @@ def content(folder: Path, test: dict) -> dict:
     }
 
 
-def finite(value):
-    """Return a JSON value with None in place of numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def page(data: dict) -> str:
     """Return the page as HTML.
 
     The data are JSON without "<", so no answer can close the <script> block of the data. The
     browser runs only the script whose hash the page names.
     """
-    text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False)
+    # JSON has no NaN and no infinity: json.loads replaces the words that Python writes for them.
+    finite = json.loads(json.dumps(data), parse_constant=lambda word: None)
+    text = json.dumps(finite, separators=(",", ":"))
     text = text.replace("<", "\\u003c")
     script = (PAGE / "page.js").read_text(encoding="utf-8")
     parts = {

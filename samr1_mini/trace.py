@@ -163,12 +163,12 @@ def traced_group(parts, rollout) -> dict:
         "reference": rollout.reference,
         "entropy": rollout.entropy,
     }
-    size = small_size(sample.image.size)
+    described = described_sample(sample, policy.answer_side(s.image_size))
     answers = []
     start = 0
     for i, completion in enumerate(rollout.completions):
         end = start + len(completion.ids)
-        answer = described_answer(rollout.rewards[i], size)
+        answer = described_answer(rollout.rewards[i], described["size"])
         answer["advantage"] = round(rollout.advantage[i].item(), 4)
         answer["truncated"] = completion.truncated
         answer["tokens"] = token_texts(policy.processor.tokenizer, completion.ids.tolist())
@@ -177,14 +177,22 @@ def traced_group(parts, rollout) -> dict:
                 answer[name] = (values[start:end].float() * NATS).round().long().tolist()
         answers.append(answer)
         start = end
+    return described | {"answers": answers}
+
+
+def described_sample(sample, side: int, longest: int = SIDE, quality: int = 85) -> dict:
+    """Return a question, its small picture and its true mask. Answers give coordinates up to `side`.
+
+    The longer side of the picture has at most `longest` pixels. `quality` is that of WebP.
+    """
+    size = small_size(sample.image.size, longest)
     return {
         "kind": sample.kind,
         "question": sample.question,
-        "side": policy.answer_side(s.image_size),
+        "side": side,
         "size": size,
-        "picture": webp(sample.image, size),
+        "picture": webp(sample.image, size, quality),
         "truth": small_rle(sample.mask, size),
-        "answers": answers,
     }
 
 
