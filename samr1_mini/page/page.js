@@ -30,11 +30,12 @@ function make(tag, attributes = {}, ...children) {
 }
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-const present = (values) => values.filter((value) => value !== null && value !== undefined);
+const missing = (value) => value === null || value === undefined;
+const present = (values) => values.filter((value) => !missing(value));
 
 /** Write a number with about three digits. */
 function short(value) {
-  if (value === null || value === undefined) return "–";
+  if (missing(value)) return "–";
   const size = Math.abs(value);
   if (value === 0 || (Number.isInteger(value) && size < 1e6)) return String(value);
   if (size >= 100) return value.toFixed(0);
@@ -84,14 +85,20 @@ const charts = []; // functions that move a chart's cursor to a step
 
 const left = (step) => (100 * (step - FIRST)) / Math.max(1, LAST - FIRST); // percent
 
-/** Return the path of values, one for each step, in a square of 100 x 100. */
+/** Return the place of a value in a square of 100 x 100, as text for a path. */
+function pathPoint(value, i, low, high) {
+  const fromTop = 100 - (100 * (value - low)) / (high - low);
+  return `${left(NUMBERS[i]).toFixed(2)} ${fromTop.toFixed(2)}`;
+}
+
+/** Return the path of values, one for each step. */
 function line(values, low, high) {
   let path = "";
   let pen = "M";
   values.forEach((value, i) => {
     if (value === null) pen = "M";
     else {
-      path += `${pen}${left(NUMBERS[i]).toFixed(2)} ${(100 - (100 * (value - low)) / (high - low)).toFixed(2)}`;
+      path += pen + pathPoint(value, i, low, high);
       if (pen === "M") path += "h0"; // so that a single value is a dot
       pen = "L";
     }
@@ -101,8 +108,8 @@ function line(values, low, high) {
 
 /** Return the path of the area between two lists of values. */
 function area(lower, upper, low, high) {
-  const back = line(lower, low, high).slice(1).replace("h0", "").split("L").reverse().join("L");
-  return `${line(upper, low, high)}L${back}Z`;
+  const points = (values) => values.map((value, i) => pathPoint(value, i, low, high));
+  return `M${[...points(upper), ...points(lower).reverse()].join("L")}Z`;
 }
 
 /** Add the parts of a chart to a figure: heading, curve, cursor, range of steps. */
@@ -142,9 +149,11 @@ function chart(name) {
   const share = ["iou", "zero_variance", "unique"].includes(name) || name.endsWith("_format");
   let high = share ? 1 : Math.max(0, ...known);
   if (high === low) high = low + 1;
-  const paths = [make("path", { class: "raw", d: line(values, low, high) })];
-  if (known.length === values.length) paths.push(make("path", { d: line(smooth(values), low, high) }));
-  else paths.push(make("path", { d: line(filled(values), low, high) }));
+  const trend = known.length === values.length ? smooth(values) : filled(values);
+  const paths = [
+    make("path", { class: "raw", d: line(values, low, high) }),
+    make("path", { d: line(trend, low, high) }),
+  ];
   const figure = make("figure");
   addPlot(figure, paths, low, high, name, values);
   return figure;
@@ -155,7 +164,7 @@ function filled(values) {
   const found = values.map(() => null);
   let last = -1;
   values.forEach((value, i) => {
-    if (value === null || value === undefined) return;
+    if (missing(value)) return;
     for (let k = last + 1; last >= 0 && k < i; k++)
       found[k] = values[last] + ((value - values[last]) * (k - last)) / (i - last);
     found[i] = value;
@@ -178,9 +187,8 @@ function drawReward() {
     const upto = from.map((value, k) => value + term[k]);
     if (negative) bottom = upto;
     else top = upto;
-    const layer = [from, upto];
     key.append(make("span", { class: "key" }, make("i", { style: `background: var(--area${i % 5})` }), columnName(name)));
-    return layer;
+    return [from, upto];
   });
   const high = Math.max(...top, ...present(log.reward), 1e-9);
   const low = Math.min(...bottom, ...present(log.reward), 0);
