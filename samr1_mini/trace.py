@@ -224,13 +224,13 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 # ------------------------------------------------------------------------------ pictures
 
 
-def small_size(size: tuple[int, int], side: int = SIDE) -> tuple[int, int]:
+def small_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     """Return width and height of a picture whose longer side has at most `side` pixels."""
     scale = min(1, side / max(size))
     return tuple(max(1, round(n * scale)) for n in size)
 
 
-def webp(image: Image.Image, size: tuple[int, int], quality: int = 85) -> str:
+def webp(image: Image.Image, size: tuple[int, int], quality: int) -> str:
     """Return a picture of this size as WebP in base64."""
     file = io.BytesIO()
     image.resize(size).save(file, "WEBP", quality=quality)

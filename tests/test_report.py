@@ -496,7 +496,7 @@ def test_a_photograph_and_an_answer_without_a_mask_get_on_the_page(segmenter, tm
     ]
     answers = [read_answer(text, 840) for text in texts]
     rewards = score_group(segmenter, sample, answers)
-    size = trace.small_size(sample.image.size)
+    size = trace.small_size(sample.image.size, trace.SIDE)
     assert max(size) == trace.SIDE
     described = [trace.described_answer(reward, size) for reward in rewards]
     assert described[0]["mask"] is None and described[0]["objects"] == []
@@ -506,7 +506,7 @@ def test_a_photograph_and_an_answer_without_a_mask_get_on_the_page(segmenter, tm
     assert share == pytest.approx(sample.mask.mean(), abs=0.01)
     for one in described:
         assert len(report.overlay(one["mask"], truth)) < 20_000
-    assert len(trace.webp(sample.image, size)) < 60_000
+    assert len(trace.webp(sample.image, size, 85)) < 60_000
 
 
 # -------------------------------------------------------------------------------- full size
