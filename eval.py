@@ -213,6 +213,8 @@ def refuse_too_little_memory(settings: Settings) -> None:
     This check is before the download. If the check itself fails, one line prints the error, and the
     program continues.
     """
+    if settings.device != "cuda":
+        return
     try:
         from samr1_mini.forecast import check_free_memory
 
