@@ -51,9 +51,9 @@ class Terminated(BaseException):
         self.number = number
 
 
-def setting(group: str, default, help: str, choices: tuple | None = None):
-    """Return a field of Settings. `--help` shows its option under the heading `group`."""
-    return field(default=default, metadata=dict(help=help, choices=choices, group=group))
+def setting(default, help: str, choices: tuple | None = None, heading: str = ""):
+    """Return a field of Settings. A `heading` of `--help` begins with this field."""
+    return field(default=default, metadata=dict(help=help, choices=choices, heading=heading))
 
 
 SEVERAL_WEIGHTS = ("matching_weight", "repeats_weight")  # of terms for --objects several only
@@ -64,94 +64,80 @@ class Settings:
     """One field for each option of train.py. Defaults are those of --preset tiny."""
 
     preset: str = setting(
-        "run",
         "auto",
         "size of policy, pictures and answers. auto takes the size that fits this machine",
         ("auto", "tiny", "3b", "7b"),
+        heading="run",
     )
-    samples: int = setting(
-        "run", 3000, "number of training questions; a smaller data set is repeated"
-    )
+    samples: int = setting(3000, "number of training questions; a smaller data set is repeated")
     run: str = setting(
-        "run", "", "folder for log, pictures, adapter and summary (default: a new one in runs/)"
+        "", "folder for log, pictures, adapter and summary (default: a new one in runs/)"
     )
-    resume: bool = setting("run", False, "continue the run in the folder --run")
+    resume: bool = setting(False, "continue the run in the folder --run")
     seed: int = setting(
-        "run",
         0,
         "seed of all random numbers. On the same type of CPU with the same number of threads and "
         "processes, the same seed gives the same run. On a GPU, rounding differs from run to run",
     )
     rehearse: int = setting(
-        "run",
         0,
         "do not train. Measure this many full steps with random weights of the preset's shape. "
         "Nothing is downloaded",
     )
-    device: str = setting("run", "auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    device: str = setting("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     processes: int = setting(
-        "run",
         0,
         "processes of a training on a CPU, with one thread each. 0: one for each core, at most 4, "
         "if policy and SAM are tiny, and one otherwise. Use 1 to debug",
     )
     save_minutes: float = setting(
-        "run", 10.0, "minutes between saved states. Evaluations and the end of a run save one too"
+        10.0, "minutes between saved states. Evaluations and the end of a run save one too"
     )
     trace_every: int = setting(
-        "run",
         10,
         "steps between two steps whose answers are logged token by token, for report.html (0: none)",
     )
     memory_limit: float = setting(
-        "run",
         0.0,
         "GiB of GPU memory that this process may use (0: all). A limit lets a large card imitate a "
         "smaller one",
     )
 
     policy: str = setting(
-        "model",
         "tiny",
         "folder or hub id of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; tiny is in the package, and "
         "tiny-several, which answers with lists of objects",
+        heading="model",
     )
     start_from: str = setting(
-        "model", "", "folder of an adapter to start from. The KL still compares with the base model"
+        "", "folder of an adapter to start from. The KL still compares with the base model"
     )
     prompt_file: str = setting(
-        "model",
         "",
         "text file with another prompt; it must contain {question} and may contain {unit}",
     )
     sam: str = setting(
-        "model",
         "tiny",
         "segmenter: tiny, vit_b, vit_l, vit_h, or the hub id or folder of a SAM 2 or SAM 3, such "
         "as facebook/sam2-hiera-large",
     )
     sam_checkpoint: str = setting(
-        "model", "", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)"
+        "", "file with the weights of vit_b, vit_l or vit_h (default: downloaded once)"
     )
     sam_dtype: str = setting(
-        "model",
         "auto",
         "number format of the segmenter's picture encoder. auto: bf16 on a GPU that has it, else "
         "fp32",
         ("auto", "bf16", "fp32"),
     )
-    load_in: str = setting(
-        "model", "nf4", "format of the frozen base weights", ("nf4", "bf16", "fp32")
-    )
-    rank: int = setting("model", 32, "rank of the LoRA adapter")
+    load_in: str = setting("nf4", "format of the frozen base weights", ("nf4", "bf16", "fp32"))
+    rank: int = setting(32, "rank of the LoRA adapter")
     image_size: int = setting(
-        "model",
         112,
         "side in pixels of the square picture that the policy sees, a multiple of 28 (Qwen3-VL: "
         "32, tiny: 14)",
     )
     coordinates: str = setting(
-        "model",
         "auto",
         "unit of coordinates in answers: pixels, thousandths of the picture's sides, or auto for "
         "the model's own unit",
@@ -159,123 +145,100 @@ class Settings:
     )
 
     data: str = setting(
-        "data",
         "shapes",
         "shapes (drawn scenes), a public set (refcocog, reasonseg, ...), a folder with data.jsonl, "
         "or a folder with the files of a public set",
+        heading="data",
     )
     eval_data: str = setting(
-        "data", "", "data set for validation and test, such as reasonseg (default: that of --data)"
+        "", "data set for validation and test, such as reasonseg (default: that of --data)"
     )
     coco_dir: str = setting(
-        "data",
         "",
         "folder with COCO's train2014 pictures, for RefCOCO's sets (default: download the needed "
         "pictures)",
     )
     sentences: str = setting(
-        "data",
         "first",
         "in RefCOCO's sets, use the first expression of each object, or all",
         ("first", "all"),
     )
     ignore: str = setting(
-        "data",
         "foreground",
         "ReasonSeg's undecided pixels (label ignore): foreground, as on the hub, or excluded",
         ("foreground", "excluded"),
     )
     empty_truth: str = setting(
-        "data",
         "correct",
         "test questions with an empty true mask. correct: an empty mask is right, as in LISA's "
         "evaluation. excluded: leave these questions out",
         ("correct", "excluded"),
     )
     objects: str = setting(
-        "data",
         "one",
         "objects in an answer. one: exactly one, as in the paper. several: a list of objects, "
         "which is empty if nothing in the picture fits the question",
         ("one", "several"),
     )
 
-    questions: int = setting("rollout", 16, "questions in a rollout batch")
-    group: int = setting("rollout", 8, "answers to each question, G (in TRL: num_generations)")
+    questions: int = setting(16, "questions in a rollout batch", heading="rollout")
+    group: int = setting(8, "answers to each question, G (in TRL: num_generations)")
     redraw: int = setting(
-        "rollout",
         0,
         "replace groups with equal rewards by new questions, at most this many times in a step "
         "(dynamic sampling, DAPO). The number of steps stays --samples / --questions. Groups that "
         "still have equal rewards after the last time stay in the update",
     )
-    max_new_tokens: int = setting("rollout", 112, "maximum number of tokens in an answer")
-    temperature: float = setting(
-        "rollout", 1.0, "sampling temperature; the loss uses the same temperature"
-    )
+    max_new_tokens: int = setting(112, "maximum number of tokens in an answer")
+    temperature: float = setting(1.0, "sampling temperature; the loss uses the same temperature")
 
     accuracy: str = setting(
-        "reward",
         "tiered",
         "accuracy term: tiers of eq. (5), one threshold, 4 x IoU, or tiers of the box's IoU",
         ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"),
+        heading="reward",
     )
-    accuracy_weight: float = setting("reward", 1.0, "weight of the accuracy term (0 to 4)")
-    reasoning_format_weight: float = setting(
-        "reward", 1.0, "weight of the reasoning-format term (0 or 1)"
-    )
+    accuracy_weight: float = setting(1.0, "weight of the accuracy term (0 to 4)")
+    reasoning_format_weight: float = setting(1.0, "weight of the reasoning-format term (0 or 1)")
     segmentation_format_weight: float = setting(
-        "reward", 1.0, "weight of the segmentation-format term (0 or 1)"
+        1.0, "weight of the segmentation-format term (0 or 1)"
     )
     matching_weight: float = setting(
-        "reward",
         1.0,
         "weight of the matching term (0 to 1) of --objects several: the mean IoU of matched boxes",
     )
     repeats_weight: float = setting(
-        "reward",
         1.0,
         "weight of the repeats term (-1 to 0) of --objects several: the negative share of boxes "
         "that repeat an earlier box",
     )
-    points: bool = setting(
-        "reward", True, "prompt SAM with box and points (--no-points: with the box alone)"
-    )
-    max_points: int = setting(
-        "reward", 8, "maximum number of points; an answer with more points is not read"
-    )
+    points: bool = setting(True, "prompt SAM with box and points (--no-points: with the box alone)")
+    max_points: int = setting(8, "maximum number of points; an answer with more points is not read")
 
-    lr: float = setting("optimisation", 1.5e-4, "learning rate of the adapter")
+    lr: float = setting(1.5e-4, "learning rate of the adapter", heading="optimisation")
     beta: float = setting(
-        "optimisation",
         0.005,
         "weight of the KL to the base model. With 0 the KL is not computed. With a tiny weight "
         "such as 1e-9, the KL is logged and has almost no effect",
     )
-    kl_bound: float = setting(
-        "optimisation", 5.0, "upper bound of log(pi_ref / pi) in the KL of one token"
-    )
+    kl_bound: float = setting(5.0, "upper bound of log(pi_ref / pi) in the KL of one token")
     skip_flat: bool = setting(
-        "optimisation",
         False,
         "leave groups with equal rewards out of the updates. Only their KL is lost: their "
         "advantages are 0",
     )
-    eps_low: float = setting("optimisation", 0.2, "the ratio is clipped at 1 - eps_low")
+    eps_low: float = setting(0.2, "the ratio is clipped at 1 - eps_low")
     eps_high: float = setting(
-        "optimisation",
         0.3,
         "the ratio is clipped at 1 + eps_high. A value above eps_low is called clip-higher",
     )
     normalise: str = setting(
-        "optimisation",
         "token",
         "mean in the loss. token: over all tokens of a group, eq. (4). sequence: within each "
         "answer, then over answers, eq. (2)",
         ("token", "sequence"),
     )
     advantage: str = setting(
-        "optimisation",
         "std",
         "how rewards become advantages. std: eq. (1). mean: eq. (1) without the division by the "
         "standard deviation. gdpo: eq. (1) for each reward term, added, then scaled to the batch "
@@ -283,37 +246,29 @@ class Settings:
         ("std", "mean", "gdpo"),
     )
     updates: int = setting(
-        "optimisation",
         4,
         "optimizer updates for each rollout batch. Each takes an equal part of the questions. With "
         "--updates 1 --passes 1, the ratio is always 1",
     )
     passes: int = setting(
-        "optimisation",
         1,
         "passes over each rollout batch, with --updates updates each (in TRL: num_iterations)",
     )
-    micro: int = setting(
-        "optimisation", 8, "questions in one forward of an update; lower it to save memory"
-    )
+    micro: int = setting(8, "questions in one forward of an update; lower it to save memory")
     checkpointing: bool = setting(
-        "optimisation",
         False,
         "recompute activations in the backward: less memory, more time. On a GPU, layers whose "
         "activations fit in the free memory are not recomputed",
     )
-    warmup: int = setting(
-        "optimisation", 10, "number of updates until the learning rate reaches --lr"
-    )
-    max_grad_norm: float = setting("optimisation", 1.0, "maximum norm of the gradient")
+    warmup: int = setting(10, "number of updates until the learning rate reaches --lr")
+    max_grad_norm: float = setting(1.0, "maximum norm of the gradient")
 
     eval_every: int = setting(
-        "evaluation", 40, "steps between evaluations on the validation set (0: none)"
+        40, "steps between evaluations on the validation set (0: none)", heading="evaluation"
     )
-    eval_samples: int = setting("evaluation", 64, "validation questions in each evaluation")
-    test_samples: int = setting("evaluation", 500, "test questions before and after training")
+    eval_samples: int = setting(64, "validation questions in each evaluation")
+    test_samples: int = setting(500, "test questions before and after training")
     eval_batch: int = setting(
-        "evaluation",
         0,
         "questions in one batch of an evaluation (0: about 16,000 prompt tokens, or less if memory "
         "is small). Because of padding, the batch size can change a few greedy answers",
@@ -327,6 +282,8 @@ class Settings:
             names = [name for name in names if name not in SEVERAL_WEIGHTS]
         return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
+
+NAMES = {f.name for f in fields(Settings)}
 
 _FULL_SIZE = dict(
     sam="vit_h",
@@ -418,27 +375,24 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
-def add_options(parser: argparse.ArgumentParser, names: set[str] | None = None) -> None:
-    """Add an option for each setting (or for those in `names`), under the heading of its group.
+def add_options(parser: argparse.ArgumentParser, names: set[str] = NAMES) -> None:
+    """Add an option for each setting in `names`, under its heading.
 
     The parsed options then contain only those that the user typed.
     """
-    if names is None:
-        names = {f.name for f in fields(Settings)}
-    groups = {}
     for f in fields(Settings):
+        heading = f.metadata["heading"]
+        if heading:  # argparse prints no heading without options
+            group = parser.add_argument_group(heading)
         if f.name not in names:
             continue
-        heading = f.metadata["group"]
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
         text = f.metadata["help"].replace("%", "%%")
         if f.default != "":
             text += f" (default {f.default})"
         kind = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        groups[heading].add_argument(option(f.name), default=argparse.SUPPRESS, help=text, **kind)
+        group.add_argument(option(f.name), default=argparse.SUPPRESS, help=text, **kind)
     larger = []
     for name, value in _FULL_SIZE.items():
         if name in names:
@@ -480,7 +434,7 @@ def make_settings(**given) -> tuple[Settings, str]:
     why = "asked for"
     if preset == "auto":
         preset, why = choose_preset(given.get("device", "auto"), given.get("memory_limit", 0.0))
-    unknown = set(given) - {f.name for f in fields(Settings)}
+    unknown = set(given) - NAMES
     if unknown:
         raise UserError(f"no setting is called {min(unknown)}")
     defaults = PRESETS.get(preset, {})
@@ -557,11 +511,10 @@ OLD_NAMES = {
 
 def read_settings(file: Path) -> dict:
     """Read settings.json of a run. Settings that no longer exist are left out."""
-    known = {f.name for f in fields(Settings)}
     saved = parse_json(file.read_bytes(), file, dict, "restore the file")
     named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
     named.setdefault("processes", 1)  # older runs
-    return {name: value for name, value in named.items() if name in known}
+    return {name: value for name, value in named.items() if name in NAMES}
 
 
 def resumed_settings(given: dict) -> tuple[Settings, str]:
@@ -643,8 +596,6 @@ def check(s: Settings) -> None:
     if s.updates > s.questions:
         why = f"more than --questions {s.questions}: each update needs at least one question"
         raise UserError(f"--updates {s.updates} is {why}")
-    if s.processes > 1:
-        check_processes(s)
     if s.samples < s.questions:
         why = f"less than one rollout batch: lower --questions {s.questions}"
         raise UserError(f"--samples {s.samples} is {why}")
@@ -655,32 +606,28 @@ def check(s: Settings) -> None:
         raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
     if s.device == "cuda":
         check_gpu(s)
-
-
-def check_processes(s: Settings) -> None:
-    """Raise UserError if --processes cannot share the questions, or if there is a GPU."""
-    if s.device == "cuda":
-        raise UserError("--processes is for a CPU: add --device cpu. Several GPUs need torchrun")
-    check_share(s, s.processes, f"--processes {s.processes}")
+    check_share(s, s.processes)
 
 
 def can_share(s: Settings, count: int) -> bool:
     """Return True if `count` processes can take equal shares of the questions of an update.
 
-    One process takes updates of unequal size too.
+    One process takes updates of unequal size too. The count is 0 before it is chosen.
     """
-    return count == 1 or s.questions % (s.updates * count) == 0
+    return count <= 1 or s.questions % (s.updates * count) == 0
 
 
-def check_share(s: Settings, count: int, name: str) -> None:
-    """Raise UserError if `count` processes cannot share the questions. `name` is for the error."""
+def check_share(s: Settings, count: int) -> None:
+    """Raise UserError if `count` processes cannot share the questions."""
     if not can_share(s, count):
-        need = f"{name} x --updates {s.updates}"
+        need = f"{count} processes x --updates {s.updates}"
         raise UserError(f"--questions {s.questions} is no multiple of {need}")
 
 
 def check_gpu(s: Settings) -> None:
     """Raise UserError if the GPU cannot be used with these settings."""
+    if s.processes > 1:
+        raise UserError("--processes is for a CPU: add --device cpu. Several GPUs need torchrun")
     fault = gpu_fault()
     if fault and s.resume:
         why = f"this run was started on a GPU, but here {fault}"

@@ -374,7 +374,7 @@ def train(
 
     begun = time.perf_counter()
     join_processes(s.device)
-    check_share(s, process_count(), f"{process_count()} processes")
+    check_share(s, process_count())
     sets = open_sets(s, sets)
     data, validation, test = sets
     folder = from_first(open_run(s) if is_first() else None)
