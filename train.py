@@ -109,9 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         run_or_exit(settings)
         return
     print(f"{line}; {count} processes", flush=True)
-    code = start_processes(run_or_exit, settings, count)
-    if code:
-        sys.exit(code)
+    sys.exit(start_processes(run_or_exit, settings, count))
 
 
 if __name__ == "__main__":

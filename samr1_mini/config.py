@@ -331,18 +331,13 @@ def choose_preset(device: str, memory_limit: float) -> tuple[str, str]:
     why = f"the GPU {name} has {whole:.1f} GiB"
     if memory_limit:
         why = f"the GPU {name} may be used up to --memory-limit {memory_limit:g}"
-    chosen = "tiny"
-    too_large = []
     for preset, (card, peak) in MEMORY.items():
         if whole <= card:
             continue
         if free > peak:
-            chosen = preset
-            break
-        too_large.append(f"{preset} needs {peak:g} GiB")
-    if too_large:
-        why += f". {free:.1f} GiB are free, but {' and '.join(too_large)}"
-    return chosen, why
+            return preset, why
+        why += f". {free:.1f} GiB are free, but {preset} needs {peak:g} GiB"
+    return "tiny", why
 
 
 SLOW_BF16 = "use fp32 for everything except the 4-bit weights, which is slow and was not measured"

@@ -236,6 +236,7 @@ def summarise(
     Returns the content of summary.json.
     """
     report = evaluate(policy, segmenter, test, s, "test trained")
+    rows = report.each()
     summary = {
         "samples": run.total * s.questions,
         "seed": s.seed,
@@ -246,7 +247,7 @@ def summarise(
     }
     if is_first():
         write_json(folder / "summary.json", summary)
-        write_json(folder / "test-trained.json", report.each())
+        write_json(folder / "test-trained.json", rows)
         path = folder / "sheet-test.png"
         title = "Held-out test questions after training"
         draw_sheet(path, title, policy, segmenter, test, report.rows[:12], s)
@@ -255,7 +256,6 @@ def summarise(
         print(before_after(summary))
         side = policy.answer_side(s.image_size)
         before = read_test_answers(folder)
-        rows = report.each()
         try_report(folder, lambda: held_out(test, segmenter, s, side, before, rows))
         if log and s.beta and not s.skip_flat:
             print(saving_line(log))

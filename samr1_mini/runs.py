@@ -39,7 +39,7 @@ from .metrics import mean
 from .policy import Policy
 from .processes import gather, is_first, process_count
 from .segmenter import SAM_FILES
-from .stops import handlers_put_back, ignore_signals, lasting_output, stop_on_signals
+from .stops import ignore_signals, lasting_output, stop_on_signals
 
 # --------------------------------------------------------------------------- state
 
@@ -168,19 +168,19 @@ def load_state(folder: Path, policy: Policy, optimizer, s: Settings) -> tuple[in
 def open_run(s: Settings) -> Path:
     """Make a run's folder with its settings, or check the folder to continue, and return it."""
     folder = Path(s.run or next_name(s))
+    if s.resume:
+        check_segmenter_kind(folder, s)
+        check_saved_files(folder)
+        return folder  # Run writes the settings after all checks
     # A start that failed before it wrote metrics.jsonl leaves the name free.
-    if not s.resume and (folder / "metrics.jsonl").exists():
+    if (folder / "metrics.jsonl").exists():
         raise UserError(
             f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, "
             "or name another folder"
         )
-    if s.resume:
-        check_segmenter_kind(folder, s)
-        check_saved_files(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not s.resume:  # Run writes the settings of a resumed run after all checks
-            write_settings(folder, s)
+        write_settings(folder, s)
     except OSError as error:
         raise UserError(f"--run {folder}: nothing can be written there ({error})") from None
     return folder
@@ -480,7 +480,7 @@ class Run:
         phases = ("seconds_rollout", "seconds_reward", "seconds_update")
         seconds = [sum(line[phase] for phase in phases) for line in log]
         tqdm.write(time_left(seconds, self.total - self.start))
-        warning = learning_warning(mean([line["zero_variance"] for line in log]), changed)
+        warning = learning_warning(mean(line["zero_variance"] for line in log), changed)
         if warning:
             tqdm.write(warning)
 
@@ -523,7 +523,7 @@ class Run:
                 "the adapter never changed, because in each group all answers got the same reward "
                 f"(zero_variance in metrics.jsonl). {LEARN_MORE}"
             )
-        with handlers_put_back():
+        with stop_on_signals():  # after the block, signals are handled as before
             ignore_signals()
             saved = self.save()
         if is_first() and not saved:
@@ -565,6 +565,6 @@ def time_left(seconds: list[float], steps: int) -> str:
 
     `seconds` are the times of the finished steps, at least two. The first is a warm-up.
     """
-    step = sum(seconds[1:]) / (len(seconds) - 1)
+    step = mean(seconds[1:])
     hours = step * (steps - len(seconds)) / 3600
     return f"measured: {step:.1f} s a step, {hours:.1f} hours left, without evaluation"

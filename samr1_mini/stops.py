@@ -40,15 +40,14 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def handlers_put_back(handlers: dict | None = None):
+def handlers_put_back(handlers: dict):
     """Context manager: after the block, signals are handled as before it.
 
-    `handlers` maps signals to the handlers of the block. Without it, the block may set its own.
+    `handlers` maps signals to the handlers of the block. The block may replace them.
     """
-    kinds = [*handled_signals(), *(handlers or {})]
-    before = {kind: signal.getsignal(kind) for kind in kinds}
+    before = {kind: signal.getsignal(kind) for kind in handlers}
     try:
-        for kind, handler in (handlers or {}).items():
+        for kind, handler in handlers.items():
             signal.signal(kind, handler)
         yield
     finally:
