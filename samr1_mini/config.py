@@ -56,9 +56,6 @@ def setting(default, help: str, choices: tuple | None = None, heading: str = "")
     return field(default=default, metadata=dict(help=help, choices=choices, heading=heading))
 
 
-SEVERAL_WEIGHTS = ("matching_weight", "repeats_weight")  # of terms for --objects several only
-
-
 @dataclass(frozen=True)
 class Settings:
     """One field for each option of train.py. Defaults are those of --preset tiny."""
@@ -278,9 +275,10 @@ class Settings:
     def reward_weights(self) -> dict[str, float]:
         """The weight of each reward term by its name."""
         names = [f.name for f in fields(self) if f.name.endswith("_weight")]
-        if self.objects == "one":
-            names = [name for name in names if name not in SEVERAL_WEIGHTS]
-        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
+        weights = {name.removesuffix("_weight"): getattr(self, name) for name in names}
+        if self.objects == "one":  # without the terms of --objects several
+            del weights["matching"], weights["repeats"]
+        return weights
 
 
 NAMES = {f.name for f in fields(Settings)}
@@ -523,16 +521,13 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
     saved = asdict(Settings()) | read_settings(file)  # newer settings get their defaults
-    changed = {}
     for name, value in given.items():
-        if name in MAY_CHANGE:
-            changed[name] = value
-        elif saved[name] != value:
+        if name not in MAY_CHANGE and saved[name] != value:
             typed = option(name)
             raise UserError(
                 f"--resume: this run was started with {typed} {saved[name]}, not {value}"
             )
-    changed.pop("preset", None)
+    changed = given | {"preset": saved["preset"]}  # the run has the sizes of its preset
     prompt = file.parent / "prompt.txt"
     if saved["prompt_file"] and prompt.is_file():  # the user's file may have changed since
         changed["prompt_file"] = str(prompt)
