@@ -170,7 +170,11 @@ def open_run(s: Settings) -> Path:
     folder = Path(s.run or next_name(s))
     if s.resume:
         check_segmenter_kind(folder, s)
-        check_saved_files(folder)
+        # A damaged file raises UserError here, before anything is loaded.
+        read_base(folder)
+        read_saved(folder / "samples.json", list, [])
+        read_test_answers(folder)
+        known_missing(folder)
         return folder  # Run writes the settings after all checks
     # A start that failed before it wrote metrics.jsonl leaves the name free.
     if (folder / "metrics.jsonl").exists():
@@ -212,14 +216,6 @@ def check_segmenter_kind(folder: Path, s: Settings) -> None:
         raise UserError(
             f"--resume: this run was started with --sam {begun}, and --sam {s.sam} is another model"
         )
-
-
-def check_saved_files(folder: Path) -> None:
-    """Raise UserError if a JSON file of the run is damaged."""
-    read_base(folder)
-    read_saved(folder / "samples.json", list, [])
-    read_test_answers(folder)
-    known_missing(folder)
 
 
 def resume_command(folder: Path, s: Settings) -> str:
@@ -480,9 +476,18 @@ class Run:
         phases = ("seconds_rollout", "seconds_reward", "seconds_update")
         seconds = [sum(line[phase] for phase in phases) for line in log]
         tqdm.write(time_left(seconds, self.total - self.start))
-        warning = learning_warning(mean(line["zero_variance"] for line in log), changed)
-        if warning:
-            tqdm.write(warning)
+        zero_variance = mean(line["zero_variance"] for line in log)
+        if zero_variance > 0.9:
+            tqdm.write(
+                f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same "
+                f"reward (zero_variance), so almost nothing is learnt. {LEARN_MORE}"
+            )
+        elif not changed:
+            tqdm.write(
+                f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at "
+                "grad_norm and skipped_updates in metrics.jsonl, and start another run with "
+                "another --lr"
+            )
 
     def save(self) -> bool:
         """Save the state after the last whole step. Returns whether this process has saved it."""
@@ -539,25 +544,6 @@ LEARN_MORE = (
     "Start another run with a larger --group, a higher --temperature, other --data, or another "
     "--policy"
 )
-
-
-def learning_warning(zero_variance: float, changed: bool) -> str:
-    """Return a warning if nothing was learnt in the first ten steps, else "".
-
-    `zero_variance` is the mean share of groups with equal rewards. `changed` is true if an adapter
-    weight has changed.
-    """
-    if zero_variance > 0.9:
-        return (
-            f"Warning: in {100 * zero_variance:.0f} % of the groups all answers got the same "
-            f"reward (zero_variance), so almost nothing is learnt. {LEARN_MORE}"
-        )
-    if not changed:
-        return (
-            f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at "
-            "grad_norm and skipped_updates in metrics.jsonl, and start another run with another --lr"
-        )
-    return ""
 
 
 def time_left(seconds: list[float], steps: int) -> str:
