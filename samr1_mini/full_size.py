@@ -45,8 +45,17 @@ SHAPES = {
         vocab_size=16384,
     ),
 }
-VISION = dict(hidden_size=1280)  # the library's defaults have the other sizes of 3b and 7b
-SMALL_VISION = dict(
+VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    patch_size=14,
+    spatial_merge_size=2,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+)
+SMALL_VISION = VISION | dict(
     depth=4, hidden_size=160, intermediate_size=428, num_heads=4, fullatt_block_indexes=[1, 3]
 )
 
