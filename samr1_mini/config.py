@@ -581,7 +581,7 @@ def check(s: Settings) -> None:
         raise UserError(f"--group must be at least 2, not {s.group}: {why}")
     if s.eps_low >= 1:
         raise UserError(f"--eps-low must be below 1, not {s.eps_low}")
-    if s.image_size < 56:  # check_size also requires a multiple of the policy's cell
+    if s.image_size < 56:  # check_image_size also requires a multiple of the policy's cell
         raise UserError(f"--image-size must be at least 56, not {s.image_size}")
     if s.updates > s.questions:
         why = f"more than --questions {s.questions}: each update needs at least one question"
@@ -636,7 +636,7 @@ def cell_size(model) -> int:
     return model.vision_config.patch_size * model.vision_config.spatial_merge_size
 
 
-def check_size(model, image_size: int) -> None:
+def check_image_size(model, image_size: int) -> None:
     """Raise UserError if this model cannot cut a picture of this size into whole tokens."""
     cell = cell_size(model)
     if image_size % cell:

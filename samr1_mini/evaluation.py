@@ -49,8 +49,8 @@ class ScoredAnswer:
     in_format: bool
     why: str  # the error in the format
     box_iou: float
-    pair: tuple[int, int]  # intersection and union in pixels, for the lenient score
-    strict: tuple[int, int]  # the same for the strict score: intersection 0 outside the format
+    lenient_pixels: tuple[int, int]  # intersection and union in pixels, for the lenient score
+    strict_pixels: tuple[int, int]  # the same, strict: intersection 0 outside the format
     ceiling: float | None = None  # IoU of SAM's mask from the true boxes, None without an object
     no_target: bool = False  # nothing is to be found: the true mask is empty
     nothing: bool | None = None  # the strict vote (see judge) gives an empty mask; None: no vote
@@ -58,7 +58,7 @@ class ScoredAnswer:
     @property
     def iou(self) -> float:
         """Return the lenient IoU of the mask, 0 to 1."""
-        return iou(*self.pair)
+        return iou(*self.lenient_pixels)
 
 
 @dataclass
@@ -79,8 +79,8 @@ def scores(rows: list[ScoredAnswer], with_nothing: bool) -> dict:
     the share of questions with a target for which the answer names an object. An answer outside the
     format counts in neither of them. If there are no questions of one kind, its share is left out.
     """
-    strict = [row.strict for row in rows]
-    lenient = [row.pair for row in rows]
+    strict = [row.strict_pixels for row in rows]
+    lenient = [row.lenient_pixels for row in rows]
     found = {
         "gIoU": giou(strict),
         "gIoU_lenient": giou(lenient),
@@ -117,8 +117,8 @@ class Report:
         of answers that were cut off.
         """
         rows = self.rows
-        strict = [row.strict for row in rows]
-        lenient = [row.pair for row in rows]
+        strict = [row.strict_pixels for row in rows]
+        lenient = [row.lenient_pixels for row in rows]
         pictures = [row.picture for row in rows]
         summary = scores(rows, self.with_nothing)
         summary["box_accuracy"] = mean(row.in_format and row.box_iou > 0.5 for row in rows)
@@ -142,7 +142,7 @@ class Report:
             line = asdict(row)
             for name in left_out:
                 del line[name]
-            lines.append(line | {"iou": row.iou, "iou_strict": iou(*row.strict)})
+            lines.append(line | {"iou": row.iou, "iou_strict": iou(*row.strict_pixels)})
         return lines
 
     @property
@@ -218,8 +218,8 @@ class Verdict:
 
     chosen: int  # index of the scored answer
     reward: Reward  # of the scored answer, but with the mask and the IoU of the vote
-    lenient: tuple[int, int]  # intersection and union in pixels, vote of all readable answers
-    strict: tuple[int, int]  # the same, vote of the answers in the format
+    lenient_pixels: tuple[int, int]  # intersection and union, vote of all readable answers
+    strict_pixels: tuple[int, int]  # the same, vote of the answers in the format
     nothing: bool | None  # the strict mask is empty; None if no answer is in the format
 
 
@@ -237,15 +237,15 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
     in_format = [i for i in read if rewards[i].answer.in_format]
     chosen, mask = majority(rewards, read)
     lenient = intersection_union(mask, x.mask, x.ignore)
-    pair = lenient
+    pixels = lenient
     strict = intersection_union(None, x.mask, x.ignore)
     nothing = None
     if in_format:
         chosen, mask = majority(rewards, in_format)
         strict = intersection_union(mask, x.mask, x.ignore)
-        pair = strict
+        pixels = strict
         nothing = not mask.any()
-    reward = replace(rewards[chosen], mask=mask, pair=pair, iou=iou(*pair))
+    reward = replace(rewards[chosen], mask=mask, pixels=pixels, iou=iou(*pixels))
     return Verdict(chosen, reward, lenient, strict, nothing)
 
 
@@ -343,8 +343,8 @@ def score_batch(
             in_format=answer.in_format,
             why=answer.why,
             box_iou=verdict.reward.box_iou,
-            pair=verdict.lenient,
-            strict=verdict.strict,
+            lenient_pixels=verdict.lenient_pixels,
+            strict_pixels=verdict.strict_pixels,
             no_target=not x.mask.any(),
             nothing=verdict.nothing,
         )

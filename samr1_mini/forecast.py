@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from .config import PRESETS, Settings, UserError
-from .full_size import SHAPES, shape_config
+from .full_size import POLICY_SIZES, shape_config
 from .gpu import GIB, card_memory
 from .memory import GAPS, memory_warning, smaller_weights
 from .policy import check_policy
@@ -84,7 +84,7 @@ def usable(card: float) -> float:
 
 def has_known_shape(s: Settings) -> bool:
     """Return True for a full-size preset with its own policy, without another --policy."""
-    return s.preset in SHAPES and s.policy == PRESETS[s.preset]["policy"]
+    return s.preset in POLICY_SIZES and s.policy == PRESETS[s.preset]["policy"]
 
 
 def policy_sizes(s: Settings) -> Sizes:

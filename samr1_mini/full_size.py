@@ -19,7 +19,7 @@ from .attention import IMPLEMENTATION
 from .memory import compute_dtype
 from .policy import TINY, Policy, add_adapter, four_bits
 
-SHAPES = {
+POLICY_SIZES = {
     "3b": dict(
         hidden_size=2048,
         intermediate_size=11008,
@@ -45,6 +45,7 @@ SHAPES = {
         vocab_size=16384,
     ),
 }
+MOST_PIXELS = 16384 * 28 * 28  # Qwen2.5-VL takes at most 16,384 patches of 28 x 28 pixels
 VISION = dict(
     depth=32,
     hidden_size=1280,
@@ -66,7 +67,7 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
     The special tokens are from the tiny tokenizer, because Qwen's tokenizer needs a download.
     """
     token_id = AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids
-    text = dict(SHAPES[shape])
+    text = dict(POLICY_SIZES[shape])
     head = text["hidden_size"] // text["num_attention_heads"]
     frequencies = head // 2  # rotary frequencies: 1/4 for time, then height, width
     sections = [frequencies // 4, frequencies * 3 // 8, frequencies * 3 // 8]
@@ -92,7 +93,7 @@ def shape_processor(config: Qwen2_5_VLConfig) -> ProcessorMixin:
     """Return the processor of the tiny policy, with the patch size of this shape."""
     processor = AutoProcessor.from_pretrained(TINY)
     processor.image_processor.patch_size = config.vision_config.patch_size
-    processor.image_processor.size["longest_edge"] = 16384 * 28 * 28  # Qwen2.5-VL's limit of pixels
+    processor.image_processor.size["longest_edge"] = MOST_PIXELS
     return processor
 
 

@@ -47,7 +47,7 @@ def automatic_number(s: Settings) -> int:
     """
     if s.policy not in PACKAGED or s.sam != "tiny":
         return 1
-    most = min(MOST, usable_cores(), int(usable_memory() / PROCESS_BYTES))
+    most = min(MOST, usable_cores(), int(usable_ram() / PROCESS_BYTES))
     for count in range(most, 1, -1):
         if can_share(s, count):
             return count
@@ -66,7 +66,7 @@ def usable_cores() -> int:
 LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def usable_memory() -> int:
+def usable_ram() -> int:
     """Return the bytes of memory that are free, at most the limit of this container."""
     usable = psutil.virtual_memory().available
     for file in map(Path, LIMIT_FILES):

@@ -6,7 +6,7 @@ Training never uses this file. Its rewards need the exact format (reward.py).
 import re
 from dataclasses import replace
 
-from .reward import MAX_OBJECTS, MAX_TEXT, Answer, Box, Object, check_box, read_answer
+from .reward import MAX_OBJECTS, MAX_TEXT, Answer, Box, Object, read_box, read_answer
 
 # Lenient reading accepts a box in any common notation. It first splits a text into numbers, words
 # and signs, with a blank between them. So line breaks and quotes do not matter. No pattern reads
@@ -62,7 +62,7 @@ def _boxes(spaced: str, side: int) -> list[Box]:
     for match in _FOUR.finditer(spaced):
         numbers = [float(number) for number in match.groups() if number is not None]
         try:
-            boxes.append(check_box(numbers, side))
+            boxes.append(read_box(numbers, side))
         except ValueError:
             continue
     return boxes

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .attention import IMPLEMENTATION, PackedRow
-from .config import PACKAGED, UserError, cause, check_size, first_line
+from .config import PACKAGED, UserError, cause, check_image_size, first_line
 from .files import check_adapter_files, check_policy_files, check_policy_is_whole, loading_error
 from .files import read_adapter, refuse_missing_weights, refuse_quantised
 from .lora import compute_in_input_dtype, new_adapter
@@ -153,7 +153,7 @@ def check_policy(name: str, image_size: int | None = None):
     if folder.is_dir():
         check_policy_is_whole(folder)
     if image_size is not None:
-        check_size(config, image_size)
+        check_image_size(config, image_size)
     return config
 
 

@@ -29,8 +29,9 @@ def join_processes(device: str) -> PartialState:
     """
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if device == "cpu":  # PyTorch may have read another value before launch.py set this one
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        torch.set_num_threads(int(threads) if threads.isdecimal() and int(threads) else 1)
+        named = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(named) if named.isdecimal() else 1
+        torch.set_num_threads(max(1, threads))
     return state
 
 

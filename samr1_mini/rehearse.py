@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .config import Settings, UserError, check_size
+from .config import Settings, UserError, check_image_size
 from .data import Sample
 from .decoding import Completion, generate
 from .evaluation import encode_questions, evaluate
 from .files import write_json
 from .forecast import GAPS, GIB, fill_card, has_known_shape, peaks, staying_bytes, usable
-from .full_size import SHAPES, random_policy, shape_config
+from .full_size import POLICY_SIZES, random_policy, shape_config
 from .gpu import card_memory
 from .grpo import Parts, Rollout, advantages, batch_loss, new_optimizer, roll_out, update
 from .memory import free_memory, peak_memory
@@ -263,7 +263,7 @@ def update_peak(parts: Parts, prompt: Prompt, group: int, length: int) -> float 
 
 def checked_shape(s: Settings) -> str:
     """Return the name of the shape of these settings. Raises UserError if the shape is unknown."""
-    if s.preset not in SHAPES:
+    if s.preset not in POLICY_SIZES:
         if s.device == "cuda":
             raise UserError(
                 f"--rehearse is for --preset 3b or 7b, not {s.preset}: training takes minutes"
@@ -368,7 +368,7 @@ def print_steps(table: dict) -> None:
 def rehearse(s: Settings) -> dict:
     """Run full steps, print the table, and return it. With --run also write rehearsal.json."""
     shape = checked_shape(s)
-    check_size(shape_config(shape), s.image_size)
+    check_image_size(shape_config(shape), s.image_size)
     expected = {}
     if shape != "small":
         known = replace(s, sam=forecast_sam(s))

@@ -89,7 +89,7 @@ def _clip(value: float, limit: float) -> float:
     return min(max(value, 0.0), limit)
 
 
-def check_box(value, side: int) -> Box:
+def read_box(value, side: int) -> Box:
     """Return four numbers, clipped to 0 ... side. Raises ValueError for a box without an area."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         raise ValueError("bbox is not a list of four numbers")
@@ -146,7 +146,7 @@ def read_objects(content, side: int, max_points: int, objects: str) -> list[Obje
         raise ValueError(f"{len(content)} objects, at most {MAX_OBJECTS} are allowed")
     found = []
     for one in content:
-        box = check_box(one.get("bbox"), side)
+        box = read_box(one.get("bbox"), side)
         found.append(Object(box, _points(one.get("points"), side, max_points)))
     return found
 
@@ -215,7 +215,7 @@ class Reward:
     answer: Answer
     objects: list[Object] = field(default_factory=list)
     mask: np.ndarray | None = None  # bool [H, W], the union; None: the answer cannot be read
-    pair: tuple[int, int] = (0, 0)  # pixels of intersection and union with the true mask
+    pixels: tuple[int, int] = (0, 0)  # of intersection and union with the true mask
     iou: float = 0.0  # of the mask; 0 if the answer cannot be read
     box_iou: float = 0.0  # between the box around all objects and the tight box of the true mask
     terms: dict[str, float] = field(default_factory=dict)
@@ -356,8 +356,8 @@ def score_group(
         if s.objects == "several" and reward.objects and not reward.mask.any():
             # Objects with an empty mask must not get the reward of the answer [].
             reward.mask = None
-        reward.pair = intersection_union(reward.mask, sample.mask, sample.ignore)
-        reward.iou = iou(*reward.pair)
+        reward.pixels = intersection_union(reward.mask, sample.mask, sample.ignore)
+        reward.iou = iou(*reward.pixels)
         reward.terms = {name: float(value) for name, value in terms(reward, s).items()}
         check_finite(reward.terms)
         reward.total = sum(s.reward_weights.get(k, 1.0) * v for k, v in reward.terms.items())

@@ -255,7 +255,8 @@ def random_sam(kind: str) -> Sam:
     """
     folder = small_folder(kind)
     if folder is None:
-        return sam_model_registry[kind]()
+        build = sam_model_registry[kind]
+        return build()
     size = json.loads((folder / "sam.json").read_text(encoding="utf-8"))
     side, width = size["image_size"], size["decoder_width"]
     cells = side // size["patch_size"]

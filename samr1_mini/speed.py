@@ -88,7 +88,9 @@ def update_seconds(n: Sizes, card: str) -> float:
     backward. With several passes over the answers, only the first pass computes the reference.
     Kept layers are not recomputed.
     """
-    reference = int(n.s.beta > 0) / n.s.passes  # forwards of the base model
+    reference = 0.0  # forwards of the base model
+    if n.s.beta > 0:
+        reference = 1 / n.s.passes
     forwards = 2 - n.kept_layers / n.layers
     all_forwards = reference + forwards
     tokens = n.row_tokens / n.row_questions

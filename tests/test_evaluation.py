@@ -174,7 +174,9 @@ def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(
         and both.summary()["count"] == 2
         and one.summary()["count"] == 1
     )
-    assert both.rows[1].pair[1] > 0 == both.rows[1].iou  # something was predicted where nothing is
+    assert (
+        both.rows[1].lenient_pixels[1] > 0 == both.rows[1].iou
+    )  # something was predicted where nothing is
     assert 0 < both.summary()["gIoU"] == pytest.approx(one.summary()["gIoU"] / 2)
     monkeypatch.setattr(
         segmenter,
@@ -183,7 +185,7 @@ def test_an_empty_truth_is_right_only_if_nothing_is_predicted_or_is_left_out(
     )
     silent = evaluate(policy, segmenter, data, SETTINGS)
     # an answer that was read, and a mask with nothing in it
-    assert silent.rows[1].pair == silent.rows[1].strict == (0, 0)
+    assert silent.rows[1].lenient_pixels == silent.rows[1].strict_pixels == (0, 0)
     # right about the empty one, wrong about the other
     assert silent.summary()["gIoU"] == silent.summary()["gIoU_lenient"] == 0.5
     with pytest.raises(UserError, match="--empty-truth"):
@@ -205,8 +207,8 @@ def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_a
     ]
     report = evaluate(policy, segmenter, data, SETTINGS)
     assert (
-        [row.strict for row in report.rows]
-        == [row.pair for row in report.rows]
+        [row.strict_pixels for row in report.rows]
+        == [row.lenient_pixels for row in report.rows]
         == [(0, 1), (0, 112)]
     )
     assert (
@@ -222,7 +224,7 @@ def test_an_answer_that_cannot_be_read_is_wrong_whatever_the_truth_in_training_a
         )
         assert (
             trained.iou == evaluated.iou == trained.terms["accuracy"] == 0
-            and trained.pair == evaluated.pair
+            and trained.pixels == evaluated.pixels
         )
 
 
@@ -291,7 +293,7 @@ def test_a_report_holds_no_picture_and_no_mask_and_those_it_shows_are_made_again
     for panel, row in ((first, report.rows[11]), (last, report.rows[3])):
         assert (
             panel.text == row.text
-            and panel.reward.pair == row.pair
+            and panel.reward.pixels == row.lenient_pixels
             and panel.reward.mask.shape == (400, 600)
         )
 
@@ -378,7 +380,7 @@ def test_two_processes_evaluate_half_each_and_both_end_with_the_whole_report(
     )
     assert [row["index"] for row in a["rows"]] == list(range(7)) and a["ceiling"] == alone.ceiling
     assert [(row["id"], row["strict"]) for row in a["rows"]] == [
-        (row.id, list(row.strict)) for row in alone.rows
+        (row.id, list(row.strict_pixels)) for row in alone.rows
     ]
     assert a["summary"] == json.loads(json.dumps(alone.summary()))
 
@@ -430,8 +432,12 @@ def test_answers_vote_strictly_among_those_in_the_format_and_leniently_among_all
     ]
     report = evaluate(policy, segmenter, data, SETTINGS, votes=6)
     # the two, wherever the object is
-    assert [row.strict for row in report.rows] == [(1600, 1600), (0, 3200), (1600, 3200)]
-    assert [row.pair for row in report.rows] == [(0, 3200), (1600, 1600), (1600, 3200)]  # the three
+    assert [row.strict_pixels for row in report.rows] == [(1600, 1600), (0, 3200), (1600, 3200)]
+    assert [row.lenient_pixels for row in report.rows] == [
+        (0, 3200),
+        (1600, 1600),
+        (1600, 3200),
+    ]  # the three
     assert all(row.in_format and row.text == texts[0] and row.texts == texts for row in report.rows)
     [panel] = shown(segmenter, data, report.rows[:1], SETTINGS, 112)
     assert (panel.reward.mask == low).all() and panel.reward.iou == 1
@@ -458,7 +464,7 @@ def test_sampled_answers_are_the_same_every_time_and_differ_among_each_other(
     )
 
 
-def row(i, picture, pair, strict, **more):
+def row(i, picture, lenient, strict, **more):
     given = dict(
         kind="",
         question="?",
@@ -469,7 +475,9 @@ def row(i, picture, pair, strict, **more):
         why="",
         box_iou=1.0,
     )
-    return ScoredAnswer(i, str(i), picture, pair=pair, strict=strict, **given | more)
+    return ScoredAnswer(
+        i, str(i), picture, lenient_pixels=lenient, strict_pixels=strict, **given | more
+    )
 
 
 def test_each_interval_of_a_summary_is_over_pictures_and_of_its_own_figure():
@@ -535,8 +543,8 @@ def test_undecided_pixels_are_left_out_of_the_ceiling_and_of_what_a_sheet_says(s
         != iou(*intersection_union(mask, x.mask))
     )
     verdict = judge(segmenter, x, [answer([1, 1, 111, 111])], SETTINGS, 112)
-    assert verdict.reward.pair == verdict.lenient == verdict.strict
-    assert verdict.reward.iou == iou(*verdict.strict)
+    assert verdict.reward.pixels == verdict.lenient_pixels == verdict.strict_pixels
+    assert verdict.reward.iou == iou(*verdict.strict_pixels)
 
 
 def test_where_boxes_are_compared_the_ceiling_is_1(policy, segmenter, samples, monkeypatch):

@@ -120,7 +120,7 @@ def test_arithmetic_is_near_the_counter_at_a_small_shape(load_in, kept, monkeypa
     wide = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, vocab_size=32768)
     monkeypatch.setattr(speed, "LAUNCH", 0.0)  # the counter's seconds hold no starts
     monkeypatch.setattr(
-        "samr1_mini.full_size.SHAPES",
+        "samr1_mini.full_size.POLICY_SIZES",
         {"small": wide | dict(num_hidden_layers=4, num_key_value_heads=2)},
     )
     config = shape_config("small")

@@ -66,7 +66,7 @@ def test_the_automatic_number_fits_cores_memory_and_questions(
     cores, gib, given, count, monkeypatch
 ):
     monkeypatch.setattr(launch, "usable_cores", lambda: cores)
-    monkeypatch.setattr(launch, "usable_memory", lambda: gib * 2**30)
+    monkeypatch.setattr(launch, "usable_ram", lambda: gib * 2**30)
     assert launch.choose_processes(replace(CPU, processes=0, **given)) == count
 
 
@@ -85,9 +85,9 @@ def test_the_limit_of_a_container_limits_the_usable_memory(text, limit, tmp_path
     (tmp_path / "memory.max").write_text(text)
     monkeypatch.setattr(launch, "LIMIT_FILES", (tmp_path / "memory.max", tmp_path / "absent"))
     if limit:
-        assert launch.usable_memory() == limit
+        assert launch.usable_ram() == limit
     else:
-        assert launch.usable_memory() > 2**30
+        assert launch.usable_ram() > 2**30
 
 
 def test_processes_of_another_launcher_start_no_more_processes(monkeypatch):

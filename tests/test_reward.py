@@ -803,7 +803,7 @@ def test_the_reward_of_a_perfect_a_wrong_and_an_unreadable_answer(segmenter):
     plain = f"It is at {list(thing.box)}."
     rewards = score(segmenter, sample, [good, wrong, plain, "?", good + "."], 112)
     assert [r.total for r in rewards] == [6, 2, 0, 0, 5]
-    assert rewards[2].mask is None and rewards[2].pair == (0, thing.mask.sum())
+    assert rewards[2].mask is None and rewards[2].pixels == (0, thing.mask.sum())
     assert score(segmenter, sample, [plain], 112, lenient=True)[0].iou > 0.8
     weighted = score(
         segmenter,
@@ -833,7 +833,7 @@ def test_the_reward_is_the_same_for_a_picture_shown_larger(segmenter):
     large = score(
         segmenter, sample, [answer_text(str([2 * v for v in thing.box]), "[[100, 100, 0]]")], 224
     )[0]
-    assert small.pair == large.pair
+    assert small.pixels == large.pixels
 
 
 def test_undecided_pixels_are_left_out_of_the_reward(segmenter):
@@ -846,12 +846,13 @@ def test_undecided_pixels_are_left_out_of_the_reward(segmenter):
     good, unread = score(
         segmenter, sample, [answer_text(str(list(thing.box))), "?"], 112, accuracy="iou"
     )
-    assert good.pair == (
+    assert good.pixels == (
         (good.mask & thing.mask & ~ignore).sum(),
         ((good.mask | thing.mask) & ~ignore).sum(),
     )
     assert (
-        unread.pair == (0, (thing.mask & ~ignore).sum()) and 0 < unread.pair[1] < thing.mask.sum()
+        unread.pixels == (0, (thing.mask & ~ignore).sum())
+        and 0 < unread.pixels[1] < thing.mask.sum()
     )
 
 

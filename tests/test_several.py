@@ -242,15 +242,15 @@ def test_the_rewards_of_lists_are_those_computed_by_hand():
         framed(GOOD),
     )
     # 100 pixels of 100; both format terms; 2 of 2 boxes matched; no repeats
-    assert (both.pair, both.total) == ((200, 200), 4 + 1 + 1 + 1)
+    assert (both.pixels, both.total) == ((200, 200), 4 + 1 + 1 + 1)
     # IoU 0.5 is in no tier; one of two true boxes is matched
-    assert (half.pair, half.iou, half.total) == ((100, 200), 0.5, 0 + 1 + 1 + 0.5)
+    assert (half.pixels, half.iou, half.total) == ((100, 200), 0.5, 0 + 1 + 1 + 0.5)
     # the union does not change, but two of four boxes match, and two repeat the first
-    assert (twice.pair, twice.total) == ((200, 200), 4 + 1 + 1 + 0.5 - 0.5)
+    assert (twice.pixels, twice.total) == ((200, 200), 4 + 1 + 1 + 0.5 - 0.5)
     # 200 / 300 is in the tier above 0.5; two of three boxes are matched
-    assert (more.pair, more.total) == ((200, 300), pytest.approx(2 + 1 + 1 + 2 / 3))
+    assert (more.pixels, more.total) == ((200, 300), pytest.approx(2 + 1 + 1 + 2 / 3))
     # one object without a list has only the reasoning format
-    assert (single.pair, single.mask, single.total) == ((0, 200), None, 1)
+    assert (single.pixels, single.mask, single.total) == ((0, 200), None, 1)
     assert [both.terms[name] for name in ("matching", "repeats")] == [1, 0]
     assert twice.terms["repeats"] == -0.5 and single.terms["matching"] == 0
 
@@ -263,7 +263,7 @@ def test_nothing_is_right_where_nothing_is_and_only_there():
     assert (unread.iou, unread.box_iou, unread.total) == (0, 0, 0)
     [elsewhere] = rewards_of(sample_of(LEFT), framed("[]"))
     assert (elsewhere.iou, elsewhere.box_iou, elsewhere.total) == (0, 0, 2)
-    assert elsewhere.pair == (0, 100) and not elsewhere.mask.any()
+    assert elsewhere.pixels == (0, 100) and not elsewhere.mask.any()
 
 
 def test_boxes_in_which_sam_finds_nothing_do_not_answer_nothing():
@@ -327,7 +327,7 @@ def test_in_a_data_set_of_boxes_the_mask_is_the_union_of_the_boxes():
     sample = replace(sample_of(LEFT, RIGHT), box_only=True)
     answers = [read_answer(text, 40, objects="several") for text in (listed(LEFT), framed("[]"))]
     half, nothing = score_group(None, sample, answers, SEVERAL)
-    assert half.pair == (100, 200) and nothing.pair == (0, 200)
+    assert half.pixels == (100, 200) and nothing.pixels == (0, 200)
 
 
 def test_all_objects_of_a_group_share_one_call_and_one_pass_of_sams_encoder(
@@ -486,12 +486,12 @@ def test_answers_vote_on_unions_and_nothing_has_its_votes(policy, monkeypatch):
     sample = sample_of(LEFT, RIGHT)
     texts = [framed("[]"), listed(LEFT, RIGHT), listed(LEFT), listed(RIGHT, LEFT)]
     verdict = judge(BoxSegmenter(), sample, texts, SEVERAL, 40)
-    assert verdict.chosen == 1 and verdict.strict == (200, 200) and verdict.nothing is False
+    assert verdict.chosen == 1 and verdict.strict_pixels == (200, 200) and verdict.nothing is False
     verdict = judge(BoxSegmenter(), sample, [*texts, framed("[]"), "[]"], SEVERAL, 40)
     # in the strict vote two say nothing and two agree, so the first of them counts
-    assert verdict.chosen == 0 and verdict.strict == (0, 200) and verdict.nothing is True
+    assert verdict.chosen == 0 and verdict.strict_pixels == (0, 200) and verdict.nothing is True
     verdict = judge(BoxSegmenter(), sample_of(), ["[]", "[]", listed(LEFT)], SEVERAL, 40)
-    assert verdict.lenient == (0, 0) and verdict.strict == (0, 100)
+    assert verdict.lenient_pixels == (0, 0) and verdict.strict_pixels == (0, 100)
 
 
 def test_the_ceiling_of_several_objects_has_a_box_for_each(segmenter):
@@ -504,7 +504,14 @@ def test_the_ceiling_of_several_objects_has_a_box_for_each(segmenter):
 
 def test_rows_that_were_kept_before_this_setting_are_read():
     old = dict(index=0, id="0", picture="", kind="", question="?", texts=["."], text=".")
-    old |= dict(truncated=False, in_format=True, why="", box_iou=1.0, pair=[1, 1], strict=[1, 1])
+    old |= dict(
+        truncated=False,
+        in_format=True,
+        why="",
+        box_iou=1.0,
+        lenient_pixels=[1, 1],
+        strict_pixels=[1, 1],
+    )
     assert "N_acc" not in Report([ScoredAnswer(**old)]).summary()
 
 
@@ -628,6 +635,6 @@ def test_the_policy_with_lists_writes_lists_and_the_other_one_does_not():
 
 def test_a_training_with_the_policy_with_lists_starts_as_many_processes_as_the_other(monkeypatch):
     monkeypatch.setattr(launch, "usable_cores", lambda: 4)
-    monkeypatch.setattr(launch, "usable_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr(launch, "usable_ram", lambda: 64 * 2**30)
     one, _ = make_settings(preset="tiny", device="cpu")
     assert launch.automatic_number(SEVERAL) == launch.automatic_number(one) == 4

@@ -48,7 +48,7 @@ from .pictures import (
 )
 from .samples import Data, Sample, clean_question, union
 
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
+SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid", "dev"), "validation"
 )
 # Errors that broken data raise.
@@ -451,9 +451,9 @@ def split_of(row: dict) -> str | None:
     """Return the split that a line names, or None."""
     if "split" not in row:
         return None
-    split = SPLITS.get(str(row["split"]).lower())
+    split = SPLIT_NAMES.get(str(row["split"]).lower())
     if split is None:
-        raise ValueError(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
+        raise ValueError(f"split {row['split']!r} is none of {', '.join(SPLIT_NAMES)}")
     return split
 
 

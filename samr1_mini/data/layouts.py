@@ -191,7 +191,8 @@ def convert_row(row: dict, where: str, sentences: str, ignore: str) -> list[dict
 
     If the row has no id, the ids of its lines begin with `where`.
     """
-    line = LAYOUTS[layout_of(row, ignore)](row)
+    convert = LAYOUTS[layout_of(row, ignore)]
+    line = convert(row)
     if "ignore" in line and ignore == "foreground":
         line["mask"] |= line.pop("ignore")
     for key, value in line.items():

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..config import CACHE, UserError, cause, first_line, parse_json
 from ..files import Download, check_disk_space, load_json, write_json
 from . import download
-from .folder import BROKEN, SPLITS, Folder, check_against_picture, check_texts
+from .folder import BROKEN, SPLIT_NAMES, Folder, check_against_picture, check_texts
 from .layouts import convert_row, layout_of, pictures_beside
 from .masks import check_truth
 from .pictures import read_header
@@ -362,8 +362,8 @@ def is_labelme(file: Path) -> bool:
 def split_in(path: Path) -> str | None:
     """Return the first split named in a path, or None. val/test.parquet is for validation."""
     for word in re.split("[^a-z]+", path.as_posix().lower()):
-        if word in SPLITS:
-            return SPLITS[word]
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
     return None
 
 

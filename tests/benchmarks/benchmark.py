@@ -42,7 +42,7 @@ from samr1_mini.policy import (
     pack,
     prompt_text,
 )
-from samr1_mini.full_size import SHAPES, random_policy, shape_config
+from samr1_mini.full_size import POLICY_SIZES, random_policy, shape_config
 
 from benchmark_step import device_name  # beside this file
 from counter import Counter
@@ -225,7 +225,7 @@ def compare_decoding(tokens: int, rounds: int, device: str) -> dict:
     Returns seconds, and the bytes that are moved divided by the cache's. Prompts have 1,100 tokens.
     """
     questions, group, prompt = 2, 8, 1100
-    text = SHAPES["7b"]
+    text = POLICY_SIZES["7b"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     heads, key_heads = text["num_attention_heads"], text["num_key_value_heads"]
     d = text["hidden_size"] // heads
@@ -318,7 +318,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--shape",
         default="tiny",
-        choices=("tiny", *SHAPES),
+        choices=("tiny", *POLICY_SIZES),
         help="the policy: the tiny one, or a shape with random weights (default tiny)",
     )
     parser.add_argument("--out", help="write the figures to this JSON file too")

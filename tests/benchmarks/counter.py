@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's o
 
 from samr1_mini import attention, tokens
 from samr1_mini.config import Settings, make_settings
-from samr1_mini.full_size import SHAPES, empty_base, shape_config, shape_processor
+from samr1_mini.full_size import POLICY_SIZES, empty_base, shape_config, shape_processor
 from samr1_mini.grpo import Parts, new_optimizer, update
 from samr1_mini.rehearse import full_rollouts
 from samr1_mini.decoding import generate
@@ -327,7 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", default="7b", choices=SHAPES, help="default 7b")
+    parser.add_argument("--shape", default="7b", choices=POLICY_SIZES, help="default 7b")
     parser.add_argument("--tokens", type=int, default=16, help="answer length (default 16)")
     parser.add_argument("--keep", type=int, default=0, help="layers with kept activations")
     parser.add_argument("--sam-dtype", default="bf16", choices=["bf16", "fp32"])
