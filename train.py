@@ -109,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         run_or_exit(settings)
         return
     print(f"{line}; {count} processes", flush=True)
-    sys.exit(start_processes(run_or_exit, settings, count))
+    code = start_processes(run_or_exit, settings, count)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

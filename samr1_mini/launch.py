@@ -204,9 +204,11 @@ def signals_passed_on(processes: list):
 @contextmanager
 def signals_held_back():
     """Context manager: the handled signals wait until the end of the block (not in Windows)."""
-    if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # its start in the block would release the signals
-        signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # if it started in the block, it would release the signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
     try:
         yield
     finally:
