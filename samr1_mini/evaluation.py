@@ -324,7 +324,7 @@ def score_batch(
     s: Settings,
     with_ceiling: bool,
 ) -> list[ScoredAnswer]:
-    """Score the answers to the questions of one batch. `groups` holds the answers of each sample."""
+    """Score the answers to the questions of one batch. `groups` has a list for each sample."""
     side = policy.answer_side(s.image_size)
     rows = []
     for (i, x), answers in zip(samples.items(), groups):

@@ -1,11 +1,11 @@
 """Prepare a run: check models, open data sets, download files, and load models."""
 
-import math
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
 
 from .config import CACHE, PACKAGED, Settings, UserError
 from .data import open_data
@@ -174,11 +174,12 @@ def check_picture_size(policy: Policy, s: Settings) -> None:
     if policy.coordinates == "thousandths":
         return
     reader = policy.processor.image_processor
-    patches = reader.get_number_of_image_patches(s.image_size, s.image_size)
-    side = math.isqrt(patches) * reader.patch_size  # a square stays a square
-    if side != s.image_size:
-        limit = "less" if side < s.image_size else "more"
+    picture = Image.new("RGB", (s.image_size, s.image_size))
+    [[_, height, width]] = reader(images=[picture], return_tensors="pt").image_grid_thw.tolist()
+    seen = (width * reader.patch_size, height * reader.patch_size)
+    if seen != picture.size:
+        limit = "less" if min(seen) < s.image_size else "more"
         raise UserError(
             f"--image-size {s.image_size}: the processor of --policy {s.policy} makes pictures of "
-            f"{side} x {side} pixels. Take --image-size {side} or {limit}"
+            f"{seen[0]} x {seen[1]} pixels. Take --image-size {min(seen)} or {limit}"
         )

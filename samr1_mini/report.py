@@ -23,7 +23,7 @@ from .columns import COLUMNS, explain
 from .config import Parser, Settings, UserError, auto_device, cause, exit_with, print_anything
 from .config import read_settings
 from .evaluation import judge
-from .files import replace_file
+from .files import write_text
 from .loading import open_split
 from .policy import COORDINATES, check_policy
 from .runs import known_missing, read_log, read_saved, read_test_answers
@@ -55,7 +55,7 @@ SHOWN = (  # the settings that the page uses
 
 
 def enlarged(rle: dict) -> np.ndarray:
-    """Return a small mask, bool, enlarged by a whole factor. Then a one-pixel outline looks thin."""
+    """Return a small mask, bool, enlarged by a whole factor: a one-pixel outline looks thin then."""
     mask = coco.decode(rle).astype(bool)  # [H, W]
     times = max(1, SIDE // max(mask.shape))
     return mask.repeat(times, 0).repeat(times, 1)
@@ -228,8 +228,7 @@ def page(data: dict) -> str:
 def write_report(folder: Path, test: dict = NO_TEST) -> Path:
     """Write report.html in the folder of a run. Returns its path."""
     file = folder / "report.html"
-    text = page(content(folder, test))
-    replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(file, page(content(folder, test)))
     return file
 
 

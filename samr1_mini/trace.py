@@ -23,7 +23,7 @@ from PIL import Image
 
 from .config import Settings, UserError
 from .data.masks import to_rle
-from .files import replace_file
+from .files import write_text
 from .policy import logprobs
 from .runs import read_log
 
@@ -47,8 +47,7 @@ class Trace:
         if not self.every:
             return
         kept = [line for line in read_log(folder, name="trace") if line.get("step", 0) <= start]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        replace_file(self.file, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
         for line in read_log(folder, start):  # for the largest values of these steps
             self.reasons(line)
 
@@ -181,8 +180,9 @@ def traced_group(parts, rollout) -> dict:
 
 
 def described_sample(sample, side: int, longest: int = SIDE, quality: int = 85) -> dict:
-    """Return a question, its small picture and its true mask. Answers give coordinates up to `side`.
+    """Return a question, its small picture and its true mask.
 
+    Coordinates of answers lie in a `side` x `side` square.
     The longer side of the picture has at most `longest` pixels. `quality` is that of WebP.
     """
     size = small_size(sample.image.size, longest)

@@ -379,7 +379,7 @@ def test_two_processes_evaluate_half_each_and_both_end_with_the_whole_report(
         policy, segmenter, load_data("shapes", "validation", 7), SETTINGS, with_ceiling=True
     )
     assert [row["index"] for row in a["rows"]] == list(range(7)) and a["ceiling"] == alone.ceiling
-    assert [(row["id"], row["strict"]) for row in a["rows"]] == [
+    assert [(row["id"], row["strict_pixels"]) for row in a["rows"]] == [
         (row.id, list(row.strict_pixels)) for row in alone.rows
     ]
     assert a["summary"] == json.loads(json.dumps(alone.summary()))
