@@ -243,15 +243,21 @@ def load(settings: Settings, options: Namespace) -> tuple:
 
 
 def describe_evaluation(settings: Settings, options: Namespace, data) -> str:
-    """Return the settings, the prompt and the questions of an evaluation as one line of JSON."""
+    """Return all that the answers of an evaluation depend on, as one line of JSON.
+
+    These are settings, prompt and questions, and when the files of data and weights changed.
+    """
     used = {name: getattr(settings, name) for name in sorted(USED)}
     used["prompt"] = choose_prompt(settings)
-    if data.file:
-        used["lines"] = hashlib.sha256(data.file.read_bytes()).hexdigest()
-    time = 0
-    if options.adapter is not None:
-        time = (Path(options.adapter) / "adapter_model.safetensors").stat().st_mtime
-    return json.dumps([vars(options) | {"out": ""}, used, list(data.ids), time])
+    files = data.files()
+    for folder in (options.adapter, settings.policy, settings.sam):
+        if folder:
+            files += sorted(Path(folder).glob("*.safetensors"))
+    if settings.sam_checkpoint:
+        files.append(Path(settings.sam_checkpoint))
+    times = [file.stat().st_mtime_ns for file in files if file.is_file()]
+    used["times"] = hashlib.sha256(repr(times).encode()).hexdigest()
+    return json.dumps([vars(options) | {"out": ""}, used, list(data.ids)])
 
 
 def print_scores(summary: dict, data, settings: Settings, options: Namespace, batch: int) -> None:

@@ -4,6 +4,7 @@ import gc
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -58,6 +59,7 @@ from samr1_mini.grpo import train as run_training
 from samr1_mini.metrics import filled, intersection_union, iou, tight_box
 from samr1_mini.decoding import Completion
 from samr1_mini import loading, processes
+from samr1_mini.segmenter import TINY_SAM
 from samr1_mini.tiny.shapes import Shapes
 
 RESULTS = Path(__file__).parent.parent / "tutorials" / "results"
@@ -1116,12 +1118,31 @@ def test_answers_that_were_kept_are_of_the_same_questions_and_the_same_adapter(
 
 
 def test_answers_that_were_kept_are_of_the_same_lines_of_data(asked, tmp_path):
-    folder = Path(folder_of(tmp_path / "d", [{}]))
+    folder = tmp_path / "d"
+    folder.mkdir()
+    Image.fromarray(np.arange(60 * 40).reshape(40, 60) < 500).save(folder / "mask.png")
+    folder_of(folder, [{"mask": "mask.png"}])
     line = lambda: asked("--data", folder, "--out", tmp_path / "out")["keep"][1]
     first = line()
     assert first == line()
     text = (folder / "data.jsonl").read_text()
     (folder / "data.jsonl").write_text(text.replace("what?", "where?"))
+    second = line()
+    assert second != first
+    for name in ("a.png", "mask.png"):
+        os.utime(folder / name, (1, 1))
+        assert line() != second
+        second = line()
+
+
+def test_answers_that_were_kept_are_of_the_same_weights_of_policy_and_sam(asked, tmp_path):
+    shutil.copytree(TINY_SAM, tmp_path / "sam")
+    line = lambda: asked("--count", 4, "--out", tmp_path / "out", "--sam", tmp_path / "sam")[
+        "keep"
+    ][1]
+    first = line()
+    assert first == line()
+    os.utime(tmp_path / "sam/model.safetensors", (1, 1))
     assert line() != first
 
 
@@ -1185,7 +1206,7 @@ def test_what_eval_prints_and_draws_of_a_report(policy, segmenter, monkeypatch, 
         evaluation, "shown", lambda segmenter, data, rows, *_: [r.index for r in rows]
     )
     monkeypatch.setattr(evaluation, "sample_sheet", lambda path, panels, *_: drawn.extend(panels))
-    values = {"ids": [], "box_only": False, "missing": ["gone.jpg"], "file": None}
+    values = {"ids": [], "box_only": False, "missing": ["gone.jpg"], "files": lambda self: []}
     data = type("Some", (list,), values)(range(20))
     options = Namespace(out=str(tmp_path), votes=1, adapter=None, split="test", blank=False)
     command.evaluate_set(policy, segmenter, data, SETTINGS, options)

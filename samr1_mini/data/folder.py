@@ -268,6 +268,14 @@ class Folder(Data):
         """Return the chosen lines, each once. A training split may repeat them."""
         return list({line.number: line for line in self.lines}.values())
 
+    def files(self) -> list[Path]:
+        """Return data.jsonl, and the pictures and mask files of all chosen lines."""
+        found = [self.file]
+        for line in self.distinct_lines():
+            found.append(self.pictures / line.image)
+            found += [self.folder / name for name in mask_files(line.row)]
+        return found
+
     def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks.
 

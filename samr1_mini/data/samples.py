@@ -42,7 +42,6 @@ class Data(Sequence):
     A subclass defines `ids`, the sample ids, and `sample_at(i)`, which reads sample number `i`.
     """
 
-    file: Path | None = None  # the file of the questions, if there is one
     box_only = False  # boxes and no masks
     download_bytes = 0  # about how much `download` will download
     missing: Sequence[str] = ()  # pictures without a file, whose samples were replaced
@@ -63,6 +62,10 @@ class Data(Sequence):
         `missing` lists pictures that cannot be downloaded. Every process removes their
         samples, so all processes have the same samples.
         """
+
+    def files(self) -> list[Path]:
+        """Return the files that the samples come from."""
+        return []
 
     def check_files(self, resumed: bool = False) -> None:
         """Read pictures and masks before the first step. Raises UserError for a broken one."""
