@@ -1,7 +1,7 @@
-"""The GRPO of SAM-R1: rollout, reward, advantage, update, log, save.
+"""Train by GRPO as in SAM-R1: sample answers (rollout), reward, compare in groups, update, save.
 
-Equations (1) to (5) are the paper's (arXiv 2505.22596). Two things differ from GRPO (eq. (2)). The
-clip is asymmetric. The loss is a mean over all tokens of a group, eq. (4).
+Equations (1) to (5) are the paper's (arXiv 2505.22596). It changes two things in GRPO, eq. (2): the
+ratio's clip has unequal limits, and the loss is a mean over all tokens of a group, eq. (4).
 
 From `train` to the gradient:
 
@@ -10,6 +10,7 @@ From `train` to the gradient:
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
 Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens in all answers.
+pi is the policy's probability of a token, pi_old that when sampling, pi_ref the base model's.
 """
 
 import math
@@ -43,7 +44,7 @@ from .variants import gdpo_advantages, redraw, scale_to_batch
 def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     """Compare each answer with its group: rewards [B, G] -> advantages [B, G].
 
-    A group with equal rewards gets exactly 0. The kind "mean" (Dr. GRPO) is eq. (1) without std.
+    A group with equal rewards gets exactly 0. The kind "mean" does not divide by std (Dr. GRPO).
 
     >>> advantages(torch.tensor([[6.0, 2.0], [1.0, 1.0]])).tolist()
     [[1.0, -1.0], [0.0, 0.0]]
@@ -80,10 +81,10 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tuple:
-    """Return two tensors [S]: each token's KL to the base model, and True if the bound is reached.
+    """Return two tensors [S]: each token's KL to the base model, and True if it is above the bound.
 
-    The KL of eq. (3) has no upper bound. One token with pi_ref / pi = e^16 would decide an update.
-    So log(pi_ref / pi) is limited to `bound`. Above the bound, a token has no gradient of the KL.
+    The KL of eq. (3) has no upper bound: one token with pi_ref / pi = e^16 would outweigh all
+    others. So log(pi_ref / pi) is limited to `bound`. Above it, the KL of a token has no gradient.
     """
     gap = reference - logp  # [S] log(pi_ref / pi)
     bounded = gap.clamp(max=bound)
@@ -99,22 +100,22 @@ def grpo_loss(
     lengths: list[list[int]],
     s: Settings,
 ) -> tuple[torch.Tensor, dict]:
-    """Return the loss, and values of each token [S] for the log.
+    """Return the loss, and values of each token [S] for the log file.
 
     The loss is the sum of eq. (4) over the groups, with a minus sign.
 
     logp       [S] log-probabilities under the policy, with gradient
-    old        [S] under the policy that sampled
-    reference  [S] under the frozen base model, or None if beta is 0
+    old        [S] log-probabilities under the policy that sampled the answers
+    reference  [S] log-probabilities under the frozen base model, or None if beta is 0
     advantage  [S] of each token's answer
     lengths    for each group, a list with the number of tokens of each answer
 
-    The log gets the mean of each value over the tokens. For another loss, copy this function,
+    The log file gets the mean of each value over the tokens. For another loss, copy this function,
     change it, and pass it to `train`.
     """
     ratio = (logp - old).exp()  # [S] rho = pi / pi_old
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)  # [S] clip-higher: eps_high > eps_low
-    # No gradient if the ratio is above 1 + eps_high and A > 0, or below 1 - eps_low and A < 0.
+    # This term has no gradient if rho > 1 + eps_high and A > 0, or if rho < 1 - eps_low and A < 0.
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # [S]
     values = {
         "ratio": ratio,
@@ -144,7 +145,7 @@ class Parts:
     reward_terms: Callable = reward_terms  # Reward, Settings -> terms by name: see reward.py
     loss: Callable = grpo_loss
     trace: Callable | None = None  # called after each step, with parts, rollouts and log line
-    skipped: int = 0  # updates in a row whose gradient was not finite
+    skipped: int = 0  # latest updates, one after the other, without a finite gradient
 
 
 @dataclass
@@ -176,7 +177,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. Equal rewards leave only its KL."""
+        """Return True if the updates use this group. With equal rewards, only the KL counts."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -224,7 +225,7 @@ def new_optimizer(policy: Policy, s: Settings) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
-    """Set the base model's log-probabilities in each rollout. All updates use the same ones."""
+    """Set the base model's log-probabilities in each rollout, for all updates of a step."""
     for i in range(0, len(rollouts), s.micro):
         batch = rollouts[i : i + s.micro]
         prompts = [rollout.prompt for rollout in batch]
@@ -237,7 +238,7 @@ def add_reference(policy: Policy, rollouts: list[Rollout], s: Settings) -> None:
 
 
 def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dict]:
-    """Run one forward. Return the loss of its questions, and the values of each token [S] to log."""
+    """Run one forward. Return the sum of its questions' losses, and each token's values to log."""
     s, policy = parts.settings, parts.policy
     prompts = [rollout.prompt for rollout in rollouts]
     groups = [rollout.ids for rollout in rollouts]
@@ -273,7 +274,7 @@ def one_update(parts: Parts, rollouts: list[Rollout]) -> tuple[float, float, lis
     total, forwards = 0.0, []
     for i in range(0, len(used), s.micro):
         loss, values = batch_loss(parts, used[i : i + s.micro])
-        (loss / questions).backward()  # eq. (4) is a mean over questions
+        (loss / questions).backward()  # the paper takes the mean over questions
         total += loss.item()
         forwards.append(values)
     add_up_gradients(policy.trained)
@@ -288,7 +289,7 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
     """Make `passes` x `updates` optimizer steps, each with its part of the questions.
 
     `done` counts the optimizer steps before these. The learning rate rises from lr / warmup to lr
-    in the first `warmup` steps, and then stays. Returns the columns to log.
+    in the first `warmup` optimizer steps, and then stays. Returns the columns to log.
     """
     s, policy = parts.settings, parts.policy
     begun = time.perf_counter()
@@ -311,7 +312,7 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
         else:
             log["skipped_updates"] = log.get("skipped_updates", 0) + 1
             count_skipped(parts, done + k + 1)
-        if k == 0:  # no update since sampling, so any difference is rounding
+        if k == 0:  # no update since sampling, so logp and old differ only by rounding
             log |= sampling_gap(values)
         forwards += values
     policy.model.eval()
@@ -327,12 +328,12 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
 def one_step(parts: Parts, data, step: int, asked: int) -> tuple[dict, list[dict]]:
     """Make step number `step`, counted from 0. Returns its log line and an answer to each question.
 
-    `asked` is the number of questions before this step. Each process takes its share of them.
-    The random numbers depend only on seed, step and batch. So a resumed run repeats them.
+    `asked` counts the questions of earlier steps. Each process takes its share of this step's.
+    The random numbers depend on the seed and the step. So a resumed run repeats them.
     """
     s = parts.settings
     torch.manual_seed(s.seed * 10**6 + step)
-    # [1 + redraw, B, G, L] of all processes. The first batch does not depend on --redraw
+    # [1 + redraw, B, G, L], for all processes: first the step's questions, then those of --redraw.
     uniforms = torch.rand(1 + s.redraw, s.questions, s.group, s.max_new_tokens)
     samples = [data[i % len(data)] for i in share(range(asked, asked + s.questions))]
     rollouts, seconds = roll_out(parts, samples, share(uniforms[0]))
@@ -366,11 +367,10 @@ def train(
 
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
     `reward_terms` and `loss` are the defaults. `log` is called after each step with its log line.
-    tutorials/notes/extend.md shows examples. A call from Python runs in one process. On a CPU, this
-    process has one thread (join_processes). With several processes (launch.py, torchrun), each
-    takes its share of the questions. Only the first process writes the run's files.
+    tutorials/notes/extend.md shows examples. A call from Python runs in one process, on a CPU with
+    one thread. If launch.py or torchrun starts several, each takes its share of the questions.
     """
-    from .rehearse import before_training  # rehearse.py imports this file
+    from .rehearse import before_training  # not at the top, because rehearse.py imports this file
 
     begun = time.perf_counter()
     join_processes(s.device)

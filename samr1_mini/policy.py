@@ -5,8 +5,8 @@ decoding.py samples the answers. A prompt has about 150 text tokens and up to 90
 All answers to a question share its prompt, so the model reads it only once (attention.py).
 
 Shapes: B questions, G answers to each, P prompt tokens, L answer tokens, D model width,
-V vocabulary size. A packed row (see `pack`) holds prompts and all their answers. It has T tokens,
-S of them in answers.
+V vocabulary size, S tokens in all answers. A packed row (see `pack`) has T tokens: prompts, and
+their answers without the last token of each answer.
 """
 
 from dataclasses import dataclass, field
@@ -30,27 +30,27 @@ from .tokens import CHUNK_LOGITS, banned_ids, opened_answer, stop_ids, token_log
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for from_pretrained
 
-# Model types that can be the policy, with their units: pixels, or thousandths of a side.
+# Model types that can be the policy -> unit of their coordinates. Thousandths are of a side.
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
-TOWER_PIXELS = 4096 * 14 * 14  # most pixels in one call of the vision tower: 4,096 patches
+TOWER_PIXELS = 4096 * 14 * 14  # limit for one call of the vision tower: 4,096 patches
 
 
 @dataclass
 class Policy:
     """Hold a Qwen-VL with its adapter, its stop ids and its banned ids."""
 
-    model: PeftModel  # with the adapter; in pretraining, the model of transformers
+    model: PeftModel  # the base model with the adapter (without one while the tiny base is made)
     processor: object  # chat template, tokenizer and image processor
     coordinates: str = "auto"  # pixels, thousandths, or auto for the model's own unit
     prompt: str = PROMPT  # with {question} and {unit}, see prompt.py
-    cuda_graphs: bool = True  # False once the recording of a CUDA graph has failed (decoding.py)
+    cuda_graphs: bool = True  # False after the recording of a CUDA graph has failed (decoding.py)
     stop: torch.Tensor = field(init=False)  # [k] ids that end an answer
     banned: torch.Tensor = field(init=False)  # bool [V], True for ids that are never sampled
 
     def __post_init__(self):
         config, tokenizer = self.base.config, self.processor.tokenizer
-        # With an attention not of attention.py, answers would see each other, without an error.
+        # Without the attention of attention.py, answers would see each other, and no error says so.
         assert config.text_config._attn_implementation == IMPLEMENTATION["text_config"]
         if self.coordinates == "auto":
             self.coordinates = COORDINATES[config.model_type]
@@ -74,9 +74,9 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def answer_side(self, size: int) -> int:
-        """Return the side of the square that holds an answer's coordinates.
+        """Return the largest coordinate in an answer. The smallest is 0.
 
-        If answers are in pixels, this is `size`, the side of the policy's picture. If they are in
+        If answers are in pixels, it is `size`, the side of the policy's picture. If they are in
         thousandths of the picture's sides, it is 1,000.
         """
         if self.coordinates == "thousandths":
@@ -91,7 +91,7 @@ class Policy:
         return self.model.disable_adapter()
 
     def keep_layers(self, count: int) -> None:
-        """Keep the activations of the last `count` layers. A backward recomputes the others."""
+        """Keep the activations of the last `count` layers. The backward recomputes the others."""
         layers = self.base.model.language_model.layers
         for i, layer in enumerate(layers):
             layer.gradient_checkpointing = i < len(layers) - count
@@ -105,8 +105,8 @@ class Prompt:
     embeds: torch.Tensor  # [P, D] embeddings of text tokens, features of picture tokens
     positions: torch.Tensor  # [3, P] rotary positions in time, height and width (M-RoPE)
     picture: torch.Tensor  # bool [P], True for picture tokens
-    # Qwen3-VL: more features of the picture, each tensor [picture tokens, D]. After each of its
-    # first layers, the model adds one tensor to the hidden states.
+    # Qwen3-VL: more features of the picture, each tensor [picture tokens, D]. The model adds one
+    # tensor to the hidden states after each of the first layers.
     deep: tuple[torch.Tensor, ...] = ()
     opened: str = ""  # the answer's start, if the chat template writes it: "<think>\n"
 
@@ -114,7 +114,7 @@ class Prompt:
     def next_position(self) -> int:
         """Return an answer's first position.
 
-        It is smaller than P: with M-RoPE, a picture of 30 x 30 tokens takes 30 positions.
+        It is smaller than P: the 900 tokens of a 30 x 30 picture take only 30 positions (M-RoPE).
         """
         return int(self.positions.max()) + 1
 
@@ -227,8 +227,8 @@ def add_adapter(
     base.requires_grad_(False)
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16, bitsandbytes 0.50 changes its kernel after an evaluation.
-            # The new kernel has no backward. Gradients would vanish without an error.
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 takes another kernel after model.eval().
+            # This kernel has no backward, and no error says so. The flag switches it off.
             module.support_avx512bf16_for_cpu = False
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
@@ -313,7 +313,7 @@ def encode_batch(policy: Policy, images: list[Image.Image], questions: list[str]
 
 
 def deepstack(prompts: list[Prompt], picture: torch.Tensor) -> dict:
-    """Return arguments that only Qwen3-VL has, or {}. picture: bool [B, T], for picture tokens."""
+    """Return Qwen3-VL's extra arguments, or {}. `picture` (bool) marks all picture tokens."""
     if not prompts[0].deep:
         return {}
     layers = zip(*(p.deep for p in prompts))
@@ -328,26 +328,26 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     """Lay prompts and answers in one row: [prompt 1, its answers, prompt 2, its answers, ...].
 
     groups: B lists of G answers, each a tensor of ids [L].
-    Returns the language model's arguments, and two tensors [S] over all answer tokens. A token is
-    predicted by one hidden state. The first tensor holds the place of this state in the row. The
-    second tensor holds the id of the token.
+    Returns the language model's arguments, and two tensors [S] over all answer tokens. For each
+    token, the first tensor holds the place in the row of the hidden state that predicts it. The
+    second tensor holds the token's id.
     """
     device = policy.device
-    # The model predicts the last token of an answer, and does not get it as input.
+    # The last token of an answer is only predicted. The model does not read it.
     lengths = [[len(ids) - 1 for ids in group] for group in groups]
     answers = [ids for group in groups for ids in group]
     read = torch.cat([ids[:-1] for ids in answers])
     embeds = policy.base.get_input_embeddings()(read)  # [tokens to read, D]
     embeds = embeds.split([sum(group) for group in lengths])
     parts, positions, picture, index = [], [], [], []
-    start = 0  # of the current prompt or answer in the row
+    start = 0  # place in the row where the next prompt or answer begins
     for prompt, group, answer_embeds in zip(prompts, lengths, embeds):
         parts += [prompt.embeds, answer_embeds]
-        # Each answer starts at the same position, where the prompt ends.
+        # All answers to a prompt have the same first rotary position, the one after the prompt.
         after = [prompt.next_position + torch.arange(n) for n in group]
         positions += [prompt.positions, torch.cat(after).expand(3, -1).to(device)]
         picture += [prompt.picture, prompt.picture.new_zeros(len(answer_embeds))]
-        last = start + len(prompt.ids) - 1  # predicts the first token of each answer
+        last = start + len(prompt.ids) - 1  # this state predicts the first token of each answer
         start = last + 1
         for n in group:
             index += [last, *range(start, start + n)]

@@ -2,9 +2,9 @@
 
     reward = accuracy (0, 2, 3 or 4) + reasoning_format (0 or 1) + segmentation_format (0 or 1)
 
-An answer is a list of objects. With --objects one the list has one object, as in the paper. With
---objects several the answer's mask is the union of the objects' masks. Then there are two more
-terms, matching (0 to 1) and repeats (-1 to 0).
+An answer is a list of objects. With the option --objects one, the list has one object, as in the
+paper. With --objects several, the answer's mask is the union of the objects' masks. Then there are
+two more terms: see matching_term (0 to 1) and repeats_term (-1 to 0).
 
 No network is trained here. In the paper's setting, the box itself gets no reward. Segment
 Anything draws a mask from the box and the points. This mask gets the reward.
@@ -14,7 +14,7 @@ policy's scaled picture. For answers in thousandths, `side` is 1,000. SAM and th
 original size of the picture, [H, W].
 
 A new term is one line in `reward_terms` and one setting NAME_weight in config.py. The log, the
-curves and the drawn sheets of answers then show the term.
+curves and the pictures of answers then show the term.
 """
 
 import json
@@ -36,14 +36,14 @@ MAX_TEXT = 20_000  # characters. A longer text is not read
 MAX_OBJECTS = 16  # with --objects several. A longer list is not read
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
-Point = tuple[float, float, int]  # x, y, label: 1 on the object, 0 off it
+Point = tuple[float, float, int]  # x, y, label: 1 if it is on the object, 0 if not
 
 # ------------------------------------------------------------------------- from text to an answer
 
 
 @dataclass
 class Object:
-    """Hold the box of one object, and the points that mark the object. They are SAM's prompt."""
+    """Hold the box and the points of one object. SAM gets both as its input."""
 
     box: Box
     points: list[Point] = field(default_factory=list)
@@ -51,17 +51,18 @@ class Object:
 
 @dataclass
 class Answer:
-    """Hold one parsed answer. In training, `objects` is None if the segmentation format is wrong.
+    """Hold one parsed answer.
 
-    An answer that cannot be read has no list of objects. An empty list says that nothing is there.
+    `objects` is None if the segmentation format is wrong. For such an answer, only lenient.py can
+    set it. An empty list says that nothing is there.
     """
 
     side: int  # coordinates of boxes and points go from 0 to this
-    objects: list[Object] | None = None  # None if the answer cannot be read
+    objects: list[Object] | None = None
     reasoning_format: bool = False
     segmentation_format: bool = False
     why: str = ""  # what is wrong with the format, in words
-    tokens: torch.Tensor | None = None  # [L] ids of the completion, for reward terms
+    tokens: torch.Tensor | None = None  # [L] ids of the answer's tokens, for reward terms
 
     @property
     def in_format(self) -> bool:
@@ -70,14 +71,14 @@ class Answer:
 
 
 def _number(value) -> float:
-    """Return a finite JSON number as a float. Raises ValueError for true, "3", NaN and 1e999."""
+    """Return a JSON number as a float. Raises ValueError for true, "3", NaN and from 1e9 on."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
         raise ValueError(f"{str(value)[:20]!r} is not a number")
     return float(value)
 
 
 def _names_once(pairs: list[tuple[str, object]]) -> dict:
-    """Return a JSON object. Raises ValueError for a repeated name: Python would drop a value."""
+    """Return a dict. Raises ValueError for a repeated key, because a dict drops a value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a name comes twice in an object")
@@ -96,17 +97,17 @@ def read_box(value, side: int) -> Box:
     x1, y1, x2, y2 = [_clip(_number(number), side) for number in value]
     if x2 - x1 < 1e-3 or y2 - y1 < 1e-3:
         raise ValueError("bbox is reversed, empty or outside the picture")
-    # Numbers up to 1 are shares of the sides. As pixels, they would be a box of at most one pixel.
+    # If all numbers are at most 1, they are shares of width and height. Then the box is refused.
     if x2 <= 1 and y2 <= 1:
         raise ValueError("bbox gives shares of width and height: all four numbers are at most 1")
     return x1, y1, x2, y2
 
 
 def _points(value, side: int, max_points: int) -> list[Point]:
-    """Return the points of a list [[x, y, 0 or 1], ...], clipped to the square."""
+    """Return the points of a list [[x, y, 0 or 1], ...], with x and y clipped to 0 ... side - 1."""
     if not isinstance(value, list) or not value:
         raise ValueError("points is not a list of [x, y, label]")
-    if len(value) > max_points:  # without a limit a trained policy writes more and more points
+    if len(value) > max_points:  # without a limit, the policy learns to write more and more
         raise ValueError(f"{len(value)} points, at most {max_points} are allowed")
     points = []
     for point in value:
@@ -132,9 +133,9 @@ def has_reasoning_format(text: str) -> bool:
 
 
 def read_objects(content, side: int, max_points: int, objects: str) -> list[Object]:
-    """Return the objects of an answer's JSON. Raises ValueError.
+    """Return the objects of an answer's JSON. Raises ValueError if the JSON has another form.
 
-    With `objects` "one" the JSON is one object. With "several" it is a list of objects.
+    If `objects` is "one", the JSON describes one object. If it is "several", the JSON is a list.
     """
     wrong = "the answer is not a JSON list of objects"
     if objects == "one":
@@ -176,8 +177,8 @@ def read_answer(
 ) -> Answer:
     """Read an answer with coordinates in a `side` x `side` square.
 
-    `objects` is the setting, "one" or "several". The function never raises, and takes linear time.
-    The answer's field `why` names the faults.
+    `objects` is the setting, "one" or "several". The function never raises an error. Its time is
+    linear in the length of the text. The answer's field `why` names the faults.
 
     >>> text = '<think>Left.</think><answer>{"bbox": [1, 2, 9, 8], "points": [[5, 5, 1]]}</answer>'
     >>> read_answer(text, 28).objects
@@ -208,15 +209,16 @@ def read_answer(
 class Reward:
     """One answer, the mask that SAM draws from it, and its reward.
 
-    Boxes, points and mask are in the picture's own pixels.
+    `objects` and `mask` are in the picture's own pixels. `answer` keeps the policy's coordinates.
     """
 
     sample: Sample
     answer: Answer
     objects: list[Object] = field(default_factory=list)
-    mask: np.ndarray | None = None  # bool [H, W], the union; None: the answer cannot be read
-    pixels: tuple[int, int] = (0, 0)  # of intersection and union with the true mask
-    iou: float = 0.0  # of the mask; 0 if the answer cannot be read
+    # bool [H, W], the union. None if the answer cannot be read, or if its objects have no pixel
+    mask: np.ndarray | None = None
+    pixels: tuple[int, int] = (0, 0)  # in the intersection and in the union with the true mask
+    iou: float = 0.0  # of mask and true mask; 0 if `mask` is None
     box_iou: float = 0.0  # between the box around all objects and the tight box of the true mask
     terms: dict[str, float] = field(default_factory=dict)
     total: float = 0.0  # the reward: the weighted sum of the terms
@@ -226,7 +228,7 @@ TIERS = ((0.8, 4.0), (0.7, 3.0), (0.5, 2.0))  # limit, and reward of an IoU abov
 
 
 def tiered(value: float) -> float:
-    """Return the reward of eq. (5) for an IoU: 0, 2, 3 or 4."""
+    """Return the reward for an IoU, eq. (5) of the paper: 0, 2, 3 or 4."""
     # (5)  4 if IoU > 0.8, 3 if IoU > 0.7, 2 if IoU > 0.5, else 0
     for limit, reward in TIERS:
         if value > limit:
@@ -249,9 +251,10 @@ def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> fl
 
 
 def matching_term(reward: Reward) -> float:
-    """Return the mean IoU of the answer's boxes, matched one to one with the true boxes, 0 to 1.
+    """Return the mean IoU, 0 to 1, of pairs of an answer's box and a true box.
 
-    The term is 0 if the answer cannot be read, or if the data set does not know single objects.
+    Each box is in at most one pair. A missing or an extra box counts as 0. The term is 0 if the
+    answer cannot be read, or if the data set has no mask for each single object.
     """
     true_masks = reward.sample.masks
     if reward.answer.objects is None or true_masks is None:
@@ -261,10 +264,10 @@ def matching_term(reward: Reward) -> float:
 
 
 def repeats_term(reward: Reward) -> float:
-    """Return the negative share of boxes that repeat an earlier box, -1 to 0.
+    """Return minus the share of boxes that repeat an earlier box, -1 to 0.
 
-    If a box is repeated, the union of SAM's masks stays the same. So the accuracy term does not see
-    the repetition. This term is 0 for an answer without repeats.
+    A box repeats an earlier one if their IoU is above 0.5. This hardly changes the union of SAM's
+    masks, so the accuracy term does not notice the repetition.
     """
     return -repeated_share([one.box for one in reward.objects])
 
@@ -301,7 +304,7 @@ def to_picture(answer: Answer, sample: Sample) -> list[Object]:
 def object_masks(segmenter: Segmenter, sample: Sample, objects: list[Object]) -> np.ndarray:
     """Return the mask of each object, bool [n, H, W], with one pass of SAM's encoder.
 
-    Some data sets have true boxes but no masks. There, the area of an object's box is its mask.
+    Some data sets have true boxes but no masks. For these, the filled box is the mask.
     """
     if not objects:
         return np.zeros((0, *sample.mask.shape), bool)
@@ -315,7 +318,7 @@ def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> N
     """Set the mask of each reward: the union of the masks of its objects."""
     objects = [one for reward in rewards for one in reward.objects]
     masks = object_masks(segmenter, sample, objects)  # [n, H, W]
-    start = 0  # of the reward's objects
+    start = 0  # index of the reward's first object
     for reward in rewards:
         end = start + len(reward.objects)
         reward.mask = masks[start:end].any(0)  # all False without objects
@@ -336,7 +339,7 @@ def score_group(
     s: Settings = Settings(),
     terms: Callable[[Reward, Settings], dict[str, float]] = reward_terms,
 ) -> list[Reward]:
-    """Reward the G answers to one sample.
+    """Compute the rewards of the G answers to one question.
 
     `segmenter` is any object with the method `masks` of Segmenter. Raises TypeError if
     `answers` is no list of Answer objects.
@@ -354,7 +357,7 @@ def score_group(
     draw_masks(segmenter, sample, readable)
     for reward in rewards:
         if s.objects == "several" and reward.objects and not reward.mask.any():
-            # Objects with an empty mask must not get the reward of the answer [].
+            # If nothing is there, the answer [] has IoU 1. Objects whose masks are empty must not.
             reward.mask = None
         reward.pixels = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pixels)
