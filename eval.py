@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -375,7 +376,8 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
     if report.rows[0].truncated:
         print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
     if mask is None:
-        mask_file.unlink(missing_ok=True)  # of an earlier question
+        with suppress(OSError):
+            mask_file.unlink()  # of an earlier question
     else:
         Image.fromarray(mask).save(mask_file)
         print(f"mask: {mask.mean():.1%} of the picture, {mask_file}")

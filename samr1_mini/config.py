@@ -281,7 +281,7 @@ class Settings:
         return weights
 
 
-NAMES = {f.name for f in fields(Settings)}
+SETTING_NAMES = {f.name for f in fields(Settings)}
 
 _FULL_SIZE = dict(
     sam="vit_h",
@@ -329,12 +329,13 @@ def choose_preset(device: str, memory_limit: float) -> tuple[str, str]:
     why = f"the GPU {name} has {whole:.1f} GiB"
     if memory_limit:
         why = f"the GPU {name} may be used up to --memory-limit {memory_limit:g}"
+    why += f", and {free:.1f} GiB are free"
     for preset, (card, peak) in MEMORY.items():
         if whole <= card:
             continue
         if free > peak:
             return preset, why
-        why += f". {free:.1f} GiB are free, but {preset} needs {peak:g} GiB"
+        why += f". --preset {preset} needs {peak:g} GiB"
     return "tiny", why
 
 
@@ -368,7 +369,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
 
-def add_options(parser: argparse.ArgumentParser, names: set[str] = NAMES) -> None:
+def add_options(parser: argparse.ArgumentParser, names: set[str] = SETTING_NAMES) -> None:
     """Add an option for each setting in `names`, under its heading.
 
     The parsed options then contain only those that the user typed.
@@ -427,7 +428,7 @@ def make_settings(**given) -> tuple[Settings, str]:
     why = "asked for"
     if preset == "auto":
         preset, why = choose_preset(given.get("device", "auto"), given.get("memory_limit", 0.0))
-    unknown = set(given) - NAMES
+    unknown = set(given) - SETTING_NAMES
     if unknown:
         raise UserError(f"no setting is called {min(unknown)}")
     defaults = PRESETS.get(preset, {})
@@ -507,7 +508,7 @@ def read_settings(file: Path) -> dict:
     saved = parse_json(file.read_bytes(), file, dict, "restore the file")
     named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
     named.setdefault("processes", 1)  # older runs
-    return {name: value for name, value in named.items() if name in NAMES}
+    return {name: value for name, value in named.items() if name in SETTING_NAMES}
 
 
 def resumed_settings(given: dict) -> tuple[Settings, str]:
@@ -610,12 +611,12 @@ def can_share(s: Settings, count: int) -> bool:
 def check_share(s: Settings, count: int) -> None:
     """Raise UserError if `count` processes cannot share the questions."""
     if not can_share(s, count):
-        need = f"{count} processes x --updates {s.updates}"
+        need = f"{count} (--processes) x --updates {s.updates}"
         raise UserError(f"--questions {s.questions} is no multiple of {need}")
 
 
 def check_gpu(s: Settings) -> None:
-    """Raise UserError if the GPU cannot be used with these settings."""
+    """Raise UserError if the GPU cannot be used with these settings, or not by several processes."""
     if s.processes > 1:
         raise UserError("--processes is for a CPU: add --device cpu. Several GPUs need torchrun")
     fault = gpu_fault()

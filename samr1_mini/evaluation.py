@@ -91,6 +91,7 @@ def scores(rows: list[ScoredAnswer], with_nothing: bool) -> dict:
     if not with_nothing:
         return found
     for name, no_target in (("N_acc", True), ("T_acc", False)):
+        # For an answer outside the format, `nothing` is None, which equals neither.
         correct = [row.nothing == no_target for row in rows if row.no_target == no_target]
         if correct:
             found[name] = mean(correct)
@@ -354,7 +355,7 @@ def score_batch(
     return rows
 
 
-def kept_rows(file: Path, description: str) -> list[ScoredAnswer]:
+def open_kept_rows(file: Path, description: str) -> list[ScoredAnswer]:
     """Return the rows that an interrupted evaluation has kept in a file.
 
     The first line of the file is `description`. Each further line holds the rows of one batch. A
@@ -372,8 +373,8 @@ def kept_rows(file: Path, description: str) -> list[ScoredAnswer]:
     return []
 
 
-def keep_rows(file: Path, rows: list[ScoredAnswer]) -> None:
-    """Append the rows of one batch to a file for kept_rows."""
+def append_rows(file: Path, rows: list[ScoredAnswer]) -> None:
+    """Append the rows of one batch to a file for open_kept_rows."""
     with file.open("a", encoding="utf-8") as opened:
         opened.write(json.dumps([asdict(row) for row in rows]) + "\n")
 
@@ -418,7 +419,7 @@ def evaluate(
     rows = []
     if keep:  # the rows of a file depend on the number of processes and on the batch size
         file = Path(f"{keep[0]}.{processes.process_index}")
-        rows = kept_rows(file, f"{keep[1]} {processes.num_processes} {size}")
+        rows = open_kept_rows(file, f"{keep[1]} {processes.num_processes} {size}")
     done = {row.index for row in rows}
     for indices in batches(share(range(len(data))), size, name):
         if not done.isdisjoint(indices):
@@ -430,7 +431,7 @@ def evaluate(
         new = score_batch(policy, segmenter, samples, groups, s, with_ceiling)
         rows += new
         if keep:
-            keep_rows(file, new)
+            append_rows(file, new)
     every = sorted(gather(rows), key=lambda row: row.index)
     if not every:
         asked = s.eval_data or s.data

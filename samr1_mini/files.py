@@ -80,14 +80,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def save_text(path: Path, text: str) -> None:
     """Write a text in UTF-8."""
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value) -> None:
     """Write a value as JSON."""
-    write_text(path, json.dumps(value, indent=1))
+    save_text(path, json.dumps(value, indent=1))
 
 
 # ---------------------------------------------------------------------- disk space

@@ -100,12 +100,12 @@ def forecast_line(s: Settings) -> str:
     If the peak and the gaps between tensors do not fit in the free memory, a second line warns.
     Raises UserError if the free memory cannot hold the weights.
     """
-    check_free_memory(s)
     free, whole = card_memory(s.memory_limit)
     room = free * (1 - GAPS)  # for all tensors
     n = policy_sizes(s)
     fill_card(n, room)
     gib = peaks(n)
+    check_weights(s, gib["load"], free)
     # With little free memory, a batch of the rollout has fewer questions.
     sampling = min(room, max(gib["prefill"], gib["decode"]))
     peak = max(sampling, gib["reward"], gib["update"])
@@ -127,8 +127,12 @@ def forecast_line(s: Settings) -> str:
 
 def check_free_memory(s: Settings) -> None:
     """Raise UserError if the weights need more than the free memory of the GPU."""
-    weights = peaks(policy_sizes(s))["load"]
     free, _ = card_memory(s.memory_limit)
+    check_weights(s, peaks(policy_sizes(s))["load"], free)
+
+
+def check_weights(s: Settings, weights: float, free: float) -> None:
+    """Raise UserError if `weights` is more than `free`, the free memory of the GPU, in GiB."""
     if weights <= free:
         return
     advice = ", or ".join(smaller_weights(s))

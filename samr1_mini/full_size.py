@@ -45,7 +45,7 @@ POLICY_SIZES = {
         vocab_size=16384,
     ),
 }
-MOST_PIXELS = 16384 * 28 * 28  # Qwen2.5-VL takes at most 16,384 patches of 28 x 28 pixels
+MOST_PIXELS = 16384 * 28 * 28  # Qwen2.5-VL takes at most 16,384 picture tokens of 28 x 28 pixels
 VISION = dict(
     depth=32,
     hidden_size=1280,

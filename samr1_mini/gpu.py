@@ -124,7 +124,7 @@ def driver_fault(driver: str) -> str:
         return f"the NVIDIA driver {driver} is too old for {pytorch}. Install {needed}"
     hint = "In a container, start with docker run --gpus all"
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        named = os.environ["CUDA_VISIBLE_DEVICES"] or "empty"
+        named = os.environ["CUDA_VISIBLE_DEVICES"].strip() or "empty"
         hint = f"CUDA_VISIBLE_DEVICES is {named}: it may hide the GPUs of this machine"
     return (
         f"{pytorch} finds no GPU. The NVIDIA driver {driver} is new enough ({oldest} is "

@@ -7,7 +7,6 @@ unions.
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from PIL import Image
 
 
 def mean(values: Iterable[float]) -> float:
@@ -131,7 +130,12 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
     x2 and y2 are exclusive. An empty mask gives (0, 0, 0, 0).
     """
-    return Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+    ys, xs = np.where(mask)
+    if len(xs) == 0:
+        return 0, 0, 0, 0
+    x1, x2 = int(xs.min()), int(xs.max()) + 1
+    y1, y2 = int(ys.min()), int(ys.max()) + 1
+    return x1, y1, x2, y2
 
 
 def giou(pairs) -> float:

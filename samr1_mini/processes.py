@@ -29,8 +29,8 @@ def join_processes(device: str) -> PartialState:
     """
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if device == "cpu":  # PyTorch may have read another value before launch.py set this one
-        named = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(named) if named.isdecimal() else 1
+        text = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(text) if text.isdecimal() else 1
         torch.set_num_threads(max(1, threads))
     return state
 

@@ -244,8 +244,8 @@ def update_peak(parts: Parts, prompt: Prompt, group: int, length: int) -> float 
 
     Returns None if memory runs out.
     """
-    once = dict(updates=1, passes=1, memory_limit=0.001)  # no free memory: no activations are kept
-    s = replace(parts.settings, group=group, max_new_tokens=length, **once)
+    s = replace(parts.settings, group=group, max_new_tokens=length, updates=1, passes=1)
+    s = replace(s, memory_limit=0.001)  # no free memory, so no activations are kept
     try:
         torch.cuda.reset_peak_memory_stats()
         update(replace(parts, settings=s), full_rollouts(parts.policy, [prompt], s), 0)

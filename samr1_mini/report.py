@@ -23,7 +23,7 @@ from .columns import COLUMNS, explain
 from .config import Parser, Settings, UserError, auto_device, cause, exit_with, print_anything
 from .config import read_settings
 from .evaluation import judge
-from .files import write_text
+from .files import save_text
 from .loading import open_split
 from .policy import COORDINATES, check_policy
 from .runs import known_missing, read_log, read_saved, read_test_answers
@@ -55,7 +55,7 @@ SHOWN = (  # the settings that the page uses
 
 
 def enlarged(rle: dict) -> np.ndarray:
-    """Return a small mask, bool, enlarged by a whole factor: a one-pixel outline looks thin then."""
+    """Decode a small mask and enlarge it by a whole factor, so that outlines look thin."""
     mask = coco.decode(rle).astype(bool)  # [H, W]
     times = max(1, SIDE // max(mask.shape))
     return mask.repeat(times, 0).repeat(times, 1)
@@ -114,10 +114,13 @@ def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
     return pairs
 
 
-def sample_of(test, row: dict):
-    """Return the sample of a row, or None if it has changed since the run. An id may come twice."""
+def sample_of(test, ids: list[str], row: dict):
+    """Return the sample of a row, or None if it has changed since the run. An id may come twice.
+
+    `ids` are those of all samples of `test`.
+    """
     asked = row.get("question")  # older runs lack it
-    for i, name in enumerate(test.ids):
+    for i, name in enumerate(ids):
         if name != row["id"]:
             continue
         sample = test[i]
@@ -137,10 +140,11 @@ def held_out(test, segmenter, s: Settings, side: int, before: list, after: list)
     pairs = pair_rows(before, after)
     scores = [[a["kind"], round(a["iou"], 4), round(b["iou"], 4)] for a, b in pairs]
     pairs.sort(key=lambda pair: -abs(pair[1]["iou"] - pair[0]["iou"]))
+    ids = list(test.ids)
     found = []
     length = 0
     for rows in pairs:
-        sample = sample_of(test, rows[0])
+        sample = sample_of(test, ids, rows[0])
         if sample is None:
             continue
         entry = described_sample(sample, side, TEST_SIDE, 75)
@@ -228,7 +232,7 @@ def page(data: dict) -> str:
 def write_report(folder: Path, test: dict = NO_TEST) -> Path:
     """Write report.html in the folder of a run. Returns its path."""
     file = folder / "report.html"
-    write_text(file, page(content(folder, test)))
+    save_text(file, page(content(folder, test)))
     return file
 
 

@@ -236,7 +236,6 @@ def summarise(
     Returns the content of summary.json.
     """
     report = evaluate(policy, segmenter, test, s, "test trained")
-    rows = report.each()
     summary = {
         "samples": run.total * s.questions,
         "seed": s.seed,
@@ -246,6 +245,7 @@ def summarise(
         "ceiling": base["ceiling"],
     }
     if is_first():
+        rows = report.each()
         write_json(folder / "summary.json", summary)
         write_json(folder / "test-trained.json", rows)
         path = folder / "sheet-test.png"

@@ -19,6 +19,7 @@ test-trained.json, summary.json, sheet-test.png, curves.png
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -39,7 +40,8 @@ from .metrics import mean
 from .policy import Policy
 from .processes import gather, is_first, process_count
 from .segmenter import SAM_FILES
-from .stops import ignore_signals, lasting_output, stop_on_signals
+from .stops import handled_signals, handlers_put_back, ignore_signals, lasting_output
+from .stops import stop_on_signals
 
 # --------------------------------------------------------------------------- state
 
@@ -170,7 +172,8 @@ def open_run(s: Settings) -> Path:
     folder = Path(s.run or next_name(s))
     if s.resume:
         check_segmenter_kind(folder, s)
-        # A damaged file raises UserError here, before anything is loaded.
+        # These files are read only to check them: a damaged one raises UserError here, before
+        # anything is loaded.
         read_base(folder)
         read_saved(folder / "samples.json", list, [])
         read_test_answers(folder)
@@ -528,8 +531,7 @@ class Run:
                 "the adapter never changed, because in each group all answers got the same reward "
                 f"(zero_variance in metrics.jsonl). {LEARN_MORE}"
             )
-        with stop_on_signals():  # after the block, signals are handled as before
-            ignore_signals()
+        with handlers_put_back(dict.fromkeys(handled_signals(), signal.SIG_IGN)):
             saved = self.save()
         if is_first() and not saved:
             again = resume_command(self.folder, self.s)

@@ -251,7 +251,7 @@ def random_sam(kind: str) -> Sam:
     """Return segment_anything's Sam with random weights.
 
     kind: "vit_b", "vit_l", "vit_h", "tiny", or the folder of a small SAM. The folder's sam.json
-    contains the sizes of the small SAM. All others are the library's defaults.
+    contains the sizes of the small SAM.
     """
     folder = small_folder(kind)
     if folder is None:
@@ -319,9 +319,9 @@ def sam_file(kind: str) -> Path:
     path = CACHE / name
     if not sam_bytes(kind):
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {SAM_URL}{name} ({size / 1e9:.1f} GB) to {path}")
     try:  # the file gets its name only after its hash was checked
-        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=digest)
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
         why = f"{SAM_URL}{name} could not be fetched ({first_line(error)})"
@@ -355,9 +355,9 @@ def set_encoder_dtype(encoder: torch.nn.Module, dtype: torch.dtype) -> None:
     encoder.register_forward_hook(lambda _, args, out: convert_to_fp32(out))
 
 
-def frozen_segmenter(sam: Sam, device: str, dtype: str) -> SamSegmenter:
-    """Return a segmenter with a frozen Sam. `dtype` is a value of --sam-dtype."""
-    set_encoder_dtype(sam.image_encoder, compute_dtype(dtype, device))
+def frozen_segmenter(sam: Sam, device: str, choice: str) -> SamSegmenter:
+    """Return a segmenter with a frozen Sam. `choice` is a value of --sam-dtype."""
+    set_encoder_dtype(sam.image_encoder, compute_dtype(choice, device))
     return SamSegmenter(SamPredictor(sam.to(device).requires_grad_(False)))
 
 
@@ -375,15 +375,18 @@ def load_segmenter(
     check_segmenter(kind, checkpoint)
     small = small_folder(kind)
     name = f"--sam {kind}"
+    if small is not None:
+        file = small / "model.safetensors"
+        name = str(file)
+    elif kind in SAM_FILES:
+        file = checkpoint or sam_file(kind)
+        name = f"--sam-checkpoint {file}"
     try:
         if small is not None:
-            name = small / "model.safetensors"
             sam = random_sam(kind)
-            sam.load_state_dict(load_file(name))
+            sam.load_state_dict(load_file(file))
         elif kind in SAM_FILES:
-            path = checkpoint or sam_file(kind)
-            name = f"--sam-checkpoint {path}"
-            sam = read_sam(kind, path)
+            sam = read_sam(kind, file)
         else:
             return Sam2Segmenter(kind, device, compute_dtype(dtype, device))
     except (torch.OutOfMemoryError, UserError):

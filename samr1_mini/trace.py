@@ -23,7 +23,7 @@ from PIL import Image
 
 from .config import Settings, UserError
 from .data.masks import to_rle
-from .files import write_text
+from .files import save_text
 from .policy import logprobs
 from .runs import read_log
 
@@ -47,7 +47,7 @@ class Trace:
         if not self.every:
             return
         kept = [line for line in read_log(folder, name="trace") if line.get("step", 0) <= start]
-        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+        save_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
         for line in read_log(folder, start):  # for the largest values of these steps
             self.reasons(line)
 
@@ -180,10 +180,10 @@ def traced_group(parts, rollout) -> dict:
 
 
 def described_sample(sample, side: int, longest: int = SIDE, quality: int = 85) -> dict:
-    """Return a question, its small picture and its true mask.
+    """Return a question with its kind, its small picture (WebP of this quality) and its true mask.
 
-    Coordinates of answers lie in a `side` x `side` square.
-    The longer side of the picture has at most `longest` pixels. `quality` is that of WebP.
+    Coordinates of answers go from 0 to `side`. The picture's longer side has at most `longest`
+    pixels.
     """
     size = small_size(sample.image.size, longest)
     return {

@@ -1,7 +1,7 @@
 """Read true masks: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
 `truth_of` lists the masks of a line. `check_truth` checks them without reading any pixels.
-`read_mask` returns pixels. A line is given as a dict without missing values.
+`read_mask` returns pixels. Lines of data.jsonl come without missing values.
 """
 
 import math
@@ -50,7 +50,7 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
     x, y, x, y, ... of the box or the polygons, and [] for other masks. The pixels of a PNG are not
     read here.
     """
-    if row.get("ignore", []) != []:
+    if "ignore" in row and row["ignore"] != []:
         try:
             parse_mask(row["ignore"], size)
         except ValueError as error:
@@ -61,11 +61,11 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
     numbers = []
     for value in truth_of(row):
         mask = parse_mask(value, size)
+        rle = mask
         if isinstance(mask, list):
             numbers += chain(*mask)
-            if size and not may_be_empty:
-                mask = draw_polygons(mask, size)
-        if isinstance(mask, dict) and not may_be_empty and not coco.area(mask):
+            rle = draw_polygons(mask, size) if size else None
+        if isinstance(rle, dict) and not may_be_empty and not coco.area(rle):
             raise ValueError(EMPTY)
     return numbers
 

@@ -131,7 +131,7 @@ def convert(source: Source, files: list[Path], folder: Path) -> None:
     name, part = source.name, folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         (part / "pictures").mkdir(parents=True, exist_ok=True)
-        rows = read_rows(files or hub_files(source), source.split)
+        rows = read_rows(files or hub_files(source), source)
         bar = tqdm(rows, f"rows of {name}", leave=False, dynamic_ncols=True)
         found = write_lines(bar, source, part)
         if not found["rows"]:
@@ -210,7 +210,7 @@ def finish_line(line: dict, root: Path) -> str:
 # -------------------------------------------------------------------------------- rows
 
 
-def read_rows(files: list, split: str) -> Iterator[tuple[str, dict]]:
+def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
     """Yield each row of a split with its location, from any of the published file formats.
 
     Raises UserError, which names the file that cannot be read.
@@ -218,24 +218,25 @@ def read_rows(files: list, split: str) -> Iterator[tuple[str, dict]]:
     for file in map(Path, files):
         try:
             if file.suffix == ".p" or file.name.startswith("grefs("):
-                yield from refer_rows(file, split)
+                yield from refer_rows(file, source.split)
             elif file.suffix == ".json":
                 yield from json_rows(file)
             else:  # the hub's cache has names without an ending
-                yield from parquet_rows(file)
+                yield from parquet_rows(file, source.ignore)
         except UserError:
             raise
         except Exception as error:  # a damaged pickle or table raises anything
             raise UserError(f"{file} cannot be read ({cause(error)}); download it again") from None
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, dict]]:
+def parquet_rows(file: Path, ignore: str) -> Iterator[tuple[str, dict]]:
     """Yield the rows of a table.
 
     A mask comes as one array for each row of pixels. Python's lists would take megabytes.
     """
     table = pyarrow.parquet.ParquetFile(file)
     columns = table.schema_arrow.names
+    layout_of(columns, ignore)  # raises UserError for other columns, before any row is converted
     number = 0
     for batch in table.iter_batches(ROWS):
         for i in range(batch.num_rows):
@@ -407,7 +408,10 @@ def watched(files: list[Path]) -> list[Path]:
 
 
 def hub_place(name: str, split: str) -> tuple[str, str]:
-    """Return the set's repository id on the hub, and the hub's name for this split."""
+    """Return the set's repository id on the hub, and the hub's name for this split.
+
+    Raises UserError for an unknown set, or a split that it lacks.
+    """
     if name not in HUB:
         raise UserError(
             f"--data {name} is unknown; write shapes, a public data set ({', '.join(HUB)}), or a "

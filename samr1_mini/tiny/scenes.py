@@ -26,9 +26,10 @@ Four more kinds, for --objects several, mean several objects or none:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -138,7 +139,10 @@ Question = tuple[str, list[Thing]]  # a text, and all objects that it means
 # ------------------------------------------------------------------------------------- drawing
 
 
-def _polygon(count: int, start: float) -> np.ndarray:
+_UP = -math.pi / 2  # the angle of a point above the middle: y grows downwards
+
+
+def _regular(count: int, start: float) -> np.ndarray:
     """Return `count` points [N, 2] at equal distances on the unit circle.
 
     The first point is at the angle `start` in radians.
@@ -149,7 +153,7 @@ def _polygon(count: int, start: float) -> np.ndarray:
 
 def _star() -> np.ndarray:
     """Return the ten corners of a star."""
-    corners = _polygon(10, _UP)
+    corners = _regular(10, _UP)
     corners[1::2] *= 0.42
     return corners
 
@@ -173,27 +177,26 @@ def _heart() -> np.ndarray:
     return np.stack([x, -y], 1) / 17
 
 
-_UP = -math.pi / 2
-_CIRCLE = _polygon(48, 0)
+_CIRCLE = _regular(48, 0)
 # Corners [N, 2] of each shape. The radius is 1 and the middle is (0, 0).
 _OUTLINES = {
     "circle": _CIRCLE,
     "ring": _CIRCLE,
     "moon": _CIRCLE,
-    "square": _polygon(4, math.pi / 4),
-    "triangle": _polygon(3, _UP),
+    "square": _regular(4, math.pi / 4),
+    "triangle": _regular(3, _UP),
     "star": _star(),
     "cross": _cross(),
     "heart": _heart(),
 }
 
 
-def _turned(corners: np.ndarray, angle: float) -> np.ndarray:
-    """Turn corners [N, 2] around (0, 0) by an angle in radians. A circle stays as it is."""
-    if corners is _CIRCLE:
-        return corners
+def _turned(shape: str, angle: float) -> np.ndarray:
+    """Return the corners [N, 2] of a shape, turned by an angle in radians. Circles are not turned."""
+    if shape in ("circle", "ring", "moon"):
+        return _OUTLINES[shape]
     c, s = math.cos(angle), math.sin(angle)
-    return corners @ np.array([[c, s], [-s, c]])
+    return _OUTLINES[shape] @ np.array([[c, s], [-s, c]])
 
 
 def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.ndarray:
@@ -209,7 +212,7 @@ def _coverage(shape: str, x: float, y: float, size: float, angle: float) -> np.n
         pixels = (np.array([x, y]) + corners * (size / 2)) * scale
         draw.polygon(pixels.ravel().tolist(), fill=fill)
 
-    corners = _turned(_OUTLINES[shape], angle)
+    corners = _turned(shape, angle)
     polygon(corners, 255)
     if shape == "ring":
         polygon(corners * 0.55, 0)
@@ -439,12 +442,15 @@ def right_dot(scene: Scene, what: Description, word: str) -> RightObjects:
 
 
 def right_dots(scene: Scene, what: Description, word: str) -> RightObjects:
-    """Return all dots. Things without a dot do not matter."""
+    """Return all dots of the scene, for any description and word."""
     return [thing.dot for thing in scene.things if thing.dot]
 
 
 def right_side(scene: Scene, what: Description, word: str) -> RightObjects:
-    """Return the things that are `word` ("left of") the only thing of a description."""
+    """Return the things that are `word` ("left of") the only thing of a description.
+
+    Returns None if a thing is at most 7 pixels before or beyond the middle of this thing.
+    """
     anchors = right_named(scene, what, word)
     if anchors is None or len(anchors) != 1:
         return None
@@ -464,7 +470,8 @@ def right_side(scene: Scene, what: Description, word: str) -> RightObjects:
 def right_extreme(scene: Scene, what: Description, word: str, count: int = 1) -> RightObjects:
     """Return the `count` clear winners by `word` ("leftmost") among the things of a description.
 
-    Each winner has to win clearly against all things that do not win. A dot cannot win.
+    Each winner has to win clearly against all things that do not win. If a dot would win, the
+    result is None.
     """
     found, dotted = _found(scene, what)
     if len(found) <= count:  # nothing is left to compare
@@ -480,20 +487,23 @@ def right_extreme(scene: Scene, what: Description, word: str, count: int = 1) ->
     return winners
 
 
-def _fair(
-    scene: Scene, counts: tuple, right: Callable, start: str, what: list, words=("",)
-) -> list[Question]:
-    """Return the fair questions of a form, for all words and descriptions.
+class Form(NamedTuple):
+    """A form of questions: all texts with the same start."""
 
-    `right` is one of the functions above. It has to find one of the `counts` of objects. A text is
-    `start` and a description of the list `what`. A "*" in `start` stands for the word.
-    """
+    right: Callable  # one of the functions above
+    start: str  # of the text; a "*" stands for the word
+    what: list[Description]  # the ends of the texts
+    words: Collection[str] = ("",)
+
+
+def _fair(scene: Scene, form: Form, counts: tuple[int, ...]) -> list[Question]:
+    """Return the fair questions of a form: those with one of the `counts` of right objects."""
     questions = []
-    for word in words:
-        for one in what:
-            things = right(scene, one, word)
+    for word in form.words:
+        for one in form.what:
+            things = form.right(scene, one, word)
             if things is not None and len(things) in counts:
-                questions.append((f"{start.replace('*', word)} {one.text}", things))
+                questions.append((f"{form.start.replace('*', word)} {one.text}", things))
     return questions
 
 
@@ -502,51 +512,63 @@ def _of_colour(words: str) -> list[Description]:
     return [Description(f"{words} {subject}", c) for subject, c in COLOUR_OF.items()]
 
 
-def _forms(scene: Scene, kind: str) -> list[tuple]:
-    """Return the forms of a kind: the last arguments of _fair."""
+def _things_with_corners(scene: Scene) -> list[Description]:
+    """Return this description in a list, or [] if a reader may doubt that a shape has corners."""
+    if {"heart", "moon"} & {t.shape for t in scene.things}:
+        return []
+    return [Description("things with corners", shapes=CORNERED)]
+
+
+def _forms(scene: Scene, kind: str) -> list[Form]:
+    """Return the forms of a kind in KINDS, which ask for one object."""
     names = [Description(t.name, t.colour, (t.shape,)) for t in scene.things]
     of_colour = [Description(f"{colour} object", colour) for colour in sorted(COLOURS)]
     of_shape = [Description(shape, shapes=(shape,)) for shape in sorted(SHAPES)]
-    cornered = [Description("things with corners", shapes=CORNERED)]
-    if {"heart", "moon"} & {t.shape for t in scene.things}:
-        cornered = []
     if kind == "attribute":
-        return [(right_named, "the", names), (right_named, "the", of_colour + of_shape)]
+        return [Form(right_named, "the", names), Form(right_named, "the", of_colour + of_shape)]
     if kind == "part":
-        return [(right_dot, "the dot of the", names + of_shape)]
+        return [Form(right_dot, "the dot of the", names + of_shape)]
     if kind == "relation":
         compared = [Description("object"), *of_colour, *of_shape]
-        extremes = (right_extreme, "the *", compared, _EXTREMES)
-        return [extremes, (right_side, "the object * the", names, _SIDES)]
+        extremes = Form(right_extreme, "the *", compared, _EXTREMES)
+        return [extremes, Form(right_side, "the object * the", names, _SIDES)]
     indirect = _of_colour("thing that has the colour of")
     for feature, shape in SHAPE_WITH.items():
         indirect.append(Description(f"object with {feature}", shapes=(shape,)))
     if kind == "indirect":
-        return [(right_named, "the", indirect)]
-    if kind == "combined":
-        compared = _of_colour("things that have the colour of")
-        share = 4  # "things with corners" are asked for as often as four colours
-        compared += cornered * share
-        sides = (right_side, "the object * the", indirect, _SIDES)
-        return [sides, (right_extreme, "the * of the", compared, _EXTREMES)]
+        return [Form(right_named, "the", indirect)]
+    compared = _of_colour("things that have the colour of")
+    times = 4  # "things with corners" are asked for as often as four colours
+    compared += _things_with_corners(scene) * times
+    sides = Form(right_side, "the object * the", indirect, _SIDES)
+    return [sides, Form(right_extreme, "the * of the", compared, _EXTREMES)]  # combined
+
+
+def _group_forms(scene: Scene, kind: str) -> list[Form]:
+    """Return the forms of a kind in GROUP_KINDS, which ask for several objects, or for none."""
+    things = [Description("things")]
     if kind == "two":
-        return [(partial(right_extreme, count=2), "the two *", [Description("things")], _EXTREMES)]
+        return [Form(partial(right_extreme, count=2), "the two *", things, _EXTREMES)]
     if kind == "dots":
-        return [(right_dots, "the dots of all", [Description("things")])]
+        return [Form(right_dots, "the dots of all", things)]
     if kind == "none":
         names = [Description(f"{c} {shape}", c, (shape,)) for c in COLOURS for shape in SHAPES]
-        return [(right_named, "the", names)]
+        return [Form(right_named, "the", names)]
     of_colour = [Description(f"{colour} things", colour) for colour in COLOURS]
     of_shape = []
     for shape in SHAPES:
         plural = shape.replace("cross", "crosse") + "s"
         of_shape.append(Description(plural, shapes=(shape,)))
-    return [(right_named, "all", what) for what in (of_colour, of_shape, cornered)]
+    every = (of_colour, of_shape, _things_with_corners(scene))
+    return [Form(right_named, "all", what) for what in every]  # all
 
 
 def fair_forms(scene: Scene, kind: str) -> list[list[Question]]:
     """Return all fair questions of a kind, one list for each form."""
-    return [_fair(scene, COUNTS[kind], *form) for form in _forms(scene, kind)]
+    if kind not in COUNTS:
+        raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(COUNTS)}")
+    forms = _group_forms(scene, kind) if kind in GROUP_KINDS else _forms(scene, kind)
+    return [_fair(scene, form, COUNTS[kind]) for form in forms]
 
 
 def ask(scene: Scene, rng: np.random.Generator, kind: str) -> Question | None:
