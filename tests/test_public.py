@@ -548,12 +548,14 @@ def test_masks_of_a_whole_evaluation_set_stay_on_the_disk(tmp_path):
 
 
 def test_a_folder_of_coco_pictures_is_looked_at_before_anything_is_loaded(tmp_path, coco_dir):
-    folder = parquet(tmp_path / "set", "train", coco_rows())
+    rows = coco_rows()
+    rows.append(rows[2] | {"ref_id": 6})  # another question about this picture
+    folder = parquet(tmp_path / "set", "train", rows)
     with pytest.raises(UserError, match="--coco-dir .*nowhere"):
-        open_data(folder, "train", 6, coco_dir=str(tmp_path / "nowhere"))
+        open_data(folder, "train", 7, coco_dir=str(tmp_path / "nowhere"))
     (coco_dir / coco_info(2)["file_name"]).unlink()
     with pytest.raises(UserError, match=f"--coco-dir .* lacks 1 .*{coco_info(2)['file_name']}"):
-        open_data(folder, "train", 6, coco_dir=str(coco_dir))
+        open_data(folder, "train", 7, coco_dir=str(coco_dir))
 
 
 def test_no_path_that_comes_in_a_table_is_opened(tmp_path):
