@@ -654,7 +654,7 @@ def first_line(error: Exception) -> str:
     """Return an error's message in one line. Messages of libraries may have many lines."""
     if getattr(error, "errno", None) in DISK_FULL:
         return (
-            "the disk is full. Make room, or set HF_HOME (models) and SAMR1_CACHE (pictures, "
+            "the disk is full. Free some disk space, or set HF_HOME (models) and SAMR1_CACHE (pictures, "
             "tables, SAM) to folders on another disk. Then run again. Downloaded files are kept"
         )
     message = str(error).strip() or repr(error)

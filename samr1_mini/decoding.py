@@ -362,7 +362,7 @@ def completions(
 ) -> list[list[Completion]]:
     """Cut tokens [B, G, L] and their log-probabilities [B, G, L] into B lists of G completions.
 
-    An answer ends with its first stop token. Sampling goes on while other answers continue. The
+    An answer ends with its first stop token. Sampling continues until all answers have ended. The
     tokens after the stop token are left out.
     """
     length = ids.shape[2]

@@ -101,20 +101,20 @@ def forecast_line(s: Settings) -> str:
     Raises UserError if the free memory cannot hold the weights.
     """
     free, whole = card_memory(s.memory_limit)
-    room = free * (1 - GAPS)  # for all tensors
+    for_tensors = free * (1 - GAPS)  # without the gaps between tensors
     n = policy_sizes(s)
-    fill_card(n, room)
+    fill_card(n, for_tensors)
     gib = peaks(n)
     check_weights(s, gib["load"], free)
     # With little free memory, a batch of the rollout has fewer questions.
-    sampling = min(room, max(gib["prefill"], gib["decode"]))
+    sampling = min(for_tensors, max(gib["prefill"], gib["decode"]))
     peak = max(sampling, gib["reward"], gib["update"])
     name = torch.cuda.get_device_name()
     card = known_card(name)
     time = f"no forecast of hours, because the speed of {name} is not known"
     if card is not None:
         short = policy_sizes(replace(s, max_new_tokens=128))
-        fill_card(short, room)
+        fill_card(short, for_tensors)
         time = f"about {hours(short, card):.1f} hours for answers of 128 tokens"
         if s.redraw:
             time += ", and more for the questions of --redraw"
