@@ -36,7 +36,7 @@ GREY = (128, 128, 128)
 
 @dataclass
 class ScoredAnswer:
-    """Hold the texts and numbers of one evaluated question. `shown` restores picture and mask."""
+    """Hold the texts and numbers of one evaluated question. See also `shown`."""
 
     index: int  # index of the question in the data set
     id: str
@@ -77,7 +77,7 @@ def scores(rows: list[ScoredAnswer], with_nothing: bool) -> dict:
     `with_nothing` adds N_acc and T_acc of gRefCOCO (arXiv 2306.00968), each 0 to 1. N_acc is the
     share of questions without a target for which the answer says that nothing is there. T_acc is
     the share of questions with a target for which the answer names an object. An answer outside the
-    format counts in neither of them. If there are no questions of one kind, its share is left out.
+    format is wrong in both. If there are no questions of one kind, its share is left out.
     """
     strict = [row.strict_pixels for row in rows]
     lenient = [row.lenient_pixels for row in rows]
@@ -111,11 +111,11 @@ class Report:
         return self.several or any(row.no_target for row in self.rows)
 
     def summary(self) -> dict:
-        """Return the scores of all questions and of each kind, with 95 % intervals over pictures.
+        """Return the scores of all questions with 95 % intervals, and the scores of each kind.
 
-        box_accuracy (REC accuracy) is a share of all answers: those in the format with a box IoU
-        above 0.5. The box of several objects is the box around all of them. truncated is the share
-        of answers that were cut off.
+        The intervals come from resampled pictures. box_accuracy (REC accuracy) is a share of all
+        answers: those in the format with a box IoU above 0.5. The box of several objects is the box
+        around all of them. truncated is the share of answers that were cut off.
         """
         rows = self.rows
         strict = [row.strict_pixels for row in rows]
@@ -227,10 +227,10 @@ class Verdict:
 def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: int) -> Verdict:
     """Score the answers to one question, with coordinates in a `side` x `side` square.
 
-    The answers vote on a mask. In the strict vote only answers in the format vote. In the lenient
-    vote all answers with a readable box vote. The scored answer is the one that agrees most with
-    the strict vote. If the strict vote has no voter, the lenient vote decides. If that vote has no
-    voter either, the first answer is scored.
+    The answers vote on a mask. In the strict vote, each answer in the format takes part. In the
+    lenient vote, each answer with a readable box takes part. The scored answer is the one that
+    agrees most with the strict vote. If the strict vote has no voter, the lenient vote decides. If
+    that vote has no voter either, the first answer is scored.
     """
     answers = [read_leniently(text, side, s.max_points, s.objects) for text in texts]
     rewards = score_group(segmenter, x, answers, s)
@@ -407,9 +407,9 @@ def evaluate(
     - `with_ceiling` also scores SAM's masks from the true boxes.
     - If `votes` is 1, the answer is greedy. A larger number of answers is sampled at temperature 1.
       The same seed gives the same answers.
-    - `keep` is a path, and a line that describes the evaluation. Each process keeps its rows in a
-      file: the path, followed by the number of the process. A later call with the same line
-      continues.
+    - `keep` is a pair: a path, and a line that describes the evaluation. Each process keeps its
+      rows in a file: the path, followed by the number of the process. A later call with the same
+      line continues.
 
     Padding changes rounding, and rounding can change a greedy answer. s.eval_batch = 1 has no
     padding. Raises UserError if --empty-truth excludes every question.

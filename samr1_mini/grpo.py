@@ -10,7 +10,7 @@ From `train` to the gradient:
     train -> one_step -> roll_out -> generate_groups, score_group, advantages
 
 Shapes: B questions, G answers to each, at most L tokens in an answer, S tokens in all answers.
-pi is the policy's probability of a token, pi_old that when sampling, pi_ref the base model's.
+Probabilities of a token: pi (policy), pi_old (policy that sampled it), pi_ref (base model).
 """
 
 import math
@@ -64,8 +64,8 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
 def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
     """Return the weight of each token [S]. `lengths` holds a list of answer lengths for each group.
 
-    The weights of a group sum to 1 and depend only on this group. The loss sums over the groups. So
-    the number of questions in a forward does not change the gradient.
+    The weights of a group sum to 1 and depend only on this group. one_update divides by the number
+    of questions in the update. So the questions in a forward do not change the gradient.
     """
     weights = []
     for group in lengths:
@@ -81,7 +81,7 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
 
 
 def kl_to_base(logp: torch.Tensor, reference: torch.Tensor, bound: float) -> tuple:
-    """Return two tensors [S]: each token's KL to the base model, and True if it is above the bound.
+    """Return two tensors [S]: each token's KL to the base model, and whether it is bounded.
 
     The KL of eq. (3) has no upper bound: one token with pi_ref / pi = e^16 would outweigh all
     others. So log(pi_ref / pi) is limited to `bound`. Above it, the KL of a token has no gradient.
@@ -145,7 +145,7 @@ class Parts:
     reward_terms: Callable = reward_terms  # Reward, Settings -> terms by name: see reward.py
     loss: Callable = grpo_loss
     trace: Callable | None = None  # called after each step, with parts, rollouts and log line
-    skipped: int = 0  # latest updates, one after the other, without a finite gradient
+    skipped: int = 0  # number of updates since the last one with a finite gradient
 
 
 @dataclass
@@ -367,8 +367,8 @@ def train(
 
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
     `reward_terms` and `loss` are the defaults. `log` is called after each step with its log line.
-    tutorials/notes/extend.md shows examples. A call from Python runs in one process, on a CPU with
-    one thread. If launch.py or torchrun starts several, each takes its share of the questions.
+    tutorials/notes/extend.md shows examples. A call from Python runs in one process. On a CPU, it
+    has one thread. If launch.py or torchrun starts several, each takes a share of the questions.
     """
     from .rehearse import before_training  # not at the top, because rehearse.py imports this file
 

@@ -30,7 +30,7 @@ from .tokens import CHUNK_LOGITS, banned_ids, opened_answer, stop_ids, token_log
 
 TINY = Path(__file__).parent / "tiny" / "policy"  # an ordinary model folder for from_pretrained
 
-# Model types that can be the policy -> unit of their coordinates. Thousandths are of a side.
+# Model types that can be the policy -> unit of their coordinates (1 / 1000 of width or height)
 COORDINATES = {"qwen2_5_vl": "pixels", "qwen2_vl": "thousandths", "qwen3_vl": "thousandths"}
 
 TOWER_PIXELS = 4096 * 14 * 14  # limit for one call of the vision tower: 4,096 patches
@@ -114,7 +114,7 @@ class Prompt:
     def next_position(self) -> int:
         """Return an answer's first position.
 
-        It is smaller than P: the 900 tokens of a 30 x 30 picture take only 30 positions (M-RoPE).
+        It is smaller than P. A picture with 30 rows of 30 tokens takes only 30 positions (M-RoPE).
         """
         return int(self.positions.max()) + 1
 
@@ -328,9 +328,9 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     """Lay prompts and answers in one row: [prompt 1, its answers, prompt 2, its answers, ...].
 
     groups: B lists of G answers, each a tensor of ids [L].
-    Returns the language model's arguments, and two tensors [S] over all answer tokens. For each
-    token, the first tensor holds the place in the row of the hidden state that predicts it. The
-    second tensor holds the token's id.
+    Returns the language model's arguments, and two tensors [S] over all answer tokens. One hidden
+    state predicts a token. The first tensor holds the place of this state in the row. The second
+    tensor holds the token's id.
     """
     device = policy.device
     # The last token of an answer is only predicted. The model does not read it.
@@ -388,7 +388,7 @@ def logprobs(
     inputs, index, target = pack(policy, prompts, groups)
     language = policy.base.model.language_model
     hidden = language(**inputs, use_cache=False).last_hidden_state  # [1, T, D]
-    # The backward of plain indexing adds gradients in a varying order, so runs would differ.
+    # On a CPU, the backward of plain indexing adds in a varying order, so runs would differ.
     hidden = hidden[0].index_select(0, index)  # [S, D]
     count = max(1, CHUNK_LOGITS // policy.banned.numel())  # tokens in a chunk
     logps, entropies = [], []

@@ -53,8 +53,8 @@ class Object:
 class Answer:
     """Hold one parsed answer.
 
-    `objects` is None if the segmentation format is wrong. For such an answer, only lenient.py can
-    set it. An empty list says that nothing is there.
+    `objects` is None if the segmentation format is wrong, with one exception: lenient.py reads more
+    notations. An empty list says that nothing is there.
     """
 
     side: int  # coordinates of boxes and points go from 0 to this
@@ -215,7 +215,8 @@ class Reward:
     sample: Sample
     answer: Answer
     objects: list[Object] = field(default_factory=list)
-    # bool [H, W], the union. None if the answer cannot be read, or if its objects have no pixel
+    # bool [H, W], the union of the objects' masks. None if the answer cannot be read. With
+    # --objects several, also None if there are objects, but all their masks are empty.
     mask: np.ndarray | None = None
     pixels: tuple[int, int] = (0, 0)  # in the intersection and in the union with the true mask
     iou: float = 0.0  # of mask and true mask; 0 if `mask` is None
@@ -357,7 +358,7 @@ def score_group(
     draw_masks(segmenter, sample, readable)
     for reward in rewards:
         if s.objects == "several" and reward.objects and not reward.mask.any():
-            # If nothing is there, the answer [] has IoU 1. Objects whose masks are empty must not.
+            # If nothing is there, the answer [] gets IoU 1. This answer must not get it.
             reward.mask = None
         reward.pixels = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pixels)

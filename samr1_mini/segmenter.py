@@ -337,9 +337,9 @@ def read_sam(kind: str, path: str | Path) -> Sam:
     mapped into memory. So no random weights are drawn, and no second copy is made. A bad file may
     raise any exception.
     """
-    with init_empty_weights():  # Only parameters are empty: the file lacks some buffers.
+    with init_empty_weights():  # only for parameters: the file lacks some buffers
         sam = random_sam(kind)
-    mapped = zipfile.is_zipfile(path)  # no: a file of torch before 1.6, which cannot be mapped
+    mapped = zipfile.is_zipfile(path)  # False for a file of torch before 1.6
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     weights = {name: value.float() for name, value in weights.items()}
     sam.load_state_dict(weights, assign=True)

@@ -39,7 +39,10 @@ class Trace:
     """Decide which steps are logged, and log them."""
 
     def __init__(self, folder: Path, s: Settings, start: int, total: int):
-        """`start` of the `total` steps are done. Lines of later steps are removed from the log."""
+        """Begin the log of a run of `total` steps, of which the first `start` are done.
+
+        Lines of later steps are removed from the log.
+        """
         self.file = folder / "trace.jsonl"
         self.every = s.trace_every
         self.total = total

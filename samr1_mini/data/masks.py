@@ -1,7 +1,7 @@
 """Read true masks: PNG files, COCO's RLE, polygons, rows of 0 and 1, and boxes.
 
 `truth_of` lists the masks of a line. `check_truth` checks them without reading any pixels.
-`read_mask` returns pixels. Lines of data.jsonl come without missing values.
+`read_mask` returns pixels. Before, folder.py removes missing values: null, empty text, and NaN.
 """
 
 import math
@@ -44,11 +44,11 @@ def truth_of(row: dict) -> list:
 
 
 def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False) -> list[float]:
-    """Check the masks or the box of a line, and its undecided pixels. Raises ValueError.
+    """Check the masks or the box of a line, and its key "ignore" (pixels that do not count).
 
-    Without the picture's size, the range of coordinates is not checked. Returns the coordinates
-    x, y, x, y, ... of the box or the polygons, and [] for other masks. The pixels of a PNG are not
-    read here.
+    Raises ValueError. Without the picture's size, the range of coordinates is not checked. Returns
+    the coordinates x, y, x, y, ... of the box or the polygons, and [] for other masks. The pixels of
+    a PNG are not read here.
     """
     if "ignore" in row and row["ignore"] != []:
         try:
@@ -285,7 +285,7 @@ def read_mask_file(file: Path) -> np.ndarray:
                 raise ValueError("a mask with transparent parts; save it in black and white")
         image = upright(image)
         if image.mode not in ("1", "L") and image.mode[0] not in "IF":
-            image = image.convert("RGB")  # a palette may have black anywhere
+            image = image.convert("RGB")  # black may have any number in a palette
         pixels = np.asarray(image)
     if pixels.ndim == 3:
         return pixels.any(-1)

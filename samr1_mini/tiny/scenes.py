@@ -192,7 +192,7 @@ _OUTLINES = {
 
 
 def _turned(shape: str, angle: float) -> np.ndarray:
-    """Return the corners [N, 2] of a shape, turned by an angle in radians. Circles are not turned."""
+    """Return the corners [N, 2] of a shape, turned by an angle in radians. Circles stay."""
     if shape in ("circle", "ring", "moon"):
         return _OUTLINES[shape]
     c, s = math.cos(angle), math.sin(angle)
@@ -401,7 +401,7 @@ def _measures(thing: Thing, word: str) -> tuple[float, float]:
 
 
 def _extreme(things: list[Thing], word: str) -> list[Thing]:
-    """Return each thing that is nearly the best by a measure of the word.
+    """Return the best thing by a word, and each thing close to it in at least one of two measures.
 
     If the list has only one thing, it is the clear winner.
     """
@@ -429,7 +429,7 @@ def _found(scene: Scene, what: Description) -> tuple[list[Thing], list[Thing]]:
 
 
 def right_named(scene: Scene, what: Description, word: str) -> RightObjects:
-    """Return the things of a description, if no reader can take a dot for one of them."""
+    """Return the things that fit a description, or None if a dot fits it too."""
     found, dotted = _found(scene, what)
     return None if dotted else found
 
@@ -447,9 +447,10 @@ def right_dots(scene: Scene, what: Description, word: str) -> RightObjects:
 
 
 def right_side(scene: Scene, what: Description, word: str) -> RightObjects:
-    """Return the things that are `word` ("left of") the only thing of a description.
+    """Return the things on one side ("left of") of the only thing that fits a description.
 
-    Returns None if a thing is at most 7 pixels before or beyond the middle of this thing.
+    Returns None if the centre of another thing is within 7 pixels of this thing's centre, measured
+    in the direction of `word`.
     """
     anchors = right_named(scene, what, word)
     if anchors is None or len(anchors) != 1:
@@ -497,7 +498,10 @@ class Form(NamedTuple):
 
 
 def _fair(scene: Scene, form: Form, counts: tuple[int, ...]) -> list[Question]:
-    """Return the fair questions of a form: those with one of the `counts` of right objects."""
+    """Return the fair questions of a form.
+
+    In a fair question, the right objects are beyond doubt, and `counts` contains their number.
+    """
     questions = []
     for word in form.words:
         for one in form.what:
@@ -513,7 +517,10 @@ def _of_colour(words: str) -> list[Description]:
 
 
 def _things_with_corners(scene: Scene) -> list[Description]:
-    """Return this description in a list, or [] if a reader may doubt that a shape has corners."""
+    """Return the description "things with corners" in a list.
+
+    Returns [] if the scene has a heart or a moon: a reader may doubt that they have corners.
+    """
     if {"heart", "moon"} & {t.shape for t in scene.things}:
         return []
     return [Description("things with corners", shapes=CORNERED)]
