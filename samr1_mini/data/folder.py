@@ -475,10 +475,10 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
     splits = {}
     for line in lines:
         splits[line.image] = line.split or splits.get(line.image)
-    free = [name for name, split in splits.items() if split is None]
-    order = sorted(free, key=hash_number)
-    first = max(1, len([name for name in free if hash_number(name) < 0.1]))
-    second = max(first + 1, len([name for name in free if hash_number(name) < 0.2]))
+    free = {name: hash_number(name) for name, split in splits.items() if split is None}
+    order = sorted(free, key=free.get)
+    first = max(1, len([number for number in free.values() if number < 0.1]))
+    second = max(first + 1, len([number for number in free.values() if number < 0.2]))
     if len(splits) <= FEW_PICTURES:
         first, second = 0, 0
     splits |= dict.fromkeys(order[:first], "validation")
