@@ -616,7 +616,7 @@ def check_share(s: Settings, count: int) -> None:
 
 
 def check_gpu(s: Settings) -> None:
-    """Raise UserError if the GPU cannot be used with these settings, or not by several processes."""
+    """Raise UserError if these settings cannot be used on the GPU."""
     if s.processes > 1:
         raise UserError("--processes is for a CPU: add --device cpu. Several GPUs need torchrun")
     fault = gpu_fault()
@@ -654,8 +654,9 @@ def first_line(error: Exception) -> str:
     """Return an error's message in one line. Messages of libraries may have many lines."""
     if getattr(error, "errno", None) in DISK_FULL:
         return (
-            "the disk is full. Free some disk space, or set HF_HOME (models) and SAMR1_CACHE (pictures, "
-            "tables, SAM) to folders on another disk. Then run again. Downloaded files are kept"
+            "the disk is full. Free some disk space, or set HF_HOME (models) and SAMR1_CACHE "
+            "(pictures, tables, SAM) to folders on another disk. Then run again. Downloaded files "
+            "are kept"
         )
     message = str(error).strip() or repr(error)
     return message.splitlines()[0]

@@ -61,11 +61,13 @@ def check_truth(row: dict, size: Size | None = None, may_be_empty: bool = False)
     numbers = []
     for value in truth_of(row):
         mask = parse_mask(value, size)
-        rle = mask
         if isinstance(mask, list):
             numbers += chain(*mask)
-            rle = draw_polygons(mask, size) if size else None
-        if isinstance(rle, dict) and not may_be_empty and not coco.area(rle):
+        if may_be_empty:
+            continue
+        if isinstance(mask, list) and size:
+            mask = draw_polygons(mask, size)
+        if isinstance(mask, dict) and not coco.area(mask):
             raise ValueError(EMPTY)
     return numbers
 

@@ -272,8 +272,8 @@ def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
     if file.suffix == ".json":
         refs = load_json(file, list)
     else:
-        content = io.BytesIO(file.read_bytes())
-        refs = PlainUnpickler(content, encoding="latin1").load()
+        with file.open("rb") as opened_file:
+            refs = PlainUnpickler(opened_file, encoding="latin1").load()
     known = load_json(file.parent / "instances.json")
     annotations = {one["id"]: one for one in known["annotations"]}
     infos = {one["id"]: one for one in known["images"]}
