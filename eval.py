@@ -31,7 +31,7 @@ from samr1_mini.config import (
     print_anything,
     read_settings,
 )
-from samr1_mini.data import Sample, clean_question, open_picture
+from samr1_mini.data import Folder, Sample, clean_question, open_picture
 from samr1_mini.files import check_adapter_files, replace_file, write_json
 from samr1_mini.memory import cap_memory, is_memory_error
 from samr1_mini.processes import fail_together, first_before_others, is_first, join_processes
@@ -180,7 +180,8 @@ def read_picture(options: Namespace) -> list:
     if not Path(options.image).is_file():
         raise UserError(f"--image {options.image}: there is no such file")
     try:
-        image = open_picture(options.image)
+        with open(options.image, "rb") as file:
+            image = open_picture(file)
     except ValueError as error:  # no picture, truncated or far too large
         raise UserError(f"--image {options.image}: {error}") from None
     try:

@@ -1,7 +1,9 @@
 """A folder of one's own: masks as people save them, splits that do not leak, and mistakes found at once."""
 
+import io
 import json
 import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,6 +114,72 @@ def test_a_mask_that_would_be_read_wrong_is_refused_and_one_is_turned_as_its_pic
     exif[0x0112] = 3  # upside down
     square().save(tmp_path / "t.png", exif=exif)
     assert (read_mask("t.png", tmp_path, (60, 40)) == (np.asarray(square())[::-1, ::-1] > 0)).all()
+
+
+def after_jpeg(mask):
+    file = io.BytesIO()
+    mask.save(file, "JPEG")
+    return Image.open(file)
+
+
+def with_undecided_pixels(mask):
+    """A mask as VOC writes it without a palette: 0, 1, and 255 for undecided."""
+    values = np.asarray(mask) // 255
+    values[:5] = 255
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        after_jpeg,
+        lambda m: after_jpeg(m.convert("RGB")),
+        lambda m: m.resize((61, 41), Image.Resampling.BICUBIC).resize((60, 40)),
+        with_undecided_pixels,
+    ],
+)
+def test_a_mask_with_grey_noise_or_undecided_pixels_is_refused(spoil, tmp_path):
+    spoil(square()).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="m.png"):
+        read_mask("m.png", tmp_path, (60, 40))
+
+
+def test_a_mask_in_a_colour_with_a_dark_channel_is_read(tmp_path):
+    coloured = Image.new("RGB", (60, 40))
+    coloured.paste((255, 20, 147), mask=square())
+    coloured.save(tmp_path / "m.png")
+    assert read_mask("m.png", tmp_path, (60, 40)).sum() == 400
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "CMYK"])
+@pytest.mark.parametrize("turn", [5, 6, 7, 8])
+def test_a_tiff_that_exif_turns_has_the_pixels_of_its_upright_copy(mode, turn, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    picture = Image.fromarray(noise)
+    if mode == "I;16":
+        picture = Image.fromarray(noise[..., 0] * np.uint16(257))
+    elif mode != "RGB":
+        picture = picture.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture.save(tmp_path / "turned.tif", exif=exif)
+    turns = {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+    picture.transpose(Image.Transpose[turns[turn]]).save(tmp_path / "upright.tif")
+    seen = [np.asarray(open_picture(tmp_path / name)) for name in ("turned.tif", "upright.tif")]
+    assert seen[0].shape == (60, 40, 3) and (seen[0] == seen[1]).all()
+
+
+def test_pixels_in_one_list_and_label_studios_rle_are_no_polygon(tmp_path):
+    size = (300, 260)
+    pixels = np.zeros(size[::-1], int)
+    pixels[5:25, 11:30] = 1
+    count = list((4 * 300 * 260).to_bytes(4, "big"))
+    for value in ((pixels * 255).ravel().tolist(), [*count, 57, 27, 252, 0, 14, 103, 80, 0]):
+        with pytest.raises(ValueError):
+            read_mask(value, tmp_path, size)
+    rows = read_mask(pixels.tolist(), tmp_path, size)
+    corners = read_mask([0, 0, 255, 0, 255, 255, 0, 255, 0, 0], tmp_path, size)
+    assert rows.sum() == 380 and corners.sum() == 255**2
 
 
 @pytest.mark.parametrize("shape", [(37, 53), (1, 9), (300, 400)])

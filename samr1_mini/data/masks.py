@@ -125,6 +125,9 @@ def parse_mask(value, size: Size | None) -> str | list[list[float]] | dict:
         check_size("the mask", pixels.shape[::-1], size)
         return to_rle(pixels)
     polygons = parse_polygons(value)
+    # Label Studio's RLE begins with its number of values, 4 for each pixel, as four bytes.
+    if size and value[:4] == list((4 * math.prod(size)).to_bytes(4, "big")):
+        raise ValueError("the mask is an RLE of Label Studio; export the masks as PNG")
     check_range(list(chain(*polygons)), size)
     return polygons
 
@@ -210,6 +213,8 @@ def flat_polygon(polygon) -> list[float]:
     """Convert a flat list or a list of pairs to one flat polygon [x1, y1, x2, y2, ...]."""
     if isinstance(polygon, list) and all(map(is_point, polygon)):
         return list(chain(*polygon))
+    if are_numbers(polygon) and len(polygon) > 10 and set(polygon) <= {0, 1, 255}:
+        raise ValueError("a list of only 0, 1 or 255 is no polygon; write one list for each row")
     if are_numbers(polygon) and len(polygon) % 2 == 0:
         return polygon
     raise ValueError("a polygon is not a list of x, y pairs")
@@ -277,7 +282,8 @@ def read_mask(value, folder: Path, size: Size) -> np.ndarray:
 def read_mask_file(file: Path) -> np.ndarray:
     """Read a mask bool [H, W] from a picture: all pixels that are not black.
 
-    Masks of 0 and 1, of 0 and 255, and of floats can be read.
+    Masks of 0 and 1, of 0 and 255, and of floats can be read. Refuses a mask with nearly black
+    pixels beside nearly white ones: noise of a JPEG, soft borders, or VOC's 255 for undecided.
     """
     refuse_lossy(read_header(file), file.name)
     with opened(file) as image:
@@ -290,11 +296,19 @@ def read_mask_file(file: Path) -> np.ndarray:
             image = image.convert("RGB")  # black may have any number in a palette
         pixels = np.asarray(image)
     if pixels.ndim == 3:
-        return pixels.any(-1)
+        pixels = pixels.max(-1)
+    if pixels.dtype == np.uint8 and pixels.max() > 223 and (pixels[pixels > 0] <= 32).any():
+        raise ValueError(
+            f"{file.name}: a mask with grey values, as after JPEG or resizing; export it again in "
+            "black and white (only 0 and 255)"
+        )
     return pixels > 0
 
 
 def refuse_lossy(header: Header, name: str) -> None:
     """Refuse a mask whose compression changes pixels."""
     if header.lossy:
-        raise ValueError(f"{name}: {header.format} may blur a mask's border; save it as PNG")
+        raise ValueError(
+            f"{name}: {header.format} may change a mask's pixels, and a copy as PNG keeps this "
+            "change; export the mask again as PNG"
+        )

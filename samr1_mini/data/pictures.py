@@ -5,7 +5,7 @@ All functions raise ValueError for a broken file.
 
 import os
 import unicodedata
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +73,13 @@ def opened(file):
 
     Errors start with the file name, including errors raised inside the `with` block.
     """
-    name = ""
-    if isinstance(file, Path):
-        name = f"{file.name}: "
+    name, stream = "", nullcontext(file)
     try:
-        with Image.open(file) as image:
+        if isinstance(file, Path):
+            name = f"{file.name}: "
+            # From a file name, Pillow maps some TIFFs into memory, and EXIF's turn scrambles them.
+            stream = file.open("rb")
+        with stream as data, Image.open(data) as image:
             pages = getattr(image, "n_frames", 1)
             if pages > 1 and image.format != "MPO":  # an MPO is a photo with its preview
                 raise ValueError(f"this {image.format} has {pages} pages; save one page alone")
