@@ -332,6 +332,54 @@ def test_a_split_is_one_of_three_or_left_out(tmp_path):
         open_data(folder_of(tmp_path / "c", [{"split": "held out"}]), "train", 1)
 
 
+@pytest.mark.parametrize("key", ["Split", "split ", " SPLIT"])
+def test_a_key_in_another_case_or_with_blanks_is_refused_and_other_keys_are_not(key, tmp_path):
+    assert ids(folder_of(tmp_path / "a", [{"source": "web", "split": "test"}]), "test")
+    with pytest.raises(UserError, match="data.jsonl line 2: .*split"):
+        ids(folder_of(tmp_path / "b", [{"split": "train"}, {key: "test"}]), "train")
+
+
+def test_two_names_of_one_picture_that_differ_in_case_are_refused(tmp_path):
+    lines = [{"image": "a.png", "split": "train"}, {"image": "A.png", "split": "test"}]
+    folder = folder_of(tmp_path / "mine", lines)
+    (tmp_path / "mine/A.png").unlink(missing_ok=True)
+    Image.new("RGB", (60, 40)).save(tmp_path / "mine/a.png")
+    if not (tmp_path / "mine/A.png").exists():
+        os.link(tmp_path / "mine/a.png", tmp_path / "mine/A.png")
+    with pytest.raises(UserError, match="line 2: .*A.png.*a.png"):
+        ids(folder, "train")
+
+
+def test_two_pictures_whose_names_differ_in_case_are_two_pictures(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("a.png", "A.png"):
+        Image.new("RGB", (60, 40)).save(tmp_path / "mine" / name)
+    if (tmp_path / "mine/a.png").samefile(tmp_path / "mine/A.png"):
+        pytest.skip("this disk knows no case")
+    lines = [{"image": "a.png", "split": "train"}, {"image": "A.png", "split": "test"}]
+    folder = folder_of(tmp_path / "mine", lines)
+    assert [len(ids(folder, split)) for split in ("train", "test")] == [1, 1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_picture_whose_name_is_not_utf_8_is_refused(tmp_path):
+    folder = folder_of(tmp_path / "mine", [{"image": f"{i}.png"} for i in range(4)])
+    with (tmp_path / "mine/data.jsonl").open("a") as file:
+        row = {"image": "caf\udce9.png", "question": "what?", "mask": SQUARE}
+        file.write("\n" + json.dumps(row))
+    try:
+        Image.new("RGB", (60, 40)).save(tmp_path / "mine" / row["image"], "PNG")
+    except OSError:
+        pytest.skip("this disk has no such names")
+    with pytest.raises(UserError, match="line 5: .*caf"):
+        ids(folder, "train")
+
+
+def test_a_count_that_no_list_can_have_means_all_questions(tmp_path):
+    lines = [{"image": f"{i}.png", "split": "test"} for i in range(3)]
+    assert len(open_data(folder_of(tmp_path / "mine", lines), "test", 10**20, None)) == 3
+
+
 def test_a_slice_is_a_list_of_samples_and_numbers_behave_as_a_lists(tmp_path):
     lines = [{"id": str(i), "split": "test"} for i in range(5)]
     own = open_data(folder_of(tmp_path / "mine", lines), "test", 5)

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,7 @@ BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowE
 # questions.
 CHECK_SECONDS = 60
 CHECK_COUNT = 1000
+KEYS = {"image", "question", "mask", "masks", "box", "ignore", "split", "id", "kind"}
 FEW_PICTURES = 2  # with so few pictures, a split without questions gets all questions
 
 
@@ -101,9 +103,10 @@ class Folder(Data):
         self.folder, self.file = folder, folder / "data.jsonl"
         self.pictures = pictures or folder
         self.converted, self.downloads = pictures is not None, downloads
-        self.split, self.count, self.seed = split, count, seed
+        self.split, self.count, self.seed = split, min(count, sys.maxsize), seed
         self.repeats = split == "train" and seed is not None
         self.missing, self.warnings, self.broken = [], [], set()
+        self.names = {}  # of pictures; the keys are the names in lower case
         self.candidates = self.lines_of_split(self.read_lines())
         self.box_only = self.candidates[0].box_only
         if any(line.box_only != self.box_only for line in self.candidates):
@@ -143,13 +146,20 @@ class Folder(Data):
                 row.pop("size", None)
                 check_texts(row)
                 check_truth(row)
-                for name in (row["image"], *mask_files(row)):
+                for name in mask_files(row):
                     inside(self.folder, name)
                 row["image"] = normal_path(row["image"])
+                self.check_case(row["image"], inside(self.folder, row["image"]))
             name = row.get("id", f"line-{number}")
             split, size, box_only = split_of(row), row.get("size"), has_box(row)
             nothing = not box_only and not truth_of(row)
             return Line(number, text, str(name), row["image"], split, size, box_only, nothing)
+
+    def check_case(self, name: str, file: Path) -> None:
+        """Refuse a second name of one picture, as some systems allow: A.jpg and a.jpg."""
+        other = self.names.setdefault(name.casefold(), name)
+        if other != name and file.samefile(inside(self.folder, other)):
+            raise ValueError(f"{name} and {other} are the same file; write one name in all lines")
 
     def lines_of_split(self, lines: list[Line]) -> list[Line]:
         """Return the lines of this split.
@@ -439,11 +449,19 @@ def present(row: dict) -> dict:
 
 
 def check_texts(row: dict) -> None:
-    """Check that a line has a picture's path and a question. Raises ValueError."""
+    """Check the keys of a line, and its picture's path and question. Raises ValueError."""
+    for key in set(row) - KEYS:
+        meant = key.strip().lower()
+        if meant in KEYS:
+            raise ValueError(f"unknown key {key!r}; write {meant!r}")
     for key in ("image", "question"):
         text = row.get(key)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{key} missing; write a text in quotes, or remove the line")
+    try:
+        row["image"].encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{row['image']!a} is not UTF-8; rename the file") from None
     clean_question(row["question"])
     if row["image"] in mask_files(row):
         raise ValueError("image and mask are the same file; name the file of the mask")
