@@ -258,6 +258,57 @@ def test_the_original_refer_layout_reads_the_same(tmp_path, coco_dir):
     ]
 
 
+def test_a_test_split_without_testb_is_a_warning(tmp_path, coco_dir):
+    refer_folder(tmp_path)
+    refs = pickle.loads((tmp_path / "refs(umd).p").read_bytes())
+    for others, expected in (["test"], 0), (["testA", "testB"], 1):
+        for row in refs:
+            row["split"] = ["train", *others][row["ref_id"] % (len(others) + 1)]
+        (tmp_path / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))
+        warnings = {
+            split: open_data(str(tmp_path), split, 9, coco_dir=str(coco_dir)).warnings
+            for split in ("train", "test")
+        }
+        assert not warnings["train"] and len(warnings["test"]) == expected
+        assert all("testB" in line for line in warnings["test"])
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("training", "train"),
+        ("Testing", "test"),
+        ("evaluation", "test"),
+        ("my_eval-2", "test"),
+    ],
+)
+def test_usual_words_for_a_split_are_recognised_in_the_names_of_folders(name, split, tmp_path):
+    rows = [{"image": png(), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
+    for folder in (name, "dev"):
+        parquet(tmp_path / "set" / folder, "data", rows)
+    data = open_data(str(tmp_path / "set"), split, 3, None)
+    assert len(data) == 1 and not data.warnings
+
+
+def test_files_without_a_split_beside_files_with_one_are_a_warning_of_the_test_split(tmp_path):
+    rows = [{"image": png(), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
+    alone = parquet(tmp_path / "alone", "data", rows)
+    assert not open_data(alone, "test", 9).warnings
+    for name in ("train", "held-out", "more"):
+        folder = parquet(tmp_path / "set" / name, "data", rows)
+    folder = str(tmp_path / "set")
+    [warning] = open_data(folder, "test", 9).warnings
+    assert "2 files" in warning and not open_data(folder, "train", 9).warnings
+    parquet(tmp_path / "set/test", "data", rows)
+    assert not open_data(folder, "test", 9).warnings
+
+
+def test_pictures_in_a_table_may_be_plain_bytes(tmp_path):
+    rows = [{"image": png()["bytes"], "text": "x", "mask": square().tolist(), "ann_id": "1"}]
+    [sample] = open_data(parquet(tmp_path / "set", "test", rows), "test", 3)
+    assert (np.asarray(sample.image) == np.asarray(picture())).all()
+
+
 class Hostile:
     def __reduce__(self):
         return (exec, ("raise SystemExit('ran')",))

@@ -8,7 +8,7 @@ A line is {"image", "question", "mask"}, and optionally "id", "kind", "split" an
     masks    [mask, mask, ...], one for each of several objects, instead of a mask
     box      [x1, y1, x2, y2], instead of a mask
     ignore   same forms as mask; these pixels are left out of the score
-    split    train, validation (or val, valid, dev) or test
+    split    train, validation or test, or another name in SPLIT_NAMES
 
 Lines with "masks" or with "mask": [] are for --objects several. With --objects one, the true mask
 is the union of "masks", and a line with "mask": [] is refused.
@@ -49,8 +49,10 @@ from .pictures import (
 )
 from .samples import Data, Sample, clean_question, union
 
-SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
-    ("validation", "val", "valid", "dev"), "validation"
+SPLIT_NAMES = (
+    dict.fromkeys(("train", "training"), "train")
+    | dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
+    | dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")  # as in the library datasets
 )
 # Errors that broken data raise.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)

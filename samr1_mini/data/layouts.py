@@ -216,10 +216,13 @@ def convert_row(row: dict, where: str, sentences: str, ignore: str) -> list[dict
 def picture_bytes(row: dict) -> bytes:
     """Return the picture inside a row."""
     image = row["image"]
-    if isinstance(image, dict) and image.get("bytes"):
-        return image["bytes"]
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    if image and isinstance(image, bytes):
+        return image
+    found = f"{row['image']!r:.80}"
     raise ValueError(
-        f"the column image must hold the bytes of pictures, not {image!r:.80}; no path is opened"
+        f"the column image must hold the bytes of pictures, not {found}; no path is opened"
     )
 
 

@@ -82,7 +82,7 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
         raise UserError(
             f"--coco-dir {coco_dir}: no such folder; give the folder of COCO's train2014 pictures"
         )
-    files = find_files(name, split) if Path(name).is_dir() else []
+    files, doubts = find_files(name, split) if Path(name).is_dir() else ([], [])
     known = []
     for file in watched(files):
         state = file.stat()
@@ -103,6 +103,7 @@ def open_public(source: Source, count: int, seed: int | None, coco_dir: str) -> 
         found.warnings.append(
             f"--data {name}: {len(broken)} broken rows are left out. The first is {broken[0]}"
         )
+    found.warnings += [f"--data {name}: {doubt}" for doubt in doubts]
     if needs_coco and coco_dir:
         check_coco_dir(found)
     return found
@@ -329,15 +330,18 @@ def read_text(file: Path) -> str:
 # -------------------------------------------------------------------------------- files
 
 
-def find_files(name: str, split: str) -> list[Path]:
-    """Return the files of a split of a set in the folder `name`.
+def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
+    """Return the files of a split of a set in the folder `name`, and warnings about the split.
 
     Files whose path names no split are for testing. Raises UserError if there are none.
     """
     folder = Path(name)
     refs = sorted(folder.glob("refs(*).p")) or sorted(folder.glob("grefs(*).json"))
+    doubts = []
     if refs:
-        return refs[-1:]
+        if split == "test" and b"testB" in refs[-1].read_bytes():
+            doubts.append("test is testA; testB is not used")
+        return refs[-1:], doubts
     files = {}
     # In a folder with parquet files, JSON files only describe these.
     for file in files_in(folder, ".parquet") or files_in(folder, ".json"):
@@ -346,13 +350,17 @@ def find_files(name: str, split: str) -> list[Path]:
         if is_labelme(file):
             named = named.parent
         files.setdefault(split_in(named), []).append(file)
-    if split == "test":
-        files.setdefault("test", files.get(None, []))
+    unnamed = files.pop(None, [])
+    if split == "test" and unnamed and "test" not in files:
+        if files:
+            doubts.append(f"{len(unnamed)} files whose path names no split are used for test")
+        files["test"] = unnamed
     if not files.get(split):
         raise UserError(
-            f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} split"
+            f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} "
+            "split; the name of a folder or file must contain train, validation or test"
         )
-    return files[split]
+    return files[split], doubts
 
 
 def is_labelme(file: Path) -> bool:
