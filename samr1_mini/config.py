@@ -25,7 +25,7 @@ def cache_folder() -> Path:
     It is SAMR1_CACHE from the environment, or .cache/samr1_mini in the home folder.
     """
     if os.environ.get("SAMR1_CACHE"):
-        return Path(os.environ["SAMR1_CACHE"]).absolute()
+        return Path(os.environ["SAMR1_CACHE"]).expanduser().absolute()
     try:
         home = Path.home()
     except RuntimeError:  # neither HOME nor an entry in the list of users, as in some containers
@@ -504,11 +504,20 @@ OLD_NAMES = {
 
 
 def read_settings(file: Path) -> dict:
-    """Read settings.json of a run. Settings that no longer exist are left out."""
+    """Read settings.json of a run. Settings that no longer exist are left out.
+
+    Raises UserError for a value of the wrong type. A whole number is a float too.
+    """
     saved = parse_json(file.read_bytes(), file, dict, "restore the file")
     named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
     named.setdefault("processes", 1)  # older runs
-    return {name: value for name, value in named.items() if name in SETTING_NAMES}
+    types = {f.name: f.type for f in fields(Settings)}
+    known = {name: value for name, value in named.items() if name in SETTING_NAMES}
+    for name, value in known.items():
+        kind, found = types[name], type(value)
+        if found is not kind and (found, kind) != (int, float):
+            raise UserError(f"{file}: {name} must be of type {kind.__name__}, not {value!r:.80}")
+    return known
 
 
 def resumed_settings(given: dict) -> tuple[Settings, str]:

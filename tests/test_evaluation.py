@@ -786,6 +786,30 @@ def test_a_setting_that_no_longer_exists_is_passed_over(tmp_path):
     assert resumed_settings({"run": str(tmp_path), "resume": True})[0].samples == 48
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("image_size", "112"),
+        ("image_size", None),
+        ("max_points", [1]),
+        ("points", "yes"),
+        ("lr", True),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_one_line_that_names_file_and_setting(
+    name, value, tmp_path, policy, capsys
+):
+    policy.model.save_pretrained(tmp_path / "adapter")
+    saved = {"preset": "tiny", "accuracy_weight": 1}  # a whole number is a float
+    (tmp_path / "settings.json").write_text(json.dumps(saved))
+    command.parse(["--adapter", str(tmp_path / "adapter")])
+    (tmp_path / "settings.json").write_text(json.dumps(saved | {name: value}))
+    with pytest.raises(SystemExit) as left:
+        command.parse(["--adapter", str(tmp_path / "adapter")])
+    [error] = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and str(tmp_path / "settings.json") in error and name in error
+
+
 @pytest.mark.parametrize("program", [train, command])
 def test_a_disk_that_is_full_ends_in_one_line(program, tmp_path, monkeypatch, capsys):
     def full(*_, **__):

@@ -360,6 +360,12 @@ def test_the_cache_is_where_samr1_cache_names_it(tmp_path):
     assert run_cache_code(CACHE_CODE, SAMR1_CACHE=str(tmp_path / "mine")) == tmp_path / "mine"
 
 
+def test_a_tilde_in_samr1_cache_is_the_home_folder(tmp_path):
+    code = "from samr1_mini.config import CACHE; print(CACHE)"
+    found = run_cache_code(code, SAMR1_CACHE="~/x", HOME=str(tmp_path), USERPROFILE=str(tmp_path))
+    assert found == tmp_path / "x"
+
+
 def test_a_machine_without_a_home_folder_still_has_a_cache(tmp_path):
     code = CACHE_CODE.replace(
         "from samr1_mini", "pwd.getpwuid = lambda uid: {}[uid]; from samr1_mini"
