@@ -293,7 +293,7 @@ def print_scores(summary: dict, data, settings: Settings, options: Namespace, ba
     if "N_acc" in summary or "T_acc" in summary:
         print("N-acc: questions without a target that are answered with nothing")
         print("T-acc: questions with a target that are answered with something")
-    print("an answer outside the format counts 0. 'lenient' uses its last box instead")
+    print("an answer outside the format counts 0. 'lenient' uses boxes in any notation instead")
     print("an answer that cannot be read counts 0 for every true mask")
 
 
@@ -316,6 +316,8 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     """Evaluate a data set, print a table, and write results.json and a sheet of answers."""
     from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
 
+    if isinstance(data, Folder) and not data.converted:  # an own folder ignores both settings
+        settings = replace(settings, sentences="all", ignore="excluded")
     out = Path(options.out)
     batch = batch_size(policy, settings, options.votes)
     inputs = describe_evaluation(settings, options, data)

@@ -810,6 +810,14 @@ def test_a_setting_of_the_wrong_type_is_one_line_that_names_file_and_setting(
     assert left.value.code == 2 and str(tmp_path / "settings.json") in error and name in error
 
 
+def test_results_of_an_own_folder_name_all_lines_and_excluded_pixels_as_its_rules(tmp_path):
+    folder = folder_of(tmp_path / "mine", [{"split": "test", "ignore": [[1, 1, 5, 1, 5, 5, 1, 5]]}])
+    small = ["--preset", "tiny", "--device", "cpu", "--max-new-tokens", "2"]
+    command.main([*small, "--data", folder, "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["sentences"], results["ignore"]) == ("all", "excluded")
+
+
 @pytest.mark.parametrize("program", [train, command])
 def test_a_disk_that_is_full_ends_in_one_line(program, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
