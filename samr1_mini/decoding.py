@@ -317,8 +317,8 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample tokens. Returns their ids and log-probabilities, both [B, G, L]. `shape` is (B, G, L).
 
-    Tokens after an answer's first stop id have no meaning. Without `uniforms`, sampling is greedy:
-    it takes the likeliest token.
+    Tokens after an answer's first stop id have no meaning. If `uniforms` is None, sampling is
+    greedy: it takes the likeliest token.
     """
     questions, group, length = shape
     device = policy.device
@@ -353,7 +353,7 @@ def sample_tokens(
         cache.grow()
         hidden = reader(embed(token), (position[unfinished] + t).expand(3, -1, -1))  # [b, G, D]
     if reader.failed:
-        policy.cuda_graphs = False  # later answers do not try again
+        policy.cuda_graphs = False  # no later recording is tried
     return ids, logps
 
 

@@ -281,7 +281,7 @@ def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     if s.eval_batch:
         return s.eval_batch
     picture_tokens = (s.image_size // cell_size(policy.base.config)) ** 2
-    tokens = picture_tokens + 160  # a prompt has about 150 text tokens
+    tokens = picture_tokens + 160  # a prompt has 150 to 200 text tokens
     most = max(1, EVALUATED_TOKENS // tokens // votes)
     if s.device == "cpu":
         return most
@@ -409,7 +409,7 @@ def evaluate(
       The same seed gives the same answers.
     - `keep` is a pair: a path, and a line that describes the evaluation. Each process keeps its
       rows in a file: the path, followed by the number of the process. A later call with the same
-      line continues.
+      line continues an interrupted evaluation.
 
     Padding changes rounding, and rounding can change a greedy answer. s.eval_batch = 1 has no
     padding. Raises UserError if --empty-truth excludes every question.

@@ -42,8 +42,9 @@ def choose_processes(s: Settings) -> int:
 def automatic_number(s: Settings) -> int:
     """Return the number of processes for --processes 0: one for each physical core, at most 4.
 
-    With this number, the processes get equal shares of each update's questions, and they fit in
-    memory. Only the tiny preset's memory is known. So other models get one process.
+    The number is smaller if the processes would not get equal shares of each update's questions, or
+    would not fit in memory. Only the tiny preset's memory is known. So other models get one
+    process.
     """
     if s.policy not in PACKAGED or s.sam != "tiny":
         return 1
@@ -207,7 +208,7 @@ def signals_held_back():
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # if it started in the block, it would release the signals
+    resource_tracker.ensure_running()  # a start inside the block would release the signals
     signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
     try:
         yield

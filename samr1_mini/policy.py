@@ -1,7 +1,8 @@
 """The policy: a Qwen-VL that thinks in text and answers with a box and points.
 
 This file loads it, encodes its prompts, and computes the log-probabilities of its answers.
-decoding.py samples the answers. A prompt has about 150 text tokens and up to 900 picture tokens.
+decoding.py samples the answers. A prompt has 150 to 200 text tokens and up to 900 picture
+tokens.
 All answers to a question share its prompt, so the model reads it only once (attention.py).
 
 Shapes: B questions, G answers to each, P prompt tokens, L answer tokens, D model width,
@@ -328,9 +329,8 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     """Lay prompts and answers in one row: [prompt 1, its answers, prompt 2, its answers, ...].
 
     groups: B lists of G answers, each a tensor of ids [L].
-    Returns the language model's arguments, and two tensors [S] over all answer tokens. One hidden
-    state predicts a token. The first tensor holds the place of this state in the row. The second
-    tensor holds the token's id.
+    Returns the language model's arguments, and two tensors [S]. They have an entry for each answer
+    token: the place in the row of the hidden state that predicts the token, and the token's id.
     """
     device = policy.device
     # The last token of an answer is only predicted. The model does not read it.

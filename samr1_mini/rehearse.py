@@ -46,10 +46,10 @@ GRID = [(group, tokens) for group in (4, 8, 16) for tokens in (256, 512, 1024)]
 
 
 def forecast(config, s: Settings) -> dict:
-    """Return the forecast: GiB of each part and phase, GiB of other updates, and times by card.
+    """Return the forecast: GiB of each part and phase, and times by card.
 
-    The hours are for `s.samples` samples and all evaluations. Answers have 128, 512 or
-    `s.max_new_tokens` tokens.
+    It also has the GiB of updates with other numbers of answers and tokens (GRID). The hours are
+    for `s.samples` samples and all evaluations. Answers have 128, 512 or `s.max_new_tokens` tokens.
     """
     n = Sizes(config, s)
     if s.device == "cuda":

@@ -210,7 +210,7 @@ def update_bytes(n: Sizes) -> dict[str, dict[str, float]]:
     chunk = min(CHUNK_LOGITS, n.row_questions * n.answer_tokens * n.vocabulary)
     logits = both | {"a chunk of logits, and gradients": 5 * chunk * FP32}
     layers = both | {"gradients of activations": backward_bytes(n)}
-    # If layers are kept, these are the last ones. The backward frees one before it recomputes.
+    # Kept layers are the last ones. The backward needs and frees them before it recomputes others.
     if n.kept_layers == 0:
         layers["activations of the recomputed layer"] = layer_bytes(n)
     return {"logits": logits, "layers": layers}

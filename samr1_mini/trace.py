@@ -154,7 +154,7 @@ def update_number(place: int, questions: int, updates: int) -> int:
 def traced_group(parts, rollout) -> dict:
     """Return one question with its picture, its answers and their tokens.
 
-    One forward computes the log-probabilities of the tokens after the step.
+    One forward computes the tokens' log-probabilities under the policy after the step.
     """
     policy, s, sample = parts.policy, parts.settings, rollout.sample
     after, _ = logprobs(policy, [rollout.prompt], [rollout.ids], s.temperature)  # [S]

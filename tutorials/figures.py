@@ -1,4 +1,4 @@
-"""Write all figures of the course as PNG files: `python tutorials/figures.py --out FOLDER`.
+"""Write the PNG figures of the course: `python tutorials/figures.py --out FOLDER`.
 
 The folder gets the PNG outputs of the notebooks, named NOTEBOOK-K.png with K from 1. It also gets
 the PNG files of tutorials/results. No cell is run.

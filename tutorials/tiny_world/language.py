@@ -28,7 +28,7 @@ from .answers import (
     listed,
 )
 from .ground import align_words, cut, policy_optimizers
-from .training import DEVICE, learn, scenes_from
+from .training import learn, scenes_from
 
 TURN = "<|im_end|>\n<|im_start|>assistant\n"  # from a question to its answer
 A_WORD = "the"  # stands in for a question: all begin with a word, so the tokens before are the same
@@ -69,7 +69,8 @@ def written(policy: Policy, *texts: tuple[str, bool]) -> Written:
         tokens = policy.processor.tokenizer(text).input_ids
         ids += tokens
         learnt += [wanted] * len(tokens)
-    return Written(torch.tensor(ids, device=DEVICE), torch.tensor(learnt, device=DEVICE))
+    on = {"device": policy.device}
+    return Written(torch.tensor(ids, **on), torch.tensor(learnt, **on))
 
 
 def questions_on(scene: Scene, rng: np.random.Generator) -> list[Asked]:
