@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import AcceleratorError, OutOfMemoryError
 
 # Functions import the modules with models. So --help and wrong options are answered at once.
 from samr1_mini.config import (
@@ -429,11 +428,11 @@ def main(argv: list[str] | None = None) -> None:
                 answer_one(policy, segmenter, data, settings, options)
     except (UserError, OSError) as error:
         exit_with(error, "eval.py")
-    except (OutOfMemoryError, AcceleratorError) as error:
+    except (RuntimeError, MemoryError) as error:  # most of PyTorch's errors are RuntimeErrors
         if not is_memory_error(error):
             raise  # an error of the GPU or of the code, which needs its traceback
         advice = "lower --eval-batch or --max-new-tokens, or take --load-in nf4"
-        exit_with(UserError(f"GPU memory ran out: {advice} ({error})"), "eval.py")
+        exit_with(UserError(f"memory ran out: {advice} ({error})"), "eval.py")
     except KeyboardInterrupt:
         if options.image is None and options.merge is None:
             print("stopped: the same command continues the evaluation", file=sys.stderr)

@@ -3,8 +3,6 @@
 import os
 import sys
 
-from torch import AcceleratorError, OutOfMemoryError
-
 from samr1_mini.config import (
     MEMORY,
     Settings,
@@ -20,7 +18,7 @@ from samr1_mini.memory import cap_memory, is_memory_error, memory_warning
 from samr1_mini.stops import first_started, outlive_terminal
 
 OUT_OF_MEMORY = (
-    "GPU memory ran out. If a step was saved, continue with --resume and a lower --max-new-tokens "
+    "memory ran out. If a step was saved, continue with --resume and a lower --max-new-tokens "
     "or --micro. Otherwise start again: lower --max-new-tokens, --micro or --group, or add "
     "--checkpointing or --load-in nf4. `--rehearse 1` forecasts the sizes that fit"
 )
@@ -86,10 +84,11 @@ def run_or_exit(settings: Settings) -> None:
         run(settings)
     except (UserError, OSError) as error:  # most OSErrors come from a full disk
         leave(error)
-    except (OutOfMemoryError, AcceleratorError) as error:
+    except (RuntimeError, MemoryError) as error:  # most of PyTorch's errors are RuntimeErrors
         if not is_memory_error(error):
             raise  # an error of the GPU or of the code, which needs its traceback
-        leave(UserError(f"{OUT_OF_MEMORY} ({error})"))
+        device = "GPU " if settings.device == "cuda" else ""
+        leave(UserError(f"{device}{OUT_OF_MEMORY} ({error})"))
     except Terminated as error:
         print_once(f"train.py: terminated ({error})")
         sys.exit(128 + error.number)

@@ -520,6 +520,21 @@ def read_settings(file: Path) -> dict:
     return known
 
 
+def begun_settings(folder: Path) -> dict:
+    """Return the settings with which a run was started. Newer settings get their defaults."""
+    return asdict(Settings()) | read_settings(folder / "settings.json")
+
+
+def refuse_changes(begun: dict, given: dict) -> None:
+    """Raise UserError for a `given` setting that must not change at --resume."""
+    for name, value in given.items():
+        if name not in MAY_CHANGE and begun[name] != value:
+            typed = option(name)
+            raise UserError(
+                f"--resume: this run was started with {typed} {begun[name]}, not {value}"
+            )
+
+
 def resumed_settings(given: dict) -> tuple[Settings, str]:
     """Return the settings with which a run was started, and a line that describes them.
 
@@ -530,13 +545,8 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
         raise UserError(f"--resume: {file.parent} holds no run")
-    saved = asdict(Settings()) | read_settings(file)  # newer settings get their defaults
-    for name, value in given.items():
-        if name not in MAY_CHANGE and saved[name] != value:
-            typed = option(name)
-            raise UserError(
-                f"--resume: this run was started with {typed} {saved[name]}, not {value}"
-            )
+    saved = begun_settings(file.parent)
+    refuse_changes(saved, given)
     changed = given | {"preset": saved["preset"]}  # the run has the sizes of its preset
     prompt = file.parent / "prompt.txt"
     if saved["prompt_file"] and prompt.is_file():  # the user's file may have changed since
@@ -635,6 +645,12 @@ def check_gpu(s: Settings) -> None:
     if fault:
         raise UserError(
             f"--device cuda: {fault}. Without this option the tiny preset runs on the CPU"
+        )
+    process = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's number on this machine, from 0
+    if process >= torch.cuda.device_count():
+        raise UserError(
+            f"there are more processes than the {torch.cuda.device_count()} GPUs of this machine: "
+            "lower --nproc_per_node"
         )
     if s.load_in == "bf16" and emulates_bf16():
         name = torch.cuda.get_device_name()

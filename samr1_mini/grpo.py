@@ -65,7 +65,7 @@ def token_weights(lengths: list[list[int]], normalise: str) -> torch.Tensor:
     """Return the weight of each token [S]. `lengths` holds a list of answer lengths for each group.
 
     The weights of a group sum to 1 and depend only on this group. one_update divides by the number
-    of questions in the update. So the questions in a forward do not change the gradient.
+    of questions in the update. So the size of a forward does not change the gradient.
     """
     weights = []
     for group in lengths:
@@ -177,7 +177,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. With equal rewards, only the KL counts."""
+        """Return True if the updates use this group. Equal rewards leave only the KL to use."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -328,7 +328,7 @@ def update(parts: Parts, rollouts: list[Rollout], done: int) -> dict:
 def one_step(parts: Parts, data, step: int, asked: int) -> tuple[dict, list[dict]]:
     """Make step number `step`, counted from 0. Returns its log line and an answer to each question.
 
-    `asked` counts the questions of earlier steps. Each process takes its share of this step's.
+    `asked` counts the questions of earlier steps. Each process takes its share of the questions.
     The random numbers depend on the seed and the step. So a resumed run repeats them.
     """
     s = parts.settings
@@ -368,7 +368,7 @@ def train(
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
     `reward_terms` and `loss` are the defaults. `log` is called after each step with its log line.
     tutorials/notes/extend.md shows examples. A call from Python runs in one process. On a CPU, it
-    has one thread. If launch.py or torchrun starts several, each takes a share of the questions.
+    has one thread. Several processes (launch.py, torchrun) share the questions.
     """
     from .rehearse import before_training  # not at the top, because rehearse.py imports this file
 
@@ -381,7 +381,7 @@ def train(
     missing = known_missing(folder) if s.resume else None
     policy, segmenter = load_models(s, sets, missing=missing, segmenter=segmenter)
     parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
-    run = Run(folder, s, policy, parts.optimizer, sets, begun)
+    run = Run(folder, parts, sets, begun)
     if is_first():
         parts.trace = Trace(folder, s, run.start, run.total).add
     resumed = run.start > 0
@@ -393,8 +393,8 @@ def train(
             due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
             if due:
                 line |= validate(policy, segmenter, validation, s, folder, step + 1)
-            run.finish_step(line, answers, due)
             if log and is_first():
                 log(line)
+            run.finish_step(line, answers, due)
     run.finish()
     return summarise(policy, segmenter, test, s, folder, base, run)

@@ -8,7 +8,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from .config import CACHE, PACKAGED, Settings, UserError
-from .data import open_data
+from .data import Data, open_data
 from .data.download import PICTURES
 from .files import Download, check_adapter_files, check_disk_space
 from .policy import Policy, check_policy, load_policy
@@ -25,14 +25,26 @@ def check_models(s: Settings) -> None:
     check_policy(s.policy, s.image_size)
     check_segmenter(s.sam, s.sam_checkpoint)
     choose_prompt(s)  # raises UserError for a bad --prompt-file
-    if s.start_from and not s.resume:
-        adapter = check_adapter_files(Path(s.start_from), "--start-from")
+    if s.start_from:
+        adapter = check_adapter_files(start_adapter(s), "--start-from")
         rank = adapter.get("r")
         if rank != s.rank:
             raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")
         if adapter.get("lora_dropout"):  # then pi and pi_old are different networks
             advice = "set lora_dropout to 0 in its adapter_config.json"
             raise UserError(f"--start-from {s.start_from} has dropout: {advice}")
+
+
+def start_adapter(s: Settings) -> Path:
+    """Return the adapter with which a run of --start-from begins.
+
+    A resumed run takes its own, and copies the weights of state.pt into it. A new adapter might
+    have another alpha than the one in --start-from.
+    """
+    own = Path(s.run) / "adapter"
+    if s.resume and own.is_dir():
+        return own
+    return Path(s.start_from)
 
 
 def open_sets(s: Settings, sets: list | None = None) -> list:
@@ -43,6 +55,8 @@ def open_sets(s: Settings, sets: list | None = None) -> list:
     """
     check_models(s)
     if sets:
+        if not all(isinstance(one, Data) for one in sets):
+            raise TypeError("`sets` must hold three objects of a subclass of samr1_mini.data.Data")
         return sets
     with first_before_others():
         return open_three(s)
@@ -151,8 +165,8 @@ def load_models(
     check_models first.
     """
     fetch_sets(s, sets, missing)
-    if s.start_from and not s.resume:  # a resumed run loads its own adapter
-        adapter = s.start_from
+    if s.start_from:
+        adapter = start_adapter(s)
     with first_before_others():
         if segmenter is None:
             segmenter = load_segmenter(s.sam, s.sam_checkpoint, s.device, s.sam_dtype)

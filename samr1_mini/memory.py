@@ -72,21 +72,22 @@ def less_memory(s: Settings) -> list[str]:
 def is_memory_error(error: BaseException) -> bool:
     """Return True if the memory of the machine or of the GPU ran out.
 
-    Windows then says that its paging file is too small. A GPU can report it as AcceleratorError.
+    Windows then says that its paging file is too small. On a CPU, PyTorch raises a RuntimeError. A
+    GPU can report it as AcceleratorError, and its library cuBLAS as CUBLAS_STATUS_ALLOC_FAILED.
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    words = ("out of memory", "allocate memory", "paging file", "not enough memory")
+    words = ("out of memory", "allocate memory", "paging file", "not enough memory", "alloc_failed")
     return any(word in str(error).lower() for word in words)
 
 
 def compute_dtype(choice: str, device: str) -> torch.dtype:
     """Return the dtype of weights and computations for a value of --load-in or --sam-dtype.
 
-    bf16 and fp32 name their dtype. nf4 and auto mean bf16 on GPUs of compute capability 8.0 or
-    higher. CPUs and older GPUs only emulate bf16, and fp16 would overflow in Qwen's vision tower.
-    So they compute in fp32. 4-bit weights have their own format. The adapter and SAM's decoder are
-    always fp32.
+    The choices bf16 and fp32 are taken as they are. nf4 and auto mean bf16 on GPUs of compute
+    capability 8.0 or higher. Most CPUs and older GPUs only emulate bf16, and fp16 would overflow in
+    Qwen's vision tower. So they compute in fp32. 4-bit weights have their own format. The weights
+    of the adapter and of SAM's decoder are always fp32.
     """
     if choice == "fp32":
         return torch.float32

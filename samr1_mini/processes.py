@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
 from .config import UserError, cause
+from .memory import is_memory_error
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads 19 GB
 
@@ -109,7 +110,7 @@ def error_for_others(error: Exception | None) -> Exception | None:
     """Return the error that the other processes raise. It must be of a type that can be pickled."""
     if error is None:
         return None
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_memory_error(error):
         return torch.OutOfMemoryError(str(error))
     if isinstance(error, (UserError, OSError)):
         return UserError(str(error))

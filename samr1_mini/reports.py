@@ -199,11 +199,13 @@ def score_base(
     A resumed run reads these scores from base.json.
     """
     base = read_base(folder) if resumed else None
-    if base is not None:
+    # After --resume with another --max-new-tokens, the old scores would be of longer answers.
+    if base is not None and base.get("max_new_tokens", s.max_new_tokens) == s.max_new_tokens:
         return base
     with policy.as_reference():
         report = evaluate(policy, segmenter, test, s, "test base", with_ceiling=True)
         base = report.summary() | {"ceiling": report.ceiling}
+        base["max_new_tokens"] = s.max_new_tokens
         if is_first():
             write_json(folder / "test-base.json", report.each())
             write_json(folder / "base.json", base)
@@ -240,7 +242,7 @@ def summarise(
         "samples": run.total * s.questions,
         "seed": s.seed,
         "seconds": run.seconds(),
-        "base": {name: value for name, value in base.items() if name != "ceiling"},
+        "base": {k: v for k, v in base.items() if k not in ("ceiling", "max_new_tokens")},
         "trained": report.summary(),
         "ceiling": base["ceiling"],
     }
@@ -252,7 +254,8 @@ def summarise(
         title = "Held-out test questions after training"
         draw_sheet(path, title, policy, segmenter, test, report.rows[:12], s)
         log = read_log(folder)
-        curves(folder / "curves.png", log, summary)
+        if log:
+            curves(folder / "curves.png", log, summary)
         print(before_after(summary))
         side = policy.answer_side(s.image_size)
         before = read_test_answers(folder)

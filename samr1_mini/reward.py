@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .columns import COLUMNS
 from .config import Settings, UserError
 from .data import Sample
 from .metrics import box_iou, filled, hull, intersection_union, iou, matched_iou
@@ -53,8 +54,8 @@ class Object:
 class Answer:
     """Hold one parsed answer.
 
-    `objects` is None if the segmentation format is wrong, with one exception: lenient.py reads more
-    notations. An empty list says that nothing is there.
+    `objects` is None if the segmentation format is wrong. (lenient.py fills it for more notations.)
+    An empty list says that nothing is there.
     """
 
     side: int  # coordinates of boxes and points go from 0 to this
@@ -305,14 +306,21 @@ def to_picture(answer: Answer, sample: Sample) -> list[Object]:
 def object_masks(segmenter: Segmenter, sample: Sample, objects: list[Object]) -> np.ndarray:
     """Return the mask of each object, bool [n, H, W], with one pass of SAM's encoder.
 
-    Some data sets have true boxes but no masks. For these, the filled box is the mask.
+    If the data set has true boxes but no masks, the mask of an object is its filled box.
     """
     if not objects:
         return np.zeros((0, *sample.mask.shape), bool)
     boxes = [one.box for one in objects]
     if sample.box_only:
         return np.stack([filled(box, *sample.mask.shape) for box in boxes])
-    return segmenter.masks(np.asarray(sample.image), boxes, [one.points for one in objects])
+    points = [one.points for one in objects]
+    masks = np.asarray(segmenter.masks(np.asarray(sample.image), boxes, points))
+    if masks.dtype != bool or masks.shape != (len(boxes), *sample.mask.shape):
+        raise TypeError(
+            f"the segmenter gave masks {masks.dtype} {list(masks.shape)} for {len(boxes)} boxes. It "
+            f"must give bool {[len(boxes), *sample.mask.shape]}"
+        )
+    return masks
 
 
 def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> None:
@@ -326,11 +334,24 @@ def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> N
         start = end
 
 
-def check_finite(terms: dict[str, float]) -> None:
-    """Raise UserError for a reward term that is NaN or infinite."""
-    for name, value in terms.items():
-        if not math.isfinite(value):
-            raise UserError(f"the reward term {name!r} is {value}, but must be a finite number")
+def check_terms(rewards: list[Reward]) -> None:
+    """Raise UserError unless the answers of a group have the same terms, all finite.
+
+    A term is also a column of the log, so it must not have the name of another column.
+    """
+    names = rewards[0].terms.keys()
+    for name in names - {"accuracy", "reasoning_format", "segmentation_format"}:
+        if name in COLUMNS or name.endswith(("_min", "_max")):  # the log's other columns
+            raise UserError(f"the reward term {name!r} has the name of a log column: rename it")
+    for reward in rewards:
+        for name in names ^ reward.terms.keys():
+            raise UserError(
+                f"the reward term {name!r} is missing for some answers: give it a value for each, "
+                "such as 0.0"
+            )
+        for name, value in reward.terms.items():
+            if not math.isfinite(value):
+                raise UserError(f"the reward term {name!r} is {value}, but must be a finite number")
 
 
 def score_group(
@@ -358,11 +379,11 @@ def score_group(
     draw_masks(segmenter, sample, readable)
     for reward in rewards:
         if s.objects == "several" and reward.objects and not reward.mask.any():
-            # If nothing is there, the answer [] gets IoU 1. This answer must not get it.
+            # Where nothing is to be found, an empty mask has IoU 1. Only the answer [] may get it.
             reward.mask = None
         reward.pixels = intersection_union(reward.mask, sample.mask, sample.ignore)
         reward.iou = iou(*reward.pixels)
         reward.terms = {name: float(value) for name, value in terms(reward, s).items()}
-        check_finite(reward.terms)
         reward.total = sum(s.reward_weights.get(k, 1.0) * v for k, v in reward.terms.items())
+    check_terms(rewards)
     return rewards

@@ -10,6 +10,7 @@ answers.jsonl               the first sampled answer to each question
 trace.jsonl                 some steps token by token, compressed (see trace.py)
 report.html                 a page about the run, at its end and after Ctrl-C
 state.pt                    adapter and optimizer after the last saved step
+lock                        keeps other programs from training in this folder
 adapter/                    the same adapter in peft's format, for eval.py
 sheet-00040.png             answers to validation questions after 40 steps
 test-trained.json, summary.json, sheet-test.png, curves.png
@@ -30,11 +31,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from .config import Settings, Terminated, UserError, cause, parse_json, read_settings
+from .config import Settings, Terminated, UserError, begun_settings, cause, parse_json
+from .config import refuse_changes
 from .files import AGAIN, load_json, check_content, replace_file, write_json
 from .metrics import mean
 from .policy import Policy
@@ -147,7 +150,7 @@ def put_state(state: dict, policy: Policy, optimizer) -> None:
 
 
 def load_state(folder: Path, policy: Policy, optimizer, s: Settings) -> tuple[int, int, float]:
-    """Load the saved state. Return its whole steps, the questions asked in them, and the seconds.
+    """Load the saved state. Return the number of its steps, of their questions, and the seconds.
 
     All are 0 if nothing was saved yet. Raises UserError if the state is damaged or does not fit.
     """
@@ -171,7 +174,7 @@ def open_run(s: Settings) -> Path:
     """Make a run's folder with its settings, or check the folder to continue, and return it."""
     folder = Path(s.run or next_name(s))
     if s.resume:
-        check_segmenter_kind(folder, s)
+        check_settings(folder, s)
         # These files are read only to check them: a damaged one raises UserError here, before
         # anything is loaded.
         read_base(folder)
@@ -179,7 +182,7 @@ def open_run(s: Settings) -> Path:
         read_test_answers(folder)
         known_missing(folder)
         return folder  # Run writes the settings after all checks
-    # A start that failed before it wrote metrics.jsonl leaves the name free.
+    # A folder without metrics.jsonl comes from a start that failed. It may be used again.
     if (folder / "metrics.jsonl").exists():
         raise UserError(
             f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, "
@@ -193,6 +196,24 @@ def open_run(s: Settings) -> Path:
     return folder
 
 
+def lock_folder(folder: Path):
+    """Refuse a folder in which another program is training now, and return this program's lock.
+
+    The end of a program releases its lock, even if it was killed.
+    """
+    lock = FileLock(folder / "lock", blocking=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"--run {folder}: another program is training there. Wait for its end, or name another "
+            "folder"
+        ) from None
+    except (OSError, NotImplementedError):  # some network disks have no locks
+        pass
+    return lock
+
+
 def next_name(s: Settings) -> str:
     """Return the first of runs/PRESET-seedN, runs/PRESET-seedN-2, ... that does not exist."""
     first = f"runs/{s.preset}-seed{s.seed}"
@@ -204,25 +225,63 @@ def next_name(s: Settings) -> str:
     return name
 
 
-def write_settings(folder: Path, s: Settings) -> None:
-    """Write settings.json."""
-    write_json(folder / "settings.json", asdict(s) | {"run": str(folder), "resume": False})
+def write_settings(folder: Path, s: Settings, functions: list[str] | None = None) -> None:
+    """Write settings.json. It also has the names of function_names, once they are known."""
+    content = asdict(s) | {"run": str(folder), "resume": False}
+    if functions:
+        content["functions"] = functions
+    write_json(folder / "settings.json", content)
 
 
-def check_segmenter_kind(folder: Path, s: Settings) -> None:
-    """Refuse to continue with another SAM.
+def check_settings(folder: Path, s: Settings) -> None:
+    """Refuse to continue with another SAM, or with another value that must not change.
 
     The path of a SAM 2 or SAM 3 may change, because the model may have been moved.
     """
-    begun = read_settings(folder / "settings.json").get("sam", s.sam)
-    if begun != s.sam and {begun, s.sam} & {"tiny", *SAM_FILES}:
+    begun = begun_settings(folder)
+    if begun["sam"] != s.sam and {begun["sam"], s.sam} & {"tiny", *SAM_FILES}:
         raise UserError(
-            f"--resume: this run was started with --sam {begun}, and --sam {s.sam} is another model"
+            f"--resume: this run was started with --sam {begun['sam']}, and --sam {s.sam} is "
+            "another model"
         )
+    own = ("device", "processes", "prompt_file")  # the program writes other values than it got
+    refuse_changes(begun, {k: v for k, v in asdict(s).items() if k not in own})
+
+
+# What `train` uses if it gets no sets, no segmenter, no reward terms and no loss.
+DEFAULTS = {"Folder", "Shapes", "SamSegmenter", "Sam2Segmenter", "reward_terms", "grpo_loss"}
+
+
+def function_names(parts, sets: list) -> list[str]:
+    """Return the names of the training set's class, the segmenter's class, reward terms and loss.
+
+    `parts` is a grpo.Parts.
+    """
+    names = [type(sets[0]).__name__, type(parts.segmenter).__name__]
+    for function in (parts.reward_terms, parts.loss):
+        names.append(getattr(function, "__name__", type(function).__name__))
+    return names
+
+
+def begun_functions(folder: Path) -> list[str]:
+    """Return the function_names with which a run was started, or []. Older runs lack them."""
+    return read_saved(folder / "settings.json", dict, {}).get("functions", [])
+
+
+def check_functions(folder: Path, names: list[str]) -> None:
+    """Refuse to continue a run with other functions. Nothing else would tell them apart."""
+    for begun, now in zip(begun_functions(folder), names):
+        if begun != now:
+            raise UserError(
+                f"--resume: {folder} was started with {begun}, not with {now}. Call train in Python "
+                "with the same arguments as at the start, and with resume=True"
+            )
 
 
 def resume_command(folder: Path, s: Settings) -> str:
     """Return the command that continues a run with the present number of processes."""
+    if not DEFAULTS.issuperset(begun_functions(folder)):
+        return f"train(...) as at the start, with resume=True and run={str(folder)!r}"
     script = "train.py"
     if Path(sys.argv[0]).name == script:  # as the user typed it, from any folder
         script = sys.argv[0]
@@ -367,23 +426,26 @@ class Run:
     Only the first process writes and prints.
     """
 
-    def __init__(
-        self, folder: Path, s: Settings, policy: Policy, optimizer, sets: list, begun: float
-    ):
+    def __init__(self, folder: Path, parts, sets: list, begun: float):
         """Begin the run in `folder`, or continue it with --resume.
 
-        `sets` are the data sets for training, validation and test. `begun` is the program's start
-        time by time.perf_counter.
+        `parts` is a grpo.Parts. `sets` are the data sets for training, validation and test. `begun`
+        is the program's start time by time.perf_counter.
         """
+        s, policy, optimizer = parts.settings, parts.policy, parts.optimizer
         self.folder = folder
         self.s = s
         self.policy = policy
         self.optimizer = optimizer
+        self.functions = function_names(parts, sets)
+        if is_first():
+            self.lock = lock_folder(folder)
         self.total = len(sets[0]) // s.questions  # steps
         self.start = 0  # steps done before this start of the program
         self.asked = 0  # questions asked so far, also those that --redraw has replaced
         earlier = 0.0  # seconds of these steps
         if s.resume:
+            check_functions(folder, self.functions)
             check_questions(folder, sets, s)
             self.start, self.asked, earlier = load_state(folder, policy, optimizer, s)
         if self.start:
@@ -405,11 +467,13 @@ class Run:
         s = self.s
         if s.device == "cpu":  # a resumed run keeps its number of processes
             s = replace(s, processes=process_count())
-        write_settings(self.folder, s)
+        write_settings(self.folder, s, self.functions)
         if self.s.prompt_file:
             (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")
         for name, count in (("metrics", self.start), ("answers", self.asked)):
-            self.write_log(name, read_log(self.folder, count, name), "w")
+            lines = read_log(self.folder, count, name)
+            # A log that was deleted during the run begins with a later step.
+            self.write_log(name, [x for x in lines if x.get("step", 0) <= self.start], "w")
         write_json(self.folder / "samples.json", sets[0].ids)
         missing = {name: sorted(set(data.missing)) for name, data in zip(SET_NAMES, sets)}
         if any(missing.values()):
@@ -426,7 +490,7 @@ class Run:
         return round(time.perf_counter() - self.begun, 1)
 
     def steps(self) -> Iterator[int]:
-        """Yield the numbers of the remaining steps, from 0, and show a progress bar."""
+        """Yield the numbers of the remaining steps, counted from 0, and show a progress bar."""
         self.bar = tqdm(
             range(self.start, self.total),
             "train",
@@ -521,6 +585,9 @@ class Run:
                 if isinstance(error, OSError):  # most likely the log's disk is full
                     raise UserError(f"{self.folder}: {error}") from None
                 raise
+            finally:
+                if is_first():
+                    self.lock.release()
 
     def finish(self) -> None:
         """Save the last state. Raises UserError if nothing was learnt, or if the disk is full."""

@@ -1216,7 +1216,7 @@ def test_a_gpu_that_runs_out_of_memory_in_any_way_gets_one_line(monkeypatch, tmp
     monkeypatch.setattr(command, "load", full)
     with pytest.raises(SystemExit) as left:
         command.main(["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path / "out")])
-    assert left.value.code == 2 and "GPU memory ran out" in capsys.readouterr().err
+    assert left.value.code == 2 and "--eval-batch" in capsys.readouterr().err
 
 
 def test_kept_answers_of_a_folder_go_where_its_lines_are_others(asked, tmp_path):

@@ -222,7 +222,7 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_t
     out = launch(2, tmp_path / "run", script=tmp_path / "full.py")
     assert (
         out.returncode != 0
-        and out.stderr.count("train.py: error: GPU memory ran out") == 1
+        and out.stderr.count("train.py: error: memory ran out") == 1
         and "2.00 GiB" in out.stderr
     )
     if where == "update":

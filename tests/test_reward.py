@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -411,12 +412,39 @@ def test_a_term_from_outside_counts_with_weight_1_or_with_its_setting(segmenter)
     sample = Sample(Image.fromarray(scene.image), "?", scene.things[0].mask, "0")
 
     def terms(reward, s):
-        return {"accuracy": reward.iou, "length": -len(reward.answer.tokens) / 10}
+        return {"accuracy": reward.iou, "shortness": -len(reward.answer.tokens) / 10}
 
     text = answer_text(str(list(scene.things[0].box)), "[[50, 50, 0]]")
     answer = read_answer(text, 112, tokens=torch.arange(20))
     [reward] = score_group(segmenter, sample, [answer], Settings(accuracy_weight=3.0), terms)
     assert reward.iou > 0.5 and reward.total == pytest.approx(3 * reward.iou - 2)
+
+
+ANSWER = answer_text("[20, 20, 60, 60]", "[[40, 40, 1]]")
+
+
+def test_a_term_is_there_for_every_answer_and_has_a_name_of_its_own(segmenter, samples):
+    answers = [read_answer(text, 112) for text in ("", ANSWER)]
+    for terms in (
+        lambda reward, s: {"mine": 1.0} if reward.answer.objects else {},
+        lambda reward, s: {"mine": 1.0} | ({"off": 1.0} if reward.answer.objects else {}),
+        lambda reward, s: {"length": 1.0},
+        lambda reward, s: {"mine_max": 1.0},
+    ):
+        with pytest.raises(UserError, match="reward term"):
+            score_group(segmenter, samples[0], answers, Settings(), terms)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda m: m * 1.0, lambda m: m[:1], lambda m: np.repeat(m, 3, 0), lambda m: m[..., 1:]],
+)
+def test_masks_of_another_shape_or_type_are_refused(wrong, segmenter, samples):
+    other = SimpleNamespace(masks=lambda *prompts: wrong(segmenter.masks(*prompts)))
+    answers = [read_answer(ANSWER, 112)] * 2
+    assert score_group(segmenter, samples[0], answers)[0].mask.any()
+    with pytest.raises(TypeError, match="bool"):
+        score_group(other, samples[0], answers)
 
 
 def test_a_lone_text_is_refused(segmenter, samples):

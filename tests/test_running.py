@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import eval as eval_command
 import train as command
-from samr1_mini import grpo
-from samr1_mini.config import Terminated, UserError, parse_settings
+from samr1_mini import config, grpo
+from samr1_mini.config import Settings, Terminated, UserError, parse_settings
 from samr1_mini import policy as policy_module
 from samr1_mini.evaluation import evaluate
 from samr1_mini.grpo import train
@@ -491,3 +491,135 @@ def test_a_run_starts_from_an_adapter_of_the_same_rank_and_its_base_is_the_base_
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.1}))
     with pytest.raises(UserError, match="lora_dropout"):
         train(replace(settings, run=str(tmp_path / "third"), start_from=gone["start_from"]))
+
+
+def test_a_run_from_an_adapter_with_another_alpha_resumes_with_this_alpha(settings, tmp_path):
+    train(settings)
+    start = tmp_path / "run/adapter"
+    file = start / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 7}))
+    s = replace(settings, start_from=str(start), run=str(tmp_path / "second"))
+    weights = load_file(start / "adapter_model.safetensors")
+    runs.open_run(s)  # stopped before the first save
+    for resume in (False, True):
+        policy, _ = loading.load_models(replace(s, resume=resume), [])
+        for name, parameter in runs.adapter_of(policy).items():
+            assert (weights[name.replace(".default", "")] == parameter).all(), name
+    train(s)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    policy, _ = loading.load_models(replace(s, resume=True), [])
+    layers = [m for m in policy.model.modules() if hasattr(m, "lora_A")]
+    assert {layer.scaling["default"] for layer in layers} == {7 / s.rank}
+    train(replace(s, resume=True, samples=12))
+    saved = json.loads((tmp_path / "second/adapter/adapter_config.json").read_text())
+    assert saved["lora_alpha"] == 7
+
+
+def half_loss(logp, old, reference, advantage, lengths, s):
+    loss, values = grpo.grpo_loss(logp, old, reference, advantage, lengths, s)
+    return loss / 2, values
+
+
+def test_a_run_with_its_own_loss_is_continued_only_with_this_loss(settings, monkeypatch, capsys):
+    with failing_update(monkeypatch, 2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        train(settings, loss=half_loss)
+    assert "train.py" not in capsys.readouterr().out  # it would train with the usual loss
+    with pytest.raises(UserError, match="half_loss.*grpo_loss"):
+        train(replace(settings, resume=True))
+    assert train(replace(settings, resume=True), loss=half_loss)["samples"] == settings.samples
+
+
+def test_a_run_that_is_continued_in_python_keeps_its_settings(settings):
+    train(settings)
+    with pytest.raises(UserError, match="--lr"):
+        train(replace(settings, resume=True, lr=2 * settings.lr))
+
+
+def test_two_programs_do_not_train_in_one_folder(settings, tmp_path):
+    runs.open_run(settings)
+    hold = f"import time, filelock; held = filelock.FileLock({str(tmp_path / 'run/lock')!r})"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; held.acquire(); print(flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )
+    other.stdout.readline()
+    try:
+        with pytest.raises(UserError, match="--run"):
+            train(replace(settings, resume=True))
+    finally:
+        other.kill()
+        other.wait()
+    train(replace(settings, resume=True))  # the lock of a killed program is free
+
+
+def test_a_finished_run_is_free_for_other_programs(settings, tmp_path):
+    train(settings)
+    take = f"from filelock import FileLock; FileLock({str(tmp_path / 'run/lock')!r}, 0).acquire()"
+    subprocess.run([sys.executable, "-c", take], check=True)
+
+
+def test_a_log_that_was_deleted_during_a_run_gets_no_step_twice(settings, tmp_path):
+    s = replace(settings, samples=16, save_minutes=60.0)
+    train(replace(s, samples=8))
+    (tmp_path / "run/metrics.jsonl").unlink()
+    train(replace(s, samples=12, resume=True))  # its log has step 3 only
+    log = runs.read_log(tmp_path / "run")
+    line = json.dumps(log[-1] | {"step": 4})  # of a step after the saved state
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps(log[-1]) + "\n" + line + "\n")
+    train(replace(s, resume=True))
+    assert [line["step"] for line in runs.read_log(tmp_path / "run")] == [3, 4]
+
+
+def test_a_finished_run_without_its_log_is_summarised(settings, tmp_path):
+    train(settings)
+    (tmp_path / "run/metrics.jsonl").unlink()
+    (tmp_path / "run/summary.json").unlink()
+    train(replace(settings, resume=True))
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_run_with_shorter_answers_tests_the_base_with_shorter_answers_too(settings, tmp_path):
+    train(settings)
+    long = json.loads((tmp_path / "run/test-base.json").read_text())
+    train(replace(settings, resume=True, max_new_tokens=2))
+    short = json.loads((tmp_path / "run/test-base.json").read_text())
+    assert max(len(x["text"]) for x in short) < min(len(x["text"]) for x in long)
+
+
+def test_a_tracker_also_gets_the_step_in_which_ctrl_c_was_pressed(settings):
+    lines = []
+
+    def log(line):
+        lines.append(line["step"])
+
+    def loss(*args):
+        signal.raise_signal(signal.SIGINT)
+        return grpo.grpo_loss(*args)
+
+    with pytest.raises(SystemExit):
+        train(replace(settings, updates=1, micro=4), loss=loss, log=log)
+    assert lines == [1]
+
+
+def test_sets_of_another_type_are_refused(settings):
+    with pytest.raises(TypeError, match="Data"):
+        train(settings, sets=[Shapes("train", 8)[:8]] * 3)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_a_machine_whose_memory_is_full_gets_one_line(error, settings, monkeypatch, capsys):
+    def full(_):
+        raise error
+
+    monkeypatch.setattr(command, "run", full)
+    with pytest.raises(SystemExit) as left:
+        command.run_or_exit(settings)
+    assert left.value.code == 2 and "--max-new-tokens" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(config, "gpu_fault", lambda: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="--nproc_per_node"):
+        config.check_gpu(Settings(device="cuda"))
