@@ -315,7 +315,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     """Evaluate a data set, print a table, and write results.json and a sheet of answers."""
     from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
 
-    if isinstance(data, Folder) and not data.converted:  # an own folder ignores both settings
+    if isinstance(data, Folder) and not data.converted:  # a folder with its own data.jsonl
         settings = replace(settings, sentences="all", ignore="excluded")
     out = Path(options.out)
     batch = batch_size(policy, settings, options.votes)

@@ -281,7 +281,7 @@ def batch_size(policy: Policy, s: Settings, votes: int = 1) -> int:
     if s.eval_batch:
         return s.eval_batch
     picture_tokens = (s.image_size // cell_size(policy.base.config)) ** 2
-    tokens = picture_tokens + 160  # a prompt has 150 to 200 text tokens
+    tokens = picture_tokens + 160  # the tiny policy's prompts have about 150 text tokens
     most = max(1, EVALUATED_TOKENS // tokens // votes)
     if s.device == "cpu":
         return most

@@ -177,7 +177,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. Equal rewards leave only the KL to use."""
+        """Return True if the updates use this group. If its rewards are equal, it only has a KL."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())

@@ -208,7 +208,8 @@ def signals_held_back():
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # a start inside the block would release the signals
+    # If the tracker started inside the block, it would release the signals.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
     try:
         yield

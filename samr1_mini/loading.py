@@ -38,8 +38,8 @@ def check_models(s: Settings) -> None:
 def start_adapter(s: Settings) -> Path:
     """Return the adapter with which a run of --start-from begins.
 
-    A resumed run takes its own, and copies the weights of state.pt into it. A new adapter might
-    have another alpha than the one in --start-from.
+    A resumed run takes the adapter in its own folder, because it has the alpha of --start-from. Its
+    weights are replaced by those of state.pt.
     """
     own = Path(s.run) / "adapter"
     if s.resume and own.is_dir():

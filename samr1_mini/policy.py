@@ -329,8 +329,9 @@ def pack(policy: Policy, prompts: list[Prompt], groups: list[list[torch.Tensor]]
     """Lay prompts and answers in one row: [prompt 1, its answers, prompt 2, its answers, ...].
 
     groups: B lists of G answers, each a tensor of ids [L].
-    Returns the language model's arguments, and two tensors [S]. They have an entry for each answer
-    token: the place in the row of the hidden state that predicts the token, and the token's id.
+    Returns the language model's arguments, and two tensors [S] with a number for each answer token.
+    The first has the index in the row of the state that predicts the token. The second has the
+    token's id.
     """
     device = policy.device
     # The last token of an answer is only predicted. The model does not read it.

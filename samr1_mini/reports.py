@@ -199,7 +199,7 @@ def score_base(
     A resumed run reads these scores from base.json.
     """
     base = read_base(folder) if resumed else None
-    # After --resume with another --max-new-tokens, the old scores would be of longer answers.
+    # With another --max-new-tokens, old scores cannot be compared with new ones.
     if base is not None and base.get("max_new_tokens", s.max_new_tokens) == s.max_new_tokens:
         return base
     with policy.as_reference():

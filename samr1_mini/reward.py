@@ -317,8 +317,8 @@ def object_masks(segmenter: Segmenter, sample: Sample, objects: list[Object]) ->
     masks = np.asarray(segmenter.masks(np.asarray(sample.image), boxes, points))
     if masks.dtype != bool or masks.shape != (len(boxes), *sample.mask.shape):
         raise TypeError(
-            f"the segmenter gave masks {masks.dtype} {list(masks.shape)} for {len(boxes)} boxes. It "
-            f"must give bool {[len(boxes), *sample.mask.shape]}"
+            f"the segmenter gave masks {masks.dtype} {list(masks.shape)} for {len(boxes)} boxes, "
+            f"and must give bool {[len(boxes), *sample.mask.shape]}"
         )
     return masks
 
@@ -335,9 +335,9 @@ def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> N
 
 
 def check_terms(rewards: list[Reward]) -> None:
-    """Raise UserError unless the answers of a group have the same terms, all finite.
+    """Raise UserError unless all answers of a group have the same terms, with finite values.
 
-    A term is also a column of the log, so it must not have the name of another column.
+    Also for a term with the name of another column of the log.
     """
     names = rewards[0].terms.keys()
     for name in names - {"accuracy", "reasoning_format", "segmentation_format"}:

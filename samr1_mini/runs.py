@@ -150,7 +150,7 @@ def put_state(state: dict, policy: Policy, optimizer) -> None:
 
 
 def load_state(folder: Path, policy: Policy, optimizer, s: Settings) -> tuple[int, int, float]:
-    """Load the saved state. Return the number of its steps, of their questions, and the seconds.
+    """Load the saved state. Return three numbers: its steps, their questions, and the seconds.
 
     All are 0 if nothing was saved yet. Raises UserError if the state is damaged or does not fit.
     """
@@ -226,7 +226,7 @@ def next_name(s: Settings) -> str:
 
 
 def write_settings(folder: Path, s: Settings, functions: list[str] | None = None) -> None:
-    """Write settings.json. It also has the names of function_names, once they are known."""
+    """Write settings.json: all settings, and the result of function_names if it is known."""
     content = asdict(s) | {"run": str(folder), "resume": False}
     if functions:
         content["functions"] = functions
@@ -244,7 +244,8 @@ def check_settings(folder: Path, s: Settings) -> None:
             f"--resume: this run was started with --sam {begun['sam']}, and --sam {s.sam} is "
             "another model"
         )
-    own = ("device", "processes", "prompt_file")  # the program writes other values than it got
+    # settings.json has other values of these than the call
+    own = ("device", "processes", "prompt_file")
     refuse_changes(begun, {k: v for k, v in asdict(s).items() if k not in own})
 
 
@@ -269,7 +270,7 @@ def begun_functions(folder: Path) -> list[str]:
 
 
 def check_functions(folder: Path, names: list[str]) -> None:
-    """Refuse to continue a run with other functions. Nothing else would tell them apart."""
+    """Refuse to continue a run with other functions than those of its start."""
     for begun, now in zip(begun_functions(folder), names):
         if begun != now:
             raise UserError(
@@ -472,7 +473,7 @@ class Run:
             (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")
         for name, count in (("metrics", self.start), ("answers", self.asked)):
             lines = read_log(self.folder, count, name)
-            # A log that was deleted during the run begins with a later step.
+            # If the user deleted the log, the new one begins with a later step than the first.
             self.write_log(name, [x for x in lines if x.get("step", 0) <= self.start], "w")
         write_json(self.folder / "samples.json", sets[0].ids)
         missing = {name: sorted(set(data.missing)) for name, data in zip(SET_NAMES, sets)}

@@ -49,10 +49,10 @@ from .pictures import (
 )
 from .samples import Data, Sample, clean_question, union
 
-SPLIT_NAMES = (
+SPLIT_NAMES = (  # the words of Hugging Face's datasets
     dict.fromkeys(("train", "training"), "train")
     | dict.fromkeys(("validation", "val", "valid", "dev"), "validation")
-    | dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")  # as in the library datasets
+    | dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 )
 # Errors that broken data raise.
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
@@ -158,7 +158,7 @@ class Folder(Data):
             return Line(number, text, str(name), row["image"], split, size, box_only, nothing)
 
     def check_case(self, name: str, file: Path) -> None:
-        """Refuse a second name of one picture, as some systems allow: A.jpg and a.jpg."""
+        """Refuse two names of one file. In Windows, A.jpg and a.jpg are the same file."""
         other = self.names.setdefault(name.casefold(), name)
         if other != name and file.samefile(inside(self.folder, other)):
             raise ValueError(f"{name} and {other} are the same file; write one name in all lines")

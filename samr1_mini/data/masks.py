@@ -125,7 +125,7 @@ def parse_mask(value, size: Size | None) -> str | list[list[float]] | dict:
         check_size("the mask", pixels.shape[::-1], size)
         return to_rle(pixels)
     polygons = parse_polygons(value)
-    # Label Studio's RLE begins with its number of values, 4 for each pixel, as four bytes.
+    # Label Studio's RLE begins with four bytes. They hold a number: four times the pixels.
     if size and value[:4] == list((4 * math.prod(size)).to_bytes(4, "big")):
         raise ValueError("the mask is an RLE of Label Studio; export the masks as PNG")
     check_range(list(chain(*polygons)), size)
@@ -282,8 +282,8 @@ def read_mask(value, folder: Path, size: Size) -> np.ndarray:
 def read_mask_file(file: Path) -> np.ndarray:
     """Read a mask bool [H, W] from a picture: all pixels that are not black.
 
-    Masks of 0 and 1, of 0 and 255, and of floats can be read. Refuses a mask with nearly black
-    pixels beside nearly white ones: noise of a JPEG, soft borders, or VOC's 255 for undecided.
+    Masks of 0 and 1, of 0 and 255, and of floats can be read. A mask with both nearly black and
+    nearly white pixels is refused. It has noise of a JPEG, soft borders, or undecided pixels (255).
     """
     refuse_lossy(read_header(file), file.name)
     with opened(file) as image:

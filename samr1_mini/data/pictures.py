@@ -77,7 +77,7 @@ def opened(file):
     try:
         if isinstance(file, Path):
             name = f"{file.name}: "
-            # From a file name, Pillow maps some TIFFs into memory, and EXIF's turn scrambles them.
+            # If Pillow gets a file name, it scrambles some TIFFs that EXIF turns (memory maps).
             stream = file.open("rb")
         with stream as data, Image.open(data) as image:
             pages = getattr(image, "n_frames", 1)

@@ -333,7 +333,8 @@ def read_text(file: Path) -> str:
 def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
     """Return the files of a split of a set in the folder `name`, and warnings about the split.
 
-    Files whose path names no split are for testing. Raises UserError if there are none.
+    If no path names the test split, files whose path names no split are for testing. Raises
+    UserError if there are none.
     """
     folder = Path(name)
     refs = sorted(folder.glob("refs(*).p")) or sorted(folder.glob("grefs(*).json"))
