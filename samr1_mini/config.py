@@ -647,7 +647,7 @@ def check_gpu(s: Settings) -> None:
             f"--device cuda: {fault}. Without this option the tiny preset runs on the CPU"
         )
     process = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's number on this machine, from 0
-    if process >= torch.cuda.device_count():
+    if process and process >= torch.cuda.device_count():
         raise UserError(
             f"there are more processes than the {torch.cuda.device_count()} GPUs of this machine: "
             "lower --nproc_per_node"
