@@ -9,7 +9,7 @@ from .config import option
 COLUMNS = {
     "step": "number of the step, from 1",
     "reward": "weighted sum of the reward terms, mean over the sampled answers",
-    "accuracy": "reward term of eq. (5), 0 to 4, mean over the answers",
+    "accuracy": "accuracy term, 0 to 4: eq. (5) or --accuracy, mean over the answers",
     "iou": "IoU of SAM's mask with the true mask, 0 to 1, mean over the answers; 0 without a box",
     "reasoning_format": "share of answers <think>...</think><answer>...</answer>; a reward term",
     "segmentation_format": "share of answers with box and points in the asked JSON; a reward term",

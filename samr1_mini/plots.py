@@ -7,6 +7,7 @@ chooses this backend.
 import itertools
 import math
 import textwrap
+import unicodedata
 from pathlib import Path
 
 import matplotlib
@@ -58,8 +59,8 @@ LEGEND = {"fontsize": 8, "framealpha": 0.6}
 def legible(text: str, width: int, lines: int = 99) -> str:
     """Wrap a text into at most `lines` lines of `width` characters.
 
-    A longer text is cut off and ends in "…". If no font has a character, its code is written
-    instead, such as ⟨U+5DE6⟩.
+    A longer text is cut off and ends in "…". A Chinese, Japanese or Korean character counts as two.
+    If no font has a character, its code is written instead, such as ⟨U+5DE6⟩.
     """
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
     shown = ""
@@ -67,9 +68,12 @@ def legible(text: str, width: int, lines: int = 99) -> str:
         has_glyph = any(font.get_char_index(ord(character)) for font in fonts)
         if character.isspace() or (character.isprintable() and has_glyph):
             shown += character
+            if unicodedata.east_asian_width(character) in "WF":
+                shown += "\0"  # textwrap counts this as the second half of a wide character
         else:
             shown += f"⟨U+{ord(character):04X}⟩"
-    return "\n".join(textwrap.wrap(shown, width, max_lines=lines, placeholder=" …"))
+    wrapped = textwrap.wrap(shown, width, max_lines=lines, placeholder=" …")
+    return "\n".join(wrapped).replace("\0", "")
 
 
 def draw_outline(axes, area: np.ndarray, colour: str, width: float, style: str = "-") -> None:
@@ -198,8 +202,8 @@ def draw_mean(
 def draw_reward(axes, log: list[dict]) -> None:
     """Draw the reward, its accuracy term, and your own terms. Faint lines show single steps."""
     terms = [
-        ("reward", BLUE, "total, 0 to 6"),
-        ("accuracy", ORANGE, "accuracy, eq. (5), 0 to 4"),
+        ("reward", BLUE, "total (weighted sum)"),
+        ("accuracy", ORANGE, "accuracy term, 0 to 4"),
     ]
     for name, colour in zip(new_terms(log[0]), itertools.cycle((GREEN, PINK, BLACK))):
         terms.append((name, colour, f"{name} ({option(name)}-weight)"))
@@ -232,7 +236,8 @@ def draw_held_out(axes, log: list[dict], summary: dict | None) -> None:
         ceiling = summary["ceiling"]["gIoU"]
         axes.axhline(ceiling, color=BLACK, ls="--", lw=1, label="true boxes through SAM")
     axes.set(title="Held-out questions, greedy", ylabel="gIoU", ylim=(0, 1))
-    axes.legend(**LEGEND, loc="lower right")
+    # Scores can be anywhere from 0 to 1. So the legend is below the panel.
+    axes.legend(**LEGEND, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
 def draw_format(axes, log: list[dict]) -> None:
@@ -280,7 +285,7 @@ def curves(path: Path, log: list[dict], summary: dict | None = None) -> None:
     With `summary`, squares show the test scores of the base model and of the trained policy. A line
     shows the score of SAM with the true boxes.
     """
-    figure = Figure(figsize=(12, 6.6))
+    figure = Figure(figsize=(12, 7.2))
     panels = figure.subplots(2, 3)
     draw_reward(panels[0, 0], log)
     draw_held_out(panels[0, 1], log, summary)

@@ -653,6 +653,21 @@ def test_a_reward_term_of_ones_own_is_drawn_and_explained_with_the_option_of_its
     assert "--short-text-weight" in explain("short_text") and explain("kl") == COLUMNS["kl"]
 
 
+@pytest.mark.parametrize("score", [0.05, 0.4, 0.95])
+def test_the_legend_of_the_held_out_scores_covers_no_score(score):
+    names = ("gIoU", "gIoU_lenient")
+    log = [
+        {"step": step} | {f"validation_{name}": score for name in names} for step in range(1, 10)
+    ]
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    plots.draw_held_out(axes, log, None)
+    figure.canvas.draw()
+    box = axes.get_legend().get_window_extent()
+    points = np.concatenate([axes.transData.transform(x.get_xydata()) for x in axes.lines])
+    assert len(points) == 18 and not any(box.contains(*point) for point in points)
+
+
 # ----------------------------------------------------------------------------------------- the command and its pictures
 
 
@@ -914,6 +929,8 @@ def test_text_of_any_script_is_drawn_without_a_warning_and_what_no_font_has_by_i
         plots.legible("a\x07b\u202ec", 40) == "a⟨U+0007⟩b⟨U+202E⟩c"
         and plots.legible("one two three four", 9, 1) == "one two …"
     )
+    # A wide character takes two of the columns, as Chinese does.
+    assert [len(line) for line in plots.legible(30 * "😀", 40).split("\n")] == [20, 10]
     with Image.open(tmp_path / "b.png") as image:
         assert image.width > 1000
 
