@@ -39,7 +39,6 @@ SHOWN = (  # the settings that the page uses
     "sam",
     "data",
     "eval_data",
-    "processes",
     "questions",
     "group",
     "updates",
@@ -194,12 +193,13 @@ def content(folder: Path, test: dict) -> dict:
     names = list(dict.fromkeys(name for line in log for name in line))
     terms = names[names.index("reward") + 1 : names.index("zero_variance")]
     weights = s.reward_weights
+    lines = [{"skipped_updates": 0} | line for line in log]  # only steps that have some log them
     return {
         "name": folder.resolve().name,
         "settings": {name: getattr(s, name) for name in SHOWN},
         "terms": {name: weights.get(name, 1.0) for name in terms if name != "iou"},
         "columns": {name: explain(name) for name in [*COLUMNS, *names]},
-        "log": {name: [rounded(line.get(name)) for line in log] for name in names},
+        "log": {name: [rounded(line.get(name)) for line in lines] for name in names},
         "summary": summary,
         "steps": [step for step in traced_steps(folder) if step["step"] <= last],
         "test": test,

@@ -301,6 +301,15 @@ def test_an_error_of_the_page_is_printed_and_does_not_end_a_run(run, tmp_path, c
     assert "report.html is not written" in capsys.readouterr().out
 
 
+def test_a_step_without_skipped_updates_has_0_of_them_on_the_page(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    log = read_log(folder)
+    log[1]["skipped_updates"] = 2
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    data = block(report.write_report(folder).read_text(encoding="utf-8"))
+    assert data["log"]["skipped_updates"] == [0, 2, 0, 0]
+
+
 def test_numbers_that_json_cannot_hold_are_left_out_of_the_page(run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     summary = json.loads((folder / "summary.json").read_text())
@@ -402,7 +411,7 @@ addEventListener("load", () => {
     found.answers = document.querySelectorAll("#answers > div").length;
     document.querySelectorAll("#answers > div")[1].focus();
     document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true }));
-    found.focus = document.activeElement.getAttribute("aria-pressed");
+    found.focus = document.activeElement.getAttribute("aria-current");
     document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
     found.key = document.getElementById("tip").textContent;
     found.chosen = document.querySelector("#picture p b").textContent;
@@ -434,19 +443,19 @@ def browse(page: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
 
 
-def with_check(page: Path, out: Path) -> Path:
-    """Return a copy of a page whose policy allows CHECK too, and which runs it."""
+def with_check(page: Path, out: Path, check: str = CHECK) -> Path:
+    """Return a copy of a page whose policy allows the script `check` too, and which runs it."""
     import hashlib
 
-    digest = base64.b64encode(hashlib.sha256(CHECK.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(check.encode()).digest()).decode()
     html = page.read_text(encoding="utf-8")
     html = html.replace("script-src '", f"script-src 'sha256-{digest}' '", 1)
-    out.write_text(html.replace("<body>", f"<body><script>{CHECK}</script>", 1), encoding="utf-8")
+    out.write_text(html.replace("<body>", f"<body><script>{check}</script>", 1), encoding="utf-8")
     return out
 
 
 def checked(page: Path) -> tuple[dict, str]:
-    """Open a page that runs CHECK. Returns the values that CHECK found, and the browser's messages."""
+    """Open a page that runs a check. Returns the values found, and the browser's messages."""
     done = browse(page, "--dump-dom", "--window-size=1300,900")
     [text] = re.findall(r"<title>FOUND(.*?)END</title>", done.stdout, re.S)
     return json.loads(html_text.unescape(text)), done.stderr
@@ -463,9 +472,9 @@ def test_the_page_works_in_a_browser_without_an_error(run, tmp_path):
     assert found["colour"] == "ratio" and found["answers"] == 4
     assert re.fullmatch(r"Answer \d of 4", found["chosen"])
     assert "probability" in found["tip"] and "probability" in found["key"]
-    assert found["focus"] == "true"  # the chosen answer was drawn again, and keeps the focus
+    assert found["focus"] == "true"  # the chosen answer keeps the focus
     trained = json.loads((folder / "test-trained.json").read_text())
-    assert set(found["kinds"]) == {"all", *[row["kind"] for row in trained]}
+    assert set(found["kinds"]) == {"all kinds", *[row["kind"] for row in trained]}
     assert found["cards"] == sum(row["kind"] == found["kinds"][1] for row in trained)
     assert found["dialog"] and found["images"] == 0 and found["wide"] <= 0
     assert found["errors"] == [] and "CONSOLE" not in messages
@@ -485,6 +494,98 @@ def test_light_and_dark_screenshots_differ_and_a_narrow_window_does_not_scroll_s
     page = with_check(folder / "report.html", tmp_path / "page.html")
     done = browse(page, "--dump-dom", "--window-size=500,900")
     assert '"wide":0' in done.stdout
+
+
+CHECK_PARTS = """
+addEventListener("load", () => {
+  const one = (selector) => document.querySelector(selector);
+  const box = (selector) => one(selector).getBoundingClientRect();
+  const touch = (node, ...names) => names.forEach((name) =>
+    node.dispatchEvent(new PointerEvent(name, { bubbles: name === "pointerdown" })));
+  const tip = one("#tip");
+  const found = { mapped: one("#mapped").textContent, tabs: one("#map i").tabIndex };
+  found.wide = box("#map i:last-child").right - box("#map").right;
+  found.over = box("#mapped").bottom - box("#map i").top;
+  found.dot = [box("#picture circle").width, box("#picture circle").height];
+  found.crosses = document.querySelectorAll("#picture path").length;
+  found.dots = document.querySelectorAll("#picture circle").length;
+  found.high = box("#picture .picture").height / innerHeight;
+  found.shape = box("#picture .picture").height / box("#picture .picture").width;
+  const answer = one("#answers > [aria-current=false]");
+  found.role = answer.getAttribute("role");
+  const token = answer.querySelector(".tokens span");
+  touch(token, "pointerenter", "pointerdown", "pointerup", "pointerleave");
+  token.click();
+  found.tapped = [answer.getAttribute("aria-current"), !tip.hidden, tip.textContent.length > 20];
+  touch(document.body, "pointerdown");
+  found.elsewhere = [tip.hidden, tip.textContent];
+  answer.focus();
+  answer.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+  found.pointed = !tip.hidden;
+  answer.blur();
+  found.left = tip.hidden;
+  found.kinds = [...one("#kind").options].map((each) => each.value);
+  one("#kind").selectedIndex = found.kinds.indexOf("all");
+  one("#kind").dispatchEvent(new Event("change"));
+  found.cards = document.querySelectorAll("#cards button").length;
+  one("#cards button").click();
+  found.close = document.activeElement === one("#pair > :first-child");
+  document.title = "FOUND" + JSON.stringify(found) + "END";
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(run, tmp_path_factory):
+    """The result of CHECK_PARTS: tall pictures, 256 groups of 12 answers, and the kind "all"."""
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    data = block((run[0] / "report.html").read_text(encoding="utf-8"))
+    data["settings"]["questions"] = 512
+    step = data["steps"][-1]
+    step["questions"] = [{"question": "?", "rewards": list(range(12))}] * 256
+    group = step["groups"][0]
+    group["size"] = [100, 400]
+    for answer in group["answers"]:
+        answer["objects"] = [{"box": [9, 9, 90, 90], "points": [[40, 40, 1], [20, 60, 0]]}]
+    data["test"]["questions"][0]["kind"] = "all"
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "report.html").write_text(report.page(data), encoding="utf-8")
+    return checked(with_check(folder / "report.html", folder / "check.html", CHECK_PARTS))[0]
+
+
+def test_the_map_of_many_large_groups_stays_in_its_place_and_names_the_first_process(parts):
+    assert parts["wide"] <= 0.5 and parts["over"] <= 0
+    assert "256 groups" in parts["mapped"] and "first process" in parts["mapped"]
+
+
+def test_points_on_a_tall_picture_are_round_dots_and_crosses_and_the_picture_fits(parts):
+    assert parts["dot"][0] == pytest.approx(parts["dot"][1], rel=0.01)
+    assert parts["dots"] == parts["crosses"] == 1
+    assert parts["high"] < 0.61 and parts["shape"] == pytest.approx(4, rel=0.01)
+
+
+def test_an_answer_can_be_read_and_its_numbers_close_when_the_focus_moves_away(parts):
+    assert parts["role"] == "group" and parts["tabs"] == 0
+    assert parts["pointed"] and parts["left"] and parts["close"]
+
+
+def test_a_tapped_token_shows_its_numbers_until_the_next_tap_elsewhere(parts):
+    assert parts["tapped"] == ["true", True, True] and parts["elsewhere"] == [True, ""]
+
+
+def test_a_kind_that_is_called_all_is_not_mixed_up_with_all_questions(parts):
+    assert parts["kinds"].count("all") == 1 and parts["cards"] == 1
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_a_page_is_printed_in_light_colours_in_dark_mode_too(run, tmp_path):
+    printed = []
+    for options in ([], ["--force-dark-mode"]):
+        file = tmp_path / "page.pdf"
+        browse(run[0] / "report.html", "--no-pdf-header-footer", f"--print-to-pdf={file}", *options)
+        printed.append(re.sub(rb"Date \(.*?\)", b"", file.read_bytes()))
+    assert printed[0] == printed[1] and len(printed[0]) > 10_000
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not at hand")

@@ -10,7 +10,8 @@ const LAST = NUMBERS[NUMBERS.length - 1];
 const NATS = 10000; // log-probabilities are whole ten-thousandths of a nat
 const SVG = "http://www.w3.org/2000/svg";
 
-const view = { step: LAST, question: 0, answer: 0, colour: "advantage", kind: "all", order: "change", shown: 24 };
+const view = { step: LAST, question: 0, answer: 0, colour: "advantage" };
+Object.assign(view, { kind: null, order: "change", shown: 24 }); // of the held-out questions
 
 // ------------------------------------------------------------------------------- helpers
 
@@ -56,20 +57,25 @@ function smooth(values) {
   });
 }
 
-/** Show an explanation while the pointer or the focus is on a node. */
+function hideTip() {
+  byId("tip").hidden = true;
+  byId("tip").textContent = ""; // a screen reader reads hidden text that describes a node
+}
+
+/** Show an explanation while the pointer or the focus is on a node, and after a tap on the node. */
 function explained(node, text) {
   const tip = byId("tip");
   const show = () => {
-    tip.textContent = text();
     tip.hidden = false;
+    tip.textContent = text();
     const place = node.getClientRects()[0];
     const below = place.bottom + 8 + tip.offsetHeight < innerHeight;
     tip.style.top = `${below ? place.bottom + 8 : place.top - tip.offsetHeight - 8}px`;
     tip.style.left = `${Math.max(8, Math.min(place.left, innerWidth - tip.offsetWidth - 8))}px`;
   };
-  const hide = () => (tip.hidden = true);
-  for (const event of ["pointerenter", "focus"]) node.addEventListener(event, show);
-  for (const event of ["pointerleave", "blur"]) node.addEventListener(event, hide);
+  for (const event of ["pointerenter", "focus", "click"]) node.addEventListener(event, show);
+  for (const event of ["pointerleave", "blur"]) node.addEventListener(event, hideTip);
+  node.setAttribute("aria-describedby", "tip");
   return node;
 }
 
@@ -149,7 +155,7 @@ function chart(name) {
   const share = ["iou", "zero_variance", "unique"].includes(name) || name.endsWith("_format");
   let high = share ? 1 : Math.max(0, ...known);
   if (high === low) high = low + 1;
-  const trend = known.length === values.length ? smooth(values) : filled(values);
+  const trend = name.startsWith("validation_") ? filled(values) : smooth(values);
   const paths = [
     make("path", { class: "raw", d: line(values, low, high) }),
     make("path", { d: line(trend, low, high) }),
@@ -239,30 +245,39 @@ function drawCurves() {
 
 // ------------------------------------------------------------------------------ pictures
 
-/** Make a picture with mask, boxes and points. `side` is the range of the coordinates. */
+const CROSS = "M-1-3h2v2h2v2h-2v2h-2v-2h-2v-2h2z"; // a plus, which is turned by 45 degrees
+
+/** Make a picture with mask, boxes and points. `group.side` is the range of the coordinates. */
 function picture(group, answer) {
   const [width, height] = group.size;
+  const [sx, sy] = [width / group.side, height / group.side];
+  const radius = Math.max(width, height) / 45;
   const shapes = [];
   for (const { box, points } of answer.objects) {
     const [x1, y1, x2, y2] = box;
-    shapes.push(make("rect", { x: x1, y: y1, width: x2 - x1, height: y2 - y1 }));
-    for (const [x, y, label] of points)
-      shapes.push(make("circle", { cx: x, cy: y, r: group.side / 45, fill: label ? "#1aa96b" : "#e0559f" }));
+    const sides = { width: (x2 - x1) * sx, height: (y2 - y1) * sy };
+    shapes.push(make("rect", { x: x1 * sx, y: y1 * sy, ...sides }));
+    for (const [x, y, label] of points) {
+      const transform = `translate(${x * sx} ${y * sy}) rotate(45) scale(${radius / 3})`;
+      if (label) shapes.push(make("circle", { transform, r: 3, fill: "#1aa96b" }));
+      else shapes.push(make("path", { transform, d: CROSS, fill: "#e0559f" }));
+    }
   }
-  const drawn = { viewBox: `0 0 ${group.side} ${group.side}`, preserveAspectRatio: "none" };
+  const style = `aspect-ratio: ${width} / ${height}; max-width: ${(60 * width) / height}vh`;
   return make(
     "div",
-    { class: "picture", style: `aspect-ratio: ${width} / ${height}` },
+    { class: "picture", style },
     make("img", { src: `data:image/webp;base64,${group.picture}`, alt: group.question }),
     make("img", { src: `data:image/png;base64,${answer.overlay}`, alt: "" }),
-    make("svg", drawn, ...shapes),
+    make("svg", { viewBox: `0 0 ${width} ${height}` }, ...shapes),
   );
 }
 
 function keyOfPicture() {
-  const parts = { "SAM's mask": "#f59e0b", "true mask": "#999", box: "#4aa3ff", "point on": "#1aa96b", "point off": "#e0559f" };
-  const keys = Object.entries(parts).map(([name, colour]) =>
-    make("span", { class: "key" }, make("i", { style: `background: ${colour}` }), name),
+  const parts = { mask: "SAM's mask", truth: "true mask", box: "box" };
+  Object.assign(parts, { on: "point on", off: "point off" });
+  const keys = Object.entries(parts).map(([part, name]) =>
+    make("span", { class: "key" }, make("i", { class: part }), name),
   );
   return make("p", {}, ...keys);
 }
@@ -337,15 +352,18 @@ function drawMap(step) {
     const cells = sorted.map((reward) =>
       make("b", { style: `background: rgba(var(--plus), ${(0.08 + (0.92 * Math.max(0, reward)) / most).toFixed(2)})` }),
     );
-    const column = make("i", places.includes(i) ? { class: "shown" } : {}, ...cells);
+    const shown = places.includes(i) ? "shown" : "";
+    const label = { role: "img", "aria-label": `group ${i + 1}` };
+    const column = make("i", { class: shown, tabindex: 0, ...label }, ...cells);
     return explained(column, () => `${question}: rewards ${sorted.map(short).join(", ")}`);
   });
   const flat = step.questions.filter(({ rewards }) => Math.max(...rewards) === Math.min(...rewards)).length;
+  byId("map").style.setProperty("--groups", columns.length);
   byId("map").replaceChildren(...columns);
   const text = `The rewards of ${columns.length} groups, ${flat} of them without differences`;
   byId("map").setAttribute("aria-label", text);
-  const { processes } = data.settings;
-  byId("mapped").textContent = processes > 1 ? `${text} (the groups of the first of ${processes} processes)` : text;
+  const part = columns.length < data.settings.questions; // each process has a part of the questions
+  byId("mapped").textContent = part ? `${text} (the groups of the first process)` : text;
 }
 
 function drawTerms(group, answer) {
@@ -383,7 +401,8 @@ function drawAnswer(group, answer, i) {
   if (answer.truncated) text.append(make("p", { class: "muted" }, "cut off at --max-new-tokens"));
   const choose = () => go({ answer: i });
   const label = `answer ${i + 1}, reward ${short(answer.reward)}, advantage ${signed(answer.advantage)}`;
-  const attributes = { role: "button", tabindex: 0, "aria-pressed": String(i === view.answer), "aria-label": label, click: choose };
+  const attributes = { tabindex: 0, "data-answer": i, click: choose, blur: hideTip };
+  Object.assign(attributes, { role: "group", "aria-label": label, "aria-describedby": "tip" });
   attributes.keydown = (event) => {
     if (["Enter", " "].includes(event.key)) choose();
     else if (["ArrowLeft", "ArrowRight"].includes(event.key)) pointAtToken(event.currentTarget, event.key === "ArrowRight" ? 1 : -1);
@@ -391,6 +410,18 @@ function drawAnswer(group, answer, i) {
     event.preventDefault();
   };
   return make("div", attributes, picture(group, answer), text, numbers);
+}
+
+/** Show the chosen answer. No token is drawn again, so a tapped token keeps its numbers. */
+function drawChosen() {
+  const group = nearest(view.step).groups[view.question];
+  const chosen = group.answers[view.answer];
+  const name = make("b", {}, `Answer ${view.answer + 1} of ${group.answers.length}`);
+  const title = make("p", {}, name, `, ${chosen.tokens.length} tokens`);
+  const parts = [picture(group, chosen), keyOfPicture(), title, drawTerms(group, chosen)];
+  byId("picture").replaceChildren(...parts);
+  for (const node of byId("answers").children)
+    node.setAttribute("aria-current", Number(node.dataset.answer) === view.answer);
 }
 
 /** Show the numbers of the next or the last token of an answer. */
@@ -404,6 +435,7 @@ function pointAtToken(answer, move) {
 }
 
 function drawInside() {
+  hideTip();
   if (!steps.length) {
     byId("inside").hidden = true;
     return;
@@ -420,14 +452,11 @@ function drawInside() {
       "button",
       { type: "button", "aria-pressed": String(i === view.question), click: () => go({ question: i, answer: 0 }) },
       make("small", {}, [one.why, one.kind, `update ${one.update} of ${data.settings.updates}`].filter(Boolean).join(", ")),
-      one.question,
+      make("span", { dir: "auto" }, one.question),
     ),
   );
   byId("questions").replaceChildren(...buttons);
   drawMap(step);
-  const chosen = group.answers[view.answer];
-  const title = make("p", {}, make("b", {}, `Answer ${view.answer + 1} of ${group.answers.length}`), `, ${chosen.tokens.length} tokens`);
-  byId("picture").replaceChildren(picture(group, chosen), keyOfPicture(), title, drawTerms(group, chosen));
   const choices = Object.keys(COLOURS).map((name) =>
     make("button", { type: "button", "aria-pressed": String(name === view.colour), click: () => go({ colour: name }) }, name),
   );
@@ -435,6 +464,7 @@ function drawInside() {
   byId("scale").textContent = `${COLOURS[view.colour][0]} Point at a token for its numbers, or choose an answer and press the arrow keys.`;
   const order = group.answers.map((_, i) => i).sort((a, b) => group.answers[b].reward - group.answers[a].reward);
   byId("answers").replaceChildren(...order.map((i) => drawAnswer(group, group.answers[i], i)));
+  drawChosen();
 }
 
 // -------------------------------------------------------------------- held-out questions
@@ -453,10 +483,10 @@ function openPair(one) {
     make("div", {}, make("p", {}, make("b", {}, name), ` IoU ${answer.iou.toFixed(2)}`), picture(one, answer), make("p", { class: "tokens" }, answer.text));
   const close = make("button", { type: "button", click: () => byId("pair").close() }, "Close");
   byId("pair").replaceChildren(
-    make("p", {}, make("b", {}, one.question), one.kind && ` (${one.kind})`),
+    close,
+    make("p", {}, make("b", { dir: "auto" }, one.question), one.kind && ` (${one.kind})`),
     make("div", { class: "two" }, half("before training", one.before), half("after training", one.after)),
     keyOfPicture(),
-    close,
   );
   byId("pair").showModal();
 }
@@ -466,13 +496,19 @@ function drawTest() {
     byId("test").hidden = true;
     return;
   }
-  const chosen = test.filter((one) => view.kind === "all" || one.kind === view.kind);
+  const chosen = test.filter((one) => missing(view.kind) || one.kind === view.kind);
   chosen.sort((a, b) => ORDERS[view.order][1](a) - ORDERS[view.order][1](b));
   const cards = chosen.slice(0, view.shown).map((one) =>
-    make("button", { type: "button", click: () => openPair(one) }, picture(one, one.after), make("p", {}, one.question), make("p", { class: "muted" }, changed(one))),
+    make(
+      "button",
+      { type: "button", click: () => openPair(one) },
+      picture(one, one.after),
+      make("p", { dir: "auto" }, one.question),
+      make("p", { class: "muted" }, changed(one)),
+    ),
   );
   byId("cards").replaceChildren(...cards);
-  const scores = data.test.scores.filter(([kind]) => view.kind === "all" || kind === view.kind);
+  const scores = data.test.scores.filter(([kind]) => missing(view.kind) || kind === view.kind);
   const before = mean(scores.map(([, iou]) => iou));
   const after = mean(scores.map(([, , iou]) => iou));
   let text = `${scores.length} questions, lenient gIoU ${before.toFixed(2)} → ${after.toFixed(2)}`;
@@ -482,10 +518,12 @@ function drawTest() {
 }
 
 function fillMenus() {
-  const kinds = ["all", ...new Set(test.map((one) => one.kind))];
-  byId("kind").append(...kinds.map((kind) => make("option", { value: kind }, kind || "no kind")));
+  const kinds = [null, ...new Set(test.map((one) => one.kind))]; // null: all
+  const names = kinds.map((kind) => (kind === null ? "all kinds" : kind || "no kind"));
+  byId("kind").append(...names.map((name) => make("option", {}, name)));
   byId("order").append(...Object.entries(ORDERS).map(([name, [text]]) => make("option", { value: name }, text)));
-  byId("kind").addEventListener("change", () => go({ kind: byId("kind").value, shown: 24 }));
+  const kind = () => kinds[byId("kind").selectedIndex];
+  byId("kind").addEventListener("change", () => go({ kind: kind(), shown: 24 }));
   byId("order").addEventListener("change", () => go({ order: byId("order").value, shown: 24 }));
   byId("more").addEventListener("click", () => go({ shown: view.shown + 48 }));
 }
@@ -542,10 +580,10 @@ function drawStep() {
 /** Change the view and draw what depends on it. The address keeps the view. */
 function go(change) {
   Object.assign(view, change);
-  byId("tip").hidden = true;
   const focused = focusPlace();
   if (change.step !== undefined) drawStep();
-  if (["step", "question", "answer", "colour"].some((name) => name in change)) drawInside();
+  if (["step", "question", "colour"].some((name) => name in change)) drawInside();
+  else if ("answer" in change) drawChosen();
   if (["kind", "order", "shown"].some((name) => name in change)) drawTest();
   if (focused) focused();
   const { step, question, answer, colour } = view;
@@ -581,8 +619,9 @@ byId("theme").addEventListener("click", () => {
   page.dataset.theme = page.dataset.theme === "dark" ? "light" : "dark";
 });
 addEventListener("keydown", (event) => {
-  if (event.key === "Escape") byId("tip").hidden = true;
+  if (event.key === "Escape") hideTip();
 });
+addEventListener("pointerdown", hideTip, true); // the click that follows shows the next tip
 drawHeader();
 drawCurves();
 prepareSteps();
