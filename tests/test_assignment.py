@@ -39,7 +39,10 @@ def graded(file):
 
 def test_the_solution_passes_all_tests():
     done = graded(SOLUTION)
-    assert done.returncode == 0 and re.search(r"4\d passed", done.stdout), done.stdout[-1000:]
+    page = (FOLDER / "README.md").read_text()
+    count, total = re.search(r"(\d+) of the (\d+) tests", page).groups()
+    assert done.returncode == 0 and f"{total} passed" in done.stdout, done.stdout[-1000:]
+    assert int(count) == len(test_my_samr1.FAULTS) + 4  # tests with right answers
 
 
 def test_the_open_file_fails_every_test_with_one_sentence_and_without_a_traceback():
@@ -126,6 +129,31 @@ MISTAKES = {
     "deep JSON": ("(ValueError, RecursionError)", "ValueError"),
     "no backward": ("(of_group / len(samples)).backward()", "of_group / len(samples)"),
     "no update": ("    tools.update()\n", ""),
+    "keys not checked": (
+        'content.get("bbox"), content.get("points")',
+        'content["bbox"], content["points"]',
+    ),
+    "points of any type": ("not isinstance(points, list) or not points", "not points"),
+    "boxes of any type": ("not isinstance(box, list) or len(box)", "len(box)"),
+    "objects of any type": ("    if not isinstance(content, dict):\n        return None\n", ""),
+    "no lower bound": ("abs(value) < 1e6  #", "value < 1e6  #"),
+    "true as a number": ("type(value) in (int, float)", "isinstance(value, (int, float))"),
+    "whole numbers only": ("type(value) in (int, float)", "type(value) is int"),
+    "no label 0": ("not in (0, 1)", "!= 1"),
+    "no whitespace": ("text.strip()", "text"),
+    "a tag twice": (" or any(text.count(tag) != 1 for tag in TAGS)", ""),
+    "weights for two answers": ("(len(lengths) * length)", "(2 * length)"),
+    "eps not used": ("ratio.clamp(1 - eps_low, 1 + eps_high)", "ratio.clamp(0.8, 1.3)"),
+    "linear ratio": ("(logp - old).exp()", "1 + logp - old"),
+    "the third answer sees the first": (
+        "        start = end\n",
+        "        visible[end:, prompt:start] = True\n        start = end\n",
+    ),
+    "points not used": ("tools.mask(sample, box, points)", "tools.mask(sample, box, [])"),
+    "points not scaled": (
+        "tools.mask(sample, box, points)",
+        'tools.mask(sample, box, answer["points"])',
+    ),
     "no reward for the format": ("return 2.0 + accuracy", "return accuracy"),
 }
 

@@ -18,19 +18,20 @@ import torch
 def read_answer(text: str) -> dict | None:
     """1. Read box and points from the text of an answer.
 
-    A good answer has exactly this form, and nothing before or after it:
+    A good answer has this form, with each tag once. Whitespace around its two parts is allowed:
 
         <think>...</think><answer>{"bbox": [x1, y1, x2, y2], "points": [[x, y, label], ...]}</answer>
 
     Return {"box": [x1, y1, x2, y2], "points": [[x, y, label], ...]}. Return None if
 
       - the text has another form, or the content of <answer> is not a JSON object
-      - the box does not have exactly four finite numbers between -1,000,000 and 1,000,000
+      - "bbox" is missing, or is not a list of four numbers
       - x2 <= x1, or y2 <= y1
-      - there is no point
-      - a point has fewer or more than three numbers, or one that is not finite
-      - the label of a point is neither 0 nor 1
+      - "points" is missing, or is not a list with at least one point
+      - a point is not a list of three numbers, or its label is neither 0 nor 1
+      - a number is not between -1,000,000 and 1,000,000
 
+    Here, NaN and true are not numbers.
     Never raise an error: the policy can write any text. The text in <think> can have several lines.
     Hints: re.fullmatch with re.DOTALL, json.loads, RecursionError.
     """

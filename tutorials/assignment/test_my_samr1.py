@@ -27,11 +27,24 @@ def test_a_good_answer_is_read(mine):
     assert found == wanted, f"read_answer must return {wanted} for a good answer, not {found}"
 
 
+def test_floats_negative_numbers_several_points_and_another_order_are_read(mine):
+    good = '{"points": [[25.5, 40, 0], [-3, 4, 1]], "bbox": [-1, 2.5, 40, 60]}'
+    found = mine.read_answer(f"<think>It is left.</think><answer>{good}</answer>")
+    wanted = {"box": [-1, 2.5, 40, 60], "points": [[25.5, 40, 0], [-3, 4, 1]]}
+    assert found == wanted, f"read_answer must return {wanted} for {good}, not {found}"
+
+
+def test_whitespace_around_both_parts_is_allowed(mine):
+    found = mine.read_answer(" " + GOOD.replace("<answer>", "\n<answer>") + "\n")
+    assert found is not None, "whitespace before, between and after the two parts is allowed"
+
+
 FAULTS = [
     ("an answer without <think>", GOOD.split("</think>")[1]),
     ("text before <think>", "Well. " + GOOD),
     ("text after </answer>", GOOD + " Done."),
     ("two answers", GOOD + GOOD),
+    ("two thoughts", "<think>Or right.</think>" + GOOD),
     ("content that is no JSON", GOOD.replace('"bbox"', "'bbox'")),
     (
         "a JSON list instead of an object",
@@ -57,6 +70,16 @@ FAULTS = [
     ("a number of the box above 1,000,000", GOOD.replace("60]", "2000000]")),
     ("a number that is infinite", GOOD.replace("[10, 20, 40, 60]", "[10, 20, 40, 1e999]")),
     ("a number of 401 digits", GOOD.replace("60]", "1" + "0" * 400 + "]")),
+    ("an object without bbox", GOOD.replace('"bbox"', '"box"')),
+    ("an object without points", GOOD.replace('"points"', '"point"')),
+    ("a number instead of an object", "<think>It is left.</think><answer>5</answer>"),
+    ("null instead of a box", GOOD.replace("[10, 20, 40, 60]", "null")),
+    ("a number instead of points", GOOD.replace("[[25, 40, 1]]", "5")),
+    ("a point that is not in a list", GOOD.replace("[[25, 40, 1]]", "[25, 40, 1]")),
+    ("a number of the box below -1,000,000", GOOD.replace("[10,", "[-2000000,")),
+    ("a number of a point above 1,000,000", GOOD.replace("[25,", "[2000000,")),
+    ("a number of 401 digits in a point", GOOD.replace("[25,", "[1" + "0" * 400 + ",")),
+    ("true in the box", GOOD.replace("[10,", "[true,")),
     ("100,000 brackets", GOOD.replace("[10, 20, 40, 60]", "[" * 100_000)),
 ]
 
@@ -145,9 +168,10 @@ def test_a_group_with_equal_rewards_has_no_advantages(mine):
 
 
 def test_both_normalisers(mine):
-    token, sequence = [mine.token_weights([1, 3], kind) for kind in ("token", "sequence")]
-    assert near(token, [0.25] * 4), 'with "token", each of the S tokens has the weight 1 / S'
-    assert near(sequence, [0.5, 1 / 6, 1 / 6, 1 / 6]), 'with "sequence", answers have equal weights'
+    token, sequence = [mine.token_weights([1, 3, 2], kind) for kind in ("token", "sequence")]
+    assert near(token, [1 / 6] * 6), 'with "token", each of the S tokens has the weight 1 / S'
+    wanted = [1 / 3] + [1 / 9] * 3 + [1 / 6] * 2
+    assert near(sequence, wanted), 'with "sequence", answers have equal weights'
 
 
 # ---------------------------------------------------------------------------------------- 7. kl
@@ -185,11 +209,18 @@ def test_the_loss_before_the_first_update(mine):
 
 
 def test_the_clip_stops_tokens_that_have_moved_far_enough(mine):
-    _, gradient = loss_of(mine, [1.4, 1.25, 0.7, 0.85], [1.0, -1.0], [2, 2])
-    assert gradient[0] == 0, "with a positive advantage, the ratio 1.4 is clipped: no gradient"
-    assert gradient[1] < 0, "with a positive advantage, the ratio 1.25 is not clipped at 1.3"
-    assert gradient[2] == 0, "with a negative advantage, the ratio 0.7 is clipped: no gradient"
-    assert gradient[3] > 0, "with a negative advantage, the ratio 0.85 is not clipped at 0.8"
+    _, gradient = loss_of(mine, [1.32, 1.28, 0.78, 0.82], [1.0, -1.0], [2, 2])
+    assert gradient[0] == 0, "with a positive advantage, the ratio 1.32 is clipped: no gradient"
+    assert gradient[1] < 0, "with a positive advantage, the ratio 1.28 is not clipped at 1.3"
+    assert gradient[2] == 0, "with a negative advantage, the ratio 0.78 is clipped: no gradient"
+    assert gradient[3] > 0, "with a negative advantage, the ratio 0.82 is not clipped at 0.8"
+
+
+def test_the_clip_uses_eps_low_and_eps_high(mine):
+    _, gradient = loss_of(mine, [1.4, 0.75], [1.0, -1.0], [1, 1], eps_low=0.3, eps_high=0.5)
+    assert (gradient != 0).all(), "with eps_low=0.3 and eps_high=0.5, 0.75 and 1.4 are not clipped"
+    _, gradient = loss_of(mine, [1.15, 0.85], [1.0, -1.0], [1, 1], eps_low=0.1, eps_high=0.1)
+    assert (gradient == 0).all(), "with eps_low=0.1 and eps_high=0.1, 0.85 and 1.15 are clipped"
 
 
 def test_the_minimum_holds_for_both_signs(mine):
@@ -214,27 +245,27 @@ def test_the_kl_counts_with_the_weight_beta(mine):
 
 
 def test_positions_of_a_packed_row(mine):
-    positions, _ = mine.packed_row(3, [2, 4])
-    wanted = [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    positions, _ = mine.packed_row(3, [2, 4, 3])
+    wanted = [0, 1, 2, 3, 4, 3, 4, 5, 6, 3, 4, 5]
     assert (
         positions.tolist() == wanted
     ), f"positions must be {wanted}: each answer starts after the prompt"
 
 
 def test_visibility_of_a_packed_row(mine):
-    _, visible = mine.packed_row(3, [2, 4])
-    assert visible.shape == (9, 9) and visible.dtype == torch.bool, "visible is bool [T, T]"
+    _, visible = mine.packed_row(3, [2, 4, 3])
+    assert visible.shape == (12, 12) and visible.dtype == torch.bool, "visible is bool [T, T]"
     assert torch.equal(
         visible[:3, :3], torch.ones(3, 3).tril().bool()
     ), "a token of the prompt sees itself and earlier tokens"
     assert not visible[:3, 3:].any(), "the prompt must not see an answer"
     assert visible[3:, :3].all(), "each token of an answer sees the whole prompt"
-    assert not visible[5:, 3:5].any(), "the second answer must not see the first one"
-    assert not visible[3:5, 5:].any(), "the first answer must not see the second one"
-    for block in (visible[3:5, 3:5], visible[5:, 5:]):
-        wanted = torch.ones(len(block), len(block)).tril().bool()
+    for start, end in ((3, 5), (5, 9), (9, 12)):
+        assert not visible[start:end, 3:start].any(), "an answer must not see earlier answers"
+        assert not visible[start:end, end:].any(), "an answer must not see later answers"
+        wanted = torch.ones(end - start, end - start).tril().bool()
         assert torch.equal(
-            block, wanted
+            visible[start:end, start:end], wanted
         ), "a token of an answer sees itself and earlier tokens of it"
 
 
@@ -261,6 +292,7 @@ class FakeTools:
         return groups
 
     def mask(self, sample, box, points):
+        assert near(points, [[4, 2, 1]]), "scale the points too, and pass them to tools.mask"
         mask = torch.zeros(sample.image.height, sample.image.width, dtype=torch.bool)
         x1, y1, x2, y2 = [round(v) for v in box]
         mask[y1:y2, x1:x2] = True
