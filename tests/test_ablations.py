@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from samr1_mini.config import parse_settings
 
@@ -73,6 +74,7 @@ def test_two_seeds_are_told_one_by_one_and_a_row_is_apart_where_both_are_or_wher
     [below] = [x for x in two if (x["row"], x["seed"]) == ("G = 16", 1)]
     below["scenes"] = [x - 0.2 for x in below["scenes"]]
     assert ablations.side(two, "G = 16") == 0  # one above, one below
+    assert ablations.side(two, "G = 4") == 0  # no runs
 
 
 def test_every_interval_that_notebook_5_and_its_note_quote_is_that_of_its_runs():
@@ -169,6 +171,19 @@ def test_an_ablation_that_was_stopped_halfway_goes_on_and_else_starts_anew_in_a_
     )
 
 
+@pytest.mark.parametrize("saved", ["metrics.jsonl", "state.pt"])
+def test_a_run_that_another_program_is_making_is_refused_and_keeps_its_files(
+    saved, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    folder = tmp_path / "runs" / "ablations" / "base-seed0"
+    folder.mkdir(parents=True)
+    (folder / saved).touch()
+    with FileLock(folder / "lock"), pytest.raises(RuntimeError, match="base, seed 0: another"):
+        ablations.one_run("base", 0)
+    assert (folder / saved).exists()
+
+
 def test_a_runs_folder_goes_only_when_its_line_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     monkeypatch.setattr(ablations, "figures_of", lambda folder: {"scenes": [0.5]})
@@ -235,6 +250,9 @@ def test_a_challenge_makes_five_runs_with_its_options_and_prints_a_row(
     tmp_path, monkeypatch, capsys, rows_put_back
 ):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations, "FILE", tmp_path / "committed.csv")
+    for seed in range(5):
+        ablations.write(line_of("base", seed, 0.4 + seed / 100))
 
     def one_run(row, seed, keep):
         line = line_of(row, seed, 0.5 + seed / 100)
@@ -244,11 +262,16 @@ def test_a_challenge_makes_five_runs_with_its_options_and_prints_a_row(
     monkeypatch.setattr(ablations, "one_run", one_run)
     with redirect_stderr(StringIO()):
         ablations.main(["--challenge", "my idea", "--group", "16", "--no-points"])
-    lines = ablations.read(tmp_path / "runs" / "challenge.csv")
+    file = tmp_path / "runs" / "challenge.csv"
+    lines = ablations.read(file)
     assert [line["options"] for line in lines] == ["--group 16 --no-points"] * 5
     half = 2.776 * np.std([0.5, 0.51, 0.52, 0.53, 0.54], ddof=1) / 5**0.5  # Student's t
-    cells = [cell.strip() for cell in capsys.readouterr().out.strip().strip("|").split("|")]
-    assert cells == ["my idea: `--group 16 --no-points`", f"0.520 ± {half:.3f}", "5"]
+    printed = f"| my idea: `--group 16 --no-points` | 0.520 ± {half:.3f} | 5 |\nagainst base: "
+    assert capsys.readouterr().out == f"{printed}+0.100 ± 0.000\n"
+    for seed in range(5):
+        ablations.write(line_of("base", seed, 0.5 + seed / 100), file)
+    ablations.print_challenge(ablations.read(file), "my idea")
+    assert capsys.readouterr().out == f"{printed}+0.000 ± 0.000\n"  # own runs of base come first
 
 
 def test_a_second_challenge_of_the_same_name_with_other_options_is_refused(

@@ -13,9 +13,10 @@ with 80 % power. "within" is the smallest number m for which a test at the 5 % l
 true difference lies between -m and m. "=" marks an m of at most 0.05. paired.py explains both.
 PREDICTED holds the expected result of each row. It was committed before the first run. The
 word "places" in it is the answer style that lists coordinates before it chooses an object.
-`--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours,
-and prints the row of the README's table. You may change the code instead of options. Then take a
-new name for each change. The runs are kept in runs/challenge.csv, or in the file of --results.
+`--challenge "my idea" --group 16` makes five runs of a new row, with the options of base and yours.
+It prints the row of the README's table, and the difference from base. You may change the code
+instead of options. Then take a new name for each change. The runs are kept in runs/challenge.csv,
+or in the file of --results. If this file has no runs of base, the committed runs are used.
 Each run has one thread, so that the results do not depend on the number of cores. Each core makes
 one run at a time.
 """
@@ -40,6 +41,7 @@ from threading import Lock
 
 import matplotlib.pyplot as plt
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,6 +228,17 @@ def check_options(folder: Path, options: list[str], run: str) -> None:
         )
 
 
+def check_lock(folder: Path, run: str) -> None:
+    """Refuse a run that another program is making now."""
+    try:
+        with FileLock(folder / "lock", blocking=False):
+            pass
+    except Timeout:
+        raise RuntimeError(f"{run}: another program is making this run in {folder} now") from None
+    except (OSError, NotImplementedError):  # some network disks have no locks
+        pass
+
+
 def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     """Train and test once, or continue a run that was stopped.
 
@@ -242,6 +255,7 @@ def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     if row in BY_FUNCTION:
         program = [str(ROOT / "tutorials" / "row_functions.py"), row]
     command = [sys.executable, *program, *options]
+    check_lock(folder, run)
     if (folder / "state.pt").exists():
         check_options(folder, options, run)
         command.append("--resume")
@@ -470,9 +484,12 @@ def with_interval(values: list[np.ndarray], sign: str = "") -> str:
 def side(lines: list[dict], row: str) -> int:
     """Return 1 or -1 if the interval of a row lies above or below base, else 0.
 
-    With one seed or two, the interval of each seed over scenes must lie on the same side.
+    A row without runs gives 0. With one seed or two, the interval of each seed over scenes must lie
+    on the same side.
     """
     apart = differences(lines, row)
+    if not apart:
+        return 0
     intervals = [interval([x]) for x in apart]
     if len(apart) > 2:
         intervals = [interval(apart)]
@@ -515,10 +532,16 @@ def rows_of(lines: list[dict], title: str) -> list[str]:
 
 
 def print_challenge(lines: list[dict], row: str) -> None:
-    """Print a row of the README's table."""
+    """Print a row of the README's table, and its difference from base.
+
+    Without own runs of base, the difference is from the committed runs.
+    """
     change = row if not ROWS[row] else f"{row}: `{ROWS[row]}`"
     runs, mean, *_ = cells(lines, row)
     print(f"| {change} | {mean} | {runs} |")
+    if not values_of(lines, "base", "gIoU"):
+        lines = lines + read()
+    print(f"against base: {with_interval(differences(lines, row), '+')}")
 
 
 def print_table(lines: list[dict], title: str) -> None:
