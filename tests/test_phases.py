@@ -127,6 +127,11 @@ def test_a_style_that_hardly_any_answer_has_gets_no_mean_reward(tmp_path, monkey
             and (run / "answers.jsonl").write_text('{"step": 1, "te'),
             "answers.jsonl",
         ),
+        (
+            lambda run: write_run(run, 3, 0)
+            and (run / "metrics.jsonl").write_text('{"step": 3}\n'),
+            "metrics.jsonl",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_drawn_gives_one_line(tmp_path, spoil, file, capsys):

@@ -260,6 +260,12 @@ def test_a_stage_that_was_cut_goes_on_from_its_last_hundred_steps_to_the_same_we
     assert torch.equal(resumed, whole) and (whole - torch.tensor([1.0, 1, 1, 0])).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_a_stage_can_have_any_small_number_of_steps(steps, tmp_path):
+    _, taken = learn_a_line(tmp_path, steps)
+    assert len(taken) == steps
+
+
 def test_a_state_of_another_number_of_steps_is_refused(tmp_path):
     learn_a_line(tmp_path, cut=100)
     with pytest.raises(UserError, match="line.pt .* 250 steps, not 300: delete"):

@@ -45,6 +45,8 @@ def read_run(folder: str) -> tuple[list[dict], list[dict]]:
     for name, lines in (("metrics", metrics), ("answers", answers)):
         if not lines:
             raise UserError(f"{folder}: {name}.jsonl is missing or empty")
+    if metrics[-1]["step"] != len(metrics):
+        raise UserError(f"{folder}: metrics.jsonl lacks steps: restore it, or choose another run")
     for answer in answers:
         answer["style"] = style_of(answer["text"])
     return metrics, answers

@@ -22,12 +22,13 @@ def scenes_from(start: int, count: int) -> list[Scene]:
 def one_cycle(optimizer, steps: int):
     """Return a schedule: the rate rises for a tenth of the steps, then falls to nearly 0.
 
-    Adam's first beta falls from 0.95 to 0.85 and rises again. Muon has no betas.
+    Adam's first beta falls from 0.95 to 0.85 and rises again. Muon has no betas. With 10
+    steps, OneCycleLR divides by 0. So fewer than 11 steps follow the schedule of 11 steps.
     """
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         [group["lr"] for group in optimizer.param_groups],
-        steps,
+        max(steps, 11),
         pct_start=0.1,
         final_div_factor=20,
         cycle_momentum="betas" in optimizer.defaults,

@@ -9,8 +9,8 @@ policy folder:
     python train.py --policy runs/tiny-several --objects several
 
 On purpose, the boxes in its answers are too wide, and some answers lack an object. There are no
-questions of the kinds "indirect" and "combined". So GRPO can still improve the policy. An
-interrupted command continues where it stopped.
+questions of the kinds "indirect" and "combined". So GRPO can still improve the policy. The command
+saves its state every 100 updates. An interrupted command continues from there.
 """
 
 import argparse
