@@ -179,8 +179,7 @@ def read_picture(options: Namespace) -> list:
     if not Path(options.image).is_file():
         raise UserError(f"--image {options.image}: there is no such file")
     try:
-        with open(options.image, "rb") as file:
-            image = open_picture(file)
+        image = open_picture(Path(options.image))
     except ValueError as error:  # no picture, truncated or far too large
         raise UserError(f"--image {options.image}: {error}") from None
     try:
@@ -315,7 +314,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     """Evaluate a data set, print a table, and write results.json and a sheet of answers."""
     from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
 
-    if isinstance(data, Folder) and not data.converted:  # a folder with its own data.jsonl
+    if isinstance(data, Folder) and not data.converted:  # it uses all lines, and leaves ignore out
         settings = replace(settings, sentences="all", ignore="excluded")
     out = Path(options.out)
     batch = batch_size(policy, settings, options.votes)

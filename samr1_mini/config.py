@@ -511,13 +511,18 @@ def read_settings(file: Path) -> dict:
     saved = parse_json(file.read_bytes(), file, dict, "restore the file")
     named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
     named.setdefault("processes", 1)  # older runs
-    types = {f.name: f.type for f in fields(Settings)}
     known = {name: value for name, value in named.items() if name in SETTING_NAMES}
-    for name, value in known.items():
+    check_types(known, f"{file}: ")
+    return known
+
+
+def check_types(values: dict, where: str = "") -> None:
+    """Raise UserError for a setting of the wrong type. A whole number is a float too."""
+    types = {f.name: f.type for f in fields(Settings)}
+    for name, value in values.items():
         kind, found = types[name], type(value)
         if found is not kind and (found, kind) != (int, float):
-            raise UserError(f"{file}: {name} must be of type {kind.__name__}, not {value!r:.80}")
-    return known
+            raise UserError(f"{where}{name} must be of type {kind.__name__}, not {value!r:.80}")
 
 
 def begun_settings(folder: Path) -> dict:
@@ -587,6 +592,7 @@ def check_number(name: str, value: float) -> None:
 
 def check(s: Settings) -> None:
     """Raise UserError for settings that cannot work. The error names the option."""
+    check_types(asdict(s))
     for f in fields(s):
         value = getattr(s, f.name)
         choices = f.metadata["choices"]

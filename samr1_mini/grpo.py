@@ -31,8 +31,8 @@ from .processes import add_up_gradients, average, fail_together, from_first, is_
 from .processes import join_processes, process_count, share
 from .reports import count_skipped, describe, first_answers, flat_tokens, sampling_gap, score_base
 from .reports import step_line, summarise, token_means, validate
-from .reward import Reward, read_answer, reward_terms, score_group
-from .runs import Run, known_missing, open_run
+from .reward import Reward, check_terms, read_answer, reward_terms, score_group
+from .runs import Run, known_missing, only_program, open_run
 from .segmenter import Segmenter
 from .sizes import layers_to_keep
 from .trace import Trace, keep_tokens
@@ -177,7 +177,7 @@ class Rollout:
         return torch.cat([one.logps for one in self.completions])
 
     def takes_part(self, s: Settings) -> bool:
-        """Return True if the updates use this group. If its rewards are equal, it only has a KL."""
+        """Return True if the updates use this group. With equal rewards, only its KL counts."""
         if s.beta and not s.skip_flat:
             return True
         return bool(self.advantage.any())
@@ -204,6 +204,7 @@ def roll_out(
         answers = [read_answer(c.text, side, s.max_points, c.ids, s.objects) for c in completions]
         rewards = score_group(parts.segmenter, sample, answers, s, parts.reward_terms)
         rollouts.append(Rollout(sample, prompt, completions, rewards))
+    check_terms([reward for rollout in rollouts for reward in rollout.rewards])
     if s.advantage == "gdpo":
         each = gdpo_advantages([rollout.rewards for rollout in rollouts], s.reward_weights)
     else:
@@ -366,9 +367,8 @@ def train(
     """Train, evaluate and save in the folder `s.run`. Returns the content of summary.json.
 
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
-    `reward_terms` and `loss` are the defaults. `log` is called after each step with its log line.
-    tutorials/notes/extend.md shows examples. A call from Python runs in one process. On a CPU, it
-    has one thread. Several processes (launch.py, torchrun) share the questions.
+    `reward_terms` and `loss` are the defaults. `log` gets the log line of each step. Examples are
+    in tutorials/notes/extend.md. A call from Python runs in one process (on a CPU, one thread).
     """
     from .rehearse import before_training  # not at the top, because rehearse.py imports this file
 
@@ -381,20 +381,20 @@ def train(
     missing = known_missing(folder) if s.resume else None
     policy, segmenter = load_models(s, sets, missing=missing, segmenter=segmenter)
     parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
-    run = Run(folder, parts, sets, begun)
-    if is_first():
-        parts.trace = Trace(folder, s, run.start, run.total).add
-    resumed = run.start > 0
-    before_training(parts, data, resumed)
-    base = score_base(policy, segmenter, validation, test, s, folder, resumed)
-    with run.saved_whatever_happens():
-        for step in run.steps():
-            line, answers = one_step(parts, data, step, run.asked)
-            due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
-            if due:
-                line |= validate(policy, segmenter, validation, s, folder, step + 1)
-            if log and is_first():
-                log(line)
-            run.finish_step(line, answers, due)
-    run.finish()
-    return summarise(policy, segmenter, test, s, folder, base, run)
+    with only_program(folder):
+        run = Run(folder, parts, sets, begun)
+        if is_first():
+            parts.trace = Trace(folder, s, run.start, run.total).add
+        before_training(parts, data, run.start > 0)
+        base = score_base(policy, segmenter, validation, test, s, folder, run.start > 0)
+        with run.saved_whatever_happens():
+            for step in run.steps():
+                line, answers = one_step(parts, data, step, run.asked)
+                due = bool(s.eval_every) and (step + 1) % s.eval_every == 0
+                if due:
+                    line |= validate(policy, segmenter, validation, s, folder, step + 1)
+                if log and is_first():  # before finish_step, which exits after Ctrl-C
+                    log(dict(line))
+                run.finish_step(line, answers, due)
+        run.finish()
+        return summarise(policy, segmenter, test, s, folder, base, run)

@@ -26,7 +26,7 @@ def check_models(s: Settings) -> None:
     check_segmenter(s.sam, s.sam_checkpoint)
     choose_prompt(s)  # raises UserError for a bad --prompt-file
     if s.start_from:
-        adapter = check_adapter_files(start_adapter(s), "--start-from")
+        adapter = check_adapter_files(start_adapter(s), "--resume" if s.resume else "--start-from")
         rank = adapter.get("r")
         if rank != s.rank:
             raise UserError(f"--start-from {s.start_from} has rank {rank}: use --rank {rank}")

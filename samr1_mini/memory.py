@@ -72,8 +72,9 @@ def less_memory(s: Settings) -> list[str]:
 def is_memory_error(error: BaseException) -> bool:
     """Return True if the memory of the machine or of the GPU ran out.
 
-    Windows then says that its paging file is too small. On a CPU, PyTorch raises a RuntimeError. A
-    GPU can report it as AcceleratorError, and its library cuBLAS as CUBLAS_STATUS_ALLOC_FAILED.
+    If RAM is full, Windows says that its paging file is too small. On a CPU, PyTorch raises a
+    RuntimeError. A GPU can report it as AcceleratorError, and its library cuBLAS as
+    CUBLAS_STATUS_ALLOC_FAILED.
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

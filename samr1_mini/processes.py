@@ -110,10 +110,10 @@ def error_for_others(error: Exception | None) -> Exception | None:
     """Return the error that the other processes raise. It must be of a type that can be pickled."""
     if error is None:
         return None
-    if is_memory_error(error):
-        return torch.OutOfMemoryError(str(error))
     if isinstance(error, (UserError, OSError)):
         return UserError(str(error))
+    if is_memory_error(error):
+        return torch.OutOfMemoryError(str(error))
     return RuntimeError(f"another process failed: {cause(error)}")
 
 

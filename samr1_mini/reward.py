@@ -335,14 +335,15 @@ def draw_masks(segmenter: Segmenter, sample: Sample, rewards: list[Reward]) -> N
 
 
 def check_terms(rewards: list[Reward]) -> None:
-    """Raise UserError unless all answers of a group have the same terms, with finite values.
+    """Raise UserError unless all answers of a step have the same terms, with finite values.
 
-    Also for a term with the name of another column of the log.
+    A term becomes a column of the log. So it must not have the name of another column, and its name
+    must not end in _min or _max: processes.average treats these in another way.
     """
     names = rewards[0].terms.keys()
     for name in names - {"accuracy", "reasoning_format", "segmentation_format"}:
-        if name in COLUMNS or name.endswith(("_min", "_max")):  # the log's other columns
-            raise UserError(f"the reward term {name!r} has the name of a log column: rename it")
+        if name in COLUMNS or name.endswith(("_min", "_max")):
+            raise UserError(f"the log needs the name {name!r}, so rename this reward term")
     for reward in rewards:
         for name in names ^ reward.terms.keys():
             raise UserError(
@@ -385,5 +386,4 @@ def score_group(
         reward.iou = iou(*reward.pixels)
         reward.terms = {name: float(value) for name, value in terms(reward, s).items()}
         reward.total = sum(s.reward_weights.get(k, 1.0) * v for k, v in reward.terms.items())
-    check_terms(rewards)
     return rewards

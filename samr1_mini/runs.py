@@ -196,12 +196,16 @@ def open_run(s: Settings) -> Path:
     return folder
 
 
-def lock_folder(folder: Path):
-    """Refuse a folder in which another program is training now, and return this program's lock.
+@contextmanager
+def only_program(folder: Path):
+    """Context manager: refuse a folder in which another program is training now.
 
     The end of a program releases its lock, even if it was killed.
     """
-    lock = FileLock(folder / "lock", blocking=False, is_singleton=True)
+    if not is_first():
+        yield
+        return
+    lock = FileLock(folder / "lock", blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -211,7 +215,10 @@ def lock_folder(folder: Path):
         ) from None
     except (OSError, NotImplementedError):  # some network disks have no locks
         pass
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def next_name(s: Settings) -> str:
@@ -244,12 +251,13 @@ def check_settings(folder: Path, s: Settings) -> None:
             f"--resume: this run was started with --sam {begun['sam']}, and --sam {s.sam} is "
             "another model"
         )
-    # settings.json has other values of these than the call
-    own = ("device", "processes", "prompt_file")
-    refuse_changes(begun, {k: v for k, v in asdict(s).items() if k not in own})
+    # The program writes other values of these into settings.json than it got.
+    differ = ("device", "processes", "prompt_file")
+    refuse_changes(begun, {k: v for k, v in asdict(s).items() if k not in differ})
 
 
-# What `train` uses if it gets no sets, no segmenter, no reward terms and no loss.
+# What `train` uses if it gets no sets, segmenter, reward terms or loss. The settings choose one of
+# the classes.
 DEFAULTS = {"Folder", "Shapes", "SamSegmenter", "Sam2Segmenter", "reward_terms", "grpo_loss"}
 
 
@@ -270,19 +278,19 @@ def begun_functions(folder: Path) -> list[str]:
 
 
 def check_functions(folder: Path, names: list[str]) -> None:
-    """Refuse to continue a run with other functions than those of its start."""
+    """Refuse to continue a run with other functions than those of its start, by their names."""
     for begun, now in zip(begun_functions(folder), names):
-        if begun != now:
+        if begun != now and not DEFAULTS.issuperset((begun, now)):
             raise UserError(
-                f"--resume: {folder} was started with {begun}, not with {now}. Call train in Python "
-                "with the same arguments as at the start, and with resume=True"
+                f"--resume: {folder} was started with {begun}, not with {now}. Call train in "
+                "Python with the same arguments as at the start, and with resume=True"
             )
 
 
 def resume_command(folder: Path, s: Settings) -> str:
     """Return the command that continues a run with the present number of processes."""
     if not DEFAULTS.issuperset(begun_functions(folder)):
-        return f"train(...) as at the start, with resume=True and run={str(folder)!r}"
+        return f"the program of its start, with --resume --run {folder} (in train: resume=True)"
     script = "train.py"
     if Path(sys.argv[0]).name == script:  # as the user typed it, from any folder
         script = sys.argv[0]
@@ -439,8 +447,6 @@ class Run:
         self.policy = policy
         self.optimizer = optimizer
         self.functions = function_names(parts, sets)
-        if is_first():
-            self.lock = lock_folder(folder)
         self.total = len(sets[0]) // s.questions  # steps
         self.start = 0  # steps done before this start of the program
         self.asked = 0  # questions asked so far, also those that --redraw has replaced
@@ -586,9 +592,6 @@ class Run:
                 if isinstance(error, OSError):  # most likely the log's disk is full
                     raise UserError(f"{self.folder}: {error}") from None
                 raise
-            finally:
-                if is_first():
-                    self.lock.release()
 
     def finish(self) -> None:
         """Save the last state. Raises UserError if nothing was learnt, or if the disk is full."""

@@ -16,7 +16,7 @@ import eval as evaluate
 import train
 from samr1_mini.config import UserError
 from samr1_mini.data import clean_question, open_data, open_picture
-from samr1_mini.data.masks import read_mask, run_lengths
+from samr1_mini.data.masks import parse_mask, read_mask, run_lengths
 from samr1_mini.runs import check_questions
 from tutorials.tiny_world.mirror import Mirrored
 
@@ -129,9 +129,16 @@ def with_undecided_pixels(mask):
     return Image.fromarray(values)
 
 
+def with_vocs_palette(mask):
+    indices = Image.fromarray(np.asarray(with_undecided_pixels(mask))).convert("P")
+    indices.putpalette([0, 0, 0, 128, 0, 0] + 253 * [0, 128, 0] + [224, 224, 192])
+    return indices
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        with_vocs_palette,
         after_jpeg,
         lambda m: after_jpeg(m.convert("RGB")),
         lambda m: m.resize((61, 41), Image.Resampling.BICUBIC).resize((60, 40)),
@@ -177,6 +184,9 @@ def test_pixels_in_one_list_and_label_studios_rle_are_no_polygon(tmp_path):
     for value in ((pixels * 255).ravel().tolist(), [*count, 57, 27, 252, 0, 14, 103, 80, 0]):
         with pytest.raises(ValueError):
             read_mask(value, tmp_path, size)
+    pixels[:2, 11:30] = 255
+    assert parse_mask(pixels.tolist(), None)
+    pixels[:2] = 0
     rows = read_mask(pixels.tolist(), tmp_path, size)
     corners = read_mask([0, 0, 255, 0, 255, 255, 0, 255, 0, 0], tmp_path, size)
     assert rows.sum() == 380 and corners.sum() == 255**2
@@ -334,7 +344,7 @@ def test_a_split_is_one_of_three_or_left_out(tmp_path):
 
 @pytest.mark.parametrize("key", ["Split", "split ", " SPLIT"])
 def test_a_key_in_another_case_or_with_blanks_is_refused_and_other_keys_are_not(key, tmp_path):
-    assert ids(folder_of(tmp_path / "a", [{"source": "web", "split": "test"}]), "test")
+    assert ids(folder_of(tmp_path / "a", [{"source": "web", "ID": 7, "split": "test"}]), "test")
     with pytest.raises(UserError, match="data.jsonl line 2: .*split"):
         ids(folder_of(tmp_path / "b", [{"split": "train"}, {key: "test"}]), "train")
 

@@ -458,7 +458,8 @@ def lessons(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(
         language, "learn", lambda *what: stage.update(optimizers=what[2], loss_of=what[5])
     )
-    policy = SimpleNamespace(processor=processor, base=build_policy(processor.tokenizer))
+    base = build_policy(processor.tokenizer)
+    policy = SimpleNamespace(processor=processor, base=base, device="cpu")
     language.train_language(policy, 1000, tmp_path)
 
     def parts(step):
@@ -576,7 +577,7 @@ def test_an_astray_answer_learns_the_list_of_its_picture_and_the_box_of_the_name
     processor,
 ):
     policy, rng, kinds, styles = (
-        SimpleNamespace(processor=processor),
+        SimpleNamespace(processor=processor, device="cpu"),
         np.random.default_rng(0),
         set(),
         [],
@@ -639,7 +640,7 @@ def test_of_rows_about_text_facts_conclusions_and_the_first_words_of_a_list_with
     processor,
 ):
     policy, rng, hinted, offhand, count = (
-        SimpleNamespace(processor=processor),
+        SimpleNamespace(processor=processor, device="cpu"),
         np.random.default_rng(0),
         0,
         [],

@@ -280,11 +280,13 @@ def test_a_test_split_without_testb_is_a_warning(tmp_path, coco_dir):
         ("Testing", "test"),
         ("evaluation", "test"),
         ("my_eval-2", "test"),
+        ("training_data/val", "validation"),  # a short word counts more than a long one
+        ("training_data/test", "test"),
     ],
 )
 def test_usual_words_for_a_split_are_recognised_in_the_names_of_folders(name, split, tmp_path):
     rows = [{"image": png(), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
-    for folder in (name, "dev"):
+    for folder in (name, "dev" if split != "validation" else "train"):
         parquet(tmp_path / "set" / folder, "data", rows)
     data = open_data(str(tmp_path / "set"), split, 3, None)
     assert len(data) == 1 and not data.warnings

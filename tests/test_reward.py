@@ -423,18 +423,6 @@ def test_a_term_from_outside_counts_with_weight_1_or_with_its_setting(segmenter)
 ANSWER = answer_text("[20, 20, 60, 60]", "[[40, 40, 1]]")
 
 
-def test_a_term_is_there_for_every_answer_and_has_a_name_of_its_own(segmenter, samples):
-    answers = [read_answer(text, 112) for text in ("", ANSWER)]
-    for terms in (
-        lambda reward, s: {"mine": 1.0} if reward.answer.objects else {},
-        lambda reward, s: {"mine": 1.0} | ({"off": 1.0} if reward.answer.objects else {}),
-        lambda reward, s: {"length": 1.0},
-        lambda reward, s: {"mine_max": 1.0},
-    ):
-        with pytest.raises(UserError, match="reward term"):
-            score_group(segmenter, samples[0], answers, Settings(), terms)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [lambda m: m * 1.0, lambda m: m[:1], lambda m: np.repeat(m, 3, 0), lambda m: m[..., 1:]],

@@ -623,3 +623,23 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="--nproc_per_node"):
         config.check_gpu(Settings(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        lambda reward, s: {"mine": 1.0} | ({"off": 1.0} if reward.answer.objects else {}),
+        lambda reward, s: {"mine": 1.0} | ({"off": 1.0} if reward.sample.kind == "part" else {}),
+        lambda reward, s: {"length": 1.0},
+        lambda reward, s: {"mine_max": 1.0},
+        lambda reward, s: {"mine": float("nan")},
+    ],
+)
+def test_a_term_is_finite_has_a_name_of_its_own_and_is_there_for_every_answer(terms, settings):
+    with pytest.raises(UserError, match="reward term"):
+        train(replace(settings, samples=8, questions=8), reward_terms=terms)
+
+
+def test_a_tracker_may_change_the_log_line(settings):
+    train(settings, log=lambda line: line.clear())
+    assert [line["step"] for line in runs.read_log(Path(settings.run))] == [1, 2]

@@ -108,7 +108,7 @@ class Folder(Data):
         self.split, self.count, self.seed = split, min(count, sys.maxsize), seed
         self.repeats = split == "train" and seed is not None
         self.missing, self.warnings, self.broken = [], [], set()
-        self.names = {}  # of pictures; the keys are the names in lower case
+        self.names = {}  # of pictures; the keys are these names after casefold()
         self.candidates = self.lines_of_split(self.read_lines())
         self.box_only = self.candidates[0].box_only
         if any(line.box_only != self.box_only for line in self.candidates):
@@ -454,7 +454,7 @@ def check_texts(row: dict) -> None:
     """Check the keys of a line, and its picture's path and question. Raises ValueError."""
     for key in set(row) - KEYS:
         meant = key.strip().lower()
-        if meant in KEYS:
+        if meant in KEYS - {"id", "kind", *row}:
             raise ValueError(f"unknown key {key!r}; write {meant!r}")
     for key in ("image", "question"):
         text = row.get(key)

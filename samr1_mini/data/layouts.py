@@ -220,9 +220,9 @@ def picture_bytes(row: dict) -> bytes:
         image = image.get("bytes")
     if image and isinstance(image, bytes):
         return image
-    found = f"{row['image']!r:.80}"
     raise ValueError(
-        f"the column image must hold the bytes of pictures, not {found}; no path is opened"
+        "the column image must hold the bytes of pictures (paths are not opened), not "
+        f"{row['image']!r:.80}"
     )
 
 

@@ -124,10 +124,9 @@ def parse_mask(value, size: Size | None) -> str | list[list[float]] | dict:
         pixels = np.asarray(value) > 0
         check_size("the mask", pixels.shape[::-1], size)
         return to_rle(pixels)
+    if are_numbers(value):
+        refuse_pixels(value, size)
     polygons = parse_polygons(value)
-    # Label Studio's RLE begins with four bytes. They hold a number: four times the pixels.
-    if size and value[:4] == list((4 * math.prod(size)).to_bytes(4, "big")):
-        raise ValueError("the mask is an RLE of Label Studio; export the masks as PNG")
     check_range(list(chain(*polygons)), size)
     return polygons
 
@@ -209,12 +208,19 @@ def is_point(value) -> bool:
     return are_numbers(value) and len(value) == 2
 
 
+def refuse_pixels(numbers: list, size: Size | None) -> None:
+    """Refuse a flat list of pixels or of Label Studio's bytes. It would be read as a polygon."""
+    if len(numbers) > 10 and set(numbers) <= {0, 1, 255}:
+        raise ValueError("a list of only 0, 1 or 255 is no polygon; write one list for each row")
+    # Label Studio's RLE begins with four bytes. They hold a number: four times the pixels.
+    if size and numbers[:4] == list((4 * math.prod(size)).to_bytes(4, "big")):
+        raise ValueError("the mask is an RLE of Label Studio; export the masks as PNG")
+
+
 def flat_polygon(polygon) -> list[float]:
     """Convert a flat list or a list of pairs to one flat polygon [x1, y1, x2, y2, ...]."""
     if isinstance(polygon, list) and all(map(is_point, polygon)):
         return list(chain(*polygon))
-    if are_numbers(polygon) and len(polygon) > 10 and set(polygon) <= {0, 1, 255}:
-        raise ValueError("a list of only 0, 1 or 255 is no polygon; write one list for each row")
     if are_numbers(polygon) and len(polygon) % 2 == 0:
         return polygon
     raise ValueError("a polygon is not a list of x, y pairs")
@@ -292,17 +298,25 @@ def read_mask_file(file: Path) -> np.ndarray:
             if alpha.getextrema() != (255, 255):
                 raise ValueError("a mask with transparent parts; save it in black and white")
         image = upright(image)
+        numbers = np.asarray(image)  # of a palette, the numbers of its colours
         if image.mode not in ("1", "L") and image.mode[0] not in "IF":
             image = image.convert("RGB")  # black may have any number in a palette
         pixels = np.asarray(image)
     if pixels.ndim == 3:
         pixels = pixels.max(-1)
-    if pixels.dtype == np.uint8 and pixels.max() > 223 and (pixels[pixels > 0] <= 32).any():
+    if has_greys(pixels) or numbers.ndim == 2 and has_greys(numbers):
         raise ValueError(
             f"{file.name}: a mask with grey values, as after JPEG or resizing; export it again in "
             "black and white (only 0 and 255)"
         )
     return pixels > 0
+
+
+def has_greys(pixels: np.ndarray) -> bool:
+    """Return True for pixels of 8 bits with nearly black and nearly white ones."""
+    if pixels.dtype != np.uint8 or pixels.max() <= 223:
+        return False
+    return bool(((pixels > 0) & (pixels <= 32)).any())
 
 
 def refuse_lossy(header: Header, name: str) -> None:

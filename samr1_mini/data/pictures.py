@@ -89,8 +89,9 @@ def opened(file):
     except MemoryError:
         raise
     except Exception as error:  # OSError, SyntaxError, EOFError and others, by format
+        why = str(error).replace(f" {stream!r}", "")
         raise ValueError(
-            f"{name}not a readable picture ({error}); save a new or smaller copy as PNG or JPEG"
+            f"{name}not a readable picture ({why}); save a new or smaller copy as PNG or JPEG"
         ) from None
 
 
