@@ -231,7 +231,7 @@ def check_options(folder: Path, options: list[str], run: str) -> None:
 def check_lock(folder: Path, run: str) -> None:
     """Refuse a run that another program is making now."""
     try:
-        with FileLock(folder / "lock", blocking=False):
+        with FileLock(folder / "lock", blocking=False, fallback_to_soft=False):
             pass
     except Timeout:
         raise RuntimeError(f"{run}: another program is making this run in {folder} now") from None
