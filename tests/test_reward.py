@@ -40,7 +40,8 @@ from samr1_mini.config import Settings, UserError
 from samr1_mini.data import Sample
 from samr1_mini.lenient import read_leniently
 from samr1_mini.metrics import bootstrap_interval, box_iou, ciou, giou, tight_box, vote
-from samr1_mini.reward import Answer, Object, accuracy_term, read_answer, score_group, to_picture
+from samr1_mini.reward import Answer, Object, accuracy_term, check_terms, read_answer
+from samr1_mini.reward import score_group, to_picture
 from samr1_mini.segmenter import (
     SamSegmenter,
     check_segmenter,
@@ -972,8 +973,9 @@ def test_box_iou_against_counting_pixels():
 def test_a_reward_term_that_is_no_finite_number_is_named(segmenter, samples):
     answers = [read_answer("", 112)]
     for value in (float("nan"), np.float32("inf")):
+        rewards = score_group(segmenter, samples[0], answers, terms=lambda *_: {"mine": value})
         with pytest.raises(UserError, match="the reward term 'mine'"):
-            score_group(segmenter, samples[0], answers, terms=lambda *_: {"mine": value})
+            check_terms(rewards)
 
 
 def test_numpy_values_of_a_reward_term_become_python_numbers(segmenter, samples):
