@@ -314,7 +314,7 @@ def evaluate_set(policy, segmenter, data, settings: Settings, options: Namespace
     """Evaluate a data set, print a table, and write results.json and a sheet of answers."""
     from samr1_mini.evaluation import batch_size, draw_sheet, evaluate
 
-    if isinstance(data, Folder) and not data.converted:  # it uses all lines, and leaves ignore out
+    if isinstance(data, Folder) and not data.converted:  # these have no effect on an own folder
         settings = replace(settings, sentences="all", ignore="excluded")
     out = Path(options.out)
     batch = batch_size(policy, settings, options.votes)

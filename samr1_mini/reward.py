@@ -343,7 +343,7 @@ def check_terms(rewards: list[Reward]) -> None:
     names = rewards[0].terms.keys()
     for name in names - {"accuracy", "reasoning_format", "segmentation_format"}:
         if name in COLUMNS or name.endswith(("_min", "_max")):
-            raise UserError(f"the log needs the name {name!r}, so rename this reward term")
+            raise UserError(f"rename the reward term {name!r}: the log uses this name or ending")
     for reward in rewards:
         for name in names ^ reward.terms.keys():
             raise UserError(

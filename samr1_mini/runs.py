@@ -251,13 +251,13 @@ def check_settings(folder: Path, s: Settings) -> None:
             f"--resume: this run was started with --sam {begun['sam']}, and --sam {s.sam} is "
             "another model"
         )
-    # The program writes other values of these into settings.json than it got.
+    # For these, settings.json has the values in use, such as the real number of processes.
     differ = ("device", "processes", "prompt_file")
     refuse_changes(begun, {k: v for k, v in asdict(s).items() if k not in differ})
 
 
-# What `train` uses if it gets no sets, segmenter, reward terms or loss. The settings choose one of
-# the classes.
+# Names of the classes and functions that `train` uses without the arguments sets, segmenter,
+# reward_terms and loss.
 DEFAULTS = {"Folder", "Shapes", "SamSegmenter", "Sam2Segmenter", "reward_terms", "grpo_loss"}
 
 
@@ -290,7 +290,7 @@ def check_functions(folder: Path, names: list[str]) -> None:
 def resume_command(folder: Path, s: Settings) -> str:
     """Return the command that continues a run with the present number of processes."""
     if not DEFAULTS.issuperset(begun_functions(folder)):
-        return f"the program of its start, with --resume --run {folder} (in train: resume=True)"
+        return f"the program that began it, with --resume --run {folder} (in train: resume=True)"
     script = "train.py"
     if Path(sys.argv[0]).name == script:  # as the user typed it, from any folder
         script = sys.argv[0]

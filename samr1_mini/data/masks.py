@@ -212,7 +212,7 @@ def refuse_pixels(numbers: list, size: Size | None) -> None:
     """Refuse a flat list of pixels or of Label Studio's bytes. It would be read as a polygon."""
     if len(numbers) > 10 and set(numbers) <= {0, 1, 255}:
         raise ValueError("a list of only 0, 1 or 255 is no polygon; write one list for each row")
-    # Label Studio's RLE begins with four bytes. They hold a number: four times the pixels.
+    # Label Studio's RLE begins with a number in four bytes: 4 x width x height.
     if size and numbers[:4] == list((4 * math.prod(size)).to_bytes(4, "big")):
         raise ValueError("the mask is an RLE of Label Studio; export the masks as PNG")
 
@@ -298,7 +298,7 @@ def read_mask_file(file: Path) -> np.ndarray:
             if alpha.getextrema() != (255, 255):
                 raise ValueError("a mask with transparent parts; save it in black and white")
         image = upright(image)
-        numbers = np.asarray(image)  # of a palette, the numbers of its colours
+        numbers = np.asarray(image)  # if the image has a palette: indices of its colours
         if image.mode not in ("1", "L") and image.mode[0] not in "IF":
             image = image.convert("RGB")  # black may have any number in a palette
         pixels = np.asarray(image)

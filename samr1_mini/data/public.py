@@ -372,12 +372,13 @@ def is_labelme(file: Path) -> bool:
 def split_in(path: Path) -> str | None:
     """Return the first split named in a path, or None. val/test.parquet is for validation.
 
-    Longer words count only if there is no short one: training_data/val.json is for validation.
+    The words training, testing, eval and evaluation count only if there is no other word:
+    training_data/val.json is for validation.
     """
     words = re.split("[^a-z]+", path.as_posix().lower())
     named = [word for word in words if word in SPLIT_NAMES]
-    short = [word for word in named if word not in ("training", "testing", "eval", "evaluation")]
-    for word in short or named:
+    sure = [word for word in named if word not in ("training", "testing", "eval", "evaluation")]
+    for word in sure or named:
         return SPLIT_NAMES[word]
     return None
 

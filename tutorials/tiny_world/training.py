@@ -23,7 +23,7 @@ def one_cycle(optimizer, steps: int):
     """Return a schedule: the rate rises for a tenth of the steps, then falls to nearly 0.
 
     Adam's first beta falls from 0.95 to 0.85 and rises again. Muon has no betas. With 10
-    steps, OneCycleLR divides by 0. So fewer than 11 steps follow the schedule of 11 steps.
+    steps, OneCycleLR divides by 0. So a run of fewer steps uses the schedule of 11 steps.
     """
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
