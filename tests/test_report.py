@@ -233,7 +233,7 @@ def test_a_finished_run_has_a_page_with_its_log_its_steps_and_its_test_questions
 def test_a_run_that_ctrl_c_stops_has_a_page_about_its_steps(settings):
     s = replace(settings, samples=16, trace_every=1)
     with pytest.raises(SystemExit) as left:
-        train(s, log=lambda line: line["step"] == 1 and os.kill(os.getpid(), signal.SIGINT))
+        train(s, log=lambda line: line["step"] == 2 and os.kill(os.getpid(), signal.SIGINT))
     assert left.value.code == 130
     data = block((Path(s.run) / "report.html").read_text(encoding="utf-8"))
     assert data["log"]["step"] == [1, 2] and [x["step"] for x in data["steps"]] == [1, 2]
