@@ -19,8 +19,8 @@ from samr1_mini.stops import first_started, outlive_terminal
 
 OUT_OF_MEMORY = (
     "memory ran out. If a step was saved, continue with --resume and a lower --max-new-tokens "
-    "or --micro. Otherwise start again: lower --max-new-tokens, --micro or --group, or add "
-    "--checkpointing or --load-in nf4. `--rehearse 1` forecasts the sizes that fit"
+    "or --micro. Otherwise start again: lower --max-new-tokens, --micro, --group or --processes, or "
+    "add --checkpointing or --load-in nf4. `--rehearse 1` forecasts the sizes that fit"
 )
 
 
@@ -87,8 +87,7 @@ def run_or_exit(settings: Settings) -> None:
     except (RuntimeError, MemoryError) as error:  # most of PyTorch's errors are RuntimeErrors
         if not is_memory_error(error):
             raise  # an error of the GPU or of the code, which needs its traceback
-        device = "GPU " if settings.device == "cuda" else ""
-        leave(UserError(f"{device}{OUT_OF_MEMORY} ({error})"))
+        leave(UserError(f"{OUT_OF_MEMORY} ({error})"))
     except Terminated as error:
         print_once(f"train.py: terminated ({error})")
         sys.exit(128 + error.number)

@@ -512,6 +512,9 @@ def read_settings(file: Path) -> dict:
     named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
     named.setdefault("processes", 1)  # older runs
     known = {name: value for name, value in named.items() if name in SETTING_NAMES}
+    for f in fields(Settings):
+        if f.type is str and known.get(f.name, "") is None:  # older versions accepted this
+            del known[f.name]
     check_types(known, f"{file}: ")
     return known
 
@@ -520,8 +523,9 @@ def check_types(values: dict, where: str = "") -> None:
     """Raise UserError for a setting of the wrong type. A whole number is a float too."""
     types = {f.name: f.type for f in fields(Settings)}
     for name, value in values.items():
-        kind, found = types[name], type(value)
-        if found is not kind and (found, kind) != (int, float):
+        kind = types[name]
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or isinstance(value, bool) and kind is not bool:
             raise UserError(f"{where}{name} must be of type {kind.__name__}, not {value!r:.80}")
 
 
@@ -656,7 +660,7 @@ def check_gpu(s: Settings) -> None:
     if process and process >= torch.cuda.device_count():
         raise UserError(
             f"there are more processes than the {torch.cuda.device_count()} GPUs of this machine: "
-            "lower --nproc_per_node"
+            "lower --nproc_per_node (torchrun) or --num_processes (accelerate)"
         )
     if s.load_in == "bf16" and emulates_bf16():
         name = torch.cuda.get_device_name()

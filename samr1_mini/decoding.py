@@ -353,7 +353,7 @@ def sample_tokens(
         cache.grow()
         hidden = reader(embed(token), (position[unfinished] + t).expand(3, -1, -1))  # [b, G, D]
     if reader.failed:
-        policy.cuda_graphs = False  # no later recording is tried
+        policy.cuda_graphs = False  # do not try to record a graph again
     return ids, logps
 
 

@@ -367,8 +367,8 @@ def train(
     """Train, evaluate and save in the folder `s.run`. Returns the content of summary.json.
 
     `sets` (training, validation, test) and `segmenter` replace those of the settings. The paper's
-    `reward_terms` and `loss` are the defaults. `log` gets the log line of each step. Examples are
-    in tutorials/notes/extend.md. A call from Python runs in one process (on a CPU, one thread).
+    `reward_terms` and `loss` are the defaults. `log` gets each log line before it is written. See
+    tutorials/notes/extend.md. A call from Python runs in one process (on a CPU, one thread).
     """
     from .rehearse import before_training  # not at the top, because rehearse.py imports this file
 
@@ -378,10 +378,10 @@ def train(
     sets = open_sets(s, sets)
     data, validation, test = sets
     folder = from_first(open_run(s) if is_first() else None)
-    missing = known_missing(folder) if s.resume else None
-    policy, segmenter = load_models(s, sets, missing=missing, segmenter=segmenter)
-    parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
     with only_program(folder):
+        missing = known_missing(folder) if s.resume else None
+        policy, segmenter = load_models(s, sets, missing=missing, segmenter=segmenter)
+        parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)
         run = Run(folder, parts, sets, begun)
         if is_first():
             parts.trace = Trace(folder, s, run.start, run.total).add

@@ -41,9 +41,9 @@ def start_adapter(s: Settings) -> Path:
     A resumed run takes the adapter in its own folder, because it has the alpha of --start-from. Its
     weights are replaced by those of state.pt.
     """
-    own = Path(s.run) / "adapter"
-    if s.resume and own.is_dir():
-        return own
+    folder = Path(s.run)
+    if s.resume and (folder / "state.pt").exists() and (folder / "adapter").is_dir():
+        return folder / "adapter"
     return Path(s.start_from)
 
 

@@ -196,7 +196,7 @@ def score_base(
 ) -> dict:
     """Return the scores of the base model on the test set, and of SAM with the true boxes.
 
-    A resumed run reads these scores from base.json.
+    A resumed run reads these scores from base.json, unless --max-new-tokens has changed.
     """
     base = read_base(folder) if resumed else None
     # With another --max-new-tokens, old scores cannot be compared with new ones.

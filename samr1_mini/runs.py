@@ -1,6 +1,6 @@
 """A run's folder: the settings, the log, and the state from which --resume continues.
 
-settings.json               all settings
+settings.json               all settings, and names of the classes and functions in use
 samples.json                ids of the training questions, in the order in which they are asked
 prompt.txt                  the prompt, if it comes from --prompt-file
 missing.json                pictures that could not be fetched, if there are any
@@ -150,7 +150,7 @@ def put_state(state: dict, policy: Policy, optimizer) -> None:
 
 
 def load_state(folder: Path, policy: Policy, optimizer, s: Settings) -> tuple[int, int, float]:
-    """Load the saved state. Return three numbers: its steps, their questions, and the seconds.
+    """Load the saved state. Return the steps done, the questions asked in them, and the seconds.
 
     All are 0 if nothing was saved yet. Raises UserError if the state is damaged or does not fit.
     """
@@ -266,15 +266,18 @@ def function_names(parts, sets: list) -> list[str]:
 
     `parts` is a grpo.Parts.
     """
-    names = [type(sets[0]).__name__, type(parts.segmenter).__name__]
-    for function in (parts.reward_terms, parts.loss):
-        names.append(getattr(function, "__name__", type(function).__name__))
+    names = []
+    for one in (type(sets[0]), type(parts.segmenter), parts.reward_terms, parts.loss):
+        name = getattr(one, "__name__", type(one).__name__)
+        if not getattr(one, "__module__", "").startswith("samr1_mini."):
+            name = f"own {name}"
+        names.append(name)
     return names
 
 
 def begun_functions(folder: Path) -> list[str]:
     """Return the function_names with which a run was started, or []. Older runs lack them."""
-    return read_saved(folder / "settings.json", dict, {}).get("functions", [])
+    return read_saved(folder / "settings.json", dict, {}).get("functions") or []
 
 
 def check_functions(folder: Path, names: list[str]) -> None:
@@ -282,8 +285,8 @@ def check_functions(folder: Path, names: list[str]) -> None:
     for begun, now in zip(begun_functions(folder), names):
         if begun != now and not DEFAULTS.issuperset((begun, now)):
             raise UserError(
-                f"--resume: {folder} was started with {begun}, not with {now}. Call train in "
-                "Python with the same arguments as at the start, and with resume=True"
+                f"--resume: {folder} was started with {begun}, not with {now}. Continue it with "
+                "the program that began it (in Python: train with resume=True)"
             )
 
 
@@ -365,7 +368,7 @@ def read_log(folder: Path, count: int | None = None, name: str = "metrics") -> l
         return []
     text = file.read_bytes()
     lines = text.splitlines()
-    if count is None and not text.endswith(b"\n"):
+    if not text.endswith(b"\n"):
         lines = lines[:-1]  # this line is still being written, or was cut off
     advice = "restore it, or delete the file: the run then continues without its earlier lines"
     log = []

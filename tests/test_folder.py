@@ -189,6 +189,7 @@ def test_pixels_in_one_list_and_label_studios_rle_are_no_polygon(tmp_path):
     pixels[:2] = 0
     rows = read_mask(pixels.tolist(), tmp_path, size)
     corners = read_mask([0, 0, 255, 0, 255, 255, 0, 255, 0, 0], tmp_path, size)
+    assert read_mask([0, 64, 0, 0, 100, 0, 100, 64], tmp_path, (1024, 1024)).any()  # 4 x 2**20
     assert rows.sum() == 380 and corners.sum() == 255**2
 
 
@@ -344,7 +345,9 @@ def test_a_split_is_one_of_three_or_left_out(tmp_path):
 
 @pytest.mark.parametrize("key", ["Split", "split ", " SPLIT"])
 def test_a_key_in_another_case_or_with_blanks_is_refused_and_other_keys_are_not(key, tmp_path):
-    assert ids(folder_of(tmp_path / "a", [{"source": "web", "ID": 7, "split": "test"}]), "test")
+    assert ids(
+        folder_of(tmp_path / "a", [{"source": "web", "ID": 7, "Box": 1, "split": "test"}]), "test"
+    )
     with pytest.raises(UserError, match="data.jsonl line 2: .*split"):
         ids(folder_of(tmp_path / "b", [{"split": "train"}, {key: "test"}]), "train")
 

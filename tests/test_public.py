@@ -278,8 +278,6 @@ def test_a_test_split_without_testb_is_a_warning(tmp_path, coco_dir):
     [
         ("training", "train"),
         ("Testing", "test"),
-        ("evaluation", "test"),
-        ("my_eval-2", "test"),
         ("training_data/val", "validation"),  # a short word counts more than a long one
         ("training_data/test", "test"),
     ],

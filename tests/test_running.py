@@ -529,6 +529,28 @@ def test_a_run_with_its_own_loss_is_continued_only_with_this_loss(settings, monk
     assert train(replace(settings, resume=True), loss=half_loss)["samples"] == settings.samples
 
 
+def test_an_own_function_with_a_defaults_name_is_not_the_default(settings):
+    def grpo_loss(*args):
+        return grpo.grpo_loss(*args)
+
+    train(settings, loss=grpo_loss)
+    assert "train.py" not in runs.resume_command(Path(settings.run), settings)
+    with pytest.raises(UserError, match="own grpo_loss"):
+        train(replace(settings, resume=True))
+
+
+def test_a_value_none_of_an_older_run_is_the_default(settings):
+    train(settings)
+    file = Path(settings.run) / "settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"start_from": None}))
+    assert config.begun_settings(file.parent)["start_from"] == ""
+
+
+def test_a_log_whose_last_line_is_cut_off_continues_after_a_deleted_beginning(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 41}\n{"step": 42}\n{"st')
+    assert [line["step"] for line in runs.read_log(tmp_path, 60)] == [41, 42]
+
+
 def test_a_run_that_is_continued_in_python_keeps_its_settings(settings):
     train(settings)
     with pytest.raises(UserError, match="--lr"):

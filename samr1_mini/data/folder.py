@@ -452,9 +452,11 @@ def present(row: dict) -> dict:
 
 def check_texts(row: dict) -> None:
     """Check the keys of a line, and its picture's path and question. Raises ValueError."""
-    for key in set(row) - KEYS:
+    truths = {"mask", "masks", "box"}
+    needed = KEYS - {"id", "kind", *row} - (truths if truths & row.keys() else set())
+    for key in row:
         meant = key.strip().lower()
-        if meant in KEYS - {"id", "kind", *row}:
+        if key not in KEYS and meant in needed:
             raise ValueError(f"unknown key {key!r}; write {meant!r}")
     for key in ("image", "question"):
         text = row.get(key)

@@ -212,8 +212,10 @@ def refuse_pixels(numbers: list, size: Size | None) -> None:
     """Refuse a flat list of pixels or of Label Studio's bytes. It would be read as a polygon."""
     if len(numbers) > 10 and set(numbers) <= {0, 1, 255}:
         raise ValueError("a list of only 0, 1 or 255 is no polygon; write one list for each row")
-    # Label Studio's RLE begins with a number in four bytes: 4 x width x height.
-    if size and numbers[:4] == list((4 * math.prod(size)).to_bytes(4, "big")):
+    # Label Studio's RLE has bytes. The first four are a number: 4 x width x height.
+    start = list((4 * math.prod(size or (0, 0)) % 2**32).to_bytes(4, "big"))
+    bytes_only = len(numbers) > 10 and set(numbers) <= set(range(256))
+    if size and bytes_only and numbers[:4] == start:
         raise ValueError("the mask is an RLE of Label Studio; export the masks as PNG")
 
 
@@ -304,16 +306,16 @@ def read_mask_file(file: Path) -> np.ndarray:
         pixels = np.asarray(image)
     if pixels.ndim == 3:
         pixels = pixels.max(-1)
-    if has_greys(pixels) or numbers.ndim == 2 and has_greys(numbers):
+    if has_dark_and_bright(pixels) or numbers.ndim == 2 and has_dark_and_bright(numbers):
         raise ValueError(
-            f"{file.name}: a mask with grey values, as after JPEG or resizing; export it again in "
-            "black and white (only 0 and 255)"
+            f"{file.name}: a mask with nearly black and nearly white pixels, as after JPEG or "
+            "resizing; export it again with two values. Undecided pixels belong into ignore"
         )
     return pixels > 0
 
 
-def has_greys(pixels: np.ndarray) -> bool:
-    """Return True for pixels of 8 bits with nearly black and nearly white ones."""
+def has_dark_and_bright(pixels: np.ndarray) -> bool:
+    """Return True if pixels of 8 bits have values from 1 to 32 and values above 223."""
     if pixels.dtype != np.uint8 or pixels.max() <= 223:
         return False
     return bool(((pixels > 0) & (pixels <= 32)).any())

@@ -372,12 +372,12 @@ def is_labelme(file: Path) -> bool:
 def split_in(path: Path) -> str | None:
     """Return the first split named in a path, or None. val/test.parquet is for validation.
 
-    The words training, testing, eval and evaluation count only if there is no other word:
-    training_data/val.json is for validation.
+    The words training and testing count only if there is no other word: training_data/val.json is
+    for validation. The word eval can mean validation or test, so it does not count.
     """
     words = re.split("[^a-z]+", path.as_posix().lower())
-    named = [word for word in words if word in SPLIT_NAMES]
-    sure = [word for word in named if word not in ("training", "testing", "eval", "evaluation")]
+    named = [word for word in words if word in SPLIT_NAMES and not word.startswith("eval")]
+    sure = [word for word in named if word not in ("training", "testing")]
     for word in sure or named:
         return SPLIT_NAMES[word]
     return None
