@@ -212,7 +212,8 @@ def ablation_rows():
     """ablations.md: the rows that notebook 5 does not show."""
     lines = ablations.read()
     names = []
-    titles = ("points", "reward from", "LoRA", "KL", "samples", "controls", "later objectives")
+    titles = ("points", "reward from", "LoRA", "learning rate", "KL")
+    titles += ("samples", "controls", "later objectives")
     for title in titles:
         names += ablations.rows_of(lines, title)[1:]  # without base
     for name in names:
