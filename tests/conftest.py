@@ -13,6 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WORLD_SIZE"] = "1"
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and tests send it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
