@@ -269,7 +269,7 @@ def function_names(parts, sets: list) -> list[str]:
     names = []
     for one in (type(sets[0]), type(parts.segmenter), parts.reward_terms, parts.loss):
         name = getattr(one, "__name__", type(one).__name__)
-        if not getattr(one, "__module__", "").startswith("samr1_mini."):
+        if not str(getattr(one, "__module__", "")).startswith("samr1_mini."):
             name = f"own {name}"
         names.append(name)
     return names
