@@ -300,13 +300,13 @@ def read_mask_file(file: Path) -> np.ndarray:
             if alpha.getextrema() != (255, 255):
                 raise ValueError("a mask with transparent parts; save it in black and white")
         image = upright(image)
-        numbers = np.asarray(image)  # if the image has a palette: indices of its colours
+        checked = [np.asarray(image)] if image.mode == "P" else []  # indices of colours
         if image.mode not in ("1", "L") and image.mode[0] not in "IF":
             image = image.convert("RGB")  # black may have any number in a palette
         pixels = np.asarray(image)
     if pixels.ndim == 3:
         pixels = pixels.max(-1)
-    if has_dark_and_bright(pixels) or numbers.ndim == 2 and has_dark_and_bright(numbers):
+    if any(map(has_dark_and_bright, [*checked, pixels])):
         raise ValueError(
             f"{file.name}: a mask with nearly black and nearly white pixels, as after JPEG or "
             "resizing; export it again with two values. Undecided pixels belong into ignore"
