@@ -93,7 +93,9 @@ def check_options(options: Namespace) -> None:
     if options.merge is not None and options.adapter is None:
         raise UserError("--merge needs --adapter")
     if options.merge is not None and Path(options.merge).exists():
-        raise UserError(f"--merge {options.merge}: this folder or file exists already")
+        raise UserError(
+            f"--merge {options.merge}: this folder or file exists already. Name another one"
+        )
     if options.count is not None and options.count < 1:
         raise UserError(f"--count must be at least 1, not {options.count}")
     if options.votes < 1:
@@ -127,7 +129,9 @@ def settings_of_run(options: Namespace, typed: dict) -> dict:
     if saved.get("prompt_file"):
         saved["prompt_file"] = str(settings_file(options.adapter).with_name("prompt.txt"))
     if "preset" in typed and typed["preset"] != saved.get("preset"):
-        raise UserError("--preset is for a base model: an adapter uses the settings of its run")
+        raise UserError(
+            "--preset is only for base models. An adapter has the settings of its run: leave --preset out"
+        )
     return {name: saved[name] for name in USED - {"device"} if name in saved}
 
 
@@ -171,13 +175,15 @@ def make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{option}: nothing can be written there ({error.strerror})") from None
+        raise UserError(
+            f"{option}: nothing can be written there ({error.strerror}). Name another"
+        ) from None
 
 
 def read_picture(options: Namespace) -> list:
     """Return one sample from --image and --question. Raise UserError if one of them is invalid."""
     if not Path(options.image).is_file():
-        raise UserError(f"--image {options.image}: there is no such file")
+        raise UserError(f"--image {options.image}: there is no such file. Name a picture")
     try:
         image = open_picture(Path(options.image))
     except ValueError as error:  # no picture, truncated or far too large
@@ -245,7 +251,7 @@ def load(settings: Settings, options: Namespace) -> tuple:
 def describe_evaluation(settings: Settings, options: Namespace, data) -> str:
     """Return all that the answers of an evaluation depend on, as one line of JSON.
 
-    These are settings, prompt and questions, and when the files of data and weights changed.
+    These are settings, prompt, questions, and the times of the last change of data and weights.
     """
     used = {name: getattr(settings, name) for name in sorted(USED)}
     used["prompt"] = choose_prompt(settings)
@@ -278,9 +284,8 @@ def print_scores(summary: dict, data, settings: Settings, options: Namespace, ba
         print("this data set has boxes and no masks, so all scores above compare boxes")
     expressions = "all expressions" if settings.sentences == "all" else "first expression"
     print(
-        f"conventions: {expressions} of an object, undecided pixels {settings.ignore}, "
-        f"questions with an empty true mask {settings.empty_truth} "
-        "(correct: an empty mask has IoU 1 there)"
+        f"conventions: {expressions} of an object; --ignore {settings.ignore} (undecided pixels); "
+        f"--empty-truth {settings.empty_truth} (questions with an empty true mask)"
     )
     answers = "greedy"
     if options.votes > 1:
@@ -375,7 +380,7 @@ def answer_one(policy, segmenter, data, settings: Settings, options: Namespace) 
     elif settings.objects == "several":
         print_objects(reward.objects)
     if report.rows[0].truncated:
-        print(f"the answer was cut off: raise --max-new-tokens {settings.max_new_tokens}")
+        print(f"the answer was cut off: raise --max-new-tokens (now {settings.max_new_tokens})")
     if mask is None:
         with suppress(OSError):
             mask_file.unlink()  # of an earlier question

@@ -52,7 +52,7 @@ class Terminated(BaseException):
 
 
 def setting(default, help: str, choices: tuple | None = None, heading: str = ""):
-    """Return a field of Settings. A `heading` of `--help` begins with this field."""
+    """Return a field of Settings. A `heading` is printed in `--help` above this field."""
     return field(default=default, metadata=dict(help=help, choices=choices, heading=heading))
 
 
@@ -84,15 +84,15 @@ class Settings:
     device: str = setting("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     processes: int = setting(
         0,
-        "processes of a training on a CPU, with one thread each. 0: one for each core, at most 4, "
-        "if policy and SAM are tiny, and one otherwise. Use 1 to debug",
+        "number of processes of a training on a CPU, with one thread each. Use 1 to debug. 0: if "
+        "policy and SAM are tiny, one for each core, and at most 4. For other models, one process",
     )
     save_minutes: float = setting(
         10.0, "minutes between saved states. Evaluations and the end of a run save one too"
     )
     trace_every: int = setting(
         10,
-        "steps between two steps whose answers are logged token by token, for report.html (0: none)",
+        "log the answers of every so many steps token by token, for report.html (0: never)",
     )
     memory_limit: float = setting(
         0.0,
@@ -102,8 +102,8 @@ class Settings:
 
     policy: str = setting(
         "tiny",
-        "folder or hub id of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL; tiny is in the package, and "
-        "tiny-several, which answers with lists of objects",
+        "folder or hub id of a Qwen2.5-VL, Qwen2-VL or Qwen3-VL. Two policies are in the package: "
+        "tiny, and tiny-several, which answers with lists of objects",
         heading="model",
     )
     start_from: str = setting(
@@ -162,12 +162,13 @@ class Settings:
     )
     ignore: str = setting(
         "foreground",
-        "ReasonSeg's undecided pixels (label ignore): foreground, as on the hub, or excluded",
+        "ReasonSeg's undecided pixels (label ignore). foreground: they belong to the object, as on "
+        "the hub. excluded: they do not count",
         ("foreground", "excluded"),
     )
     empty_truth: str = setting(
         "correct",
-        "test questions with an empty true mask. correct: an empty mask is right, as in LISA's "
+        "test questions with an empty true mask. correct: an empty mask gets IoU 1, as in LISA's "
         "evaluation. excluded: leave these questions out",
         ("correct", "excluded"),
     )
@@ -195,19 +196,22 @@ class Settings:
         ("tiered", "threshold:0.5", "threshold:0.7", "threshold:0.8", "iou", "box-iou"),
         heading="reward",
     )
-    accuracy_weight: float = setting(1.0, "weight of the accuracy term (0 to 4)")
-    reasoning_format_weight: float = setting(1.0, "weight of the reasoning-format term (0 or 1)")
+    accuracy_weight: float = setting(1.0, "weight of the accuracy term, which is 0 to 4")
+    reasoning_format_weight: float = setting(
+        1.0, "weight of the reasoning-format term, which is 0 or 1"
+    )
     segmentation_format_weight: float = setting(
-        1.0, "weight of the segmentation-format term (0 or 1)"
+        1.0, "weight of the segmentation-format term, which is 0 or 1"
     )
     matching_weight: float = setting(
         1.0,
-        "weight of the matching term (0 to 1) of --objects several: the mean IoU of matched boxes",
+        "weight of the matching term of --objects several. The term is the mean IoU of matched "
+        "boxes, 0 to 1",
     )
     repeats_weight: float = setting(
         1.0,
-        "weight of the repeats term (-1 to 0) of --objects several: the negative share of boxes "
-        "that repeat an earlier box",
+        "weight of the repeats term of --objects several. The term is -1 to 0: minus the share of "
+        "boxes that repeat an earlier box",
     )
     points: bool = setting(True, "prompt SAM with box and points (--no-points: with the box alone)")
     max_points: int = setting(8, "maximum number of points; an answer with more points is not read")
@@ -295,7 +299,7 @@ _FULL_SIZE = dict(
 )
 # Policies in the package, and their folders in samr1_mini/tiny.
 PACKAGED = {"tiny": "policy", "tiny-several": "policy_several"}
-# The preset tiny with --objects several: the policy "tiny" has never written a list.
+# Used by the preset tiny with --objects several. The policy "tiny" cannot write lists of objects.
 TINY_SEVERAL = dict(policy="tiny-several", max_new_tokens=128)
 PRESETS = {
     "tiny": {},
@@ -430,7 +434,7 @@ def make_settings(**given) -> tuple[Settings, str]:
         preset, why = choose_preset(given.get("device", "auto"), given.get("memory_limit", 0.0))
     unknown = set(given) - SETTING_NAMES
     if unknown:
-        raise UserError(f"no setting is called {min(unknown)}")
+        raise UserError(f"no setting is called {min(unknown)}. See python train.py --help")
     defaults = PRESETS.get(preset, {})
     if preset == "tiny" and given.get("objects") == "several":
         defaults = TINY_SEVERAL
@@ -496,25 +500,13 @@ MAY_CHANGE = (
 )
 
 
-# Settings of older runs, under their old names.
-OLD_NAMES = {
-    "reasoning_weight": "reasoning_format_weight",
-    "segmentation_weight": "segmentation_format_weight",
-}
-
-
 def read_settings(file: Path) -> dict:
     """Read settings.json of a run. Settings that no longer exist are left out.
 
     Raises UserError for a value of the wrong type. A whole number is a float too.
     """
     saved = parse_json(file.read_bytes(), file, dict, "restore the file")
-    named = {OLD_NAMES.get(name, name): value for name, value in saved.items()}
-    named.setdefault("processes", 1)  # older runs
-    known = {name: value for name, value in named.items() if name in SETTING_NAMES}
-    for f in fields(Settings):
-        if f.type is str and known.get(f.name, "") is None:  # older versions accepted this
-            del known[f.name]
+    known = {name: value for name, value in saved.items() if name in SETTING_NAMES}
     check_types(known, f"{file}: ")
     return known
 
@@ -540,7 +532,8 @@ def refuse_changes(begun: dict, given: dict) -> None:
         if name not in MAY_CHANGE and begun[name] != value:
             typed = option(name)
             raise UserError(
-                f"--resume: this run was started with {typed} {begun[name]}, not {value}"
+                f"--resume: this run was started with {typed} {begun[name]}, not {value}. Leave "
+                f"{typed} out, or start another run"
             )
 
 
@@ -553,7 +546,7 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
         raise UserError("--resume needs --run with the folder of the run to continue")
     file = Path(given["run"]) / "settings.json"
     if not file.is_file():
-        raise UserError(f"--resume: {file.parent} holds no run")
+        raise UserError(f"--resume: {file.parent} holds no run. Name another --run")
     saved = begun_settings(file.parent)
     refuse_changes(saved, given)
     changed = given | {"preset": saved["preset"]}  # the run has the sizes of its preset
@@ -614,16 +607,19 @@ def check(s: Settings) -> None:
     if s.image_size < 56:  # check_image_size also requires a multiple of the policy's cell
         raise UserError(f"--image-size must be at least 56, not {s.image_size}")
     if s.updates > s.questions:
-        why = f"more than --questions {s.questions}: each update needs at least one question"
+        why = f"more than --questions {s.questions}, but each update needs a question: lower it"
         raise UserError(f"--updates {s.updates} is {why}")
     if s.samples < s.questions:
-        why = f"less than one rollout batch: lower --questions {s.questions}"
+        why = f"less than one rollout batch: lower --questions (now {s.questions})"
         raise UserError(f"--samples {s.samples} is {why}")
     if not any(s.reward_weights.values()):
         options = ", ".join(option(f"{name}_weight") for name in s.reward_weights)
         raise UserError(f"{options} are all 0, so no answer gets reward. Set one of them above 0")
     if s.sam_checkpoint and not Path(s.sam_checkpoint).is_file():
-        raise UserError(f"--sam-checkpoint {s.sam_checkpoint}: no such file")
+        raise UserError(
+            f"--sam-checkpoint {s.sam_checkpoint}: no such file. Without this option, the file is "
+            "downloaded"
+        )
     if s.device == "cuda":
         check_gpu(s)
     check_share(s, s.processes)
@@ -632,7 +628,7 @@ def check(s: Settings) -> None:
 def can_share(s: Settings, count: int) -> bool:
     """Return True if `count` processes can take equal shares of the questions of an update.
 
-    One process takes updates of unequal size too. The count is 0 before it is chosen.
+    A single process needs no equal shares. The count is 0 before it is chosen.
     """
     return count <= 1 or s.questions % (s.updates * count) == 0
 
@@ -641,7 +637,7 @@ def check_share(s: Settings, count: int) -> None:
     """Raise UserError if `count` processes cannot share the questions."""
     if not can_share(s, count):
         need = f"{count} (--processes) x --updates {s.updates}"
-        raise UserError(f"--questions {s.questions} is no multiple of {need}")
+        raise UserError(f"--questions {s.questions} is no multiple of {need}: change one of these")
 
 
 def check_gpu(s: Settings) -> None:
@@ -654,7 +650,7 @@ def check_gpu(s: Settings) -> None:
         raise UserError(f"--resume: {why}. Continue it on a machine with a GPU")
     if fault:
         raise UserError(
-            f"--device cuda: {fault}. Without this option the tiny preset runs on the CPU"
+            f"--device cuda: {fault}. To use the CPU and the tiny preset, leave this option out"
         )
     process = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's number on this machine, from 0
     if process and process >= torch.cuda.device_count():
@@ -664,7 +660,9 @@ def check_gpu(s: Settings) -> None:
         )
     if s.load_in == "bf16" and emulates_bf16():
         name = torch.cuda.get_device_name()
-        raise UserError(f"--load-in bf16: {name} emulates bf16. Take --load-in nf4")
+        raise UserError(
+            f"--load-in bf16: {name} only emulates bf16, which is slow. Take --load-in nf4"
+        )
 
 
 def cell_size(model) -> int:

@@ -201,11 +201,11 @@ def encode_questions(policy: Policy, samples: list[Sample], size: int) -> list[P
 
 
 def majority(rewards: list[Reward], voters: list[int]) -> tuple[int, np.ndarray | None]:
-    """Return an index, and the majority mask, bool [H, W].
+    """Return an index, and the majority mask, bool [H, W]. There is one reward for each answer.
 
-    The index is that of the reward whose mask agrees most with the majority (metrics.vote).
-    `voters` lists the indices of the rewards that vote. Without voters the function returns 0 and
-    None.
+    `voters` lists the indices of the answers that vote with their masks. The index is that of the
+    answer whose mask agrees most with the majority (metrics.vote). Without voters the function
+    returns 0 and None.
     """
     if not voters:
         return 0, None
@@ -218,7 +218,7 @@ class Verdict:
     """Hold the result of `judge` for one question."""
 
     chosen: int  # index of the scored answer
-    reward: Reward  # of the scored answer, but with the mask and the IoU of the vote
+    reward: Reward  # the scored answer's, but mask and IoU are those of the vote
     lenient_pixels: tuple[int, int]  # intersection and union, vote of all readable answers
     strict_pixels: tuple[int, int]  # the same, vote of the answers in the format
     nothing: bool | None  # the strict mask is empty; None if no answer is in the format
@@ -405,8 +405,8 @@ def evaluate(
     - `blank` shows the policy a grey picture, so the score measures guessing. SAM sees the true
       picture.
     - `with_ceiling` also scores SAM's masks from the true boxes.
-    - If `votes` is 1, the answer is greedy. A larger number of answers is sampled at temperature 1.
-      The same seed gives the same answers.
+    - If `votes` is 1, the answer is greedy. Otherwise so many answers are sampled, at temperature
+      1. The same seed gives the same answers.
     - `keep` is a pair: a path, and a line that describes the evaluation. Each process keeps its
       rows in a file: the path, followed by the number of the process. A later call with the same
       line continues an interrupted evaluation.
@@ -435,7 +435,7 @@ def evaluate(
     every = sorted(gather(rows), key=lambda row: row.index)
     if not every:
         asked = s.eval_data or s.data
-        raise UserError(f"{asked}: every true mask is empty, and --empty-truth is excluded")
+        raise UserError(f"{asked}: every true mask is empty, so take --empty-truth correct")
     return Report(every, s.objects == "several")
 
 

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, refuse damaged files, and check the disk space of downloads.
+"""Write files whole or not at all, lock folders, refuse damaged files, and check the disk space.
 
 Each UserError is one line.
 """
@@ -8,10 +8,12 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 
@@ -38,7 +40,7 @@ JSON_FILES = (
     INDEX,
 )
 TEXT_FILES = ("chat_template.jinja", "merges.txt")
-NEEDED = (  # one file of each line
+NEEDED = (  # at least one file of each tuple
     ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"),
     ("tokenizer.json", "vocab.json"),
     ("preprocessor_config.json", "processor_config.json"),
@@ -88,6 +90,28 @@ def save_text(path: Path, text: str) -> None:
 def write_json(path: Path, value) -> None:
     """Write a value as JSON."""
     save_text(path, json.dumps(value, indent=1))
+
+
+@contextmanager
+def only_program(folder: Path):
+    """Context manager: refuse a run's folder in which another program is training now.
+
+    The end of a program releases its lock, even if it was killed. Raises UserError.
+    """
+    lock = FileLock(folder / "lock", blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"--run {folder}: another program is training there. Wait for its end, or name another "
+            "folder"
+        ) from None
+    except (OSError, NotImplementedError):  # some network disks have no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------------- disk space
@@ -240,7 +264,9 @@ def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
     if (folder / "adapter").is_dir():  # the folder of a run
         raise UserError(f"{option} {folder} is no adapter. Name {folder / 'adapter'}")
     if not folder.is_dir():
-        raise UserError(f"{option} {folder}: there is no such folder")
+        raise UserError(
+            f"{option} {folder}: there is no such folder. Name the folder adapter/ of a run"
+        )
     config = folder / "adapter_config.json"
     weights = folder / "adapter_model.safetensors"
     for file in (config, weights):
@@ -249,7 +275,7 @@ def check_adapter_files(folder: Path, option: str = "--adapter") -> dict:
     content = load_json(config)
     kind = content.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{config}: peft_type must be LORA, not {kind}")
+        raise UserError(f"{config}: peft_type must be LORA, not {kind}. Name a LoRA adapter")
     check_safetensors(weights)
     return content
 
@@ -287,7 +313,7 @@ def read_adapter(base, adapter: str | Path):
     """Return the base model with the adapter of a folder. Raises UserError if it does not fit."""
     from peft import PeftModel  # imported late, so that eval.py --help answers at once
 
-    misfit = f"adapter {adapter} does not fit this policy"
+    misfit = f"adapter {adapter} does not fit this policy. Name the policy on which it was trained"
     try:
         with warnings.catch_warnings():  # if the file lacks weights, PEFT only warns
             warnings.filterwarnings("error", "Found missing adapter keys")
@@ -295,11 +321,11 @@ def read_adapter(base, adapter: str | Path):
     except torch.OutOfMemoryError:
         raise
     except UserWarning:
-        raise UserError(f"{misfit} (it is of other layers)") from None
+        raise UserError(f"{misfit} (its layers have other names)") from None
     except Exception as error:  # a damaged configuration can raise any exception in PEFT
         raise UserError(f"{misfit} ({cause(error)})") from None
     places = sum("lora_" in name for name, _ in model.named_parameters())
     with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
         if len(file.keys()) != places:  # PEFT ignores weights that have no place
-            raise UserError(f"{misfit} (it is of other layers)")
+            raise UserError(f"{misfit} (its layers have other names)")
     return model

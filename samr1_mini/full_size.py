@@ -108,7 +108,7 @@ def empty_base(
     if load_in == "nf4":
         plan = four_bits(dtype)
         replace_with_bnb_linear(base, plan.llm_int8_skip_modules, plan)
-        base.is_loaded_in_4bit = True  # PEFT then wraps these layers as after from_pretrained
+        base.is_loaded_in_4bit = True  # so PEFT treats it like a model of from_pretrained
     return base
 
 

@@ -27,12 +27,12 @@ from .evaluation import encode_questions
 from .loading import load_models, open_sets
 from .memory import usable_memory
 from .policy import Policy, Prompt, logprobs
-from .processes import add_up_gradients, average, fail_together, from_first, is_first
-from .processes import join_processes, process_count, share
+from .processes import add_up_gradients, average, fail_together, is_first, join_processes
+from .processes import process_count, share
 from .reports import count_skipped, describe, first_answers, flat_tokens, sampling_gap, score_base
 from .reports import step_line, summarise, token_means, validate
 from .reward import Reward, check_terms, read_answer, reward_terms, score_group
-from .runs import Run, known_missing, only_program, open_run
+from .runs import Run, known_missing, opened_run
 from .segmenter import Segmenter
 from .sizes import layers_to_keep
 from .trace import Trace, keep_tokens
@@ -56,7 +56,7 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     if kind == "mean":
         return centred.masked_fill(flat, 0.0)
     if kind != "std":
-        raise ValueError(f"advantage {kind!r} is neither std nor mean")
+        raise ValueError(f"{kind!r}: this function computes std and mean alone")
     # (1)  A_i = (r_i - mean(r)) / std(r)
     return (centred / std.clamp(min=1e-6)).masked_fill(flat, 0.0)
 
@@ -377,8 +377,7 @@ def train(
     check_share(s, process_count())
     sets = open_sets(s, sets)
     data, validation, test = sets
-    folder = from_first(open_run(s) if is_first() else None)
-    with only_program(folder):
+    with opened_run(s) as folder:
         missing = known_missing(folder) if s.resume else None
         policy, segmenter = load_models(s, sets, missing=missing, segmenter=segmenter)
         parts = Parts(policy, segmenter, new_optimizer(policy, s), s, reward_terms, loss)

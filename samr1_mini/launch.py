@@ -88,7 +88,7 @@ def start_processes(work: Callable[[Settings], None], s: Settings, count: int) -
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
     with signals_passed_on(started) as missed:
-        with signals_held_back():  # in the new processes too, until run_process releases them
+        with signals_held_back():  # the new processes inherit this; run_process ends it
             try:
                 context = torch.multiprocessing.start_processes(
                     run_process, (work, s, count, store.port), count, join=False
@@ -154,7 +154,7 @@ def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:
-        traceback.print_exc()  # in each process: often only one shows the cause
+        traceback.print_exc()  # every process prints, because often only one knows the cause
         sys.exit(1)
 
 
@@ -208,7 +208,7 @@ def signals_held_back():
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # If the tracker started inside the block, it would release the signals.
+    # If multiprocessing's tracker process started later, its start would release the signals.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals())
     try:

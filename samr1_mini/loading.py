@@ -38,8 +38,8 @@ def check_models(s: Settings) -> None:
 def start_adapter(s: Settings) -> Path:
     """Return the adapter with which a run of --start-from begins.
 
-    A resumed run takes the adapter in its own folder, because it has the alpha of --start-from. Its
-    weights are replaced by those of state.pt.
+    A resumed run takes the adapter from its own folder. This adapter has the alpha of the one in
+    --start-from. Later, the weights of state.pt replace its weights.
     """
     folder = Path(s.run)
     if s.resume and (folder / "state.pt").exists() and (folder / "adapter").is_dir():
@@ -82,7 +82,7 @@ def open_three(s: Settings) -> list:
     for name, split, count in wanted:
         try:
             sets.append(open_split(s, name, split, count, s.seed))
-        except UserError as error:  # open_data always names --data, so name the right option
+        except UserError as error:  # its text always says --data
             if split == "train" or not s.eval_data:
                 raise
             raise UserError(str(error).replace("--data", "--eval-data", 1)) from None
@@ -160,9 +160,9 @@ def load_models(
 ) -> tuple[Policy, Segmenter]:
     """Download data sets and models, then load policy and segmenter.
 
-    `missing` lists the unavailable pictures of each data set. All processes, and a resumed run,
-    then use the same samples. A `segmenter` argument replaces the segmenter of the settings. Call
-    check_models first.
+    `missing` lists the unavailable pictures of each data set. Their samples are left out in all
+    processes, and again in a resumed run. A `segmenter` argument replaces the segmenter of the
+    settings. Call check_models first.
     """
     fetch_sets(s, sets, missing)
     if s.start_from:

@@ -137,9 +137,9 @@ def check_policy(name: str, image_size: int | None = None):
     covers a cell of pixels. Raises UserError if `image_size` is no multiple of the cell's side.
     """
     folder = Path(model_source(name))
-    why = "there is no such folder, and the hub has no such model"
+    why = "no such folder, and no such model on the hub: check the name and the network"
     if folder.is_dir():
-        why = "its config.json cannot be used"
+        why = "its config.json cannot be used: download it again"
         check_policy_files(folder)
     try:
         config = AutoConfig.from_pretrained(model_source(name))

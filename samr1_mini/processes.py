@@ -65,7 +65,7 @@ def share(items: Sequence | torch.Tensor) -> Sequence | torch.Tensor:
 
 
 class FailedElsewhere(Exception):
-    """Another process has failed. The argument is the error that fail_together raises here."""
+    """Another process has failed. fail_together then raises this exception's argument."""
 
 
 @contextmanager

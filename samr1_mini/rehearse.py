@@ -86,10 +86,10 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
         f"{s.sam}; by arithmetic, nothing is measured",
         "GiB that stay: " + gib_list(table["staying_gib"], 2),
         "GiB of the whole process at the peak of a phase: " + gib_list(table["peak_gib"], 1),
-        f"prefill and decode are of all {s.questions} questions at once; where memory is short, "
-        "fewer are taken; where memory is free, updates keep activations of some layers",
-        f"updates of other sizes, and cards that hold them ({GAPS:.0%} of memory is lost between "
-        "tensors):",
+        f"prefill and decode: for all {s.questions} questions at once. A run takes fewer if memory "
+        "is short",
+        "GiB of an update by answers x tokens, and the cards with enough memory "
+        f"({GAPS:.0%} is lost between tensors):",
     ]
     for size, peak in table["update_peak_gib"].items():
         largest = max(peak, table["peak_gib"]["reward"])
@@ -100,8 +100,8 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
     if s.redraw:
         uncounted = " but without those of --redraw"
     lines.append(
-        f"hours for {s.samples:,} samples{uncounted}, with all evaluations, by tokens of an answer "
-        "(seconds of a step: rollout + reward + update):"
+        f"hours for {s.samples:,} samples{uncounted}, with all evaluations. In brackets, the "
+        "seconds of a step: rollout + reward + update"
     )
     for card, times in table["hours"].items():
         parts = []
@@ -196,7 +196,7 @@ def random_parts(shape: str, s: Settings) -> Parts:
 
 
 def reward_full_answers(parts: Parts, samples: list[Sample]) -> None:
-    """Reward groups of equal answers. An answer has a box and the most allowed points."""
+    """Compute the rewards of full groups. All answers are equal: a box and the most points."""
     s = parts.settings
     side = parts.policy.answer_side(s.image_size)
     third, middle = side // 3, side // 2
@@ -266,7 +266,8 @@ def checked_shape(s: Settings) -> str:
     if s.preset not in POLICY_SIZES:
         if s.device == "cuda":
             raise UserError(
-                f"--rehearse is for --preset 3b or 7b, not {s.preset}: training takes minutes"
+                f"--rehearse on a GPU needs --preset 3b or 7b. With --preset {s.preset}, a training "
+                "takes only minutes"
             )
         return "small"
     if not has_known_shape(s):
@@ -303,8 +304,8 @@ def measure_gpu(parts: Parts, prompt: Prompt) -> dict:
     at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free)
     milliseconds = token_ms(policy, [prompt] * at_once, s.group)
     print(
-        f"a token of {at_once} x {s.group} answers: {milliseconds['graph']:.1f} ms as a CUDA "
-        f"graph, {milliseconds['eager']:.1f} ms operation by operation"
+        f"one more token in {at_once} x {s.group} answers takes {milliseconds['graph']:.1f} ms with "
+        f"a CUDA graph, and {milliseconds['eager']:.1f} ms without it"
     )
     updates = {}
     for group, tokens in GRID:
@@ -349,7 +350,7 @@ def step_table(shape: str, parts: Parts, prompt: Prompt, meter: Meter) -> dict:
 
 
 def print_steps(table: dict) -> None:
-    """Print the measurements. On a GPU the forecast stands beside them."""
+    """Print the measurements, on a GPU with their forecast. On a CPU, "-" stands for the forecast."""
     print(
         f"\n{table['device']}, policy {table['shape']} in {table['load_in']}, "
         f"{table['questions']} questions x {table['group']} answers of {table['max_new_tokens']} "

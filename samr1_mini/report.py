@@ -185,7 +185,9 @@ def content(folder: Path, test: dict) -> dict:
     s = Settings(**read_settings(folder / "settings.json"))
     log = read_log(folder)
     if not log:
-        raise UserError(f"{folder} has no line in metrics.jsonl, so there is nothing to show")
+        raise UserError(
+            f"{folder} has no finished step yet (metrics.jsonl), so there is nothing to show"
+        )
     last = log[-1]["step"]
     summary = read_saved(folder / "summary.json", dict, None)
     if summary and summary.get("samples", 0) < last * s.questions:
@@ -193,7 +195,9 @@ def content(folder: Path, test: dict) -> dict:
     names = list(dict.fromkeys(name for line in log for name in line))
     terms = names[names.index("reward") + 1 : names.index("zero_variance")]
     weights = s.reward_weights
-    lines = [{"skipped_updates": 0} | line for line in log]  # only steps that have some log them
+    lines = [
+        {"skipped_updates": 0} | line for line in log
+    ]  # steps without skipped updates do not log this number
     return {
         "name": folder.resolve().name,
         "settings": {name: getattr(s, name) for name in SHOWN},
@@ -274,11 +278,11 @@ def main(argv: list[str] | None = None) -> None:
     print_anything()
     parser = Parser(prog="report.py", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
-    without = "leave out the held-out questions, which need the data set and SAM"
+    without = "do not show the test questions. They need the data set and SAM"
     parser.add_argument("--without-test", action="store_true", help=without)
     args = parser.parse(argv)
     if not (args.run / "settings.json").is_file():
-        parser.error(f"{args.run} holds no run")
+        parser.error(f"{args.run} holds no run. Name the folder of a run")
     try:
         s = Settings(**read_settings(args.run / "settings.json"))
         s = replace(s, device=auto_device())  # perhaps the run was made on another machine

@@ -171,7 +171,7 @@ def base_summary(rollouts: list, s: Settings) -> str:
         return (
             f"{line}. Warning: most answers are cut off. A truncated answer gets no reward for the "
             "reasoning format, and often no box. "
-            f"Raise --max-new-tokens {s.max_new_tokens}"
+            f"Raise --max-new-tokens (now {s.max_new_tokens})"
         )
     text = " ".join(rollouts[0].completions[0].text.split())
     first = f"The first answer: {text[:120]!r}"

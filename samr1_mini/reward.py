@@ -249,7 +249,7 @@ def accuracy_term(kind: str, mask_iou: float, answer_box_iou: float = 0.0) -> fl
     if kind.startswith("threshold:"):
         limit = float(kind.removeprefix("threshold:"))
         return 4.0 if mask_iou > limit else 0.0
-    raise ValueError(f"no accuracy term is called {kind}")
+    raise ValueError(f"no accuracy term is called {kind}; see --accuracy in python train.py --help")
 
 
 def matching_term(reward: Reward) -> float:

@@ -26,22 +26,21 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from .config import Settings, Terminated, UserError, begun_settings, cause, parse_json
 from .config import refuse_changes
-from .files import AGAIN, load_json, check_content, replace_file, write_json
+from .files import AGAIN, check_content, load_json, only_program, replace_file, write_json
 from .metrics import mean
 from .policy import Policy
-from .processes import gather, is_first, process_count
+from .processes import from_first, gather, is_first, process_count
 from .segmenter import SAM_FILES
 from .stops import handled_signals, handlers_put_back, ignore_signals, lasting_output
 from .stops import stop_on_signals
@@ -110,8 +109,8 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
         # for a full disk, torch raises a RuntimeError, and safetensors a SafetensorError
         why = " ".join(str(error).split())
         tqdm.write(
-            f"step {state['step']} could not be saved in {folder} ({why}). The state saved before "
-            "stays. Free some disk space there"
+            f"step {state['step']} could not be saved in {folder} ({why}). The last saved state is "
+            "kept. Free some disk space there"
         )
         return False
 
@@ -125,8 +124,8 @@ def read_state(file: Path) -> dict:
         # The error's own text advises weights_only=False, which would run foreign code.
         why = f"{file} is damaged or cut off ({type(error).__name__})"
         raise UserError(f"{why}: {AGAIN}, or start another run") from None
-    kinds = {"step": int, "seconds": (int, float), "adapter": dict, "optimizer": dict}
-    kinds["asked"] = (int, type(None))  # older states lack this number
+    kinds = {"step": int, "asked": int, "seconds": (int, float)}
+    kinds |= {"adapter": dict, "optimizer": dict}
     for name, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise UserError(f"{file} is not the state of a run: {AGAIN}, or start another run")
@@ -149,7 +148,7 @@ def put_state(state: dict, policy: Policy, optimizer) -> None:
             raise ValueError("the optimizer's state has other shapes")
 
 
-def load_state(folder: Path, policy: Policy, optimizer, s: Settings) -> tuple[int, int, float]:
+def load_state(folder: Path, policy: Policy, optimizer) -> tuple[int, int, float]:
     """Load the saved state. Return the steps done, the questions asked in them, and the seconds.
 
     All are 0 if nothing was saved yet. Raises UserError if the state is damaged or does not fit.
@@ -163,8 +162,7 @@ def load_state(folder: Path, policy: Policy, optimizer, s: Settings) -> tuple[in
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         why = f"{file} does not fit this run ({cause(error)})"
         raise UserError(f"{why}: {AGAIN}, or start another run") from None
-    asked = state.get("asked", state["step"] * s.questions)  # older runs have no --redraw
-    return state["step"], asked, state["seconds"]
+    return state["step"], state["asked"], state["seconds"]
 
 
 # -------------------------------------------------------------------------- folder
@@ -181,7 +179,7 @@ def open_run(s: Settings) -> Path:
         read_saved(folder / "samples.json", list, [])
         read_test_answers(folder)
         known_missing(folder)
-        return folder  # Run writes the settings after all checks
+        return folder  # the class Run writes the settings later, after all checks
     # A folder without metrics.jsonl comes from a start that failed. It may be used again.
     if (folder / "metrics.jsonl").exists():
         raise UserError(
@@ -192,33 +190,18 @@ def open_run(s: Settings) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder, s)
     except OSError as error:
-        raise UserError(f"--run {folder}: nothing can be written there ({error})") from None
+        raise UserError(
+            f"--run {folder}: nothing can be written there ({error}). Name another folder"
+        ) from None
     return folder
 
 
 @contextmanager
-def only_program(folder: Path):
-    """Context manager: refuse a folder in which another program is training now.
-
-    The end of a program releases its lock, even if it was killed.
-    """
-    if not is_first():
-        yield
-        return
-    lock = FileLock(folder / "lock", blocking=False, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"--run {folder}: another program is training there. Wait for its end, or name another "
-            "folder"
-        ) from None
-    except (OSError, NotImplementedError):  # some network disks have no locks
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+def opened_run(s: Settings) -> Iterator[Path]:
+    """Context manager: open a run's folder and lock it. Several processes share the folder."""
+    folder = from_first(open_run(s) if is_first() else None)
+    with only_program(folder) if is_first() else nullcontext():
+        yield folder
 
 
 def next_name(s: Settings) -> str:
@@ -241,7 +224,7 @@ def write_settings(folder: Path, s: Settings, functions: list[str] | None = None
 
 
 def check_settings(folder: Path, s: Settings) -> None:
-    """Refuse to continue with another SAM, or with another value that must not change.
+    """Refuse to continue with another SAM, or with changed settings that must stay.
 
     The path of a SAM 2 or SAM 3 may change, because the model may have been moved.
     """
@@ -249,15 +232,15 @@ def check_settings(folder: Path, s: Settings) -> None:
     if begun["sam"] != s.sam and {begun["sam"], s.sam} & {"tiny", *SAM_FILES}:
         raise UserError(
             f"--resume: this run was started with --sam {begun['sam']}, and --sam {s.sam} is "
-            "another model"
+            "another model. Leave --sam out, or start another run"
         )
     # For these, settings.json has the values in use, such as the real number of processes.
     differ = ("device", "processes", "prompt_file")
     refuse_changes(begun, {k: v for k, v in asdict(s).items() if k not in differ})
 
 
-# Names of the classes and functions that `train` uses without the arguments sets, segmenter,
-# reward_terms and loss.
+# Names of the classes and functions that `train` uses if its caller gives no sets, segmenter,
+# reward_terms or loss.
 DEFAULTS = {"Folder", "Shapes", "SamSegmenter", "Sam2Segmenter", "reward_terms", "grpo_loss"}
 
 
@@ -281,19 +264,22 @@ def begun_functions(folder: Path) -> list[str]:
 
 
 def check_functions(folder: Path, names: list[str]) -> None:
-    """Refuse to continue a run with other functions than those of its start, by their names."""
+    """Refuse to continue a run with other functions than those of its start. Compares names."""
     for begun, now in zip(begun_functions(folder), names):
         if begun != now and not DEFAULTS.issuperset((begun, now)):
             raise UserError(
                 f"--resume: {folder} was started with {begun}, not with {now}. Continue it with "
-                "the program that began it (in Python: train with resume=True)"
+                "the script or notebook that started it: it calls train, which takes resume=True"
             )
 
 
 def resume_command(folder: Path, s: Settings) -> str:
     """Return the command that continues a run with the present number of processes."""
     if not DEFAULTS.issuperset(begun_functions(folder)):
-        return f"the program that began it, with --resume --run {folder} (in train: resume=True)"
+        return (
+            "the script or notebook that started it, with --resume. In Python, call train with "
+            f"resume=True and run={str(folder)!r}"
+        )
     script = "train.py"
     if Path(sys.argv[0]).name == script:  # as the user typed it, from any folder
         script = sys.argv[0]
@@ -351,9 +337,7 @@ def known_missing(folder: Path) -> list[list[str]]:
 
     Their questions were replaced. So these pictures are not requested again.
     """
-    names = read_saved(folder / "missing.json", (dict, list), {})
-    if isinstance(names, list):  # runs of older versions have one list for all sets
-        return [names for _ in SET_NAMES]
+    names = read_saved(folder / "missing.json", dict, {})
     return [names.get(name, []) for name in SET_NAMES]
 
 
@@ -390,8 +374,8 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
     for old, new in zip(read_saved(folder / "samples.json", list, []), train.ids):
         if old != new:
             refuse_questions(s.data, folder)
-    # test-base.json may lack questions (--empty-truth excluded). `in` moves the iterator on, so
-    # the ids must have the same order.
+    # The answers must have the order of the test set, but some questions may have no answer
+    # (--empty-truth excluded). `in` takes ids from the iterator until it has found this one.
     ids = iter(test.ids)
     for answer in read_test_answers(folder)[: len(test.ids)]:
         if answer["id"] not in ids:
@@ -423,9 +407,9 @@ def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
 def refuse_questions(data: str, folder: Path) -> None:
     """Raise UserError for changed data."""
     raise UserError(
-        f"--resume: {data} asks other questions than when {folder} began, so its data has changed. "
-        "If the data was moved, name its folder with --data or --eval-data. Otherwise start "
-        "another run"
+        f"--resume: the questions of {data} are not those with which {folder} was started, so the "
+        "data has changed. If the data was moved, name its folder with --data or --eval-data. "
+        "Otherwise start another run"
     )
 
 
@@ -457,13 +441,14 @@ class Run:
         if s.resume:
             check_functions(folder, self.functions)
             check_questions(folder, sets, s)
-            self.start, self.asked, earlier = load_state(folder, policy, optimizer, s)
+            self.start, self.asked, earlier = load_state(folder, policy, optimizer)
         if self.start:
             check_first_questions(folder, sets, s)
         if self.start > self.total:
+            least = self.start * s.questions
             raise UserError(
-                f"--samples {s.samples}: {folder} has done {self.start} steps already. That is "
-                f"--samples {self.start * s.questions}: give this number or a larger one"
+                f"--samples {s.samples}: {folder} has already done {self.start} steps, which is "
+                f"{least} samples. Give --samples {least} or more"
             )
         self.begun = begun - earlier
         self.state = take_state(policy, optimizer, self.start, self.asked, self.seconds())
@@ -561,7 +546,7 @@ class Run:
             )
         elif not changed:
             tqdm.write(
-                f"Warning: {FIRST_STEPS} steps have changed no weight of the adapter. Look at "
+                f"Warning: the first {FIRST_STEPS} steps have changed no weight of the adapter. Look at "
                 "grad_norm and skipped_updates in metrics.jsonl, and start another run with "
                 "another --lr"
             )

@@ -394,5 +394,7 @@ def load_segmenter(
     except Exception as error:  # a broken file may raise any exception
         if is_memory_error(error):
             raise UserError(f"{name} {loading_error(error)}") from None
-        raise UserError(f"{name}: not the weights of {kind} ({first_line(error)})") from None
+        raise UserError(
+            f"{name}: not the weights of {kind} ({first_line(error)}): download them again"
+        ) from None
     return frozen_segmenter(sam, device, dtype)

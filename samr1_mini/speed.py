@@ -19,7 +19,14 @@ CARDS = {
     "A100": (2039, 312, 19.5, 79.1),
     "H100": (3350, 989, 67, 79.1),
 }
-OTHER_WORDS = {"NVIDIA", "GeForce", "SXM", "SXM4", "80GB", "HBM3"}  # also in these cards' names
+OTHER_WORDS = {
+    "NVIDIA",
+    "GeForce",
+    "SXM",
+    "SXM4",
+    "80GB",
+    "HBM3",
+}  # also found in the names of these cards
 BYTE_SHARE, FLOP_SHARE = 0.7, 0.4  # assumed: the share of these speeds that code reaches
 LAUNCH, REPLAYED = 30e-6, 3e-6  # seconds to start an operation from Python, and in a CUDA graph
 OPERATIONS = 79  # number of operations of a layer in a forward

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from samr1_mini.config import parse_settings
+from samr1_mini.config import UserError, parse_settings
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 sys.path.insert(0, str(TUTORIALS))  # ablations.py stands there
@@ -182,7 +182,7 @@ def test_a_run_that_another_program_is_making_is_refused_and_keeps_its_files(
     folder = tmp_path / "runs" / "ablations" / "base-seed0"
     folder.mkdir(parents=True)
     (folder / saved).touch()
-    with FileLock(folder / "lock"), pytest.raises(RuntimeError, match="base, seed 0: another"):
+    with FileLock(folder / "lock"), pytest.raises(UserError, match="base-seed0: another program"):
         ablations.one_run("base", 0)
     assert (folder / saved).exists()
 

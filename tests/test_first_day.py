@@ -527,7 +527,7 @@ def test_undecided_pixels_that_cover_the_whole_mask_are_refused(tmp_path):
     grey(square()).save(tmp_path / "m.png")
     grey(square() | True).save(tmp_path / "i.png")
     write(tmp_path, mask="m.png", ignore="i.png")
-    with pytest.raises(UserError, match="line 2: ignore covers the whole mask"):
+    with pytest.raises(UserError, match="line 2: .ignore. covers the whole mask"):
         open_data(str(tmp_path), "test", 5).check_files()
 
 

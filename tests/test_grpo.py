@@ -1095,8 +1095,7 @@ def test_after_every_so_many_steps_there_is_a_look_at_the_validation_set_and_a_s
     )
     for name, stand_in in dict(
         open_sets=lambda *_: [[], "validation", []],
-        open_run=lambda s: None,
-        only_program=lambda folder: nullcontext(),
+        opened_run=nullcontext,
         load_models=lambda *_, **__: (None, None),
         new_optimizer=lambda *_: None,
         Run=lambda *_: run,

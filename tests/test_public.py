@@ -261,10 +261,10 @@ def test_the_original_refer_layout_reads_the_same(tmp_path, coco_dir):
 def test_a_test_split_without_testb_is_a_warning(tmp_path, coco_dir):
     refer_folder(tmp_path)
     refs = pickle.loads((tmp_path / "refs(umd).p").read_bytes())
-    for others, expected in (["test"], 0), (["testA", "testB"], 1):
+    for name, others, expected in ("umd", ["test"], 0), ("unc", ["testA", "testB"], 1):
         for row in refs:
             row["split"] = ["train", *others][row["ref_id"] % (len(others) + 1)]
-        (tmp_path / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))
+        (tmp_path / f"refs({name}).p").write_bytes(pickle.dumps(refs, protocol=2))
         warnings = {
             split: open_data(str(tmp_path), split, 9, coco_dir=str(coco_dir)).warnings
             for split in ("train", "test")

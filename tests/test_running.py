@@ -112,7 +112,6 @@ def test_each_set_is_told_the_pictures_that_it_lacked_when_the_run_began(
     saved = {"train": ["a.jpg", "b.jpg"], "test": ["c.jpg"]}
     for content, expected in (
         (saved, [["a.jpg", "b.jpg"], [], ["c.jpg"]]),
-        (["a.jpg"], [["a.jpg"]] * 3),  # as older versions wrote it
         (None, [[], [], []]),
     ):
         asked.clear()
@@ -537,13 +536,6 @@ def test_an_own_function_with_a_defaults_name_is_not_the_default(settings):
     assert "train.py" not in runs.resume_command(Path(settings.run), settings)
     with pytest.raises(UserError, match="own grpo_loss"):
         train(replace(settings, resume=True))
-
-
-def test_a_value_none_of_an_older_run_is_the_default(settings):
-    train(settings)
-    file = Path(settings.run) / "settings.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"start_from": None}))
-    assert config.begun_settings(file.parent)["start_from"] == ""
 
 
 def test_a_log_whose_last_line_is_cut_off_continues_after_a_deleted_beginning(tmp_path):

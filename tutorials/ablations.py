@@ -41,13 +41,13 @@ from threading import Lock
 
 import matplotlib.pyplot as plt
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
-from samr1_mini.config import parse_settings, read_settings
+from samr1_mini.config import UserError, parse_settings, read_settings
+from samr1_mini.files import only_program
 from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
 from tutorials.paired import MARGIN, equivalence_bound, smallest_difference, student
@@ -228,23 +228,13 @@ def check_options(folder: Path, options: list[str], run: str) -> None:
         )
 
 
-def check_lock(folder: Path, run: str) -> None:
-    """Refuse a run that another program is making now."""
-    try:
-        with FileLock(folder / "lock", blocking=False, fallback_to_soft=False):
-            pass
-    except Timeout:
-        raise RuntimeError(f"{run}: another program is making this run in {folder} now") from None
-    except (OSError, NotImplementedError):  # some network disks have no locks
-        pass
-
-
 def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     """Train and test once, or continue a run that was stopped.
 
     Returns the CSV line as a dict. Its lists "ids", "scenes" and "lenient" have one value for each
     test scene: the id, the IoU and the lenient IoU. Before the run's folder is deleted, `keep` is
-    called with the line. Raises RuntimeError if the run fails.
+    called with the line. Raises RuntimeError if the run fails, and UserError if another program is
+    making it now.
     """
     run = f"{row}, seed {seed}"
     folder = ROOT / "runs" / "ablations" / name_of(row, seed)
@@ -255,7 +245,8 @@ def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     if row in BY_FUNCTION:
         program = [str(ROOT / "tutorials" / "row_functions.py"), row]
     command = [sys.executable, *program, *options]
-    check_lock(folder, run)
+    with only_program(folder):
+        pass  # only to raise an error, because the program below locks the folder itself
     if (folder / "state.pt").exists():
         check_options(folder, options, run)
         command.append("--resume")
@@ -722,7 +713,7 @@ def main(argv: list[str] | None = None) -> None:
             make_runs(missing, args.results, args.workers)
         except KeyboardInterrupt:  # Ctrl-C reaches the runs too: each finishes its step and saves
             sys.exit("stopping: the same command continues")
-        except (RuntimeError, OSError) as error:  # a run that fails keeps its folder
+        except (UserError, RuntimeError, OSError) as error:  # a run that fails keeps its folder
             parser.error(str(error))
     lines = read(args.results)
     if not lines:

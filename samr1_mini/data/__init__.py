@@ -23,10 +23,11 @@ def open_data(
     set, or a folder.
 
     A training split repeats its samples until it has `count`. With `seed` None, each sample comes
-    once. Three arguments are for public sets. `sentences` is "first" or "all": the expressions of
-    an object that are used. `coco_dir` is a folder with COCO's train2014 pictures. `ignore` is
-    "foreground" or "excluded": the use of pixels that the data set leaves undecided. `objects` is
-    "one", or "several": then a question may mean several objects or none.
+    once. If `objects` is "several", a question may mean several objects or none.
+
+    The other arguments are for public sets. `sentences` is "first" or "all": the expressions of an
+    object that are used. `coco_dir` is a folder with COCO's train2014 pictures. `ignore` is
+    "foreground" or "excluded": how pixels count that the data set leaves undecided.
 
     Lines and file headers are checked here. Raises UserError. `Data.download` downloads pictures.
     """

@@ -35,7 +35,7 @@ def picture_name(path: str) -> str:
     """
     name = Path(str(path)).name
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.(jpe?g|png)", name, re.IGNORECASE):
-        raise ValueError(f"{name!r} is no picture's file name")
+        raise ValueError(f"{name!r} is not the name of a .jpg or .png file")
     return name
 
 
@@ -120,7 +120,7 @@ def read_within(seconds: float, url: str) -> bytes:
         except Exception as error:
             outcome.set_exception(error)
 
-    Thread(target=run, daemon=True).start()  # if late, it ends with its socket or the program
+    Thread(target=run, daemon=True).start()  # this thread may outlive the call
     wait([outcome], seconds)
     if not outcome.done():
         raise TimeoutError(f"not done within {seconds:.0f} seconds")

@@ -108,7 +108,7 @@ class Folder(Data):
         self.split, self.count, self.seed = split, min(count, sys.maxsize), seed
         self.repeats = split == "train" and seed is not None
         self.missing, self.warnings, self.broken = [], [], set()
-        self.names = {}  # of pictures; the keys are these names after casefold()
+        self.names = {}  # name of a picture after casefold() -> its name
         self.candidates = self.lines_of_split(self.read_lines())
         self.box_only = self.candidates[0].box_only
         if any(line.box_only != self.box_only for line in self.candidates):
@@ -126,7 +126,7 @@ class Folder(Data):
         except UnicodeDecodeError as error:
             raise UserError(f"{self.file}: {error}; save the file in UTF-8") from None
         except OSError as error:
-            raise UserError(f"{self.file} cannot be read ({error.strerror})") from None
+            raise UserError(f"{self.file} cannot be read ({error.strerror}): check it") from None
         lines = []
         # Only "\n" ends a line. Python's splitlines would also split at other characters.
         for number, line in enumerate(text.split("\n"), 1):
@@ -180,8 +180,8 @@ class Folder(Data):
         if few and not found:
             found = lines
             self.warn(
-                f"the folder has only {len(splits)} pictures, so this split has all questions. Its "
-                "scores do not describe new pictures. Add pictures: separate splits need 3"
+                f"the folder has only {len(splits)} pictures, so all splits have the same questions. "
+                "The scores say nothing about new pictures. Separate splits need at least 3 pictures"
             )
         if not found:
             raise UserError(
@@ -189,7 +189,10 @@ class Folder(Data):
             )
         shared = sorted(others & {line.image for line in found})
         if shared and self.split == "test" and not few:
-            self.warn(f"{len(shared)} pictures, such as {shared[0]}, are in another split too")
+            self.warn(
+                f"{len(shared)} pictures, such as {shared[0]}, are in another split too. For a fair "
+                "test, give each picture one split"
+            )
         return found
 
     def in_order(self) -> Iterator[Line]:
@@ -208,9 +211,9 @@ class Folder(Data):
         yield from lines
 
     def choose(self) -> None:
-        """Choose `count` lines, and spare ones, which replace unreadable ones.
+        """Choose `count` lines, and some spare lines. A spare line replaces an unreadable one.
 
-        A line whose picture is missing is replaced by the next.
+        Lines whose pictures are missing are left out here.
         """
         missing, order = set(self.missing), self.in_order()
         if missing.issuperset(line.image for line in self.candidates):
@@ -332,7 +335,7 @@ class Folder(Data):
         hidden = sample.ignore is not None and not (sample.mask & ~sample.ignore).any()
         if hidden and not self.converted:
             raise UserError(
-                f"{self.file} line {line.number}: ignore covers the whole mask; in ignore, only "
+                f'{self.file} line {line.number}: "ignore" covers the whole mask. In it, only '
                 "undecided pixels may be white"
             )
         return sample.mask.mean()
@@ -367,8 +370,8 @@ class Folder(Data):
         if failed:
             reasons = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
             print(
-                f"{self.file}: {len(failed)} of {total} pictures were not downloaded. Other lines "
-                f"replace them, and {len(self)} questions remain: {reasons}"
+                f"{self.file}: {len(failed)} of {total} pictures were not downloaded: {reasons}. "
+                f"Their questions are replaced where possible. The split has {len(self)} questions"
             )
         if not self.lines:
             raise UserError(
@@ -388,8 +391,8 @@ class Folder(Data):
     def sample_at(self, i: int) -> Sample:
         """Read sample number `i`. In training, another sample replaces an unreadable one.
 
-        It is a spare sample. If no spare sample can be read, it is one of the next samples of the
-        split: no picture is downloaded for a spare sample. The choice depends only on `i`, because
+        It is a spare sample. Spare samples are not downloaded, so perhaps none can be read. Then
+        the next readable sample of the split is used. The choice depends only on `i`, because
         --resume must find the same sample again.
         """
         try:
@@ -519,8 +522,8 @@ def check_against_picture(
 ) -> tuple[bool, list[float]]:
     """Check a line's mask or box against the header of its picture. Raises ValueError.
 
-    Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both. If the
-    rotation changes the size of the mask, the case is clear: the sizes fit, or an error is raised.
+    Returns True in a doubtful case: EXIF rotates the picture or the mask, but not both. A rotation
+    that exchanges width and height leaves no doubt, because a wrong one raises an error.
     Also returns the coordinates of the box or the polygons, as check_truth does.
     """
     files = mask_files(row)
@@ -540,7 +543,7 @@ def check_against_picture(
         raise
     width, height = header.size
     if not numbers and header.sideways and width != height:
-        unclear = False  # if one of the two were rotated differently, the sizes would not match
+        unclear = False  # a wrong rotation would have raised an error above
     return unclear, numbers
 
 

@@ -1,4 +1,4 @@
-"""Layouts of public data sets: each function converts a published row to a line of data.jsonl.
+"""Layouts of public data sets: each function converts a published row to a line for public.py.
 
     from_refcoco    jxu124's tables, and REFER's refs(...).p with instances.json; COCO's pictures
     from_grefcoco   gRefCOCO's grefs(unc).json with instances.json: several objects, one or none
@@ -52,7 +52,7 @@ def from_grefcoco(row: dict) -> dict:
         raise ValueError(NO_INSTANCE)
     masks = [one["segmentation"] for one in annotations if not one.get("iscrowd")]
     if annotations and not masks:
-        raise ValueError("all objects of this row are crowds")
+        raise ValueError("all objects of this row are crowds (iscrowd), which do not count")
     return {"id": row["ref_id"], "masks": masks} | coco_texts(row)
 
 
@@ -106,7 +106,7 @@ def to_mask(rows, column: str) -> np.ndarray:
         )
     mask = np.stack(rows)  # refuses rows of different lengths
     if mask.ndim != 2 or not np.isfinite(mask).all():  # a missing value is NaN or None
-        raise ValueError(f"the column {column} has missing values, or holds no rows")
+        raise ValueError(f"the column {column} holds no mask, or one with missing values")
     return mask > 0
 
 
@@ -241,7 +241,7 @@ def picture_beside(file: Path, name: str) -> Path:
     """
     found = pictures_beside(file)
     if not found:
-        raise ValueError(f"no picture {file.stem}.jpg, .jpeg or .png is in its folder")
+        raise ValueError(f"no {file.stem}.jpg, .jpeg or .png is beside it; add the picture")
     meant = [picture for picture in found if picture.suffix == Path(name).suffix]
     return (meant or found)[0]
 
@@ -292,9 +292,7 @@ def draw_shape(shape: dict, size: Size) -> np.ndarray:
     elif kind == "rectangle":
         draw.rectangle([min(xs), min(ys), max(xs), max(ys)], fill=1)
     elif kind != "polygon":
-        raise ValueError(
-            f"a shape of type {kind!r}; only polygon, rectangle, circle and mask have an area"
-        )
+        raise ValueError(f"a shape has the type {kind!r}; draw polygon, rectangle, circle or mask")
     elif has_area(numbers):
         draw.polygon(numbers, fill=1)
     return np.array(canvas)

@@ -13,7 +13,7 @@ from pycocotools import mask as coco
 
 from .pictures import Header, Size, check_size, inside, opened, read_header, upright
 
-TOLERANCE = 5  # pixels by which annotators' coordinates may leave the picture
+TOLERANCE = 5  # annotators' coordinates may be so many pixels outside the picture
 EMPTY = (
     "the mask is empty; if the picture has no such object, remove the line, or write "
     '"mask": [] and use --objects several'
@@ -225,7 +225,7 @@ def flat_polygon(polygon) -> list[float]:
         return list(chain(*polygon))
     if are_numbers(polygon) and len(polygon) % 2 == 0:
         return polygon
-    raise ValueError("a polygon is not a list of x, y pairs")
+    raise ValueError("one polygon is not a list of x, y pairs; write [[x1, y1, x2, y2, ...]]")
 
 
 def are_numbers(values) -> bool:
@@ -290,8 +290,8 @@ def read_mask(value, folder: Path, size: Size) -> np.ndarray:
 def read_mask_file(file: Path) -> np.ndarray:
     """Read a mask bool [H, W] from a picture: all pixels that are not black.
 
-    Masks of 0 and 1, of 0 and 255, and of floats can be read. A mask with both nearly black and
-    nearly white pixels is refused. It has noise of a JPEG, soft borders, or undecided pixels (255).
+    Masks of 0 and 1, of 0 and 255, and of floats can be read. A mask with both dark grey (1 to 32)
+    and bright pixels is refused. It has noise of a JPEG, soft borders, or undecided pixels (255).
     """
     refuse_lossy(read_header(file), file.name)
     with opened(file) as image:
@@ -309,7 +309,7 @@ def read_mask_file(file: Path) -> np.ndarray:
     if any(map(has_dark_and_bright, [*checked, pixels])):
         raise ValueError(
             f"{file.name}: a mask with nearly black and nearly white pixels, as after JPEG or "
-            "resizing; export it again with two values. Undecided pixels belong into ignore"
+            'resizing; export it again with two values. Undecided pixels belong in "ignore"'
         )
     return pixels > 0
 
@@ -325,6 +325,6 @@ def refuse_lossy(header: Header, name: str) -> None:
     """Refuse a mask whose compression changes pixels."""
     if header.lossy:
         raise ValueError(
-            f"{name}: {header.format} may change a mask's pixels, and a copy as PNG keeps this "
-            "change; export the mask again as PNG"
+            f"{name}: {header.format} may change a mask's pixels, so this file may be wrong. To "
+            "convert it does not help; export the mask again as PNG"
         )

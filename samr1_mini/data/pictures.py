@@ -41,7 +41,9 @@ def inside(folder: Path, name: str) -> Path:
             file = child(file, part)
         if file.is_file():
             return file
-    raise ValueError(f"{name:.80}: no such file in {folder}; write paths in this folder, with /")
+    raise ValueError(
+        f"{name:.80}: no such file in {folder}; write the path inside this folder, with / between names"
+    )
 
 
 def child(folder: Path, name: str) -> Path:
@@ -77,7 +79,7 @@ def opened(file):
     try:
         if isinstance(file, Path):
             name = f"{file.name}: "
-            # If Pillow gets a file name, it scrambles some TIFFs that EXIF turns (memory maps).
+            # With a file name, Pillow would read some rotated TIFFs wrong (it maps the file).
             stream = file.open("rb")
         with stream as data, Image.open(data) as image:
             pages = getattr(image, "n_frames", 1)
@@ -110,7 +112,9 @@ def open_picture(file) -> Image.Image:
     """Read a picture in RGB, turned as its EXIF says. `file` is a path or an open file."""
     with opened(file) as image:
         if max(image.size) > 100 * min(image.size):
-            raise ValueError(f"a picture of {image.width} x {image.height} pixels is too narrow")
+            raise ValueError(
+                f"a picture of {image.width} x {image.height} pixels; one side is over 100 times the other"
+            )
         image = upright(image)
         if image.mode[0] in "IF":
             return from_deep_grey(np.asarray(image, float))

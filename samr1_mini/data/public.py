@@ -1,8 +1,8 @@
 """Public data sets, by name from the hub (HUB) or from a folder with their files.
 
-A set is converted once into a folder in the cache, which folder.py reads: data.jsonl, source.json,
-and the pictures of tables. layouts.py has the layouts. No code from data files is run: pickles may
-hold plain values only.
+A set is converted once into a folder in the cache. It holds data.jsonl, source.json, and the
+pictures that were inside tables. folder.py reads it. layouts.py has the layouts. No code from data
+files is run: pickles may hold plain values only.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ from .masks import check_truth
 from .pictures import read_header
 
 SETS = CACHE / "sets"  # converted sets, so that each set is converted only once
-VERSION = 1  # of the conversion: sets of another version are converted again
-ROWS = 16  # of a table that are in memory at a time, because masks are large
+VERSION = 1  # version of the conversion; sets of another version are converted again
+ROWS = 16  # number of rows of a table that are in memory at once, because masks are large
 
-# From a name on the command line to the splits: for each, the hub's id and the hub's split.
+# Name on the command line -> split -> (id of the repository on the hub, name of the split there).
 JXU124 = ("train", "validation", "test")
 HUB = {
     "refcocog": {split: ("jxu124/refcocog", split) for split in JXU124},
@@ -263,7 +263,9 @@ class PlainUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"the pickle needs {module}.{name}, which is not allowed")
+        raise pickle.UnpicklingError(
+            f"the pickle needs {module}.{name}, which may run foreign code"
+        )
 
 
 def refer_rows(file: Path, split: str) -> Iterator[tuple[str, dict]]:
@@ -333,15 +335,15 @@ def read_text(file: Path) -> str:
 def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
     """Return the files of a split of a set in the folder `name`, and warnings about the split.
 
-    If no path names the test split, files whose path names no split are for testing. Raises
-    UserError if there are none.
+    If the word test is in no path, the files without the name of a split are for testing. Raises
+    UserError if there are no files for `split`.
     """
     folder = Path(name)
     refs = sorted(folder.glob("refs(*).p")) or sorted(folder.glob("grefs(*).json"))
     doubts = []
     if refs:
-        if split == "test" and b"testB" in refs[-1].read_bytes():
-            doubts.append("test is testA; testB is not used")
+        if split == "test" and "(unc)" in refs[-1].name:
+            doubts.append("the test split is testA; testB is not used")
         return refs[-1:], doubts
     files = {}
     # In a folder with parquet files, JSON files only describe these.
@@ -354,12 +356,14 @@ def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
     unnamed = files.pop(None, [])
     if split == "test" and unnamed and "test" not in files:
         if files:
-            doubts.append(f"{len(unnamed)} files whose path names no split are used for test")
+            doubts.append(
+                f"{len(unnamed)} files have no split in their path, and are used for test"
+            )
         files["test"] = unnamed
     if not files.get(split):
         raise UserError(
-            f"--data {name}: this folder has no data.jsonl, nor files of a set with a {split} "
-            "split; the name of a folder or file must contain train, validation or test"
+            f"--data {name}: this folder has neither data.jsonl nor files for {split}. The path of "
+            "a table or labelme file must contain train, validation or test"
         )
     return files[split], doubts
 
@@ -453,7 +457,7 @@ def hub_files(source: Source) -> list[str]:
         files = datasets.load_dataset_builder(hub_id).config.data_files
     except Exception as error:  # the hub's libraries raise errors of many types
         raise UserError(
-            f"--data {source.name}: cannot download {hub_id} from the hub ({first_line(error)})"
+            f"--data {source.name}: cannot download {hub_id} from the hub ({first_line(error)}); check the network"
         ) from None
     splits = {str(name): list(urls) for name, urls in files.items()}
     if len(splits) == 1:

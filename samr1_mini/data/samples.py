@@ -59,7 +59,7 @@ class Data(Sequence):
     def download(self, missing: Sequence[str] = ()) -> None:
         """Download the files that are not here yet.
 
-        `missing` lists pictures that cannot be downloaded. Every process removes their
+        `missing` lists pictures that cannot be downloaded. Every process replaces their
         samples, so all processes have the same samples.
         """
 
