@@ -4,7 +4,9 @@ A new reward term logs a column with the name of the term, between "reward" and 
 This column needs no entry here.
 """
 
-from .config import option
+from dataclasses import fields
+
+from .config import Settings, option
 
 COLUMNS = {
     "step": "number of the step, from 1",
@@ -14,7 +16,7 @@ COLUMNS = {
     "reasoning_format": "share of answers <think>...</think><answer>...</answer>; a reward term",
     "segmentation_format": "share of answers with box and points in the asked JSON; a reward term",
     "zero_variance": "share of groups whose answers all have the same reward, before --redraw "
-    "(with gdpo: the same value in each reward term)",
+    "(with gdpo: the same value in each reward term, or terms that cancel)",
     "truncated": "share of answers cut off at --max-new-tokens",
     "unique": "share of different texts among the answers of a group, mean over groups",
     "points": "number of points in an answer, mean",
@@ -54,16 +56,18 @@ COLUMNS = {
 }
 
 
-def new_terms(line: dict) -> list[str]:
-    """Return the names of the new reward terms in a log line."""
-    names = list(line)
-    first = names.index("reward")
+def reward_columns(names: list[str]) -> list[str]:
+    """Return the names of the reward terms among the names of a log's columns, in order."""
+    first = names.index("reward") + 1
     last = names.index("zero_variance")
-    return [name for name in names[first:last] if name not in COLUMNS]
+    return [name for name in names[first:last] if name != "iou"]
 
 
 def explain(name: str) -> str:
     """Return a description of a column in one line, with its unit."""
     if name in COLUMNS:
         return COLUMNS[name]
+    for f in fields(Settings):
+        if f.name == f"{name}_weight":
+            return f"reward term, mean over the answers. {option(f.name)}: {f.metadata['help']}"
     return f"a new column. If it is a reward term, {option(name)}-weight sets its weight"

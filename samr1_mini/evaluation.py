@@ -25,7 +25,7 @@ from .decoding import Completion, generate
 from .policy import Policy, Prompt, encode
 from .processes import gather, is_first, join_processes, share
 from .lenient import read_leniently
-from .reward import Reward, score_group
+from .reward import Object, Reward, no_terms, object_masks, score_group
 from .segmenter import Segmenter
 from .sizes import EVALUATED_TOKENS, questions_per_batch
 
@@ -218,7 +218,7 @@ class Verdict:
     """Hold the result of `judge` for one question."""
 
     chosen: int  # index of the scored answer
-    reward: Reward  # the scored answer's, but mask and IoU are those of the vote
+    reward: Reward  # the scored answer's, without terms; mask and IoU are those of the vote
     lenient_pixels: tuple[int, int]  # intersection and union, vote of all readable answers
     strict_pixels: tuple[int, int]  # the same, vote of the answers in the format
     nothing: bool | None  # the strict mask is empty; None if no answer is in the format
@@ -233,19 +233,17 @@ def judge(segmenter: Segmenter, x: Sample, texts: list[str], s: Settings, side: 
     that vote has no voter either, the first answer is scored.
     """
     answers = [read_leniently(text, side, s.max_points, s.objects) for text in texts]
-    rewards = score_group(segmenter, x, answers, s)
+    rewards = score_group(segmenter, x, answers, s, no_terms)
     read = [i for i, reward in enumerate(rewards) if reward.mask is not None]
     in_format = [i for i in read if rewards[i].answer.in_format]
-    chosen, mask = majority(rewards, read)
-    lenient = intersection_union(mask, x.mask, x.ignore)
-    pixels = lenient
-    strict = intersection_union(None, x.mask, x.ignore)
-    nothing = None
+    _, lenient_mask = majority(rewards, read)
+    lenient = intersection_union(lenient_mask, x.mask, x.ignore)
+    chosen, mask = majority(rewards, in_format or read)
+    pixels = intersection_union(mask, x.mask, x.ignore)
     if in_format:
-        chosen, mask = majority(rewards, in_format)
-        strict = intersection_union(mask, x.mask, x.ignore)
-        pixels = strict
-        nothing = not mask.any()
+        strict, nothing = pixels, not mask.any()
+    else:
+        strict, nothing = intersection_union(None, x.mask, x.ignore), None
     reward = replace(rewards[chosen], mask=mask, pixels=pixels, iou=iou(*pixels))
     return Verdict(chosen, reward, lenient, strict, nothing)
 
@@ -255,15 +253,13 @@ def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float
 
     With `objects` "several" each true object has its own box, if the data set has its mask.
     """
-    if x.box_only:
-        return 1.0  # the data set has only boxes, so the true box is also the true mask
     if not x.mask.any():
         return None
     true_masks = [x.mask]
     if objects == "several" and x.masks:
         true_masks = x.masks
-    boxes = [tight_box(mask) for mask in true_masks]
-    masks = segmenter.masks(np.asarray(x.image), boxes, [[] for _ in boxes])  # [n, H, W]
+    boxes = [Object(tight_box(mask)) for mask in true_masks]
+    masks = object_masks(segmenter, x, boxes)  # [n, H, W]
     return iou(*intersection_union(masks.any(0), x.mask, x.ignore))
 
 

@@ -29,8 +29,8 @@ from .memory import usable_memory
 from .policy import Policy, Prompt, logprobs
 from .processes import add_up_gradients, average, fail_together, is_first, join_processes
 from .processes import process_count, share
-from .reports import count_skipped, describe, first_answers, flat_tokens, sampling_gap, score_base
-from .reports import step_line, summarise, token_means, validate
+from .reports import check_values, count_skipped, describe, first_answers, flat_tokens
+from .reports import sampling_gap, score_base, step_line, summarise, token_means, validate
 from .reward import Reward, check_terms, read_answer, reward_terms, score_group
 from .runs import Run, known_missing, opened_run
 from .segmenter import Segmenter
@@ -178,9 +178,7 @@ class Rollout:
 
     def takes_part(self, s: Settings) -> bool:
         """Return True if the updates use this group. With equal rewards, only its KL counts."""
-        if s.beta and not s.skip_flat:
-            return True
-        return bool(self.advantage.any())
+        return bool(s.beta and not s.skip_flat or self.advantage.any())
 
 
 def roll_out(
@@ -257,6 +255,7 @@ def batch_loss(parts: Parts, rollouts: list[Rollout]) -> tuple[torch.Tensor, dic
     advantage = each.repeat_interleave(torch.tensor(lengths).flatten())  # [S]
     advantage = advantage.to(policy.device)
     loss, values = parts.loss(logp, old, reference, advantage, lengths, s)
+    check_values(values, rollouts)
     keep_tokens(rollouts, logp.detach(), entropy)
     gap = logp - old  # [S]
     values |= {"entropy": entropy, "approx_kl": gap.expm1() - gap, "sampling_gap": gap.abs()}

@@ -57,6 +57,11 @@ def open_sets(s: Settings, sets: list | None = None) -> list:
     if sets:
         if not all(isinstance(one, Data) for one in sets):
             raise TypeError("`sets` must hold three objects of a subclass of samr1_mini.data.Data")
+        if len(sets[0]) < s.questions:
+            raise UserError(
+                f"the training set has only {len(sets[0])} questions, so there is no step: lower "
+                f"--questions (now {s.questions})"
+            )
         return sets
     with first_before_others():
         return open_three(s)
@@ -106,13 +111,15 @@ def hub_bytes(name: str) -> int:
     return sum(f.file_size for f in files if f.will_download)
 
 
-def check_downloads(s: Settings, sets: list) -> None:
+def check_downloads(s: Settings, sets: list, with_sam: bool = True) -> None:
     """Print the downloads in GB. Raises UserError if a disk has too little space."""
     hub = Path(HF_HUB_CACHE)
     coco_advice = ""
     if {s.data, s.eval_data} & {"refcoco", "refcocog", "refcocoplus"}:
         coco_advice = "use --coco-dir for a folder with COCO's pictures"
-    if s.sam in SAM_FILES:
+    if not with_sam:
+        sam = Download("", 0, CACHE)
+    elif s.sam in SAM_FILES:
         size = sam_bytes(s.sam, s.sam_checkpoint)
         sam_advice = "use --sam-checkpoint for a file with SAM's weights"
         sam = Download(f"SAM {s.sam}", size, CACHE, sam_advice)
@@ -131,15 +138,16 @@ def check_downloads(s: Settings, sets: list) -> None:
     check_disk_space(downloads)
 
 
-def fetch_sets(s: Settings, sets: list, missing: list | None) -> None:
+def fetch_sets(s: Settings, sets: list, missing: list | None, with_sam: bool = True) -> None:
     """Download the missing files of the data sets in the first process.
 
-    Then the other processes use the same files. The arguments are those of load_models.
+    Then the other processes use the same files. For `missing` see load_models. With `with_sam`,
+    SAM is counted in the downloads that are announced.
     """
     if missing is None:
         missing = [[] for _ in sets]
     if is_first():
-        check_downloads(s, sets)
+        check_downloads(s, sets, with_sam)
         for data, names in zip(sets, missing):
             data.download(names)
             data.check_files(s.resume)
@@ -164,7 +172,7 @@ def load_models(
     processes, and again in a resumed run. A `segmenter` argument replaces the segmenter of the
     settings. Call check_models first.
     """
-    fetch_sets(s, sets, missing)
+    fetch_sets(s, sets, missing, segmenter is None)
     if s.start_from:
         adapter = start_adapter(s)
     with first_before_others():

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from .columns import new_terms
+from .columns import COLUMNS, reward_columns
 from .config import option
 
 # Questions and answers can be in any script. matplotlib's own font, DejaVu Sans, has Latin, Greek,
@@ -128,15 +128,13 @@ def draw_answer(axes, panel, size: int) -> None:
 
 
 def caption(panel, truth: bool) -> str:
-    """Return the caption of an answer: its text, and with `truth` also its IoU and reward."""
+    """Return the caption of an answer: its text, and with `truth` also its IoU."""
     reward = panel.reward
     verdict = ""
     if truth:
         verdict = f"IoU {reward.iou:.2f}   "
     if not reward.answer.in_format:
-        verdict += "outside the format"  # in training, such an answer gets another reward
-    elif truth:
-        verdict += f"reward {reward.total:.3g}"
+        verdict += "outside the format"
     return f"{verdict}\n{legible(panel.text, 50, 7)}".strip()
 
 
@@ -144,7 +142,7 @@ def sample_sheet(path: Path, panels: list, size: int, title: str, truth: bool = 
     """Write a PNG with one panel for each answer: picture, masks, box, points, question and text.
 
     `size` is the side of the square that draw_answer uses. Without `truth` the sheet has no true
-    mask, no IoU and no reward.
+    mask and no IoU.
     """
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -205,7 +203,8 @@ def draw_reward(axes, log: list[dict]) -> None:
         ("reward", BLUE, "total (weighted sum)"),
         ("accuracy", ORANGE, "accuracy term, 0 to 4"),
     ]
-    for name, colour in zip(new_terms(log[0]), itertools.cycle((GREEN, PINK, BLACK))):
+    new_terms = [name for name in reward_columns(list(log[0])) if name not in COLUMNS]
+    for name, colour in zip(new_terms, itertools.cycle((GREEN, PINK, BLACK))):
         terms.append((name, colour, f"{name} ({option(name)}-weight)"))
     for name, colour, label in terms:
         axes.plot(column(log, "step"), column(log, name), color=colour, alpha=0.25, lw=1)

@@ -31,7 +31,7 @@ from .memory import free_memory, peak_memory
 from .policy import Policy, Prompt
 from .processes import is_first, process_count
 from .reports import base_summary
-from .reward import Answer, Object, score_group
+from .reward import Answer, Object, no_terms, score_group
 from .segmenter import SAM_FILES, frozen_segmenter, random_sam, small_folder
 from .sizes import Sizes, questions_per_batch
 from .speed import BYTE_SHARE, CARDS, FLOP_SHARE, hours, known_card, step_seconds
@@ -204,7 +204,7 @@ def reward_full_answers(parts: Parts, samples: list[Sample]) -> None:
     one = Object((third, third, 2 * third, 2 * third), points)
     answer = Answer(side, [one])
     for sample in samples:
-        score_group(parts.segmenter, sample, [answer] * s.group, s)
+        score_group(parts.segmenter, sample, [answer] * s.group, s, no_terms)
 
 
 def measure_step(parts: Parts, samples: list[Sample], meter: Meter) -> Prompt:

@@ -19,14 +19,14 @@ from PIL import Image
 from pycocotools import mask as coco
 from scipy.ndimage import binary_dilation
 
-from .columns import COLUMNS, explain
+from .columns import COLUMNS, explain, reward_columns
 from .config import Parser, Settings, UserError, auto_device, cause, exit_with, print_anything
 from .config import read_settings
 from .evaluation import judge
 from .files import save_text
 from .loading import open_split
 from .policy import COORDINATES, check_policy
-from .runs import known_missing, read_log, read_saved, read_test_answers
+from .runs import begun_functions, known_missing, read_log, read_saved, read_test_answers
 from .segmenter import load_segmenter
 from .trace import SIDE, described_answer, described_sample, read_trace
 
@@ -193,7 +193,6 @@ def content(folder: Path, test: dict) -> dict:
     if summary and summary.get("samples", 0) < last * s.questions:
         summary, test = None, NO_TEST  # the run was continued after this summary
     names = list(dict.fromkeys(name for line in log for name in line))
-    terms = names[names.index("reward") + 1 : names.index("zero_variance")]
     weights = s.reward_weights
     lines = [
         {"skipped_updates": 0} | line for line in log
@@ -201,7 +200,7 @@ def content(folder: Path, test: dict) -> dict:
     return {
         "name": folder.resolve().name,
         "settings": {name: getattr(s, name) for name in SHOWN},
-        "terms": {name: weights.get(name, 1.0) for name in terms if name != "iou"},
+        "terms": {name: weights.get(name, 1.0) for name in reward_columns(names)},
         "columns": {name: explain(name) for name in [*COLUMNS, *names]},
         "log": {name: [rounded(line.get(name)) for line in lines] for name in names},
         "summary": summary,
@@ -264,6 +263,11 @@ def side_of(s: Settings) -> int:
 
 def test_of(folder: Path, s: Settings) -> dict:
     """Load the test set and SAM again, and return the held-out questions of a finished run."""
+    if any(name.startswith("own ") for name in begun_functions(folder)[:2]):
+        raise UserError(
+            "this run has its own data set or segmenter, so only the run itself can show the test "
+            "questions. To write the page without them, add --without-test"
+        )
     before = read_test_answers(folder)
     after = read_saved(folder / "test-trained.json", list, [])
     if not before or not after:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .columns import COLUMNS
 from .config import Settings, UserError
 from .evaluation import before_after, draw_sheet, evaluate
 from .files import write_json
@@ -119,6 +120,16 @@ def token_means(forwards: list[dict]) -> dict:
         log["ratio_min"] = min(1.0, *(values["ratio"].min().item() for values in forwards))
         log["ratio_max"] = max(1.0, *(values["ratio"].max().item() for values in forwards))
     return log
+
+
+LOSS_VALUES = {"ratio", "kl", "kl_bounded", "clip_low", "clip_high"}  # of grpo_loss
+
+
+def check_values(values: dict, rollouts: list) -> None:
+    """Raise UserError if a loss returns a value with the name of another column of the log."""
+    terms = {name for rollout in rollouts for reward in rollout.rewards for name in reward.terms}
+    for name in (values.keys() - LOSS_VALUES) & (COLUMNS.keys() | terms):
+        raise UserError(f"rename the value {name!r} of the loss: the log uses this name")
 
 
 MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row

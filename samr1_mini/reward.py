@@ -13,8 +13,8 @@ Coordinates of an answer go from 0 to `side`. For answers in pixels, `side` is t
 policy's scaled picture. For answers in thousandths, `side` is 1,000. SAM and the true mask use the
 original size of the picture, [H, W].
 
-A new term is one line in `reward_terms` and one setting NAME_weight in config.py. The log, the
-curves and the pictures of answers then show the term.
+A new term is one line in `reward_terms` and one setting NAME_weight in config.py. The log and the
+curves then show the term.
 """
 
 import json
@@ -271,7 +271,7 @@ def repeats_term(reward: Reward) -> float:
     A box repeats an earlier one if their IoU is above 0.5. This hardly changes the union of SAM's
     masks, so the accuracy term does not notice the repetition.
     """
-    return -repeated_share([one.box for one in reward.objects])
+    return 0.0 - repeated_share([one.box for one in reward.objects])
 
 
 def reward_terms(reward: Reward, s: Settings) -> dict[str, float]:
@@ -289,6 +289,11 @@ def reward_terms(reward: Reward, s: Settings) -> dict[str, float]:
         terms["matching"] = matching_term(reward)
         terms["repeats"] = repeats_term(reward)
     return terms
+
+
+def no_terms(reward: Reward, s: Settings) -> dict[str, float]:
+    """Return no terms. Evaluations need masks and IoUs alone."""
+    return {}
 
 
 def to_picture(answer: Answer, sample: Sample) -> list[Object]:

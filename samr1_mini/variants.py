@@ -48,11 +48,15 @@ def gdpo_advantages(groups: list[list[Reward]], weights: dict[str, float]) -> to
     from .grpo import advantages  # grpo.py imports this file
 
     total = torch.zeros(len(groups), len(groups[0]))  # [B, G]
+    size = 0.0
     for name in groups[0][0].terms:
         term = torch.tensor([[reward.terms[name] for reward in group] for group in groups])
+        weight = weights.get(name, 1.0)
         # A_i = sum_k w_k (r_ik - mean(r_k)) / std(r_k)
-        total += weights.get(name, 1.0) * advantages(term)
-    return total
+        total += weight * advantages(term)
+        size += abs(weight)
+    # Terms that cancel leave only rounding errors. Then the group teaches nothing.
+    return total.masked_fill(total.abs() < 1e-5 * size, 0.0)
 
 
 def scale_to_batch(rollouts: list) -> None:

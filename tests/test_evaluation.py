@@ -551,11 +551,23 @@ def test_undecided_pixels_are_left_out_of_the_ceiling_and_of_what_a_sheet_says(s
 
 def test_where_boxes_are_compared_the_ceiling_is_1(policy, segmenter, samples, monkeypatch):
     say(monkeypatch, BOXES)
-    data = [replace(x, box_only=True) for x in samples[:2]]
+    data = []
+    for x in samples[:2]:  # a data set with boxes has filled boxes as masks
+        box = filled(tight_box(x.mask), *x.mask.shape)
+        data.append(replace(x, mask=box, box_only=True))
     assert evaluate(policy, segmenter, data, SETTINGS, with_ceiling=True).ceiling == {
         "gIoU": 1,
         "count": 2,
     }
+
+
+def test_masks_of_an_own_segmenter_may_be_a_list_in_the_ceiling_too(segmenter, samples):
+    def masks(image, boxes, points):
+        return list(segmenter.masks(image, boxes, points))
+
+    own = SimpleNamespace(masks=masks)
+    x = next(x for x in samples if x.mask.any())
+    assert true_box_iou(own, x) == true_box_iou(segmenter, x) > 0.5
 
 
 def test_points_in_an_evaluation_are_those_that_its_settings_allow(segmenter, samples):
@@ -651,6 +663,8 @@ def test_a_reward_term_of_ones_own_is_drawn_and_explained_with_the_option_of_its
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(labels) == 3 and "short_text" in labels[2] and "--short-text-weight" in labels[2]
     assert "--short-text-weight" in explain("short_text") and explain("kl") == COLUMNS["kl"]
+    [weight] = [f for f in fields(Settings) if f.name == "matching_weight"]
+    assert weight.metadata["help"] in explain("matching")
 
 
 @pytest.mark.parametrize("score", [0.05, 0.4, 0.95])
@@ -1073,10 +1087,10 @@ def test_what_is_set_beside_an_adapter_is_printed_and_another_preset_is_refused(
     assert "--preset" in capsys.readouterr().err
 
 
-def test_the_rewards_on_a_sheet_are_those_that_the_run_pays(segmenter, samples):
-    s = replace(SETTINGS, accuracy_weight=0.0, segmentation_format_weight=0.5)
-    paid = judge(segmenter, samples[0], BOXES[:1], s, 112).reward
-    assert paid.total == paid.answer.reasoning_format + 0.5 * paid.answer.segmentation_format > 0
+def test_an_evaluation_asks_for_no_reward_term(segmenter, samples):
+    s = replace(SETTINGS, accuracy="no such term")  # an error in reward_terms
+    reward = judge(segmenter, samples[0], BOXES[:1], s, 112).reward
+    assert reward.mask.any() and not reward.terms
 
 
 @pytest.mark.parametrize("size", [(1, 100), (100, 1), (300, 100), (100, 300)])

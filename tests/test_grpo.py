@@ -45,7 +45,7 @@ from samr1_mini import files, loading, runs
 from samr1_mini.sizes import questions_per_batch
 from samr1_mini import rehearse
 from samr1_mini.rehearse import try_largest_update
-from samr1_mini.reports import describe, base_summary
+from samr1_mini.reports import base_summary, check_values, describe
 from samr1_mini.runs import open_run
 from samr1_mini.tiny.shapes import Shapes
 
@@ -355,6 +355,23 @@ def test_flat_groups_are_left_out_when_asked_and_the_others_weigh_what_they_did(
     assert (everything - skipped).norm() > 1e-3 * skipped.norm()
     assert grpo.describe(rollouts)["zero_variance"] == 3 / 4
     policy.model.zero_grad()
+
+
+def test_a_set_without_questions_for_one_step_is_refused_before_anything_is_written(settings):
+    sets = [Shapes(split, 3) for split in ("train", "validation", "test")]
+    with pytest.raises(UserError, match="3 questions.* --questions"):
+        train(replace(settings, questions=4), sets=sets)
+    assert not Path(settings.run).exists()
+
+
+@pytest.mark.parametrize("name", ["loss", "length", "accuracy", "short_text"])
+def test_a_value_of_a_loss_does_not_overwrite_a_column(name):
+    reward = SimpleNamespace(terms={"accuracy": 0.0, "short_text": 0.0})
+    rollouts = [SimpleNamespace(rewards=[reward])]
+    good = {"ratio": 0, "kl": 0, "clip_low": 0, "clip_high": 0, "kl_bounded": 0, "mine": 0}
+    check_values(good, rollouts)
+    with pytest.raises(UserError, match=f"'{name}'"):
+        check_values(good | {name: 0}, rollouts)
 
 
 def test_a_non_finite_loss_skips_the_update_loudly(segmenter, settings, capsys):
@@ -1211,6 +1228,8 @@ def test_what_will_be_downloaded_is_said_in_gb_and_refused_where_the_disk_lacks_
         in capsys.readouterr().out
     )
     loading.check_downloads(settings, sets[1:])
+    own = replace(settings, sam="vit_h")  # with a segmenter of one's own, SAM is not downloaded
+    loading.check_downloads(own, sets[1:], with_sam=False)
     assert not capsys.readouterr().out  # nothing to download, nothing to say
 
 

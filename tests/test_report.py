@@ -282,6 +282,19 @@ def test_the_command_writes_the_same_page_again_and_names_a_folder_without_a_run
     assert left.value.code == 2 and str(tmp_path) in capsys.readouterr().err
 
 
+def test_a_run_with_its_own_segmenter_keeps_its_page(run, tmp_path, capsys):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    file = folder / "settings.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"functions": ["Shapes", "own FillBox"]}))
+    (folder / "report.html").write_text("the run's page")
+    with pytest.raises(SystemExit):
+        report.main([str(folder)])
+    assert (folder / "report.html").read_text() == "the run's page"
+    assert "--without-test" in capsys.readouterr().err
+    report.main([str(folder), "--without-test"])
+
+
 def test_a_damaged_token_log_is_named_in_one_line(run, tmp_path, capsys):
     folder = shutil.copytree(run[0], tmp_path / "run")
     for damage in ("not json\n", '{"step": 1}\n', '{"step": 1, "zlib": "abcd"}\n'):

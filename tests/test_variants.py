@@ -86,6 +86,13 @@ def test_gdpo_sees_a_difference_that_the_sum_of_the_terms_hides():
     assert gdpo_advantages(rewards_of(terms), {"a": 3.0})[0, 0] > 1
 
 
+def test_terms_that_cancel_leave_exactly_nothing_to_learn():
+    for size in (1.0, 1e-6):  # of the weights
+        terms = [[{"a": a, "b": 1 - a} for a in (1.0, 0.0, 1.0)]]
+        assert not gdpo_advantages(rewards_of(terms), {"a": size, "b": size}).any()
+        assert gdpo_advantages(rewards_of(terms), {"a": size, "b": size / 2}).all()
+
+
 def test_gdpo_scales_with_the_batch_of_all_processes(monkeypatch):
     before, after = gdpo_by_hand(random_terms(1, groups=6), {})
     rows = [torch.tensor(row) for row in before]

@@ -6,7 +6,7 @@ the language model and its head on questions about drawn pictures for a few minu
 tower stays as it is. The package has the result: `--policy tiny-several`. The command writes a new
 policy folder:
 
-    python train.py --policy runs/tiny-several --objects several
+    python train.py --preset tiny --policy runs/tiny-several --objects several
 
 On purpose, the boxes in its answers are too wide, and some answers lack an object. There are no
 questions of the kinds "indirect" and "combined". So GRPO can still improve the policy. The command
