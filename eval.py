@@ -71,10 +71,14 @@ def make_parser() -> Parser:
     add("--adapter", help=adapter)
     splits = ("train", "validation", "test")
     add("--split", default="test", choices=splits, help="split of the data set (default test)")
-    add("--count", type=int, help="number of questions (default: 600 drawn scenes, else all)")
+    add(
+        "--count",
+        type=int,
+        help="number of questions (default: 600 of the drawn scenes, all of other data)",
+    )
     blank = "show the policy a grey picture, to measure the score of guessing"
     add("--blank", action="store_true", help=blank)
-    votes = "number of sampled answers that vote on a mask (default 1, a greedy answer)"
+    votes = "number of answers that vote on a mask. They are sampled, but a single answer is greedy (default 1)"
     add("--votes", type=int, default=1, help=votes)
     add("--image", help="ask about one picture instead of a data set")
     add("--question", help="question about the picture of --image")

@@ -84,15 +84,17 @@ class Settings:
     device: str = setting("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     processes: int = setting(
         0,
-        "number of processes of a training on a CPU, with one thread each. Use 1 to debug. 0: if "
-        "policy and SAM are tiny, one for each core, and at most 4. For other models, one process",
+        "number of processes of a training on a CPU, with one thread each. Use 1 to debug. With 0, "
+        "the program chooses: for the tiny policy and the tiny SAM, one process for each core, at "
+        "most 4. For other models, it takes one process",
     )
     save_minutes: float = setting(
         10.0, "minutes between saved states. Evaluations and the end of a run save one too"
     )
     trace_every: int = setting(
         10,
-        "log the answers of every so many steps token by token, for report.html (0: never)",
+        "number of steps after which answers are again logged token by token, for report.html (0: "
+        "never)",
     )
     memory_limit: float = setting(
         0.0,
@@ -242,8 +244,8 @@ class Settings:
     advantage: str = setting(
         "std",
         "how rewards become advantages. std: eq. (1). mean: eq. (1) without the division by the "
-        "standard deviation. gdpo: eq. (1) for each reward term, added, then scaled to the batch "
-        "(GDPO, arXiv 2601.05242)",
+        "standard deviation. gdpo: eq. (1) for each reward term. The sum of the terms is divided "
+        "by its standard deviation in the batch (GDPO, arXiv 2601.05242)",
         ("std", "mean", "gdpo"),
     )
     updates: int = setting(
@@ -343,7 +345,7 @@ def choose_preset(device: str, memory_limit: float) -> tuple[str, str]:
     return "tiny", why
 
 
-SLOW_BF16 = "use fp32 for everything except the 4-bit weights, which is slow and was not measured"
+SLOW_BF16 = "use fp32, except for the 4-bit weights. This is slow, and nobody measured it"
 
 
 def emulates_bf16() -> bool:

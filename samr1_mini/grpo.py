@@ -56,7 +56,7 @@ def advantages(rewards: torch.Tensor, kind: str = "std") -> torch.Tensor:
     if kind == "mean":
         return centred.masked_fill(flat, 0.0)
     if kind != "std":
-        raise ValueError(f"{kind!r}: this function computes std and mean alone")
+        raise ValueError(f"the kind must be 'std' or 'mean' here, not {kind!r}")
     # (1)  A_i = (r_i - mean(r)) / std(r)
     return (centred / std.clamp(min=1e-6)).masked_fill(flat, 0.0)
 

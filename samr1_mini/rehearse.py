@@ -86,10 +86,10 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
         f"{s.sam}; by arithmetic, nothing is measured",
         "GiB that stay: " + gib_list(table["staying_gib"], 2),
         "GiB of the whole process at the peak of a phase: " + gib_list(table["peak_gib"], 1),
-        f"prefill and decode: for all {s.questions} questions at once. A run takes fewer if memory "
-        "is short",
-        "GiB of an update by answers x tokens, and the cards with enough memory "
-        f"({GAPS:.0%} is lost between tensors):",
+        f"prefill and decode: for all {s.questions} questions at once. A run takes fewer questions "
+        "at once if memory is short",
+        "GiB of an update, and the cards with enough memory. A line is for one number of answers x "
+        f"tokens. {GAPS:.0%} of a card's memory is counted as lost in gaps:",
     ]
     for size, peak in table["update_peak_gib"].items():
         largest = max(peak, table["peak_gib"]["reward"])
@@ -112,7 +112,7 @@ def forecast_lines(table: dict, s: Settings) -> list[str]:
         lines.append(f"  {card}: " + ", ".join(parts))
     lines.append(
         f"assumed: {FLOP_SHARE:.0%} of a card's published FLOP/s and {BYTE_SHARE:.0%} of its "
-        "bytes/s; right within a factor of 1.5"
+        "bytes/s. Times are right within a factor of 1.5"
     )
     return [f"forecast: {line}" for line in lines]
 
@@ -304,7 +304,7 @@ def measure_gpu(parts: Parts, prompt: Prompt) -> dict:
     at_once = questions_per_batch(policy.base, s.questions, len(prompt.ids), s, free)
     milliseconds = token_ms(policy, [prompt] * at_once, s.group)
     print(
-        f"one more token in {at_once} x {s.group} answers takes {milliseconds['graph']:.1f} ms with "
+        f"one more token in each of {at_once} x {s.group} answers takes {milliseconds['graph']:.1f} ms with "
         f"a CUDA graph, and {milliseconds['eager']:.1f} ms without it"
     )
     updates = {}

@@ -265,8 +265,8 @@ def test_of(folder: Path, s: Settings) -> dict:
     """Load the test set and SAM again, and return the held-out questions of a finished run."""
     if any(name.startswith("own ") for name in begun_functions(folder)[:2]):
         raise UserError(
-            "this run has its own data set or segmenter, so only the run itself can show the test "
-            "questions. To write the page without them, add --without-test"
+            "this run used a data set or a segmenter of your own code, which this command cannot "
+            "load. To write the page without test questions, add --without-test"
         )
     before = read_test_answers(folder)
     after = read_saved(folder / "test-trained.json", list, [])

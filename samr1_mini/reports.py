@@ -129,7 +129,7 @@ def check_values(values: dict, rollouts: list) -> None:
     """Raise UserError if a loss returns a value with the name of another column of the log."""
     terms = {name for rollout in rollouts for reward in rollout.rewards for name in reward.terms}
     for name in (values.keys() - LOSS_VALUES) & (COLUMNS.keys() | terms):
-        raise UserError(f"rename the value {name!r} of the loss: the log uses this name")
+        raise UserError(f"rename the value {name!r} of the loss: another column of the log has it")
 
 
 MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row

@@ -268,8 +268,8 @@ def check_functions(folder: Path, names: list[str]) -> None:
     for begun, now in zip(begun_functions(folder), names):
         if begun != now and not DEFAULTS.issuperset((begun, now)):
             raise UserError(
-                f"--resume: {folder} was started with {begun}, not with {now}. Continue it with "
-                "the script or notebook that started it: it calls train, which takes resume=True"
+                f"--resume: {folder} was started with {begun}, not with {now}. Use the "
+                "script or notebook that started it, and call train with resume=True there"
             )
 
 
@@ -315,7 +315,7 @@ def read_base(folder: Path) -> dict | None:
     file = folder / "base.json"
     base = read_saved(file, dict, None)
     if base is not None and not {"gIoU", "ceiling"} <= base.keys():
-        raise UserError(f"{file} lacks gIoU or ceiling: {DELETE}")
+        raise UserError(f"{file} lacks the score gIoU or ceiling: {DELETE}")
     return base
 
 

@@ -121,7 +121,7 @@ def read_trace(folder: Path) -> list[dict]:
             steps.append(json.loads(zlib.decompress(base64.b64decode(line["zlib"]))))
         except (KeyError, TypeError, ValueError, zlib.error):
             raise UserError(
-                f"{folder / 'trace.jsonl'} is damaged: delete it, then the page has curves alone"
+                f"{folder / 'trace.jsonl'} is damaged: delete it. The page then has only curves"
             ) from None
     return steps
 

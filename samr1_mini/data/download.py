@@ -66,7 +66,7 @@ def download_pictures(sizes: dict[str, Size], folder: Path, most_failures: int) 
         name, reason = next(iter(failed.items()))
         raise UserError(
             f"{len(failed)} of {len(sizes)} pictures were not downloaded. The first is "
-            f"{COCO_URL}{name}: {reason}. The others are kept; run again to continue"
+            f"{COCO_URL}{name}: {reason}. Downloaded pictures are kept; run again"
         )
     return failed
 

@@ -325,6 +325,6 @@ def refuse_lossy(header: Header, name: str) -> None:
     """Refuse a mask whose compression changes pixels."""
     if header.lossy:
         raise ValueError(
-            f"{name}: {header.format} may change a mask's pixels, so this file may be wrong. To "
-            "convert it does not help; export the mask again as PNG"
+            f"{name}: {header.format} may change a mask's pixels, so this file may be wrong. A "
+            "converted copy has the same pixels. Export the mask again, as PNG"
         )
