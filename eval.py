@@ -427,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.merge is not None:
             merge(settings.policy, options.adapter, options.merge)
             return
-        join_processes(settings.device)  # under torchrun each process takes its own GPU
+        join_processes(settings)  # under torchrun each process takes its own GPU
         with fail_together():
             policy, segmenter, data = load(settings, options)
             if options.image is None:

@@ -66,9 +66,9 @@ def leave(error: Exception) -> None:
 
     The first process knows the errors of all processes (processes.fail_together).
     """
-    if not first_started():
-        sys.exit(2)
-    exit_with(error, "train.py")
+    if first_started():
+        exit_with(error, "train.py")
+    sys.exit(2)
 
 
 def print_once(line: str) -> None:

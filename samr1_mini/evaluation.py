@@ -410,7 +410,7 @@ def evaluate(
     Padding changes rounding, and rounding can change a greedy answer. s.eval_batch = 1 has no
     padding. Raises UserError if --empty-truth excludes every question.
     """
-    processes = join_processes(s.device)
+    processes = join_processes(s)
     size = batch_size(policy, s, votes)
     rows = []
     if keep:  # the rows of a file depend on the number of processes and on the batch size

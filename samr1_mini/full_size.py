@@ -74,7 +74,7 @@ def shape_config(shape: str) -> Qwen2_5_VLConfig:
     text["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
     text["max_position_embeddings"] = 32768
     text["eos_token_id"] = token_id("<|im_end|>")
-    text["pad_token_id"] = token_id("<|endoftext|>")
+    text["bos_token_id"] = text["pad_token_id"] = token_id("<|endoftext|>")
     vision = VISION
     if shape == "small":
         vision = SMALL_VISION

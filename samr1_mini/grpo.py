@@ -372,7 +372,7 @@ def train(
     from .rehearse import before_training  # not at the top, because rehearse.py imports this file
 
     begun = time.perf_counter()
-    join_processes(s.device)
+    join_processes(s)
     check_share(s, process_count())
     sets = open_sets(s, sets)
     data, validation, test = sets

@@ -33,8 +33,8 @@ CRASHES = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGABRT")
 
 def choose_processes(s: Settings) -> int:
     """Return the number of processes to start. On a GPU and in a rehearsal it is 1."""
-    started_already = "WORLD_SIZE" in os.environ  # by torchrun or accelerate
-    if started_already or s.device != "cpu" or s.rehearse:
+    # torchrun and accelerate set WORLD_SIZE in the processes that they start
+    if "WORLD_SIZE" in os.environ or s.device != "cpu" or s.rehearse:
         return 1
     return s.processes or automatic_number(s)
 
@@ -48,11 +48,21 @@ def automatic_number(s: Settings) -> int:
     """
     if s.policy not in PACKAGED or s.sam != "tiny":
         return 1
-    most = min(MOST, usable_cores(), int(usable_ram() / PROCESS_BYTES))
-    for count in range(most, 1, -1):
+    for count in range(min(MOST, most_processes()), 1, -1):
         if can_share(s, count):
             return count
     return 1
+
+
+def most_processes() -> int:
+    """Return the number of tiny processes for which there are cores and memory, at least 1."""
+    return max(1, min(usable_cores(), int(usable_ram() / PROCESS_BYTES)))
+
+
+# Limits of a Linux container (cgroup): CPUs, and bytes of memory in version 2 and in version 1.
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+USED_FILE = Path("/sys/fs/cgroup/memory.stat")  # "anon 1234": bytes that its programs use
 
 
 def usable_cores() -> int:
@@ -60,20 +70,24 @@ def usable_cores() -> int:
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(psutil.Process, "cpu_affinity"):  # not on macOS
         cores = min(cores, len(psutil.Process().cpu_affinity()))
-    return cores
-
-
-# Files with the memory limit of a Linux container in bytes: cgroup version 2, and version 1.
-LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    if CPU_LIMIT.is_file():
+        quota, period = CPU_LIMIT.read_text(encoding="utf-8").split()  # "200000 100000": 2 CPUs
+        if quota != "max":  # "max" means no limit
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)
 
 
 def usable_ram() -> int:
-    """Return the bytes of memory that are free, at most the limit of this container."""
+    """Return the bytes of memory that are free, also within the limit of this container."""
     usable = psutil.virtual_memory().available
+    used = 0
+    if USED_FILE.is_file():
+        counts = dict(line.split() for line in USED_FILE.read_text(encoding="utf-8").splitlines())
+        used = int(counts.get("anon", 0))
     for file in map(Path, LIMIT_FILES):
         limit = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
         if limit.isdecimal():  # "max" means no limit
-            usable = min(usable, int(limit))
+            usable = min(usable, int(limit) - used)
     return usable
 
 
@@ -84,8 +98,10 @@ def start_processes(work: Callable[[Settings], None], s: Settings, count: int) -
     a module, because it is pickled.
     """
     # The processes find each other by this store. The store is in this process, because the others
-    # may fail.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # may fail. In Windows, PyTorch comes without libuv.
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False
+    )
     started = []
     with signals_passed_on(started) as missed:
         with signals_held_back():  # the new processes inherit this; run_process ends it
@@ -134,9 +150,6 @@ def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # use the store, and open no other
         "OMP_NUM_THREADS": "1",  # otherwise accelerate sets a larger number
     }
     if sys.platform != "win32":  # the name of this machine may point to another address
@@ -146,6 +159,12 @@ def run_process(rank: int, work: Callable, s: Settings, count: int, port: int) -
         threading.Thread(target=stop_without_parent, daemon=True).start()
     try:
         release_signals()
+        from .processes import PATIENCE  # processes.py imports this file
+
+        store = torch.distributed.TCPStore("127.0.0.1", port, use_libuv=False)
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE
+        )
         if rank > 0:
             import transformers
 

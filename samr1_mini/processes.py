@@ -16,23 +16,26 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
-from .config import UserError, cause
+from .config import Settings, UserError, cause
+from .launch import usable_cores
 from .memory import is_memory_error
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first process downloads 19 GB
 
 
-def join_processes(device: str) -> PartialState:
+def join_processes(s: Settings) -> PartialState:
     """Connect this process with the others that were started together with it.
 
-    On a CPU, each process computes with one thread: launch.py says why. Without
-    launch.py, the environment variable OMP_NUM_THREADS sets another number.
+    On a CPU, each process computes with one thread: launch.py says why. The presets 3b and 7b use
+    all cores, because their operations are large. OMP_NUM_THREADS sets another number.
     """
-    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
-    if device == "cpu":  # PyTorch may have read another value before launch.py set this one
+    state = PartialState(cpu=s.device == "cpu", timeout=PATIENCE)
+    if s.device == "cpu":  # PyTorch may have read another value before launch.py set this one
         text = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(text) if text.isdecimal() else 1
-        torch.set_num_threads(max(1, threads))
+        threads = usable_cores() if s.preset in ("3b", "7b") else 1
+        if text.isdecimal():
+            threads = max(1, int(text))
+        torch.set_num_threads(threads)
     return state
 
 
@@ -169,11 +172,8 @@ def average(line: dict) -> dict:
     only the processes that have a value of this name.
     """
     lines = gather([line])
-    names = {}
-    for one in lines:
-        names |= one
     averaged = {}
-    for name in names:
+    for name in dict.fromkeys(name for one in lines for name in one):
         values = [one[name] for one in lines if name in one]
         if name.endswith("_min"):
             averaged[name] = min(values)

@@ -126,10 +126,16 @@ LOSS_VALUES = {"ratio", "kl", "kl_bounded", "clip_low", "clip_high"}  # of grpo_
 
 
 def check_values(values: dict, rollouts: list) -> None:
-    """Raise UserError if a loss returns a value with the name of another column of the log."""
+    """Raise UserError if a loss returns a value with the name of another column of the log.
+
+    For the endings _min and _max see reward.check_terms.
+    """
     terms = {name for rollout in rollouts for reward in rollout.rewards for name in reward.terms}
-    for name in (values.keys() - LOSS_VALUES) & (COLUMNS.keys() | terms):
-        raise UserError(f"rename the value {name!r} of the loss: another column of the log has it")
+    for name in values.keys() - LOSS_VALUES:
+        if name in COLUMNS or name in terms or name.endswith(("_min", "_max")):
+            raise UserError(
+                f"rename the value {name!r} of the loss: the log uses this name or ending"
+            )
 
 
 MOST_SKIPPED = 10  # the run ends after this number of skipped updates in a row

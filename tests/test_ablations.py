@@ -415,7 +415,7 @@ def test_a_run_leaves_a_line_and_the_giou_of_each_scene_and_both_are_read_again(
             "answers.jsonl": [{"text": text} for text in texts],
         }
         for name, lines in contents.items():
-            (folder / name).write_text("\n".join(map(json.dumps, lines)))
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(ablations.subprocess, "run", train)

@@ -364,7 +364,7 @@ def test_a_set_without_questions_for_one_step_is_refused_before_anything_is_writ
     assert not Path(settings.run).exists()
 
 
-@pytest.mark.parametrize("name", ["loss", "length", "accuracy", "short_text"])
+@pytest.mark.parametrize("name", ["loss", "length", "accuracy", "short_text", "gap_max"])
 def test_a_value_of_a_loss_does_not_overwrite_a_column(name):
     reward = SimpleNamespace(terms={"accuracy": 0.0, "short_text": 0.0})
     rollouts = [SimpleNamespace(rewards=[reward])]

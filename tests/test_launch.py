@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_stops import environment, saved_state
 
-from samr1_mini import launch
+from samr1_mini import launch, processes
 from samr1_mini.config import Settings, UserError, make_settings, parse_settings
 from samr1_mini.processes import join_processes
 
@@ -70,12 +70,16 @@ def test_the_automatic_number_fits_cores_memory_and_questions(
     assert launch.choose_processes(replace(CPU, processes=0, **given)) == count
 
 
-def test_cores_that_a_process_may_not_use_do_not_count(monkeypatch):
+def test_cores_that_a_process_may_not_use_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: None if logical else 6)
     monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0, 5], raising=False)
     assert launch.usable_cores() == 2
     monkeypatch.delattr(psutil.Process, "cpu_affinity")  # macOS
     assert launch.usable_cores() == 6
+    for limit, count in (("max", 6), ("250000", 2), ("50000", 1), ("900000", 6)):  # of a container
+        (tmp_path / "cpu.max").write_text(f"{limit} 100000\n")
+        assert launch.usable_cores() == count
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)  # unknown
     assert launch.usable_cores() == 1
 
@@ -84,8 +88,11 @@ def test_cores_that_a_process_may_not_use_do_not_count(monkeypatch):
 def test_the_limit_of_a_container_limits_the_usable_memory(text, limit, tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(text)
     monkeypatch.setattr(launch, "LIMIT_FILES", (tmp_path / "memory.max", tmp_path / "absent"))
+    monkeypatch.setattr(launch, "USED_FILE", tmp_path / "memory.stat")
     if limit:
         assert launch.usable_ram() == limit
+        (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\n")
+        assert launch.usable_ram() == limit - 1000
     else:
         assert launch.usable_ram() > 2**30
 
@@ -167,7 +174,11 @@ def test_without_the_option_a_run_records_the_number_that_it_started(tmp_path):
 
 @pytest.mark.parametrize("threads, expected", [(None, 1), ("2", 2), ("0", 1), ("2,1", 1)])
 def test_a_process_on_a_cpu_has_one_thread_unless_the_environment_names_a_number(threads, expected):
-    code = "import torch; from samr1_mini.processes import join_processes; join_processes('cpu'); "
+    code = (
+        "import torch; from samr1_mini.config import Settings; "
+        "from samr1_mini.processes import join_processes; "
+        "join_processes(Settings(device='cpu', preset='tiny')); "
+    )
     env = plain() | ({"OMP_NUM_THREADS": threads} if threads else {})
     words = [sys.executable, "-c", code + "print(torch.get_num_threads())"]
     out = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
@@ -176,8 +187,38 @@ def test_a_process_on_a_cpu_has_one_thread_unless_the_environment_names_a_number
 
 def write_threads(s):
     """The work of a process: write its number of threads to a file."""
-    join_processes("cpu")
+    join_processes(s)
     (Path(s.run) / os.environ["RANK"]).write_text(str(torch.get_num_threads()))
+
+
+@pytest.mark.parametrize("preset, cores, expected", [("tiny", 2, 1), ("3b", 2, 2), ("3b", 1, 1)])
+def test_a_large_policy_on_a_cpu_uses_all_cores(preset, cores, expected, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(processes, "usable_cores", lambda: cores)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    join_processes(replace(CPU, preset=preset))
+    assert asked == [expected]
+
+
+def write_backend(s):
+    """The work of a process: write whether its connection to the store needs libuv."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    (Path(s.run) / os.environ["RANK"]).write_text(str(store.libuvBackend))
+
+
+def test_started_processes_find_each_other_without_libuv_which_pytorch_lacks_in_windows(
+    tmp_path, monkeypatch
+):
+    made, store = [], torch.distributed.TCPStore
+    monkeypatch.setattr(
+        torch.distributed, "TCPStore", lambda *a, **k: made.append(store(*a, **k)) or made[0]
+    )
+    assert launch.start_processes(write_backend, replace(CPU, run=str(tmp_path)), 2) == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["False", "False"]
+    assert not made[0].libuvBackend
 
 
 def test_each_started_process_has_one_thread_whatever_the_environment_names(tmp_path, monkeypatch):
@@ -185,14 +226,6 @@ def test_each_started_process_has_one_thread_whatever_the_environment_names(tmp_
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert launch.start_processes(write_threads, replace(CPU, run=str(tmp_path)), 2) == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
-
-
-def test_a_run_of_an_older_version_has_one_process(whole_run, tmp_path):
-    saved = json.loads((whole_run / "settings.json").read_text())
-    del saved["processes"]
-    (tmp_path / "settings.json").write_text(json.dumps(saved))
-    settings, _ = parse_settings(["--resume", "--run", str(tmp_path)], "train.py", "")
-    assert settings.processes == 1
 
 
 def started(folder, samples):

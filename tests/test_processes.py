@@ -235,7 +235,8 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_one_line_and_leaves_t
 def test_processes_wait_for_each_other_as_long_as_a_large_download_takes(tmp_path):
     (tmp_path / "wait.py").write_text(
         "import os, sys, torch, torch.distributed as d\n"
-        "from samr1_mini.processes import join_processes\njoin_processes('cpu')\n"
+        "from samr1_mini.config import Settings\n"
+        "from samr1_mini.processes import join_processes\njoin_processes(Settings(device='cpu'))\n"
         "waits = d.group.WORLD._get_backend(torch.device('cpu')).options._timeout.total_seconds()\n"
         "open(os.path.join(os.path.dirname(sys.argv[0]), 'waits' + os.environ['RANK']), 'w').write(str(waits))\n"
         "d.destroy_process_group()"

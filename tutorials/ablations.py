@@ -46,8 +46,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # Python looks for modules only in the script's own folder
 
-from samr1_mini.config import UserError, parse_settings, read_settings
-from samr1_mini.files import only_program
+from samr1_mini.config import Parser, UserError, parse_settings, read_settings
+from samr1_mini.files import load_json, only_program
+from samr1_mini.launch import most_processes
 from samr1_mini.tiny.scenes import KINDS
 from samr1_mini.tiny.shapes import Shapes
 from tutorials.paired import MARGIN, equivalence_bound, smallest_difference, student
@@ -269,22 +270,15 @@ def one_run(row: str, seed: int, keep: Callable | None = None) -> dict:
     return line
 
 
-def read_json(file: Path):
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def read_lines(file: Path) -> list[dict]:
-    """Read a file with one JSON object on each line."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def figures_of(folder: Path) -> dict:
     """Return the columns of a finished run, as text, and the lists of its test scenes.
 
     Raises RuntimeError if the run used other test scenes.
     """
-    summary = read_json(folder / "summary.json")
-    each = read_json(folder / "test-trained.json")
+    from samr1_mini.runs import read_log  # imported late: it loads the models' libraries
+
+    summary = load_json(folder / "summary.json")
+    each = load_json(folder / "test-trained.json", list)
     if [x["id"] for x in each] != Shapes("test", SCENES).ids:
         raise RuntimeError(
             f"{folder} was not tested on the first {SCENES} test scenes in their order, as the "
@@ -295,10 +289,10 @@ def figures_of(folder: Path) -> dict:
         tested[kind] = scores["gIoU_lenient"]
     tested["base_gIoU_lenient"] = summary["base"]["gIoU_lenient"]
     values = {name: tested[name] for name in TESTED}
-    steps = read_lines(folder / "metrics.jsonl")[-10:]
+    steps = read_log(folder)[-10:]
     for name in LAST:  # with beta 0 there is no KL
         values[name] = statistics.mean(step.get(name, math.nan) for step in steps)
-    answers = read_lines(folder / "answers.jsonl")
+    answers = read_log(folder, name="answers")
     last = answers[-max(1, len(answers) // 10) :]
     styles = [style_of(answer["text"]) for answer in last]
     for style in STYLES:
@@ -335,7 +329,7 @@ def read_scenes(file: Path) -> list[float]:
     """Return the IoU of each test scene."""
     if file.suffix == ".gz":
         return json.loads(gzip.decompress(file.read_bytes()))["iou_strict"]
-    return read_json(file)
+    return load_json(file, list)
 
 
 def write(line: dict, results: Path | None = None) -> None:
@@ -614,7 +608,8 @@ def draw(lines: list[dict], titles: list[str]):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="ablations.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -622,10 +617,9 @@ def make_parser() -> argparse.ArgumentParser:
     rows = list(ROWS)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each row (default 5)")
     parser.add_argument("--rows", nargs="*", choices=rows, help="only these rows")
-    cores = os.cpu_count()
-    parser.add_argument(
-        "--workers", type=int, default=cores, help="runs at a time (default: one for each core)"
-    )
+    cores = most_processes()
+    workers = "runs at a time (default: one for each core, fewer if memory is small)"
+    parser.add_argument("--workers", type=int, default=cores, help=workers)
     parser.add_argument(
         "--results",
         type=Path,
@@ -675,6 +669,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         parser.error("--seeds and --workers must be at least 1")
     if args.figure and not Path(args.figure).absolute().parent.is_dir():
         parser.error(f"--figure {args.figure}: its folder is not there")
+    if args.figure and not args.figure.endswith(".png"):
+        parser.error(f"--figure {args.figure}: name a file that ends in .png")
     if args.results.suffix != ".csv" or args.results.is_dir():
         parser.error(f"--results {args.results}: name a file that ends in .csv")
     known = {*ROWS, *(line["row"] for line in read(args.results))}

@@ -210,6 +210,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: results)")
     folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
     draw_loop(folder / "loop.png")
     draw_curve(folder / "iou.png")
     print(f"loop.png and iou.png are in {folder}")

@@ -362,8 +362,8 @@ def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
         files["test"] = unnamed
     if not files.get(split):
         raise UserError(
-            f"--data {name}: this folder has neither data.jsonl nor files for {split}. The path of "
-            "a table or labelme file must contain train, validation or test"
+            f"--data {name}: this folder has neither data.jsonl nor files of a {split} split. The "
+            "path of a table or labelme file must contain train, validation or test"
         )
     return files[split], doubts
 

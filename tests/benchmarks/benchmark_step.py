@@ -56,7 +56,7 @@ PHASES = ("seconds_rollout", "seconds_reward", "seconds_update")
 
 def ours(s: Settings, steps: int) -> list[dict]:
     """Return the seconds of each step, and of its phases: means of the processes."""
-    join_processes(s.device)
+    join_processes(s)
     policy = load_policy(s.policy, s.load_in, s.rank, device=s.device)
     segmenter = load_segmenter(s.sam, device=s.device)
     policy.banned[policy.stop] = True

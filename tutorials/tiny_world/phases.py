@@ -37,11 +37,8 @@ FEWEST = 5  # answers in the window: a mean over fewer is not drawn
 
 def read_run(folder: str) -> tuple[list[dict], list[dict]]:
     """Return a run's metrics and its answers. Each answer also gets its "style"."""
-    try:
-        metrics = read_log(Path(folder))
-        answers = read_log(Path(folder), name="answers")
-    except ValueError as error:
-        raise UserError(f"{folder}: its log cannot be read ({error})") from None
+    metrics = read_log(Path(folder))
+    answers = read_log(Path(folder), name="answers")
     for name, lines in (("metrics", metrics), ("answers", answers)):
         if not lines:
             raise UserError(f"{folder}: {name}.jsonl is missing or empty")
