@@ -70,4 +70,4 @@ def explain(name: str) -> str:
     for f in fields(Settings):
         if f.name == f"{name}_weight":
             return f"reward term, mean over the answers. {option(f.name)}: {f.metadata['help']}"
-    return f"a new column. If it is a reward term, {option(name)}-weight sets its weight"
+    return f"a new column. A reward term has the weight 1 until there is {option(name)}-weight"

@@ -524,8 +524,14 @@ def check_types(values: dict, where: str = "") -> None:
 
 
 def begun_settings(folder: Path) -> dict:
-    """Return the settings with which a run was started. Newer settings get their defaults."""
-    return asdict(Settings()) | read_settings(folder / "settings.json")
+    """Return the settings with which a run was started. Newer settings get their defaults.
+
+    Raises UserError if the folder holds no run.
+    """
+    file = folder / "settings.json"
+    if not file.is_file():
+        raise UserError(f"--resume: {folder} holds no run. Name another --run")
+    return asdict(Settings()) | read_settings(file)
 
 
 def refuse_changes(begun: dict, given: dict) -> None:
@@ -546,13 +552,11 @@ def resumed_settings(given: dict) -> tuple[Settings, str]:
     """
     if not given.get("run"):
         raise UserError("--resume needs --run with the folder of the run to continue")
-    file = Path(given["run"]) / "settings.json"
-    if not file.is_file():
-        raise UserError(f"--resume: {file.parent} holds no run. Name another --run")
-    saved = begun_settings(file.parent)
+    folder = Path(given["run"])
+    saved = begun_settings(folder)
     refuse_changes(saved, given)
     changed = given | {"preset": saved["preset"]}  # the run has the sizes of its preset
-    prompt = file.parent / "prompt.txt"
+    prompt = folder / "prompt.txt"
     if saved["prompt_file"] and prompt.is_file():  # the user's file may have changed since
         changed["prompt_file"] = str(prompt)
     settings = Settings(**saved | changed)

@@ -258,7 +258,7 @@ def true_box_iou(segmenter: Segmenter, x: Sample, objects: str = "one") -> float
     true_masks = [x.mask]
     if objects == "several" and x.masks:
         true_masks = x.masks
-    boxes = [Object(tight_box(mask)) for mask in true_masks]
+    boxes = [Object(tight_box(mask)) for mask in true_masks if mask.any()]
     masks = object_masks(segmenter, x, boxes)  # [n, H, W]
     return iou(*intersection_union(masks.any(0), x.mask, x.ignore))
 

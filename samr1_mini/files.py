@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
@@ -318,11 +317,11 @@ def read_adapter(base, adapter: str | Path):
         with warnings.catch_warnings():  # if the file lacks weights, PEFT only warns
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    except torch.OutOfMemoryError:
-        raise
     except UserWarning:
         raise UserError(f"{misfit} (its layers have other names)") from None
     except Exception as error:  # a damaged configuration can raise any exception in PEFT
+        if is_memory_error(error):
+            raise
         raise UserError(f"{misfit} ({cause(error)})") from None
     places = sum("lora_" in name for name, _ in model.named_parameters())
     with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:

@@ -178,7 +178,8 @@ class Rollout:
 
     def takes_part(self, s: Settings) -> bool:
         """Return True if the updates use this group. With equal rewards, only its KL counts."""
-        return bool(s.beta and not s.skip_flat or self.advantage.any())
+        has_kl = s.beta and not s.skip_flat
+        return bool(has_kl or self.advantage.any())
 
 
 def roll_out(

@@ -55,7 +55,7 @@ def open_sets(s: Settings, sets: list | None = None) -> list:
     """
     check_models(s)
     if sets:
-        if not all(isinstance(one, Data) for one in sets):
+        if len(sets) != 3 or not all(isinstance(one, Data) for one in sets):
             raise TypeError("`sets` must hold three objects of a subclass of samr1_mini.data.Data")
         if len(sets[0]) < s.questions:
             raise UserError(
@@ -117,20 +117,17 @@ def check_downloads(s: Settings, sets: list, with_sam: bool = True) -> None:
     coco_advice = ""
     if {s.data, s.eval_data} & {"refcoco", "refcocog", "refcocoplus"}:
         coco_advice = "use --coco-dir for a folder with COCO's pictures"
-    if not with_sam:
-        sam = Download("", 0, CACHE)
-    elif s.sam in SAM_FILES:
-        size = sam_bytes(s.sam, s.sam_checkpoint)
-        sam_advice = "use --sam-checkpoint for a file with SAM's weights"
-        sam = Download(f"SAM {s.sam}", size, CACHE, sam_advice)
-    else:
-        sam = Download(f"SAM {s.sam}", hub_bytes(s.sam), hub)
     picture_bytes = sum(one.download_bytes for one in sets)
     downloads = [
         Download(f"policy {s.policy}", hub_bytes(s.policy), hub),
         Download("pictures", picture_bytes, PICTURES, coco_advice),
-        sam,
     ]
+    if with_sam and s.sam in SAM_FILES:
+        size = sam_bytes(s.sam, s.sam_checkpoint)
+        sam_advice = "use --sam-checkpoint for a file with SAM's weights"
+        downloads.append(Download(f"SAM {s.sam}", size, CACHE, sam_advice))
+    elif with_sam:
+        downloads.append(Download(f"SAM {s.sam}", hub_bytes(s.sam), hub))
     downloads = [one for one in downloads if one.size]
     if downloads:
         sizes = [f"{one.name} {one.size / 1e9:.1f} GB" for one in downloads]

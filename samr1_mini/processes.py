@@ -169,7 +169,7 @@ def average(line: dict) -> dict:
     """Return the mean of each number of a log line over the processes.
 
     Names that end in _min or _max get the smallest or the largest value instead. A mean uses
-    only the processes that have a value of this name.
+    only the processes that have a value of this name. Each of them has the same weight.
     """
     lines = gather([line])
     averaged = {}

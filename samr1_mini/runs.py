@@ -183,8 +183,8 @@ def open_run(s: Settings) -> Path:
     # A folder without metrics.jsonl comes from a start that failed. It may be used again.
     if (folder / "metrics.jsonl").exists():
         raise UserError(
-            f"--run {folder} holds a run already: continue it with `{resume_command(folder, s)}`, "
-            "or name another folder"
+            f"--run {folder} holds a run already. Name another folder, or continue it with "
+            f"{resume_command(folder, s)}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

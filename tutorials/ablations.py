@@ -706,7 +706,8 @@ def main(argv: list[str] | None = None) -> None:
         wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows]
         missing = [run for run in wanted if run not in there]
         try:
-            make_runs(missing, args.results, args.workers)
+            with only_program(ROOT / "runs" / "ablations"):
+                make_runs(missing, args.results, args.workers)
         except KeyboardInterrupt:  # Ctrl-C reaches the runs too: each finishes its step and saves
             sys.exit("stopping: the same command continues")
         except (UserError, RuntimeError, OSError) as error:  # a run that fails keeps its folder
