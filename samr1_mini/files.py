@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from .config import UserError, cause, parse_json
 from .memory import is_memory_error
 
-POINTER = b"version https://git-lfs"  # git-lfs puts a small text in the place of a large file
+POINTER = b"version https://git-lfs"  # the start of a pointer of git-lfs
 AGAIN = "download or copy it again"
 INDEX = "model.safetensors.index.json"
 
@@ -182,13 +182,17 @@ def check_content(file: Path, advice: str = AGAIN) -> None:
     """Raise UserError if a file is missing, empty, or a git-lfs pointer."""
     if not file.is_file():
         raise UserError(f"{file} is missing: {advice}")
-    with file.open("rb") as opened:
-        start = opened.read(len(POINTER))
-    if start == POINTER:
+    if is_pointer(file):
         folder = file.parent
         raise UserError(f"{file} is only a git-lfs pointer: run `git lfs pull` in {folder}")
-    if not start:
+    if not file.stat().st_size:
         raise UserError(f"{file} is empty: {advice}")
+
+
+def is_pointer(file: Path) -> bool:
+    """Return True if a file is the pointer that git-lfs puts in the place of a large file."""
+    with file.open("rb") as opened:
+        return opened.read(len(POINTER)) == POINTER
 
 
 def load_json(file: Path, kind: type | tuple = dict, advice: str = AGAIN):

@@ -130,12 +130,11 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
     x2 and y2 are exclusive. An empty mask gives (0, 0, 0, 0).
     """
-    ys, xs = np.where(mask)
+    xs = np.flatnonzero(mask.any(0))
+    ys = np.flatnonzero(mask.any(1))
     if len(xs) == 0:
         return 0, 0, 0, 0
-    x1, x2 = int(xs.min()), int(xs.max()) + 1
-    y1, y2 = int(ys.min()), int(ys.max()) + 1
-    return x1, y1, x2, y2
+    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
 def giou(pairs) -> float:

@@ -495,11 +495,64 @@ def test_a_mask_of_the_whole_picture_is_counted_in_one_warning(tmp_path):
     mask_file(tmp_path, "m.png", grey(square() | True))
     data = open_data(str(tmp_path), "test", 5)
     data.check_files()
-    assert (
-        len(data.warnings) == 1
-        and "1 masks" in data.warnings[0]
-        and "whole picture" in data.warnings[0]
-    )
+    assert len(data.warnings) == 1 and "1 masks" in data.warnings[0] and "black" in data.warnings[0]
+
+
+@pytest.mark.parametrize("count, warned", [(9, False), (12, True)])
+def test_masks_that_are_white_where_they_should_be_black_are_a_warning(count, warned, tmp_path):
+    lines = []
+    for i in range(count):
+        photo().save(tmp_path / f"{i}.png")
+        grey(~square()).save(tmp_path / f"m{i}.png")
+        row = {"image": f"{i}.png", "question": "the square", "mask": f"m{i}.png", "split": "test"}
+        lines.append(json.dumps(row))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    data = open_data(str(tmp_path), "test", count)
+    data.check_files()
+    assert any(f"{count} masks" in line and "black" in line for line in data.warnings) == warned
+
+
+def test_a_mask_file_of_several_objects_is_refused(tmp_path):
+    objects = np.zeros((HEIGHT, WIDTH), np.uint8)
+    objects[5:10, 5:10], objects[20:25, 20:25] = 1, 2
+    colours = Image.fromarray(objects, "P")
+    colours.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])  # equally bright
+    for image in (Image.fromarray(objects), colours, Image.fromarray(objects.astype(np.uint16))):
+        mask_file(tmp_path, "m.png", image)
+        with pytest.raises(UserError, match="line 2: m.png: .*one mask for each object"):
+            open_data(str(tmp_path), "test", 5).check_files()
+
+
+@pytest.mark.parametrize("name", ["a.png", "m.png", "data.jsonl"])
+def test_a_pointer_of_git_lfs_is_named_with_the_command_that_fetches_the_file(name, tmp_path):
+    mask_file(tmp_path, "m.png", grey(square()))
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=f"{name}.*git lfs pull"):
+        open_data(str(tmp_path), "test", 5).check_files()
+
+
+def test_a_broken_link_and_a_mask_in_quotes_are_named(tmp_path):
+    mask_file(tmp_path, "m.png", grey(square()))
+    (tmp_path / "m.png").unlink()
+    (tmp_path / "m.png").symlink_to("elsewhere.png")
+    with pytest.raises(UserError, match="m.png is a broken link"):
+        open_data(str(tmp_path), "test", 5)
+    row = {"image": "a.png", "question": "the square", "mask": "[[1, 1, 20, 1, 20, 20]]"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="remove the quotes"):
+        open_data(str(tmp_path), "test", 5)
+
+
+def test_a_data_file_with_another_name_or_in_another_folder_is_named(tmp_path):
+    (tmp_path / "inner").mkdir()
+    mask_file(tmp_path / "inner", "m.png", grey(square()))
+    file = tmp_path / "inner" / "data.jsonl"
+    for name, match in ((tmp_path, "inner.data.jsonl"), (file, "is a file; name its folder")):
+        with pytest.raises(UserError, match=match):
+            open_data(str(name), "test", 5)
+    file = file.rename(file.with_name("data.jsonl.txt"))  # as Windows Notepad saves it
+    with pytest.raises(UserError, match="data.jsonl.txt"):
+        open_data(str(tmp_path / "inner"), "test", 5)
 
 
 def damaged_png(file, image):

@@ -757,7 +757,7 @@ def test_a_run_that_was_stopped_before_it_saved_anything_resumes_from_the_start(
     "text, tokens, words",
     [
         ("It is there.", 48, "Warning: .* format, .* --group.* 'It is there.'"),
-        (GOOD, 3, "Warning: .* --max-new-tokens 3"),
+        (GOOD, 3, "Warning: .* --max-new-tokens .now 3"),
         (GOOD, 48, r"4 questions, 4 each: in the format 1.00, mean IoU 0\.\d\d, truncated 0.00$"),
     ],
 )

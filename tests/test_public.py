@@ -207,6 +207,25 @@ def test_files_that_name_no_split_are_for_testing_and_never_for_training(tmp_pat
             load_data(folder, split, 3)
 
 
+def test_parts_of_a_table_that_are_missing_or_there_twice_are_refused_and_testb_is_left_out(
+    tmp_path,
+):
+    rows = [{"image": png(), "text": "x", "mask": square().tolist(), "ann_id": "1"}]
+    for name in ("test-00000-of-00003", "test-00002-of-00003"):
+        parquet(tmp_path / "set", name, rows)
+    with pytest.raises(UserError, match="missing"):
+        load_data(str(tmp_path / "set"), "test", 9)
+    parquet(tmp_path / "set", "test-00001-of-00003", rows)
+    assert len(load_data(str(tmp_path / "set"), "test", 9)) == 3
+    parquet(tmp_path / "set", "test-00001-of-00003 (1)", rows)
+    with pytest.raises(UserError, match="twice"):
+        load_data(str(tmp_path / "set"), "test", 9)
+    for name, count in (("testA", 1), ("testB", 2)):
+        parquet(tmp_path / "coco", name, rows * count)
+    data = load_data(str(tmp_path / "coco"), "test", 9)
+    assert len(data) == 1 and "testB" in data.warnings[0]
+
+
 def test_two_downloads_side_by_side_are_told_apart_by_their_folders_and_not_by_what_each_calls_its_only_file(
     tmp_path,
 ):

@@ -35,6 +35,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import UserError, parse_json
+from ..files import check_content
+from ..launch import usable_cores
 from ..metrics import filled
 from .download import COCO_BYTES, download_pictures, is_there
 from .masks import EMPTY, check_truth, has_box, read_mask, refuse_lossy, truth_of
@@ -121,6 +123,7 @@ class Folder(Data):
 
     def read_lines(self) -> list[Line]:
         """Parse all lines that are not empty."""
+        check_content(self.file, "write one question a line")
         try:
             text = self.file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -300,7 +303,7 @@ class Folder(Data):
         lines, begun, shares = self.distinct_lines(), time.monotonic(), []
         title, few = f"pictures, {self.split}", len(lines) < 100
         bar = tqdm(lines, title, leave=False, dynamic_ncols=True, disable=few)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(8, usable_cores())) as pool:  # a photo may take 0.5 GiB
             jobs = [pool.submit(self.mask_share, line) for line in lines]
             try:
                 for done, (line, job) in enumerate(zip(bar, jobs)):
@@ -313,10 +316,11 @@ class Folder(Data):
                         shares.append(job.result())
             finally:
                 pool.shutdown(cancel_futures=True)
-        if 1 in shares:
+        large = sum(share is not None and share > 0.5 for share in shares)
+        if 1 in shares or len(shares) >= 10 and large > len(shares) / 2:
             self.warn(
-                f"{shares.count(1)} masks cover the whole picture. In a mask, the background must "
-                "be black"
+                f"{large} masks cover more than half of their pictures. In a mask, the background "
+                "must be black"
             )
         if 0 in shares:
             self.warn(f"{shares.count(0)} masks are empty (see --empty-truth)")
@@ -502,8 +506,8 @@ def split_pictures(lines: list[Line]) -> dict[str, str]:
         splits[line.image] = line.split or splits.get(line.image)
     free = {name: hash_number(name) for name, split in splits.items() if split is None}
     order = sorted(free, key=free.get)
-    first = max(1, len([number for number in free.values() if number < 0.1]))
-    second = max(first + 1, len([number for number in free.values() if number < 0.2]))
+    first = max(1, sum(number < 0.1 for number in free.values()))
+    second = max(first + 1, sum(number < 0.2 for number in free.values()))
     if len(splits) <= FEW_PICTURES:
         first, second = 0, 0
     splits |= dict.fromkeys(order[:first], "validation")

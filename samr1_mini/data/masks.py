@@ -117,6 +117,8 @@ def parse_mask(value, size: Size | None) -> str | list[list[float]] | dict:
     if value in (None, ""):
         raise ValueError("mask missing; a line needs image, question, and mask or box")
     if isinstance(value, str):
+        if value[0] in "[{":
+            raise ValueError("the mask is a list or an RLE in quotes; remove the quotes")
         return value
     if isinstance(value, dict):
         return parse_rle(value, size)
@@ -290,8 +292,8 @@ def read_mask(value, folder: Path, size: Size) -> np.ndarray:
 def read_mask_file(file: Path) -> np.ndarray:
     """Read a mask bool [H, W] from a picture: all pixels that are not black.
 
-    Masks of 0 and 1, of 0 and 255, and of floats can be read. A mask with both dark grey (1 to 32)
-    and bright pixels is refused. It has noise of a JPEG, soft borders, or undecided pixels (255).
+    A mask has black and one other colour or number. A mask with more is refused: it has several
+    objects, undecided pixels, soft borders, or noise of a JPEG.
     """
     refuse_lossy(read_header(file), file.name)
     with opened(file) as image:
@@ -300,25 +302,20 @@ def read_mask_file(file: Path) -> np.ndarray:
             if alpha.getextrema() != (255, 255):
                 raise ValueError("a mask with transparent parts; save it in black and white")
         image = upright(image)
-        checked = [np.asarray(image)] if image.mode == "P" else []  # indices of colours
-        if image.mode not in ("1", "L") and image.mode[0] not in "IF":
+        deep = image.mode[0] in "IF"  # numbers of 16 or 32 bits
+        too_many = not deep and image.getcolors(2) is None
+        if image.mode not in ("1", "L") and not deep:
             image = image.convert("RGB")  # black may have any number in a palette
         pixels = np.asarray(image)
     if pixels.ndim == 3:
         pixels = pixels.max(-1)
-    if any(map(has_dark_and_bright, [*checked, pixels])):
+    bright = pixels[pixels > 0]
+    if too_many or bright.size and bright.min() != bright.max():
         raise ValueError(
-            f"{file.name}: a mask with nearly black and nearly white pixels, as after JPEG or "
-            'resizing; export it again with two values. Undecided pixels belong in "ignore"'
+            f"{file.name}: a mask with more colours than black and one other. Save one mask for each "
+            'object, with two colours. JPEG and resizing add colours. Undecided pixels belong in "ignore"'
         )
     return pixels > 0
-
-
-def has_dark_and_bright(pixels: np.ndarray) -> bool:
-    """Return True if pixels of 8 bits have values from 1 to 32 and values above 223."""
-    if pixels.dtype != np.uint8 or pixels.max() <= 223:
-        return False
-    return bool(((pixels > 0) & (pixels <= 32)).any())
 
 
 def refuse_lossy(header: Header, name: str) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..files import is_pointer
+
 ORIENTATION = 0x0112  # EXIF's tag
 Size = tuple[int, int]  # of a picture: width and height in pixels
 
@@ -41,6 +43,8 @@ def inside(folder: Path, name: str) -> Path:
             file = child(file, part)
         if file.is_file():
             return file
+        if file.is_symlink():
+            raise ValueError(f"{name:.80} is a broken link; copy the file itself")
     raise ValueError(
         f"{name:.80}: no such file in {folder}; write the path inside this folder, with / between names"
     )
@@ -51,6 +55,8 @@ def child(folder: Path, name: str) -> Path:
 
     Some systems write "é" as one character, others as two.
     """
+    if name.isascii():  # only one form, so no look on the disk
+        return folder / name
     other = folder / unicodedata.normalize("NFD", name)
     if other.exists():
         return other
@@ -91,6 +97,9 @@ def opened(file):
     except MemoryError:
         raise
     except Exception as error:  # OSError, SyntaxError, EOFError and others, by format
+        if isinstance(file, Path) and is_pointer(file):
+            why = f"only a git-lfs pointer; run `git lfs pull` in {file.parent}"
+            raise ValueError(f"{name}{why}") from None
         why = str(error).replace(f" {stream!r}", "")
         raise ValueError(
             f"{name}not a readable picture ({why}); save a new or smaller copy as PNG or JPEG"

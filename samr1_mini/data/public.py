@@ -23,7 +23,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from ..config import CACHE, UserError, cause, first_line, parse_json
-from ..files import Download, check_disk_space, load_json, write_json
+from ..files import Download, check_content, check_disk_space, load_json, write_json
 from . import download
 from .folder import BROKEN, SPLIT_NAMES, Folder, check_against_picture, check_texts
 from .layouts import convert_row, layout_of, pictures_beside
@@ -32,6 +32,7 @@ from .pictures import read_header
 
 SETS = CACHE / "sets"  # converted sets, so that each set is converted only once
 VERSION = 1  # version of the conversion; sets of another version are converted again
+TEST_A = "the test split is testA; testB is not used"
 ROWS = 16  # number of rows of a table that are in memory at once, because masks are large
 
 # Name on the command line -> split -> (id of the repository on the hub, name of the split there).
@@ -217,6 +218,7 @@ def read_rows(files: list, source: Source) -> Iterator[tuple[str, dict]]:
     Raises UserError, which names the file that cannot be read.
     """
     for file in map(Path, files):
+        check_content(file)
         try:
             if file.suffix == ".p" or file.name.startswith("grefs("):
                 yield from refer_rows(file, source.split)
@@ -343,7 +345,7 @@ def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
     doubts = []
     if refs:
         if split == "test" and "(unc)" in refs[-1].name:
-            doubts.append("the test split is testA; testB is not used")
+            doubts.append(TEST_A)
         return refs[-1:], doubts
     files = {}
     # In a folder with parquet files, JSON files only describe these.
@@ -352,6 +354,9 @@ def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
         # A labelme file is named like its picture, so only folders name the split.
         if is_labelme(file):
             named = named.parent
+        if "testb" in named.as_posix().lower():
+            doubts = [TEST_A] if split == "test" else []
+            continue
         files.setdefault(split_in(named), []).append(file)
     unnamed = files.pop(None, [])
     if split == "test" and unnamed and "test" not in files:
@@ -360,12 +365,34 @@ def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
                 f"{len(unnamed)} files have no split in their path, and are used for test"
             )
         files["test"] = unnamed
+    if not files:
+        for other in folder.rglob("*.jsonl*"):
+            raise UserError(
+                f"--data {name} has no data.jsonl, but {other}. Name the folder of this file, and "
+                "call the file data.jsonl"
+            )
     if not files.get(split):
         raise UserError(
             f"--data {name}: this folder has neither data.jsonl nor files of a {split} split. The "
-            "path of a table or labelme file must contain train, validation or test"
+            "path of a table or labelme file, inside this folder, must contain train, validation or test"
         )
+    refuse_missing_parts(files[split])
     return files[split], doubts
+
+
+def refuse_missing_parts(files: list[Path]) -> None:
+    """Raise UserError for tables in parts (test-00000-of-00002.parquet) that are not complete."""
+    parts = {}
+    for file in files:
+        found = re.match(r"(.*?)(\d+)-of-(\d+)", file.name)
+        if found:
+            start, number, count = found.groups()
+            parts.setdefault((file.parent / start, int(count)), []).append(int(number))
+    for (start, count), numbers in parts.items():
+        if sorted(numbers) != list(range(count)):
+            raise UserError(
+                f"{start}...-of-{count:05}: a part is missing, or there twice; download the parts again"
+            )
 
 
 def is_labelme(file: Path) -> bool:
@@ -431,6 +458,8 @@ def hub_place(name: str, split: str) -> tuple[str, str]:
 
     Raises UserError for an unknown set, or a split that it lacks.
     """
+    if Path(name).is_file():
+        raise UserError(f"--data {name} is a file; name its folder")
     if name not in HUB:
         raise UserError(
             f"--data {name} is unknown; write shapes, a public data set ({', '.join(HUB)}), or a "
