@@ -86,7 +86,7 @@ def test_every_interval_that_notebook_5_and_its_note_quote_is_that_of_its_runs()
         ("3008 samples", ["10000 samples", "3008 samples, beta 0"]),
         ("320 samples", ["G = 2"]),
         ("lr 1.5e-4", ["GRPO, lr 1.5e-4"]),
-        ("lr 6e-4", ["GRPO, lr 6e-4"]),
+        ("lr 6e-4", ["GRPO, lr 6e-4", "box IoU, lr 6e-4"]),
     ):
         known |= {
             ablations.with_interval(ablations.differences(lines, row, measure, base), "+")
