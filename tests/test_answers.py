@@ -22,7 +22,7 @@ import train as train_command
 from samr1_mini import policy as policy_module
 from samr1_mini import lenient as lenient_module
 from samr1_mini import reward
-from samr1_mini.config import Settings, UserError, make_settings, option
+from samr1_mini.config import UserError, make_settings, option
 from samr1_mini.evaluation import evaluate
 from samr1_mini.files import check_adapter_files
 from samr1_mini.decoding import generate
@@ -802,18 +802,12 @@ def test_a_whole_state_is_put_back(learner, taken, tmp_path):
     assert save_state(tmp_path, policy, taken)
     with torch.no_grad():
         policy.trained[0].zero_()
-    assert load_state(tmp_path, policy, optimizer, Settings()) == (3, 60, 1.5)
+    assert load_state(tmp_path, policy, optimizer) == (3, 60, 1.5)
     again = take_state(policy, optimizer, 3, 60, 1.5)
     assert all(
         (again["adapter"][name] == tensor).all() for name, tensor in taken["adapter"].items()
     )
     assert again["optimizer"]["state"].keys() == taken["optimizer"]["state"].keys()
-
-
-def test_a_state_of_an_older_version_has_asked_the_questions_of_its_steps(learner, taken, tmp_path):
-    old = {name: value for name, value in taken.items() if name != "asked"}
-    assert save_state(tmp_path, learner[0], old)
-    assert load_state(tmp_path, *learner, Settings(questions=5)) == (3, 15, 1.5)
 
 
 @pytest.mark.parametrize("kind", ["cut", "last byte", "pointer", "empty", "words", "bytes", "list"])
@@ -822,7 +816,7 @@ def test_a_damaged_state_is_named_in_one_line(kind, learner, taken, tmp_path):
     torch.save(taken, file)
     damage(file, kind)
     with pytest.raises(UserError) as error:
-        load_state(tmp_path, *learner, Settings())
+        load_state(tmp_path, *learner)
     assert str(file) in str(error.value) and "weights_only" not in str(error.value)
     assert ("git lfs pull" in str(error.value)) == (kind == "pointer")
 
@@ -833,7 +827,7 @@ def test_no_bytes_in_a_states_place_raise_anything_else(learner, tmp_path):
         length = 1 + i // 2
         (tmp_path / "state.pt").write_bytes(bytes(torch.randint(256, (length,)).tolist()))
         with pytest.raises(UserError):
-            load_state(tmp_path, *learner, Settings())
+            load_state(tmp_path, *learner)
 
 
 def other_moments(state):
@@ -866,6 +860,7 @@ def less_adapter(state):
         other_adapter,
         less_adapter,
         lambda state: state.pop("step"),
+        lambda state: state.pop("asked"),
         lambda state: state.pop("adapter"),
         lambda state: state.update(step="3"),
         lambda state: state.update(asked="60"),
@@ -880,7 +875,7 @@ def test_a_state_with_other_shapes_or_parts_is_refused(change, learner, taken, t
     change(state)
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(UserError, match="state.pt"):
-        load_state(tmp_path, *learner, Settings())
+        load_state(tmp_path, *learner)
 
 
 def test_resume_refuses_a_cut_state_with_code_2(tmp_path, capsys):
