@@ -482,7 +482,8 @@ def check_machine(s: Settings, typed_device: str | None, advice: str = WEEKS) ->
 
 
 # Settings that may change at --resume. A run may become longer, or use less memory. Its data and
-# models may be in other folders. runs.py checks that their content is the same.
+# models may be in other folders. runs.py checks that the questions are the same, and that no
+# other model of the package is named.
 MAY_CHANGE = (
     "run",
     "resume",

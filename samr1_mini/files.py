@@ -102,8 +102,8 @@ def only_program(folder: Path):
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"--run {folder}: another program is training there. Wait for its end, or name another "
-            "folder"
+            f"{folder}: another program is training there. Wait for its end. For another training, "
+            "name another folder with --run"
         ) from None
     except (OSError, NotImplementedError):  # some network disks have no locks
         pass

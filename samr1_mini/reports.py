@@ -126,15 +126,21 @@ LOSS_VALUES = {"ratio", "kl", "kl_bounded", "clip_low", "clip_high"}  # of grpo_
 
 
 def check_values(values: dict, rollouts: list) -> None:
-    """Raise UserError if a loss returns a value with the name of another column of the log.
+    """Raise UserError if a loss returns a value that the log cannot take.
 
-    For the endings _min and _max see reward.check_terms.
+    A value has the shape [S], and its name is no other column of the log. For the endings _min and
+    _max see reward.check_terms.
     """
     terms = {name for rollout in rollouts for reward in rollout.rewards for name in reward.terms}
     for name in values.keys() - LOSS_VALUES:
         if name in COLUMNS or name in terms or name.endswith(("_min", "_max")):
             raise UserError(
                 f"rename the value {name!r} of the loss: the log uses this name or ending"
+            )
+        if values[name].ndim != 1:
+            raise UserError(
+                f"the value {name!r} of the loss must have one number for each token, so its shape "
+                f"is [S]. Its shape is {list(values[name].shape)}"
             )
 
 

@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from .config import Settings, Terminated, UserError, begun_settings, cause, parse_json
-from .config import refuse_changes
+from .config import PACKAGED, Settings, Terminated, UserError, begun_settings, cause, option
+from .config import parse_json, refuse_changes
 from .files import AGAIN, check_content, load_json, only_program, replace_file, write_json
 from .metrics import mean
 from .policy import Policy
@@ -99,7 +99,8 @@ def save_state(folder: Path, policy: Policy, state: dict) -> bool:
             torch.save(state, file)
 
     def write_adapter(part: Path) -> None:
-        policy.model.save_pretrained(part, state_dict=state["adapter"])
+        # PEFT's default asks the hub for the embeddings' size at each save. No embedding is saved.
+        policy.model.save_pretrained(part, state_dict=state["adapter"], save_embedding_layers=False)
 
     try:
         replace_file(folder / "state.pt", write_state)
@@ -180,8 +181,8 @@ def open_run(s: Settings) -> Path:
         read_test_answers(folder)
         known_missing(folder)
         return folder  # the class Run writes the settings later, after all checks
-    # A folder without metrics.jsonl comes from a start that failed. It may be used again.
-    if (folder / "metrics.jsonl").exists():
+    # A folder without these files comes from a start that failed. It may be used again.
+    if any((folder / name).exists() for name in ("metrics.jsonl", "state.pt")):
         raise UserError(
             f"--run {folder} holds a run already. Name another folder, or continue it with "
             f"{resume_command(folder, s)}"
@@ -224,16 +225,18 @@ def write_settings(folder: Path, s: Settings, functions: list[str] | None = None
 
 
 def check_settings(folder: Path, s: Settings) -> None:
-    """Refuse to continue with another SAM, or with changed settings that must stay.
+    """Refuse to continue with another model, or with changed settings that must stay.
 
-    The path of a SAM 2 or SAM 3 may change, because the model may have been moved.
+    A path of a policy, or of a SAM 2 or SAM 3, may change, because the model may have been moved.
     """
     begun = begun_settings(folder)
-    if begun["sam"] != s.sam and {begun["sam"], s.sam} & {"tiny", *SAM_FILES}:
-        raise UserError(
-            f"--resume: this run was started with --sam {begun['sam']}, and --sam {s.sam} is "
-            "another model. Leave --sam out, or start another run"
-        )
+    for name, names_of_models in (("policy", PACKAGED), ("sam", ["tiny", *SAM_FILES])):
+        old, new, typed = begun[name], getattr(s, name), option(name)
+        if old != new and (old in names_of_models or new in names_of_models):
+            raise UserError(
+                f"--resume: this run was started with {typed} {old}, and {typed} {new} is another "
+                f"model. Leave {typed} out, or start another run"
+            )
     # For these, settings.json has the values in use, such as the real number of processes.
     differ = ("device", "processes", "prompt_file")
     refuse_changes(begun, {k: v for k, v in asdict(s).items() if k not in differ})
@@ -376,10 +379,13 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
             refuse_questions(s.data, folder)
     # The answers must have the order of the test set, but some questions may have no answer
     # (--empty-truth excluded). `in` takes ids from the iterator until it has found this one.
+    answers = read_test_answers(folder)
     ids = iter(test.ids)
-    for answer in read_test_answers(folder)[: len(test.ids)]:
-        if answer["id"] not in ids:
-            refuse_questions(s.eval_data or s.data, folder)
+    same = all(answer["id"] in ids for answer in answers)
+    if answers and s.empty_truth != "excluded":
+        same = same and len(answers) == len(test.ids)
+    if not same:
+        refuse_questions(s.eval_data or s.data, folder)
 
 
 def check_first_questions(folder: Path, sets: list, s: Settings) -> None:
@@ -462,6 +468,8 @@ class Run:
         s = self.s
         if s.device == "cpu":  # a resumed run keeps its number of processes
             s = replace(s, processes=process_count())
+        if s.resume:  # the name that the user gave, so that the same command works again
+            s = replace(s, prompt_file=begun_settings(self.folder)["prompt_file"])
         write_settings(self.folder, s, self.functions)
         if self.s.prompt_file:
             (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")
@@ -469,7 +477,7 @@ class Run:
             lines = read_log(self.folder, count, name)
             # If the user deleted the log, the new one begins with a later step than the first.
             self.write_log(name, [x for x in lines if x.get("step", 0) <= self.start], "w")
-        write_json(self.folder / "samples.json", sets[0].ids)
+        write_json(self.folder / "samples.json", list(sets[0].ids))
         missing = {name: sorted(set(data.missing)) for name, data in zip(SET_NAMES, sets)}
         if any(missing.values()):
             write_json(self.folder / "missing.json", missing)

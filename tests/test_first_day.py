@@ -498,6 +498,15 @@ def test_a_mask_of_the_whole_picture_is_counted_in_one_warning(tmp_path):
     assert len(data.warnings) == 1 and "1 masks" in data.warnings[0] and "black" in data.warnings[0]
 
 
+def test_a_box_of_the_whole_picture_is_no_mask_with_a_white_background(tmp_path):
+    photo().save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "it", "box": [0, 0, WIDTH, HEIGHT], "split": "test"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    data = open_data(str(tmp_path), "test", 5)
+    data.check_files()
+    assert not data.warnings
+
+
 @pytest.mark.parametrize("count, warned", [(9, False), (12, True)])
 def test_masks_that_are_white_where_they_should_be_black_are_a_warning(count, warned, tmp_path):
     lines = []
@@ -631,6 +640,23 @@ def test_the_name_of_a_labelme_file_is_no_split(tmp_path):
         photo().save(tmp_path / f"{name}.jpg")
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert len(open_data(str(tmp_path), "test", 5)) == 3
+
+
+@pytest.mark.parametrize("named, warned", [(4, True), (12, False), (0, False)])
+def test_pictures_that_join_a_test_of_named_pictures_are_a_warning(named, warned, tmp_path):
+    lines = []
+    for i in range(40):
+        photo().save(tmp_path / f"{i}.png")
+        row = {"image": f"{i}.png", "question": "what?", "mask": POLYGON}
+        if i < named:
+            row["split"] = "test"
+        elif named == 12:
+            row["split"] = "train"
+        lines.append(json.dumps(row))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    data = open_data(str(tmp_path), "test", 40)
+    assert any("a tenth" in line for line in data.warnings) == warned
+    assert warned == (len(data) > named > 0)
 
 
 @pytest.mark.parametrize("mask", [grey(square()), square])

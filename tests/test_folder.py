@@ -422,12 +422,17 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_test(tmp_path):
     (tmp_path / "samples.json").write_text('["a", "b"]')
     (tmp_path / "test-base.json").write_text('[{"id": "x"}, {"id": "y"}]')
     sets = lambda train, test: [SimpleNamespace(ids=train), None, SimpleNamespace(ids=test)]
-    s = SimpleNamespace(data="mine", eval_data="")
+    s = SimpleNamespace(data="mine", eval_data="", empty_truth="correct")
     check_questions(
         tmp_path, sets(["a", "b", "c"], ["x", "y"]), s
     )  # longer, or shorter, is no other run
     check_questions(tmp_path, sets(["a"], ["x", "y"]), s)
-    for other in (sets(["c", "a", "b"], ["x", "y"]), sets(["a", "b"], ["y", "x"])):
+    for other in (
+        sets(["c", "a", "b"], ["x", "y"]),
+        sets(["a", "b"], ["y", "x"]),
+        sets(["a", "b"], ["x", "y", "z"]),
+        sets(["a", "b"], ["x"]),
+    ):
         with pytest.raises(UserError, match="--resume: .* mine .*--data"):
             check_questions(tmp_path, other, s)
 

@@ -368,10 +368,11 @@ def test_a_set_without_questions_for_one_step_is_refused_before_anything_is_writ
 def test_a_value_of_a_loss_does_not_overwrite_a_column(name):
     reward = SimpleNamespace(terms={"accuracy": 0.0, "short_text": 0.0})
     rollouts = [SimpleNamespace(rewards=[reward])]
-    good = {"ratio": 0, "kl": 0, "clip_low": 0, "clip_high": 0, "kl_bounded": 0, "mine": 0}
+    names = ("ratio", "kl", "clip_low", "clip_high", "kl_bounded", "mine")
+    good = dict.fromkeys(names, torch.zeros(3))
     check_values(good, rollouts)
     with pytest.raises(UserError, match=f"'{name}'"):
-        check_values(good | {name: 0}, rollouts)
+        check_values(good | {name: torch.zeros(3)}, rollouts)
 
 
 def test_a_non_finite_loss_skips_the_update_loudly(segmenter, settings, capsys):

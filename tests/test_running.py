@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
-from conftest import failing_update
+from conftest import failing_update, with_live_adapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,7 +23,8 @@ from samr1_mini import config, grpo
 from samr1_mini.config import Settings, Terminated, UserError, parse_settings
 from samr1_mini import policy as policy_module
 from samr1_mini.evaluation import evaluate
-from samr1_mini.grpo import train
+from samr1_mini.grpo import new_optimizer, train
+from samr1_mini.policy import load_policy
 from samr1_mini.prompt import load_prompt
 from samr1_mini import files, loading, memory, reports, runs
 from samr1_mini.reports import first_answers
@@ -403,6 +405,8 @@ def test_a_run_keeps_its_prompt_and_a_resumed_run_and_an_evaluation_use_it(
     assert not [text for text in seen if "Changed:" in text]
     chosen, _, _ = eval_command.parse(["--adapter", str(tmp_path / "run/adapter")])
     assert chosen.prompt_file == str(tmp_path / "run/prompt.txt")
+    # the file's name may be typed again each time
+    parse_settings(["--resume", "--run", settings.run, "--prompt-file", str(file)], "", "")
 
 
 @pytest.mark.parametrize(
@@ -448,12 +452,53 @@ def test_an_adapter_that_does_not_fit_on_the_disk_does_not_end_the_run(settings,
     assert "step 3 " in capsys.readouterr().out
 
 
+def test_saving_an_adapter_asks_no_hub(tmp_path, monkeypatch):
+    policy = with_live_adapter(load_policy("tiny", "fp32", rank=4))
+    asked = []
+    monkeypatch.setattr(
+        peft.utils.save_and_load, "check_file_exists_on_hf_hub", lambda *name: asked.append(name)
+    )
+    policy.model.peft_config["default"].base_model_name_or_path = "Qwen/Qwen2.5-VL-3B-Instruct"
+    optimizer = new_optimizer(policy, Settings())
+    assert runs.save_state(tmp_path, policy, runs.take_state(policy, optimizer, 1, 1, 1.0))
+    assert not asked
+    kept = load_policy("tiny", "fp32", adapter=tmp_path / "adapter").model.state_dict()
+    assert all((kept[name] == tensor).all() for name, tensor in policy.model.state_dict().items())
+
+
 def test_a_run_continues_without_its_deleted_log(settings, tmp_path, monkeypatch, capsys):
     train(settings)
     (tmp_path / "run/metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="holds a run already"):  # its state is not overwritten
+        train(settings)
     monkeypatch.setattr(runs, "FIRST_STEPS", 2)
     train(replace(settings, resume=True, samples=16))
     assert re.search(r"measured: \d+\.\d s a step", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "begun, now", [({}, dict(policy="tiny-several")), (dict(sam="vit_b"), dict(sam="vit_l"))]
+)
+def test_a_run_does_not_go_on_with_another_model_whose_shapes_may_fit(
+    begun, now, settings, tmp_path
+):
+    runs.write_settings(tmp_path, replace(settings, **begun))
+    runs.check_settings(tmp_path, replace(settings, **begun, samples=99))
+    with pytest.raises(UserError, match="another model"):
+        runs.check_settings(tmp_path, replace(settings, **begun | now))
+
+
+def test_a_policy_and_a_sam_may_have_moved(settings, tmp_path):
+    runs.write_settings(tmp_path, replace(settings, policy="a/qwen", sam="a/sam2"))
+    runs.check_settings(tmp_path, replace(settings, policy="b/qwen", sam="b/sam2"))
+
+
+def test_a_value_of_a_loss_that_is_no_number_for_each_token_is_named(settings):
+    def loss(logp, old, reference, advantage, lengths, s):
+        return -(logp * advantage).mean(), {"mine": logp.detach().mean()}
+
+    with pytest.raises(UserError, match="'mine'"):
+        train(replace(settings, samples=4), loss=loss)
 
 
 def test_a_reward_of_ones_own_terms_needs_none_of_the_papers(settings):

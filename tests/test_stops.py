@@ -743,7 +743,7 @@ def test_two_processes_save_what_they_have_learnt_when_one_fails_and_the_command
 def test_a_run_continues_where_questions_with_an_empty_truth_were_left_out(tmp_path):
     (tmp_path / "samples.json").write_text('["a"]')
     (tmp_path / "test-base.json").write_text('[{"id": "x"}, {"id": "z"}]')
-    s = SimpleNamespace(data="mine", eval_data="")
+    s = SimpleNamespace(data="mine", eval_data="", empty_truth="excluded")
 
     def check(test):
         runs.check_questions(

@@ -183,12 +183,18 @@ class Folder(Data):
         if few and not found:
             found = lines
             self.warn(
-                f"the folder has only {len(splits)} pictures, so all splits have the same questions. "
+                f"the folder has only {len(splits)} pictures, so this split has the questions of all. "
                 "The scores say nothing about new pictures. Separate splits need at least 3 pictures"
             )
         if not found:
             raise UserError(
                 f"{self.file} has no line for the {self.split} split; add lines with this split"
+            )
+        named = {bool(line.split) for line in lines}
+        if self.split == "test" and not few and len(named) == 2:
+            self.warn(
+                "some lines name a split, and others do not. About a tenth of the other pictures "
+                "is for validation, and a tenth for test"
             )
         shared = sorted(others & {line.image for line in found})
         if shared and self.split == "test" and not few:
@@ -310,7 +316,7 @@ class Folder(Data):
                     late = time.monotonic() - begun > CHECK_SECONDS
                     if self.repeats and late and done >= CHECK_COUNT:
                         break
-                    if resumed and self.repeats and job.exception():
+                    if resumed and self.repeats and isinstance(job.exception(), UserError):
                         self.count_broken(line, job.exception())
                     else:
                         shares.append(job.result())
@@ -328,7 +334,7 @@ class Folder(Data):
     def mask_share(self, line: Line) -> float | None:
         """Read a line's picture and mask, and return the mask's share of the picture.
 
-        Returns None if the picture has no such object.
+        Returns None if the picture has no such object, or if the line has a box and no mask.
         """
         sample = self.read_sample(line)
         if line.nothing:
@@ -342,6 +348,8 @@ class Folder(Data):
                 f'{self.file} line {line.number}: "ignore" covers the whole mask. In it, only '
                 "undecided pixels may be white"
             )
+        if line.box_only:
+            return None
         return sample.mask.mean()
 
     # -------------------------------------------------------------------------------- download

@@ -354,7 +354,7 @@ def find_files(name: str, split: str) -> tuple[list[Path], list[str]]:
         # A labelme file is named like its picture, so only folders name the split.
         if is_labelme(file):
             named = named.parent
-        if "testb" in named.as_posix().lower():
+        if "testb" in re.split("[^a-z]+", named.as_posix().lower()):
             doubts = [TEST_A] if split == "test" else []
             continue
         files.setdefault(split_in(named), []).append(file)
