@@ -137,10 +137,11 @@ def check_values(values: dict, rollouts: list) -> None:
             raise UserError(
                 f"rename the value {name!r} of the loss: the log uses this name or ending"
             )
-        if values[name].ndim != 1:
+        shape = getattr(values[name], "shape", ())  # a Python number has no shape
+        if len(shape) != 1:
             raise UserError(
                 f"the value {name!r} of the loss must have one number for each token, so its shape "
-                f"is [S]. Its shape is {list(values[name].shape)}"
+                f"is [S]. Its shape is {list(shape)}"
             )
 
 

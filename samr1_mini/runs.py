@@ -381,10 +381,9 @@ def check_questions(folder: Path, sets: list, s: Settings) -> None:
     # (--empty-truth excluded). `in` takes ids from the iterator until it has found this one.
     answers = read_test_answers(folder)
     ids = iter(test.ids)
-    same = all(answer["id"] in ids for answer in answers)
-    if answers and s.empty_truth != "excluded":
-        same = same and len(answers) == len(test.ids)
-    if not same:
+    in_order = all(answer["id"] in ids for answer in answers)
+    fewer_or_more = s.empty_truth != "excluded" and 0 < len(answers) != len(test.ids)
+    if fewer_or_more or not in_order:
         refuse_questions(s.eval_data or s.data, folder)
 
 
@@ -469,7 +468,8 @@ class Run:
         if s.device == "cpu":  # a resumed run keeps its number of processes
             s = replace(s, processes=process_count())
         if s.resume:  # the name that the user gave, so that the same command works again
-            s = replace(s, prompt_file=begun_settings(self.folder)["prompt_file"])
+            begun = begun_settings(self.folder)
+            s = replace(s, prompt_file=begun["prompt_file"] or s.prompt_file)
         write_settings(self.folder, s, self.functions)
         if self.s.prompt_file:
             (self.folder / "prompt.txt").write_text(self.policy.prompt, encoding="utf-8")

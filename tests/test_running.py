@@ -493,9 +493,10 @@ def test_a_policy_and_a_sam_may_have_moved(settings, tmp_path):
     runs.check_settings(tmp_path, replace(settings, policy="b/qwen", sam="b/sam2"))
 
 
-def test_a_value_of_a_loss_that_is_no_number_for_each_token_is_named(settings):
+@pytest.mark.parametrize("kind", [lambda mean: mean, float])
+def test_a_value_of_a_loss_that_is_no_number_for_each_token_is_named(kind, settings):
     def loss(logp, old, reference, advantage, lengths, s):
-        return -(logp * advantage).mean(), {"mine": logp.detach().mean()}
+        return -(logp * advantage).mean(), {"mine": kind(logp.detach().mean())}
 
     with pytest.raises(UserError, match="'mine'"):
         train(replace(settings, samples=4), loss=loss)

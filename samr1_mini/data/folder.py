@@ -190,19 +190,22 @@ class Folder(Data):
             raise UserError(
                 f"{self.file} has no line for the {self.split} split; add lines with this split"
             )
-        named = {bool(line.split) for line in lines}
-        if self.split == "test" and not few and len(named) == 2:
+        if self.split == "test" and not few:
+            self.warn_about_test(lines, sorted(others & {line.image for line in found}))
+        return found
+
+    def warn_about_test(self, lines: list[Line], shared: list[str]) -> None:
+        """Add warnings about the test split. Its pictures `shared` are in another split too."""
+        if len({bool(line.split) for line in lines}) == 2:
             self.warn(
                 "some lines name a split, and others do not. About a tenth of the other pictures "
                 "is for validation, and a tenth for test"
             )
-        shared = sorted(others & {line.image for line in found})
-        if shared and self.split == "test" and not few:
+        if shared:
             self.warn(
                 f"{len(shared)} pictures, such as {shared[0]}, are in another split too. For a fair "
                 "test, give each picture one split"
             )
-        return found
 
     def in_order(self) -> Iterator[Line]:
         """Yield the lines of this split in the order of their use.
@@ -323,7 +326,7 @@ class Folder(Data):
             finally:
                 pool.shutdown(cancel_futures=True)
         large = sum(share is not None and share > 0.5 for share in shares)
-        if 1 in shares or len(shares) >= 10 and large > len(shares) / 2:
+        if not self.box_only and (1 in shares or len(shares) >= 10 and large > len(shares) / 2):
             self.warn(
                 f"{large} masks cover more than half of their pictures. In a mask, the background "
                 "must be black"
@@ -334,7 +337,7 @@ class Folder(Data):
     def mask_share(self, line: Line) -> float | None:
         """Read a line's picture and mask, and return the mask's share of the picture.
 
-        Returns None if the picture has no such object, or if the line has a box and no mask.
+        Returns None if the picture has no such object.
         """
         sample = self.read_sample(line)
         if line.nothing:
@@ -348,8 +351,6 @@ class Folder(Data):
                 f'{self.file} line {line.number}: "ignore" covers the whole mask. In it, only '
                 "undecided pixels may be white"
             )
-        if line.box_only:
-            return None
         return sample.mask.mean()
 
     # -------------------------------------------------------------------------------- download
